@@ -1,0 +1,44 @@
+# Needs python3 (3.11 or newer) with pip and venv; everything else is installed into .venv by the first target run.
+# pip takes torch from PyPI. On a machine without a GPU a smaller build is had with
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+PYTHON ?= python3
+VENV := .venv
+# The name of the stamp changes when the requirements do, whatever the files' dates say.
+STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow quality style clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+$(STAMP):
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[train,test,quality]"
+	@rm -f $(VENV)/.ready-*
+	@touch $@
+
+demo: $(STAMP)  ## distil the bundled teacher and write samples to demo/
+	$(VENV)/bin/python training/demo.py
+
+test: $(STAMP)  ## the default suite, two processes
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -q
+
+test-slow: $(STAMP)  ## the longer training proofs
+	$(VENV)/bin/python -m pytest -m slow
+
+quality: $(STAMP)  ## check lint and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+style: $(STAMP)  ## fix lint and format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove caches and build output (.venv, data, runs and demo stay)
+	rm -rf .pytest_cache .ruff_cache build dist
+	find src tests training pipelines benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,102 @@
+"""Checkpoints of a run: safetensors and JSON in a folder that appears whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+PREFIX = "checkpoint-"
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters and buffers: for a LoRA student, its adapters only."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
+def load_trainable_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    expected = trainable_state(module)
+    if expected.keys() != state.keys():
+        odd = sorted(expected.keys() ^ state.keys())
+        raise ValueError(f"The checkpoint belongs to another network: {len(odd)} parameters differ, such as {odd[0]}.")
+    module.load_state_dict(state, strict=False)
+
+
+def split_optimizer_state(state: dict) -> tuple[dict[str, Tensor], dict]:
+    """Part an optimizer's state dict into flat tensors and JSON."""
+    tensors, scalars = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{name}"] = value
+    return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
+
+
+def join_optimizer_state(tensors: dict[str, Tensor], rest: dict) -> dict:
+    state: dict[int, dict] = {}
+    for key, value in {**tensors, **rest["scalars"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def write_checkpoint(output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+    """Write `<output_dir>/checkpoint-<step>` aside and rename it, replacing one of the same step.
+
+    Args:
+        tensors: file stem -> named tensors.
+        state: JSON, as `state.json`.
+    """
+    final, aside = output_dir / f"{PREFIX}{step}", output_dir / f".{PREFIX}{step}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for stem, named in tensors.items():
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, aside / f"{stem}.safetensors")
+    (aside / "state.json").write_text(json.dumps(state, indent=1))
+    for path in aside.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    replaced = output_dir / f".{PREFIX}{step}.replaced"
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(aside, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not a checkpoint: there is no state.json in it.") from error
+    return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in output_dir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The checkpoint named by `--resume_from_checkpoint`: "latest", a name inside the output folder, or a path."""
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
+            raise ValueError(f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}.")
+        return checkpoints[-1]
+    for path in (output_dir / wanted, Path(wanted)):
+        if path.is_dir():
+            return path
+    have = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+    raise ValueError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {output_dir} holds: {have}.")
+
+
+def prune_checkpoints(output_dir: Path, limit: int) -> None:
+    """Keep the newest `limit` checkpoints."""
+    for old in list_checkpoints(output_dir)[:-limit]:
+        shutil.rmtree(old)
+

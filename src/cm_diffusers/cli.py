@@ -1,0 +1,46 @@
+"""What every training script shares: flags from dataclasses, recipes, and one clear sentence for a wrong input."""
+
+import logging
+import sys
+from argparse import ArgumentDefaultsHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from traceback import extract_tb
+
+import diffusers
+import transformers
+from transformers import HfArgumentParser
+
+
+def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
+    """Parse the command line into one instance of each dataclass.
+
+    `--recipe FILE.args` reads flags from a file; flags given on the command line win.
+    """
+    parser = HfArgumentParser(
+        configs,
+        description=description,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+        epilog="--recipe FILE.args reads flags from a file, as those in training/recipes; flags given here win.",
+    )
+    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False, args_file_flag="--recipe")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; errors this project raises about its input end it with their sentence alone."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        if not _raised_here(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether our code raised it: an error from inside a library keeps its traceback."""
+    raised_in = Path(extract_tb(error.__traceback__)[-1].filename).resolve()
+    package = Path(__file__).resolve().parent
+    return package in raised_in.parents or raised_in.parent == Path(sys.argv[0]).resolve().parent

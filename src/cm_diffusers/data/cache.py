@@ -1,0 +1,215 @@
+"""VAE posteriors and text embeddings of a data set, encoded once."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
+from cm_diffusers.data.sources import DataConfig, View, content_hash, decode_image, preprocess
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A VAE that is loaded only when something has to be encoded.
+
+    Attributes:
+        load: returns the model; it may be moved and cast.
+        fingerprint: names its configuration and weights.
+        scaling_factor: the network's latents are `(latents - shift_factor) * scaling_factor`.
+        shift_factor: see `scaling_factor`.
+    """
+
+    load: Callable[[], AutoencoderKL]
+    fingerprint: str
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+    @classmethod
+    def from_model(cls, vae: AutoencoderKL) -> "Vae":
+        """Wraps a loaded model; encoding works on a copy of it."""
+        return cls(lambda: copy.deepcopy(vae), module_fingerprint(vae), *_factors(vae.config))
+
+    @classmethod
+    def from_pretrained(cls, path: str, subfolder: str | None = "vae", revision: str | None = None) -> "Vae":
+        """Finds a VAE in a local pipeline folder or on the Hub and hashes its files without loading it."""
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            prefix = f"{subfolder}/" if subfolder else ""
+            names = [f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.safetensors"]
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=names))
+        folder = folder / (subfolder or "")
+        fingerprint = folder_fingerprint(folder)
+        factors = _factors(json.loads((folder / "config.json").read_text("utf-8")))
+        return cls(lambda: AutoencoderKL.from_pretrained(folder), fingerprint, *factors)
+
+
+def _factors(config: dict[str, Any]) -> tuple[float, float]:
+    return config.get("scaling_factor") or 0.18215, config.get("shift_factor") or 0.0
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """sha256 of a module's weights, and of its class and configuration."""
+    digest = hashlib.sha256(repr(module).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def folder_fingerprint(folder: str | Path) -> str:
+    """sha256 of config.json and the safetensors weights in a model's folder.
+
+    Raises:
+        ValueError: the folder lacks either.
+    """
+    paths = [path for pattern in ("config.json", "*.safetensors") for path in sorted(Path(folder).glob(pattern))]
+    if len({path.suffix for path in paths}) < 2:
+        raise ValueError(
+            f"{folder} must hold config.json and .safetensors weights; use save_pretrained to write them."
+        )
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Posteriors:
+    """VAE posteriors by row and variant, unscaled as the VAE gives them.
+
+    Attributes:
+        valid: which rows hold a readable image (N,).
+        variants: number of crops, twice that with mirrored ones.
+    """
+
+    def __init__(self, shards: list[list[Shard]]) -> None:
+        self.shards = shards
+        self.valid = torch.cat([tensors_of(shard)["valid"] for shard in shards[0]]).numpy()
+        self.variants = len(shards)
+
+    def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each (B, C, h, w) float16, of `rows, variants`, each (B,)."""
+        rows = [(tensors_of(self.shards[v][i // SHARD_ROWS]), i % SHARD_ROWS) for i, v in zip(*key, strict=True)]
+        return torch.stack([t["mean"][i] for t, i in rows]), torch.stack([t["std"][i] for t, i in rows])
+
+
+class Embeddings:
+    """Text embeddings by number: `embeddings[numbers]` is (B, L, D) float16."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self.shards = shards
+
+    def __getitem__(self, numbers: np.ndarray) -> Tensor:
+        return torch.stack([tensors_of(self.shards[i // SHARD_ROWS])["embedding"][i % SHARD_ROWS] for i in numbers])
+
+
+def cached_posteriors(
+    dataset: datasets.Dataset, vae: Vae, config: DataConfig, device: torch.device | str = "cpu"
+) -> Posteriors:
+    """Encodes every image in every variant, or reads what an earlier run encoded.
+
+    Args:
+        dataset: rows with `config.image_column` undecoded, as `load_image_text` gives them.
+        vae: loaded only when a shard is missing.
+        config: preprocessing and where the shards are kept.
+        device: where the VAE runs.
+
+    Raises:
+        ValueError: the VAE overflows.
+    """
+    records = dataset.select_columns(config.image_column)
+    digests = [content_hash(row[config.image_column]) for row in records]
+    model = cache(lambda: vae.load().to(device, getattr(torch, config.vae_dtype)).eval())
+
+    def encode(job: Job) -> Iterator[Tensors]:
+        for part in row_ranges(len(job.rows), config.encode_batch_size):
+            rows = [job.rows[i] for i in part]
+            images = [
+                _image(records[i][config.image_column], _view(digests[i], job.variant, config), config) for i in rows
+            ]
+            yield _encode_images(images, model(), config)
+
+    variants = 2 * config.random_flip + (not config.random_flip)
+    variants *= 1 if config.center_crop else config.num_crops
+    ranges = row_ranges(len(digests))
+    jobs = [
+        Job(_image_key([digests[i] for i in rows], variant, vae, config), rows, variant)
+        for variant in range(variants)
+        for rows in ranges
+    ]
+    shards = build(jobs, encode, config, "Encoding images")
+    return Posteriors([shards[i : i + len(ranges)] for i in range(0, len(shards), len(ranges))])
+
+
+def _crop_and_flip(variant: int, config: DataConfig) -> tuple[int | None, bool]:
+    """Number of the random crop (None: the centre) and whether it is mirrored."""
+    number, mirrored = divmod(variant, 2) if config.random_flip else (variant, 0)
+    return None if config.center_crop else number, bool(mirrored)
+
+
+def _view(digest: str, variant: int, config: DataConfig) -> View:
+    number, mirrored = _crop_and_flip(variant, config)
+    if number is None or digest == "missing":
+        return View(flip=mirrored)
+    return View(*np.random.default_rng([int(digest, 16), number]).random(2), flip=mirrored)
+
+
+def _image_key(digests: list[str], variant: int, vae: Vae, config: DataConfig) -> str:
+    settings = (config.resolution, config.interpolation_type, config.vae_dtype)
+    return shard_key("posterior", vae.fingerprint, *settings, *_crop_and_flip(variant, config), *digests)
+
+
+def _image(record: dict[str, Any], view: View, config: DataConfig) -> Tensor | None:
+    image = decode_image(record)
+    return None if image is None else preprocess(image, config, view)
+
+
+@torch.no_grad()
+def _encode_images(images: list[Tensor | None], model: AutoencoderKL, config: DataConfig) -> Tensors:
+    blank = torch.zeros(3, config.resolution, config.resolution)  # holds the place of an unreadable image
+    pixels = torch.stack([blank if image is None else image for image in images])
+    posterior = model.encode(pixels.to(model.device, model.dtype)).latent_dist
+    tensors = {"mean": posterior.mean.half().cpu(), "std": posterior.std.half().cpu()}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"The VAE's latents are not finite in {config.vae_dtype}: pass --vae_dtype float32.")
+    return {**tensors, "valid": torch.tensor([image is not None for image in images])}
+
+
+def cached_embeddings(
+    captions: list[str], encode: Callable[[list[str]], Tensor], fingerprint: str, config: DataConfig
+) -> Embeddings:
+    """Encodes every caption, or reads what an earlier run encoded.
+
+    Args:
+        captions: distinct texts.
+        encode: texts to embeddings (N, L, D), the same L for every call; called only when a shard is missing.
+        fingerprint: names the text tower and tokenizer behind `encode`.
+        config: where the shards are kept.
+
+    Raises:
+        ValueError: the embeddings overflow float16.
+    """
+
+    def encode_parts(job: Job) -> Iterator[Tensors]:
+        for part in row_ranges(len(job.rows), config.encode_batch_size):
+            with torch.no_grad():
+                embedding = encode([captions[job.rows[i]] for i in part]).half().cpu()
+            if not embedding.isfinite().all():
+                raise ValueError("The text embeddings are not finite in float16: encode prompts in float32.")
+            yield {"embedding": embedding}
+
+    ranges = row_ranges(len(captions))
+    jobs = [Job(shard_key("embedding", fingerprint, *(captions[i] for i in rows)), rows) for rows in ranges]
+    return Embeddings(build(jobs, encode_parts, config, "Encoding captions"))

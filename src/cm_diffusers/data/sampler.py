@@ -1,0 +1,71 @@
+"""An endless stream of whole batches in which batch k of a rank is a pure function of (seed, rank, k)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cm_diffusers.types import Batch
+
+
+SHUFFLE, DRAW = 0, 1  # two families of independent random streams of one seed
+
+
+@dataclass(frozen=True)
+class Position:
+    """Which part of the stream a process reads."""
+
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, SHUFFLE, epoch]).permutation(size)
+
+
+def batch_rows(k: int, batch_size: int, size: int, position: Position) -> np.ndarray:
+    """Row numbers (B,) of batch `k`: the ranks share every epoch, and a batch may span two epochs."""
+    samples = (k * position.world_size + position.rank) * batch_size + np.arange(batch_size)
+    epochs, places = np.divmod(samples, size)
+    rows = [_permutation(position.seed, int(e), size)[p] for e, p in zip(epochs, places, strict=True)]
+    return np.asarray(rows)
+
+
+def batch_generator(k: int, position: Position) -> np.random.Generator:
+    """The generator of every random choice in batch `k` of this rank."""
+    return np.random.default_rng([position.seed, DRAW, position.rank, k])
+
+
+class BatchDataset(Dataset):
+    """Maps a batch number to the fields of that batch; never ends."""
+
+    def __init__(self, make: Callable[[int], tuple[Any, ...]]) -> None:
+        self.make = make
+
+    def __getitem__(self, k: int) -> tuple[Any, ...]:
+        return self.make(k)
+
+
+def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int) -> Callable[[int], Iterator[Batch]]:
+    """Turns `make(k) -> (x0, cond, uncond)` into a function from the first batch number to an iterator of batches."""
+
+    def batches(start: int = 0) -> Iterator[Batch]:
+        loader = DataLoader(
+            BatchDataset(make),
+            sampler=count(start),
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the loader must not draw from the global generator
+        )
+        for fields in loader:
+            yield Batch(*fields)
+
+    return batches

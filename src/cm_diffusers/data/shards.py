@@ -1,0 +1,102 @@
+"""Encodings in safetensors shards on disk: named by what they are made of, written whole, made once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cm_diffusers.data.sources import DataConfig
+
+
+SHARD_ROWS = 1024
+Tensors = dict[str, Tensor]
+Shard = Path | Tensors  # on disk or in memory
+
+
+class Job(NamedTuple):
+    """A shard to encode: the sha256 of all that decides its content, and the rows and variant it holds."""
+
+    key: str
+    rows: range
+    variant: int = 0
+
+
+def shard_key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def row_ranges(rows: int, size: int = SHARD_ROWS) -> list[range]:
+    """Cuts `rows` rows into ranges of `size` rows, the last one shorter."""
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def build(
+    jobs: list[Job], encode: Callable[[Job], Iterator[Tensors]], config: DataConfig, description: str
+) -> list[Shard]:
+    """Encodes the shards that `config.latent_cache_dir` lacks; all of them, in memory, without `cache_latents`.
+
+    In a multi-process run the first process of each machine encodes and the others wait; fill the cache in a
+    one-process run beforehand where that takes longer than the process group's timeout.
+
+    Args:
+        jobs: one for each shard.
+        encode: yields a shard's tensors part by part, each tensor with a first dimension of rows.
+        config: says whether and where shards are kept.
+        description: title of the progress bar.
+    """
+    if not config.cache_latents:
+        with _bar(jobs, description) as bar:
+            return [_collect(encode(job), bar) for job in jobs]
+    folder = Path(config.latent_cache_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{job.key}.safetensors" for job in jobs]
+    with _first_process():
+        missing = {path: job for path, job in zip(paths, jobs, strict=True) if not path.is_file()}
+        with _bar(missing.values(), description) as bar:
+            for path, job in missing.items():
+                _write(path, _collect(encode(job), bar))
+    return paths
+
+
+def tensors_of(shard: Shard) -> Tensors:
+    return shard if isinstance(shard, dict) else _mapped(shard)
+
+
+@lru_cache(maxsize=4096)
+def _mapped(path: Path) -> Tensors:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a memory map, not a copy)
+
+
+def _bar(jobs: Any, description: str) -> tqdm:
+    return tqdm(total=sum(len(job.rows) for job in jobs), desc=description, disable=not jobs)
+
+
+def _collect(parts: Iterator[Tensors], bar: tqdm) -> Tensors:
+    collected = []
+    for part in parts:
+        collected.append(part)
+        bar.update(len(next(iter(part.values()))))
+    return {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
+
+
+def _write(path: Path, tensors: Tensors) -> None:
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, aside)
+    os.replace(aside, path)
+
+
+def _first_process() -> AbstractContextManager[None]:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState().local_main_process_first() if several else nullcontext()

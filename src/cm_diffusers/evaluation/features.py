@@ -1,0 +1,62 @@
+"""Networks that turn images into the features that the metrics compare."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from cm_diffusers.models.classifier import ImageClassifier
+
+
+class InceptionFeatures(nn.Module):
+    """Inception-v3 pool features (B, 2048), the network of published FIDs.
+
+    Raises:
+        ValueError: if torch-fidelity or its weights are missing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            self.network = FrechetInceptionDistance(feature=2048).inception
+        except ModuleNotFoundError as error:
+            raise ValueError("Inception features need the package torch-fidelity: pip install torch-fidelity.") from error
+        except (OSError, RuntimeError) as error:
+            raise ValueError("The Inception weights could not be downloaded; check the network or TORCH_HOME.") from error
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.network((images * 255).round().byte())
+
+
+def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassifier | InceptionFeatures:
+    """Network with a method `features`, images (B, 3, H, W) in [0, 1] -> (B, D).
+
+    Args:
+        name: "inception", or the folder of a saved `ImageClassifier`.
+        device: Where the network runs.
+
+    Raises:
+        ValueError: if `name` is neither.
+    """
+    if name == "inception":
+        return InceptionFeatures().to(device).eval()
+    config = Path(name) / "config.json"
+    if not config.is_file() or ImageClassifier.__name__ not in config.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"Unknown feature extractor {name!r}: give 'inception' or the folder of a saved ImageClassifier."
+        )
+    return ImageClassifier.from_pretrained(name, torch_dtype=torch.float32).to(device).eval()
+
+
+@torch.no_grad()
+def extract_features(extractor: ImageClassifier | InceptionFeatures, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed on the extractor's device and kept there."""
+    device = next(extractor.parameters()).device
+    return torch.cat([extractor.features(part.to(device)) for part in images.split(batch_size)])
+
+
+@torch.no_grad()
+def classify(extractor: ImageClassifier | InceptionFeatures, features: Tensor) -> Tensor | None:
+    """Logits (N, K) of features (N, D) that `extract_features` made; None for an extractor that is no classifier."""
+    return extractor.head(features) if isinstance(extractor, ImageClassifier) else None

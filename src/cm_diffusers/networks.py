@@ -1,0 +1,171 @@
+"""Teachers, students, adapters and moving averages."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from cm_diffusers.guidance import ConditionalDenoiser
+from cm_diffusers.process import Process, interpret
+
+
+# Every convolution and linear layer of a Stable Diffusion UNet but the ends, as LCM-LoRA (2311.05556) adapts.
+LCM_LORA_TARGETS = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+).split()
+
+
+def load_teacher(
+    path: str, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
+) -> DiffusionPipeline:
+    """The teacher's pipeline in float32, from a folder or a Hub id, with finite UNet weights.
+
+    Raises:
+        ValueError: Not a diffusers text-to-image pipeline with a UNet, or non-finite weights.
+    """
+    if Path(path).exists() and not (Path(path) / "model_index.json").exists():
+        raise ValueError(f"{path!r} is not a diffusers pipeline: there is no model_index.json in it.")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            path, revision=revision, variant=variant, cache_dir=cache_dir, dtype=torch.float32
+        )
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path!r} is neither a pipeline folder here nor a Hub id that can be reached: {reason}") from error
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+        raise ValueError(f"{path!r} is a {type(pipe).__name__} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
+    broken = [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise ValueError(f"The teacher {path!r} holds non-finite weights ({broken[0]} and {len(broken) - 1} more); download it again.")
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("unet", "vae", "text_encoder"):
+        getattr(pipe, name).requires_grad_(False).eval()
+    return pipe
+
+
+def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int) -> UNet2DConditionModel:
+    """A copy of the teacher with a guidance embedding that starts at zero: student = teacher at step 0.
+
+    Args:
+        guidance_embedding_dim: Size of the embedding, e.g. 256, as `time_cond_proj_dim` in the config.
+    """
+    config = dict(teacher.config) | {"time_cond_proj_dim": guidance_embedding_dim}
+    student = UNet2DConditionModel.from_config(config).to(teacher.device)
+    state = teacher.state_dict()
+    if teacher.config.time_cond_proj_dim is None:
+        projection = student.time_embedding.cond_proj
+        state["time_embedding.cond_proj.weight"] = torch.zeros_like(projection.weight)
+    student.load_state_dict({name: value.float() for name, value in state.items()})
+    return student.train()
+
+
+def add_lora(
+    unet: UNet2DConditionModel, rank: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | None = None
+) -> UNet2DConditionModel:
+    """Add float32 adapters to a frozen UNet, in place. Adapter B is zero, so the output does not change."""
+    unet.requires_grad_(False)
+    targets = target_modules or LCM_LORA_TARGETS
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+    cast_training_params(unet, torch.float32)
+    return unet.train()
+
+
+class WithoutAdapters(nn.Module):
+    """The teacher inside a LoRA student: the same weights, adapters and dropout off. Holds no memory of its own."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self._student = [student]  # a list, so that this is not a second registration of the same parameters
+        self._layers = [m for m in student.modules() if isinstance(m, BaseTunerLayer)]
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        student, was_training = self._student[0], self._student[0].training
+        for layer in self._layers:
+            layer._disable_adapters = True  # enable_adapters(False) would also flip requires_grad
+        try:
+            return student.eval()(*args, **kwargs)
+        finally:
+            student.train(was_training)
+            for layer in self._layers:
+                layer._disable_adapters = False
+
+
+class TextConditionedUNet(nn.Module):
+    """A UNet and a text tower that train together: conditions are `input_ids` `(B, L)`."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, sample: Tensor, timestep: Tensor, input_ids: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        states = self.text_encoder(input_ids)[0]
+        return self.unet(sample, timestep, encoder_hidden_states=states, return_dict=return_dict)
+
+
+def as_denoiser(network: Callable, process: Process, prediction_type: str) -> ConditionalDenoiser:
+    """View a network as (x_t, t, conditions) -> Prediction, in float32."""
+
+    def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple:
+        output = network(x_t, t, **cond, return_dict=False)[0]
+        return interpret(process, output.float(), x_t, t, prediction_type)
+
+    return denoise
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model for parameters; buffers are copied. `decay` is exact."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A detached copy that never trains, e.g. the EMA target at step 0."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+class ExportEMA:
+    """A moving average of the trainable parameters, for the weights one publishes and validates with.
+
+    The rate warms up as min(decay, (1 + step) / (10 + step)), so that short runs are not dominated by their start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def load(self, average: dict[str, Tensor]) -> None:
+        for name, value in self.average.items():
+            value.copy_(average[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the averaged weights inside the block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, live in self.live.items():
+            kept = live.detach().clone()
+            live.copy_(self.average[name])
+            self.average[name].copy_(kept)

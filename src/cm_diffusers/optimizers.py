@@ -1,0 +1,89 @@
+"""Optimizers by name, and learning-rate schedules: diffusers' own plus warm-up-stable-decay."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.hf_argparser import HfArg
+
+
+@dataclass
+class OptimConfig:
+    """How one player learns."""
+
+    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
+    optimizer: Literal["adamw", "adamw_8bit", "radam", "adamp"] = HfArg(
+        default="adamw", help="adamw is fused; adamw_8bit needs bitsandbytes, adamp needs timm."
+    )
+    adam_beta1: float = HfArg(default=0.9, help="Decay of the first moment.")
+    adam_beta2: float = HfArg(default=0.999, help="Decay of the second moment.")
+    adam_epsilon: float = HfArg(default=1e-8, help="Epsilon of the optimizer.")
+    adam_weight_decay: float = HfArg(default=0.0, help="Decoupled weight decay.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"
+    ] = HfArg(default="constant_with_warmup", help="Shape of the learning rate; wsd is warm-up, stable, 1-sqrt cooldown.")
+    lr_warmup_steps: int = HfArg(default=0, help="Steps of linear warm-up (all but 'constant').")
+    lr_cooldown_steps: int = HfArg(default=0, help="Steps of the cooldown at the end, for wsd.")
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+    }
+    return OPTIMIZERS[config.optimizer](list(parameters), **settings)
+
+
+def _adamw(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def _radam(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Optimizer:
+    return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **settings)
+
+
+def _adamw_8bit(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes.") from error
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def _adamp(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Optimizer:
+    try:
+        from timm.optim import AdamP
+    except (ImportError, RuntimeError) as error:  # timm imports torchvision, which raises RuntimeError if mismatched
+        raise ValueError(f"--optimizer adamp needs timm with a matching torchvision: {error}.") from error
+    return AdamP(parameters, **settings)
+
+
+OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit, "radam": _radam, "adamp": _adamp}
+
+
+def wsd_factor(step: int, warmup: int, cooldown: int, max_steps: int) -> float:
+    """Warm-up, stable, then 1 - sqrt(progress of the cooldown) (2405.18392, Sec. 3)."""
+    if step < warmup:
+        return step / warmup
+    into_cooldown = step - (max_steps - cooldown)
+    return 1.0 if into_cooldown <= 0 else max(0.0, 1 - math.sqrt(into_cooldown / cooldown))
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
+    """A scheduler to step once per optimizer step, on every rank."""
+    if config.lr_scheduler != "wsd" and config.lr_cooldown_steps:
+        raise ValueError(f"--lr_cooldown_steps acts with --lr_scheduler wsd, not {config.lr_scheduler!r}.")
+    if config.lr_warmup_steps + config.lr_cooldown_steps > max_steps:
+        raise ValueError(f"Warm-up and cooldown take more than the {max_steps} steps of the run; shorten them.")
+    if config.lr_scheduler == "wsd":
+        warmup, cooldown = config.lr_warmup_steps, config.lr_cooldown_steps
+        return LambdaLR(optimizer, lambda step: wsd_factor(step, warmup, cooldown, max_steps))
+    return get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, max_steps)

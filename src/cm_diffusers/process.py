@@ -1,0 +1,159 @@
+"""Gaussian noising processes x_t = alpha(t) x0 + sigma(t) noise, and the views of a network output.
+
+Every process answers in float64. `half_log_snr(t) = log(alpha / sigma)` falls with t; `time_at` is its inverse.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class Process(Protocol):
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def half_log_snr(self, t: Tensor) -> Tensor: ...
+    def time_at(self, half_log_snr: Tensor) -> Tensor: ...
+
+
+class Prediction(NamedTuple):
+    """What a network output says about x_t: the clean data and the noise, both `(B, ...)`."""
+
+    x0: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVP:
+    """The variance-preserving process of DDPM (2006.11239, Eq. 4) on integer times 0..T-1.
+
+    Between integers the half log-SNR is interpolated linearly; integer tensors read the table itself.
+
+    Attributes:
+        alphas_cumprod: The cumulative products `(T,)` of 1 - beta.
+    """
+
+    alphas_cumprod: Tensor
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: SchedulerMixin) -> "DiscreteVP":
+        """The process of any diffusers scheduler that has `alphas_cumprod`."""
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"The teacher's scheduler {type(scheduler).__name__} has no discrete variance-preserving schedule "
+                "(alphas_cumprod); give a Stable Diffusion style teacher (DDIM, DDPM, DPM-Solver, Euler ...)."
+            )
+        return cls(scheduler.alphas_cumprod.double().cpu())
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def alphas_cumprod_at(self, t: Tensor) -> Tensor:
+        if t.device not in self._tables:  # one copy per device, not one per call
+            self._tables[t.device] = self.alphas_cumprod.to(t.device)
+        table = self._tables[t.device]
+        if not t.is_floating_point():
+            return table[t]
+        lower = t.double().floor().long().clamp(0, len(table) - 2)
+        ends = torch.logit(table[torch.stack([lower, lower + 1])])  # logit(alpha^2) = log(alpha^2 / sigma^2)
+        return torch.sigmoid(torch.lerp(ends[0], ends[1], t.double() - lower))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.alphas_cumprod_at(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self.alphas_cumprod_at(t)).sqrt()
+
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        return torch.logit(self.alphas_cumprod_at(t)) / 2
+
+    def time_at(self, half_log_snr: Tensor) -> Tensor:
+        table = torch.logit(self.alphas_cumprod.to(half_log_snr.device)).flip(0) / 2  # ascending
+        upper = torch.searchsorted(table, half_log_snr).clamp(1, len(table) - 1)
+        lo, hi = table[upper - 1], table[upper]
+        return len(table) - 1 - (upper - 1 + (half_log_snr - lo) / (hi - lo))
+
+
+@dataclass(frozen=True)
+class EDM:
+    """The variance-exploding process of EDM (2206.00364): alpha = 1, sigma = t."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        return -t.double().log()
+
+    def time_at(self, half_log_snr: Tensor) -> Tensor:
+        return torch.exp(-half_log_snr)
+
+
+@dataclass(frozen=True)
+class TrigFlow:
+    """The process of sCM (2410.11081, Sec. 3.1), t in [0, pi/2], for data scaled to unit variance."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(t.double())
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(t.double())
+
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        return -torch.log(torch.tan(t.double()))
+
+    def time_at(self, half_log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-half_log_snr))
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Linear interpolation (2209.03003), t in [0, 1]: alpha = 1 - t, sigma = t."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        return torch.log((1 - t.double()) / t.double())
+
+    def time_at(self, half_log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-half_log_snr)
+
+
+def append_dims(values: Tensor, like: Tensor) -> Tensor:
+    """Shape per-sample values `(B,)` as `(B, 1, ...)`, in the dtype of `like`, so that they multiply it."""
+    return values.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+def diffuse(process: Process, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t `(B, ...)` from clean data and noise at times t `(B,)`."""
+    return append_dims(process.alpha(t), x0) * x0 + append_dims(process.sigma(t), x0) * noise
+
+
+def interpret(process: Process, output: Tensor, x_t: Tensor, t: Tensor, prediction_type: str) -> Prediction:
+    """What `output` `(B, ...)` at x_t says about clean data and noise.
+
+    Args:
+        prediction_type: "epsilon" (the noise), "sample" (the data), or "v_prediction"
+            (v = alpha noise - sigma x0, 2202.00512; needs alpha^2 + sigma^2 = 1).
+    """
+    alpha, sigma = append_dims(process.alpha(t), x_t), append_dims(process.sigma(t), x_t)
+    if prediction_type == "epsilon":
+        return Prediction((x_t - sigma * output) / alpha, output)
+    if prediction_type == "v_prediction":
+        return Prediction(alpha * x_t - sigma * output, alpha * output + sigma * x_t)
+    if prediction_type == "sample":
+        return Prediction(output, (x_t - alpha * output) / sigma)
+    raise ValueError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")

@@ -1,0 +1,27 @@
+"""Random state on whichever device a pass runs."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def rewind_rng(device: torch.device) -> Iterator[None]:
+    """Put the generator of `device` back at the end, so that the next pass draws the same dropout masks."""
+    module = torch if device.type == "cpu" else getattr(torch, device.type)
+    state = module.get_rng_state()
+    try:
+        yield
+    finally:
+        module.set_rng_state(state)
+
+
+def seed_everything(*entropy: int) -> None:
+    """Seed Python, NumPy and torch (all devices) from a tuple such as (seed, rank, step)."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,144 @@
+"""The architecture as assertions: sizes, imports, one class per file, and a PAPERS.md that keeps its promises."""
+
+import ast
+import importlib.util
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import diffusers.pipelines
+import pytest
+from transformers import HfArgumentParser
+
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src" / "cm_diffusers"
+SOURCES = sorted(SRC.rglob("*.py"))
+SCRIPTS = sorted((ROOT / "training").glob("*.py"))
+RECIPES = sorted((ROOT / "training" / "recipes").glob("*.args"))
+OBJECTIVES = sorted(p for p in (SRC / "objectives").glob("*.py") if p.stem != "__init__")
+PIPELINES = sorted([*(SRC / "pipelines").glob("pipeline_*.py"), *(ROOT / "pipelines").glob("*.py")])
+SELF_CONTAINED = sorted([*(SRC / "schedulers").glob("scheduling_*.py"), *PIPELINES])
+ALLOWED = {"torch", "numpy", "diffusers", "transformers", *sys.stdlib_module_names}
+PAPERS = (ROOT / "PAPERS.md").read_text()
+ROWS = [line for line in PAPERS.splitlines() if line.startswith("|")]
+TEXT = {".py", ".args", ".md", ".toml", ".json", ".txt", ".yml", ".yaml"}
+# Written so that no pattern matches its own source.
+FORBIDDEN = re.compile(
+    r"(?<![\w.}])/(?:work|root|home)\b/?|^\s*(?:import|from)\s+(?:pickle|dill)\b|torch\.load\(|allow_pickle\s*=\s*True",
+    re.MULTILINE,
+)
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def lengths(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full dotted names, relative ones with their leading dots: `.lcm`, `torch.nn`."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            stem = "." * node.level + (node.module or "")
+            yield from (f"{stem}{'' if stem.endswith('.') else '.'}{alias.name}" for alias in node.names)
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def script_of(recipe: Path) -> Path:
+    """The script in the PAPERS.md row that names the recipe."""
+    rows = [row for row in ROWS if f"recipes/{recipe.name}`" in row]
+    assert len(rows) == 1, f"{recipe.name} must be named in exactly one row of PAPERS.md, found {len(rows)}"
+    return ROOT / re.search(r"`(training/\w+\.py)`", rows[0]).group(1)
+
+
+@each(SOURCES)
+def test_modules_and_functions_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+    exempt = {"__call__"} if path in PIPELINES else set()
+    assert {name: n for name, n in lengths(path) if n > 60 and name not in exempt} == {}
+
+
+def test_functions_are_small_as_a_rule() -> None:
+    sizes = sorted(n for path in SOURCES for _, n in lengths(path))
+    assert len(sizes) > 1
+    assert statistics.median(sizes) <= 8
+    assert statistics.quantiles(sizes, n=10)[-1] <= 30
+
+
+@each(OBJECTIVES)
+def test_an_objective_knows_no_other(path: Path) -> None:
+    sibling = re.compile(r"^\.\w|^(\.\.|cm_diffusers\.)objectives\b|Objective$")
+    assert [name for name in imports(path) if sibling.search(name)] == []
+
+
+@each(SELF_CONTAINED)
+def test_schedulers_and_pipelines_stand_alone(path: Path) -> None:
+    assert {name for name in imports(path) if name.split(".")[0] not in ALLOWED} == set()
+
+
+@each(PIPELINES)
+def test_one_pipeline_per_file(path: Path) -> None:
+    classes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
+    assert len([c for c in classes if any(ast.unparse(base).endswith("Pipeline") for base in c.bases)]) == 1
+
+
+def test_no_folder_is_taken_for_a_diffusers_pipeline() -> None:
+    folders = {p.parent.name for p in SOURCES}
+    assert {name for name in folders if hasattr(diffusers.pipelines, name)} == set()
+
+
+@each(SCRIPTS)
+def test_a_script_is_wiring(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 80
+
+
+@each([p for p in SCRIPTS if "HfArgumentParser" in p.read_text()])
+def test_config_fields_do_not_collide(path: Path) -> None:
+    names = Counter(f.name for config in load(path).CONFIGS for f in fields(config))
+    assert {name: n for name, n in names.items() if n > 1} == {}
+
+
+@each(RECIPES)
+def test_recipe_parses_with_its_script(path: Path) -> None:
+    parser = HfArgumentParser(load(script_of(path)).CONFIGS)
+    parser.parse_args_into_dataclasses(["--recipe", str(path)], look_for_args_file=False, args_file_flag="--recipe")
+
+
+@each(OBJECTIVES)
+def test_every_objective_has_its_paper(path: Path) -> None:
+    assert f"`objectives/{path.name}`" in PAPERS
+
+
+@each([p for p in SCRIPTS if p.stem.startswith(("distill_", "train_"))])
+def test_every_training_script_has_its_paper(path: Path) -> None:
+    assert f"`training/{path.name}`" in PAPERS
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "training"])
+def test_no_machine_paths_and_no_pickle(folder: str) -> None:
+    files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix in TEXT]
+    found = {str(p.relative_to(ROOT)): match.group() for p in files if (match := FORBIDDEN.search(p.read_text()))}
+    assert found == {}
