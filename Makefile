@@ -1,6 +1,5 @@
 # Needs python3 (3.11 or newer) with pip and venv; everything else is installed into .venv by the first target run.
-# pip takes torch from PyPI. On a machine without a GPU a smaller build is had with
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# pip takes the pinned torch from the index it is configured for; a CPU build of the same version serves as well.
 PYTHON ?= python3
 VENV := .venv
 # The name of the stamp changes when the requirements do, whatever the files' dates say.

@@ -17,9 +17,9 @@ from transformers.hf_argparser import HfArg
 
 NAMES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 PHRASES = [name if name == "trousers" else f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in NAMES]
-FEATURES = datasets.Features(
-    image=datasets.Image(), text=datasets.List(datasets.Value("string")), label=datasets.ClassLabel(names=NAMES)
-)
+DEBIAN = "/usr/share/datasets/fashion-mnist"
+LABEL, TEXTS = datasets.ClassLabel(names=NAMES), datasets.List(datasets.Value("string"))
+SCHEMA = datasets.Features(image=datasets.Image(), text=TEXTS, label=LABEL).arrow_schema
 
 
 @dataclass
@@ -27,16 +27,16 @@ class PrepareConfig:
     output_dir: str = HfArg(help="Folder that gets train/train.parquet and test/test.parquet.")
     idx_dir: str = HfArg(
         default="/usr/share/datasets/fashion-mnist",
-        help="Folder with the four IDX .gz files; the default is that of the Debian package dataset-fashion-mnist.",
+        help="Folder with the IDX .gz files (Debian: dataset-fashion-mnist).",
     )
     dataset_name: str | None = HfArg(default=None, help="Hub dataset to read instead: zalando-datasets/fashion_mnist.")
     train_samples: int = HfArg(default=0, help="Class-balanced number of training images to keep; 0 keeps all.")
-    test_samples: int = HfArg(default=0, help="Class-balanced number of test images to keep; 0 keeps all.")
+    test_samples: int = HfArg(default=0, help="The same for test images.")
     seed: int = HfArg(default=0, help="Seed of the class-balanced choice.")
 
 
 def read_idx(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images (N, 28, 28) uint8 and labels (N,) uint8 of one split."""
+    """Images (N, 28, 28) and labels (N,) of one split, both uint8."""
     paths = [folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise ValueError(f"Missing {', '.join(missing)}: install dataset-fashion-mnist, or pass --dataset_name.")
@@ -50,34 +50,30 @@ def read_hub(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Row numbers, in order, of `count` images (all for 0) spread evenly over the ten classes."""
+    """Row numbers, in order, of `count` images (all for 0) spread evenly over the ten classes of equal size."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    per_class = [shuffled[labels[shuffled] == label] for label in range(len(NAMES))]
-    turns = np.stack(per_class, axis=1).reshape(-1)  # both splits hold as many images of each class
-    return np.sort(turns[:count]) if count else np.arange(len(labels))
-
-
-def png(pixels: np.ndarray) -> bytes:
-    Image.fromarray(np.pad(pixels, 2)).save(buffer := io.BytesIO(), format="PNG", optimize=True)
-    return buffer.getvalue()
+    turns = np.stack([shuffled[labels[shuffled] == label] for label in range(len(NAMES))], axis=1).reshape(-1)
+    return np.sort(turns[: count or None])
 
 
 def write(path: Path, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
     captions = [[f"a photo of {PHRASES[label]}", PHRASES[label]] for label in labels[rows]]
-    files = [{"bytes": png(images[row]), "path": f"{row:05d}.png"} for row in rows]
-    table = pa.table({"image": files, "text": captions, "label": labels[rows]}, schema=FEATURES.arrow_schema)
+    files = []
+    for row in rows:
+        Image.fromarray(np.pad(images[row], 2)).save(buffer := io.BytesIO(), format="PNG", optimize=True)
+        files.append({"bytes": buffer.getvalue(), "path": f"{row:05d}.png"})
+    table = pa.table({"image": files, "text": captions, "label": labels[rows]}, schema=SCHEMA)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    parquet.write_table(table, aside, compression="zstd")
-    os.replace(aside, path)
+    parquet.write_table(table, path.with_suffix(".tmp"), compression="zstd")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def main() -> None:
     config = HfArgumentParser(PrepareConfig).parse_args_into_dataclasses(look_for_args_file=False)[0]
-    hub, folder, output = config.dataset_name, Path(config.idx_dir), Path(config.output_dir)
     for split, prefix, count in (("train", "train", config.train_samples), ("test", "t10k", config.test_samples)):
-        images, labels = read_hub(hub, split) if hub else read_idx(folder, prefix)
-        write(output / split / f"{split}.parquet", images, labels, balanced(labels, count, config.seed))
+        hub, output = config.dataset_name, Path(config.output_dir) / split / f"{split}.parquet"
+        images, labels = read_hub(hub, split) if hub else read_idx(Path(config.idx_dir), prefix)
+        write(output, images, labels, balanced(labels, count, config.seed))
 
 
 if __name__ == "__main__":

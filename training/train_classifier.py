@@ -1,21 +1,21 @@
 """Train the small classifier whose features and labels `evaluate.py` uses."""
 
 import json
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.sources import DataConfig, load_image_text
-from cm_diffusers.evaluation.reference import load_reference
+from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
 from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.publish import written_aside
 from cm_diffusers.trainer import TrainConfig, Trainer
 from cm_diffusers.types import Networks
 
@@ -29,40 +29,38 @@ class ClassifierConfig:
     channels: list[int] = HfArg(default_factory=lambda: [24, 48, 96], help="Channels of the convolutions.")
 
 
+CONFIGS = (ClassifierConfig, DataConfig, ClassificationConfig, OptimConfig, TrainConfig)
+
+
 @torch.no_grad()
-def test_accuracy(model: ImageClassifier, data: DataConfig, classifier: ClassifierConfig) -> dict[str, float]:
-    config = replace(data, train_data_dir=classifier.test_data_dir, dataset_name=None, max_train_samples=None)
-    reference = load_reference(config, None, classifier.label_column)
-    parts = [model(part.to(model.device)).argmax(1).cpu() for part in reference.images.split(256)]
-    correct = torch.cat(parts) == torch.tensor(reference.labels)
-    return {"accuracy": round(correct.double().mean().item(), 4), "num_images": len(correct)}
-
-
-def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    aside = folder / "metrics.json.tmp"
-    aside.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(aside, folder / "metrics.json")
+def measure(model: ImageClassifier, test: ReferenceConfig) -> dict[str, float]:
+    reference = load_reference(test)
+    guesses = [model(part.to(model.device)).argmax(1).cpu() for part in reference.images.split(256)]
+    correct = torch.cat(guesses) == torch.tensor(reference.labels)
+    return {"accuracy": correct.double().mean().item(), "num_images": len(correct)}
 
 
 def main() -> None:
-    parser = HfArgumentParser((TrainConfig, OptimConfig, DataConfig, ClassificationConfig, ClassifierConfig))
-    train, optim, data, loss, classifier = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    config, data, method, optim, train = parse_configs(CONFIGS, __doc__)
+    names = load_image_text(data, [config.label_column]).features[config.label_column].names
     set_seed(train.seed)
-    rows = load_image_text(data, [classifier.label_column])
-    model = ImageClassifier(
-        labels=rows.features[classifier.label_column].names, channels=classifier.channels, image_size=data.resolution
+    model = ImageClassifier(labels=names, channels=config.channels, image_size=data.resolution)
+    trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])
+    accelerator = trainer.accelerator
+    ranks = accelerator.process_index, accelerator.num_processes
+    trainer.fit(image_batches(data, train.seed, *ranks, label_column=config.label_column))
+    test = ReferenceConfig(
+        train_data_dir=config.test_data_dir, label_column=config.label_column, resolution=data.resolution
     )
-    trainer = Trainer(train, Networks(model), ClassificationObjective(loss), optim)
-    ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    trainer.fit(image_batches(data, train.seed, *ranks, label_column=classifier.label_column))
     with trainer.export_weights() as student:
-        metrics = test_accuracy(student, data, classifier) | {"seed": train.seed}
-        if trainer.accelerator.is_main_process:
-            folder = Path(train.output_dir) / "classifier"
-            student.save_pretrained(folder)
-            write_metrics(folder, metrics)
-            print(metrics)
+        if accelerator.is_main_process:
+            figures = measure(student, test) | {"seed": train.seed}
+            with written_aside(Path(train.output_dir) / "classifier") as folder:
+                student.save_pretrained(folder)
+                (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
+            print(json.dumps(figures))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -3,17 +3,21 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
 
 from cm_diffusers.guidance import ConditionalDenoiser
 from cm_diffusers.process import Process, interpret
+from cm_diffusers.types import Networks
 
 
 # Every convolution and linear layer of a Stable Diffusion UNet but the ends, as LCM-LoRA (2311.05556) adapts.
@@ -23,32 +27,77 @@ LCM_LORA_TARGETS = (
 ).split()
 
 
-def load_teacher(
-    path: str, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
-) -> DiffusionPipeline:
-    """The teacher's pipeline in float32, from a folder or a Hub id, with finite UNet weights.
+@dataclass
+class TeacherConfig:
+    """The diffusion model to distil."""
+
+    pretrained_teacher_model: str = HfArg(help="Folder or Hub id of a Stable Diffusion pipeline (1.x or 2.x).")
+    teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
+    teacher_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
+    pretrained_vae_model_name_or_path: str | None = HfArg(default=None, help="Another VAE than the teacher's.")
+
+
+@dataclass
+class StudentConfig:
+    """What becomes of the teacher's network."""
+
+    lora: bool = HfArg(default=False, help="Train adapters on the teacher itself instead of a copy of it.")
+    lora_rank: int = HfArg(default=64, help="Rank of the adapters.")
+    lora_alpha: float = HfArg(default=64.0, help="Scale of the adapters, times 1 / rank.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapters.")
+    lora_target_modules: list[str] = HfArg(
+        default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
+    )
+    unet_time_cond_proj_dim: int = HfArg(default=256, help="Size of the full student's guidance embedding.")
+    cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
+        default="no", help="Keep the full student's teacher in half precision (with --mixed_precision of the same kind)."
+    )
+
+
+def load_teacher(config: TeacherConfig) -> DiffusionPipeline:
+    """The teacher's pipeline in float32, frozen.
 
     Raises:
-        ValueError: Not a diffusers text-to-image pipeline with a UNet, or non-finite weights.
+        ValueError: Not a diffusers pipeline with a UNet2DConditionModel, out of reach, or with non-finite weights.
     """
+    path = config.pretrained_teacher_model
     if Path(path).exists() and not (Path(path) / "model_index.json").exists():
-        raise ValueError(f"{path!r} is not a diffusers pipeline: there is no model_index.json in it.")
+        raise ValueError(f"{path} is not a diffusers pipeline folder: there is no model_index.json in it.")
+    options = {"revision": config.teacher_revision, "variant": config.teacher_variant, "dtype": torch.float32}
+    if config.pretrained_vae_model_name_or_path:
+        options["vae"] = AutoencoderKL.from_pretrained(config.pretrained_vae_model_name_or_path)
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            path, revision=revision, variant=variant, cache_dir=cache_dir, dtype=torch.float32
-        )
+        pipe = DiffusionPipeline.from_pretrained(path, **options)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path!r} is neither a pipeline folder here nor a Hub id that can be reached: {reason}") from error
-    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
-        raise ValueError(f"{path!r} is a {type(pipe).__name__} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
-    broken = [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]
-    if broken:
-        raise ValueError(f"The teacher {path!r} holds non-finite weights ({broken[0]} and {len(broken) - 1} more); download it again.")
+        raise ValueError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
+    _check_teacher(path, pipe)
     pipe.set_progress_bar_config(disable=True)
     for name in ("unet", "vae", "text_encoder"):
         getattr(pipe, name).requires_grad_(False).eval()
     return pipe
+
+
+def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+        raise ValueError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
+    broken = [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise ValueError(f"The teacher {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew.")
+
+
+def make_networks(teacher: UNet2DConditionModel, config: StudentConfig) -> Networks:
+    """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
+    if config.lora:
+        if config.cast_teacher_unet != "no":
+            raise ValueError("--cast_teacher_unet is for the full student: with --lora, teacher and student share weights.")
+        names = config.lora_target_modules
+        student = add_lora(teacher, config.lora_rank, config.lora_alpha, config.lora_dropout, names)
+        return Networks(student, teacher=WithoutAdapters(student))
+    student = make_student(teacher, config.unet_time_cond_proj_dim)
+    if config.cast_teacher_unet != "no":
+        teacher.to({"bf16": torch.bfloat16, "fp16": torch.float16}[config.cast_teacher_unet])
+    return Networks(student, target=frozen_copy(student), teacher=teacher)
 
 
 def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int) -> UNet2DConditionModel:
@@ -57,7 +106,9 @@ def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int) -> 
     Args:
         guidance_embedding_dim: Size of the embedding, e.g. 256, as `time_cond_proj_dim` in the config.
     """
-    config = dict(teacher.config) | {"time_cond_proj_dim": guidance_embedding_dim}
+    # `_use_default_values` among the private entries would reset time_cond_proj_dim to its default
+    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    config["time_cond_proj_dim"] = guidance_embedding_dim
     student = UNet2DConditionModel.from_config(config).to(teacher.device)
     state = teacher.state_dict()
     if teacher.config.time_cond_proj_dim is None:
@@ -68,12 +119,11 @@ def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int) -> 
 
 
 def add_lora(
-    unet: UNet2DConditionModel, rank: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | None = None
+    unet: UNet2DConditionModel, rank: int, alpha: float, dropout: float, target_modules: list[str]
 ) -> UNet2DConditionModel:
     """Add float32 adapters to a frozen UNet, in place. Adapter B is zero, so the output does not change."""
     unet.requires_grad_(False)
-    targets = target_modules or LCM_LORA_TARGETS
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules))
     cast_training_params(unet, torch.float32)
     return unet.train()
 

@@ -1,12 +1,39 @@
-"""Writing results: whole or not at all, as safetensors."""
+"""Writing results: whole or not at all, as safetensors, with a record of how the student was made beside the weights."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from peft.utils import get_peft_model_state_dict
+
+
+RECORD = "cm_diffusers.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a student was distilled and wants to be sampled; `cm_diffusers.json` beside its weights.
+
+    Attributes:
+        guidance: "embedded": the pipeline's guidance_scale goes in as w = guidance_scale - 1, within [w_min, w_max].
+            "distilled": guidance is in the weights, sample with guidance_scale 1.
+        scheduler: Class and config of the scheduler to sample with.
+    """
+
+    method: str
+    base_model: str
+    guidance: str
+    w_min: float
+    w_max: float
+    recommended_guidance_scale: float
+    recommended_num_inference_steps: int
+    scheduler: dict
 
 
 @contextmanager
@@ -27,6 +54,60 @@ def written_aside(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def lcm_scheduler(teacher: DiffusionPipeline, original_inference_steps: int, timestep_scaling: float) -> LCMScheduler:
+    """The stock scheduler whose grid and boundary scalings are those the student was trained with."""
+    return LCMScheduler.from_config(
+        teacher.scheduler.config, original_inference_steps=original_inference_steps, timestep_scaling=timestep_scaling
+    )
+
+
+def lcm_pipeline(
+    teacher: DiffusionPipeline, student: UNet2DConditionModel, scheduler: LCMScheduler
+) -> DiffusionPipeline:
+    """The stock pipeline a student samples in: embedded guidance where it has the input, the teacher's class if not."""
+    parts = {**teacher.components, "unet": student, "scheduler": scheduler}
+    pipeline_class = LatentConsistencyModelPipeline if student.config.time_cond_proj_dim else type(teacher)
+    pipe = pipeline_class(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def lcm_record(
+    base_model: str, guidance: str, w_min: float, w_max: float, guidance_scale: float, scheduler: LCMScheduler
+) -> Record:
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    entry = {"_class_name": type(scheduler).__name__, **config}
+    return Record("lcm", base_model, guidance, w_min, w_max, guidance_scale, 4, entry)
+
+
 def save_model(model: ModelMixin, folder: Path) -> None:
     with written_aside(folder) as aside:
         model.save_pretrained(aside)
+
+
+def save_pipeline(pipe: DiffusionPipeline, folder: Path, record: Record | None = None, card: str | None = None) -> None:
+    """A complete pipeline folder that plain `DiffusionPipeline.from_pretrained` loads without this package."""
+    with written_aside(folder) as aside:
+        pipe.save_pretrained(aside)
+        _write_texts(aside, record, card)
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path, record: Record, card: str) -> None:
+    """`pytorch_lora_weights.safetensors` for `load_lora_weights`: every key, and rank and alpha as metadata.
+
+    The raw PEFT state dict: diffusers' own conversion loses the attention layers on reload.
+    """
+    with written_aside(folder) as aside:
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            aside,
+            unet_lora_layers=get_peft_model_state_dict(unet),
+            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        )
+        _write_texts(aside, record, card)
+
+
+def _write_texts(folder: Path, record: Record | None, card: str | None) -> None:
+    if record is not None:
+        (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
+    if card is not None:
+        (folder / "README.md").write_text(card, "utf-8")

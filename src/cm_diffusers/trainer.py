@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from diffusers import ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
@@ -94,12 +95,15 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         for _, module in nets.items():
             module.to(self.device)
+            if config.compile:
+                module.compile()
         self.export_ema = ExportEMA(nets.student, config.export_ema_decay) if config.export_ema_decay else None
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
         if resume_path:
             self.load(resume_path)
         if config.report_to != "none":
-            self.accelerator.init_trackers(config.tracker_project_name, config=self.identity)
+            scalars = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in self.identity.items()}
+            self.accelerator.init_trackers(config.tracker_project_name, config=scalars)
 
     @property
     def device(self) -> torch.device:
@@ -230,11 +234,10 @@ class Trainer:
         logger.info("Resumed from %s at step %d", path, self.step)
 
     def _make_player(self, name: str, optim: OptimConfig) -> Player:
-        module = getattr(self.nets, name)
         if self.config.gradient_checkpointing:
-            module.enable_gradient_checkpointing()
-        if self.config.compile:
-            module.compile()
+            models = [m for m in getattr(self.nets, name).modules() if isinstance(m, ModelMixin)]
+            for model in models:
+                model.enable_gradient_checkpointing()
         return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
 
     def _identity(self, optims: dict[str, OptimConfig], settings: Iterable[object]) -> dict:

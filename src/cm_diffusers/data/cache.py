@@ -131,7 +131,7 @@ def cached_posteriors(
     """
     records = dataset.select_columns(config.image_column)
     digests = [content_hash(row[config.image_column]) for row in records]
-    model = cache(lambda: vae.load().to(device, getattr(torch, config.vae_dtype)).eval())
+    model = cache(lambda: _ready(vae.load(), config, device))
 
     def encode(job: Job) -> Iterator[Tensors]:
         for part in row_ranges(len(job.rows), config.encode_batch_size):
@@ -141,8 +141,7 @@ def cached_posteriors(
             ]
             yield _encode_images(images, model(), config)
 
-    variants = 2 * config.random_flip + (not config.random_flip)
-    variants *= 1 if config.center_crop else config.num_crops
+    variants = (1 if config.center_crop else config.num_crops) * (2 if config.random_flip else 1)
     ranges = row_ranges(len(digests))
     jobs = [
         Job(_image_key([digests[i] for i in rows], variant, vae, config), rows, variant)
@@ -151,6 +150,12 @@ def cached_posteriors(
     ]
     shards = build(jobs, encode, config, "Encoding images")
     return Posteriors([shards[i : i + len(ranges)] for i in range(0, len(shards), len(ranges))])
+
+
+def _ready(model: AutoencoderKL, config: DataConfig, device: torch.device | str) -> AutoencoderKL:
+    dtype = getattr(torch, config.vae_dtype)
+    model = model.eval().to(device)
+    return model if model.dtype == dtype else model.to(dtype)
 
 
 def _crop_and_flip(variant: int, config: DataConfig) -> tuple[int | None, bool]:

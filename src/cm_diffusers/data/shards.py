@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -75,8 +76,9 @@ def tensors_of(shard: Shard) -> Tensors:
 
 @lru_cache(maxsize=4096)
 def _mapped(path: Path) -> Tensors:
+    """The tensors as a memory map: pages are read when a row is."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a memory map, not a copy)
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _bar(jobs: Any, description: str) -> tqdm:
@@ -88,7 +90,7 @@ def _collect(parts: Iterator[Tensors], bar: tqdm) -> Tensors:
     for part in parts:
         collected.append(part)
         bar.update(len(next(iter(part.values()))))
-    return {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
+    return {name: torch.cat([part[name] for part in collected]).contiguous() for name in collected[0]}
 
 
 def _write(path: Path, tensors: Tensors) -> None:
@@ -98,5 +100,7 @@ def _write(path: Path, tensors: Tensors) -> None:
 
 
 def _first_process() -> AbstractContextManager[None]:
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState().local_main_process_first() if several else nullcontext()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return nullcontext()
+    # Accelerator reads this variable, PartialState alone does not: on a CPU it would then see one process.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).local_main_process_first()

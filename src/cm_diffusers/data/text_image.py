@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -69,6 +70,11 @@ def token_batches(
     table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     source = _Source(config, vae, rows, table, "input_ids", Position(seed, rank, world_size))
     return stream(source.make, config.dataloader_num_workers)
+
+
+def encode_with(pipe: DiffusionPipeline) -> Callable[[list[str]], Tensor]:
+    """Prompts to embeddings (N, L, D) as the pipeline itself encodes them when it samples."""
+    return lambda prompts: pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0]
 
 
 @dataclass(frozen=True)

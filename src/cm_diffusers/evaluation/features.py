@@ -21,9 +21,13 @@ class InceptionFeatures(nn.Module):
         try:
             self.network = FrechetInceptionDistance(feature=2048).inception
         except ModuleNotFoundError as error:
-            raise ValueError("Inception features need the package torch-fidelity: pip install torch-fidelity.") from error
+            raise ValueError(
+                "Inception features need the package torch-fidelity: pip install torch-fidelity."
+            ) from error
         except (OSError, RuntimeError) as error:
-            raise ValueError("The Inception weights could not be downloaded; check the network or TORCH_HOME.") from error
+            raise ValueError(
+                "The Inception weights could not be downloaded; check the network or TORCH_HOME."
+            ) from error
 
     def features(self, images: Tensor) -> Tensor:
         return self.network((images * 255).round().byte())

@@ -10,6 +10,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 
+NEIGHBOURS = 5  # k of the neighbour metrics
+
+
 class _Features(nn.Identity):
     """Lets a torchmetrics image metric take features (N, D) for images."""
 
@@ -21,8 +24,8 @@ class _Features(nn.Identity):
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to features (N, D) and (M, D), in float64; biased upwards in N, M."""
     metric = FrechetInceptionDistance(_Features(real.shape[1]))
-    metric.update(real.double().cpu(), real=True)
-    metric.update(fake.double().cpu(), real=False)
+    metric.update(real.cpu().double(), real=True)
+    metric.update(fake.cpu().double(), real=False)
     return metric.compute().item()
 
 
@@ -40,13 +43,13 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, subset_size:
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(0)
         metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=size)
-        metric.update(real.double().cpu(), real=True)
-        metric.update(fake.double().cpu(), real=False)
+        metric.update(real.cpu().double(), real=True)
+        metric.update(fake.cpu().double(), real=False)
         mean, std = metric.compute()
     return mean.item(), std.item()
 
 
-def neighbour_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
+def neighbour_metrics(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
     """Precision, recall, density and coverage (Naeem et al. 2020) of `fake` (M, D) against `real` (N, D).
 
     A ball reaches from a sample to its k-th nearest neighbour of the same set.
@@ -73,7 +76,7 @@ def neighbour_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float
     }
 
 
-def coverage_ceiling(num_real: int, num_fake: int, k: int = 5) -> float:
+def coverage_ceiling(num_real: int, num_fake: int, k: int = NEIGHBOURS) -> float:
     """Expected coverage when both sets come from one law: 1 - prod_j (N - j) / (N - j + M), j = 1 ... k."""
     missed = 1.0
     for j in range(1, k + 1):
@@ -92,7 +95,7 @@ def _radii(features: Tensor, k: int) -> Tensor:
 
 def vendi_score(features: Tensor) -> float:
     """Effective number of distinct samples among features (n, D): exp of the entropy of the cosine kernel over n."""
-    unit = F.normalize(features.double(), dim=1)
+    unit = F.normalize(features.cpu().double(), dim=1)
     spectrum = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp(min=0)
     return torch.special.entr(spectrum).sum().exp().item()
 

@@ -1,12 +1,36 @@
 """Real images and their captions: what pipelines are compared with and prompted by."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.sources import DataConfig, View, decode_image, load_image_text, preprocess
+
+
+@dataclass
+class ReferenceConfig:
+    """Real images with captions; resized and cropped at the centre."""
+
+    dataset_name: str | None = HfArg(default=None, help="Dataset id on the Hub.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
+    train_data_dir: str | None = HfArg(default=None, help="Local folder of images with captions, or of parquet files.")
+    dataset_split: str = HfArg(default="train", help="Split of the Hub dataset, or subfolder of --train_data_dir.")
+    image_column: str = HfArg(default="image", help="Column with the images.")
+    caption_column: str = HfArg(
+        default="text", help="Column with a caption, or a list of captions: the first is used."
+    )
+    label_column: str | None = HfArg(
+        default=None, help="Integer column; images are then taken from each class in turn."
+    )
+    resolution: int = HfArg(default=512, help="Side of the square reference images, in pixels.")
+    interpolation_type: Literal["bilinear", "bicubic", "lanczos", "nearest"] = HfArg(
+        default="lanczos", help="Filter that resizes the shorter side to --resolution."
+    )
+    cache_dir: str | None = HfArg(default=None, help="Where `datasets` keeps what it downloads.")
 
 
 @dataclass(frozen=True)
@@ -16,31 +40,34 @@ class Reference:
     Attributes:
         images: (N, 3, R, R) in [0, 1].
         prompts: One caption per image.
-        labels: Class of each image; all None for data without a label column.
+        labels: Class of each image; all None without a label column.
+        class_names: Names of the classes, where the label column has them.
     """
 
     images: Tensor
     prompts: list[str]
     labels: list[int | None]
+    class_names: list[str] | None = None
 
 
-def load_reference(config: DataConfig, num_images: int | None, label_column: str | None = None) -> Reference:
+def load_reference(config: ReferenceConfig, num_images: int | None = None) -> Reference:
     """Reads the first `num_images` rows (all when None), taking one of each class in turn where there are labels.
 
     Raises:
         ValueError: if there are fewer rows, or an image cannot be read.
     """
-    captioned = num_images is not None
-    columns = [name for name in (label_column, config.caption_column if captioned else None) if name]
-    rows = load_image_text(config, columns)
-    if captioned and num_images > len(rows):
+    label = config.label_column
+    data = DataConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"})
+    rows = load_image_text(data, [config.caption_column, *([label] if label else [])])
+    if num_images is not None and num_images > len(rows):
         raise ValueError(f"--num_images is {num_images} but the reference set holds {len(rows)} rows: ask for fewer.")
-    labels = rows[label_column][:] if label_column else [None] * len(rows)
+    labels = rows[label][:] if label else [None] * len(rows)
     order = in_turns(labels)[:num_images]
     chosen = rows.select(order)
-    prompts = [_caption(value) for value in chosen[config.caption_column]] if captioned else []
-    images = torch.stack([_pixels(row[config.image_column], config, i) for i, row in zip(order, chosen, strict=True)])
-    return Reference(images, prompts, [labels[i] for i in order])
+    images = [_pixels(row[config.image_column], data, i) for i, row in zip(order, chosen, strict=True)]
+    prompts = [value if isinstance(value, str) else value[0] for value in chosen[config.caption_column]]
+    names = getattr(rows.features[label], "names", None) if label else None
+    return Reference(torch.stack(images), prompts, [labels[i] for i in order], names)
 
 
 def in_turns(labels: Sequence[int | None]) -> list[int]:
@@ -50,11 +77,9 @@ def in_turns(labels: Sequence[int | None]) -> list[int]:
     for label in labels:
         turns.append(seen.setdefault(label, 0))
         seen[label] += 1
-    return sorted(range(len(labels)), key=lambda row: (turns[row], labels[row] or 0))
-
-
-def _caption(value: str | Sequence[str]) -> str:
-    return value if isinstance(value, str) else value[0]
+    if None in seen:
+        return list(range(len(labels)))
+    return sorted(range(len(labels)), key=lambda row: (turns[row], labels[row]))
 
 
 def _pixels(record: dict, config: DataConfig, row: int) -> Tensor:

@@ -1,0 +1,90 @@
+"""What happens after an optimizer step, beside learning: `(trainer, loss) -> None`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from accelerate.tracking import GeneralTracker
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.sampling import generate
+from cm_diffusers.trainer import Trainer
+from cm_diffusers.types import Loss
+
+
+@dataclass
+class ValidationConfig:
+    """Grids of samples while training: fixed prompts and seeds, a row for each number of steps."""
+
+    validation_prompts: list[str] | None = HfArg(default=None, help="Prompts to sample; none, no grids.")
+    validation_steps: int = HfArg(default=500, help="Optimizer steps between grids.")
+    validation_seeds: list[int] = HfArg(default_factory=lambda: [0, 1], help="Seeds sampled for each prompt.")
+    validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Sampling steps, a row of the grid each.")
+    validation_guidance_scale: float = HfArg(default=8.0, help="Guidance scale of the samples.")
+    validation_teacher_steps: int = HfArg(default=50, help="Sampling steps of the teacher's row.")
+
+
+def sample_grid(
+    config: ValidationConfig,
+    make_pipeline: Callable[[nn.Module], DiffusionPipeline],
+    teacher: DiffusionPipeline | None = None,
+    guidance_scale: float | None = None,
+) -> Callable[[Trainer, Loss], None]:
+    """A callback that saves `samples/step-<n>.png` and shows it in the tracker.
+
+    Args:
+        make_pipeline: Student network -> the pipeline it will be published in; there is no other sampling path.
+        teacher: Sampled once, for the top row.
+        guidance_scale: The student's, where it is not the teacher's (LoRA).
+    """
+    prompts = [prompt for prompt in config.validation_prompts or [] for _ in config.validation_seeds]
+    seeds = config.validation_seeds * len(config.validation_prompts or [])
+    rows: list = []
+
+    def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> object:
+        return generate(pipe, prompts, seeds, steps, scale, batch_size=len(prompts))[0]
+
+    def callback(trainer: Trainer, loss: Loss) -> None:
+        if not prompts or trainer.step % config.validation_steps or not trainer.accelerator.is_main_process:
+            return
+        names = [f"{steps} steps" for steps in config.validation_nfe]
+        if teacher is not None:
+            names.insert(0, f"teacher, {config.validation_teacher_steps}")
+            if not rows:
+                rows.append(sample(teacher, config.validation_teacher_steps, config.validation_guidance_scale))
+        scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
+        with trainer.export_weights() as student:
+            pipe = make_pipeline(student)
+            samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
+        grid = image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
+        _publish_grid(trainer, grid)
+
+    return callback
+
+
+def _publish_grid(trainer: Trainer, grid: Image.Image) -> None:
+    folder = trainer.output_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    grid.save(folder / f"step-{trainer.step:06d}.png")
+    pixels, name = np.asarray(grid.convert("RGB")), trainer.config.report_to
+    for tracker in trainer.accelerator.trackers:
+        TRACK_IMAGE[name](tracker, pixels, trainer.step)
+
+
+def _to_trackio(tracker: GeneralTracker, pixels: np.ndarray, step: int) -> None:
+    import trackio
+
+    tracker.log({"samples": trackio.Image(pixels)}, step=step)
+
+
+TRACK_IMAGE = {
+    "tensorboard": lambda tracker, pixels, step: tracker.log_images(
+        {"samples": pixels[None]}, step=step, dataformats="NHWC"
+    ),
+    "wandb": lambda tracker, pixels, step: tracker.log_images({"samples": [pixels]}, step=step),
+    "trackio": _to_trackio,
+}

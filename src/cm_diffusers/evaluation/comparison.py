@@ -1,0 +1,170 @@
+"""Several pipelines on the same prompts and seeds, measured against the same real images and the same teacher."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.evaluation import metrics
+from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
+from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_reference
+from cm_diffusers.evaluation.report import Row, Setting, hardware
+from cm_diffusers.evaluation.sampling import generate, load_pipeline, read_record
+from cm_diffusers.models.classifier import ImageClassifier
+
+
+GRID_COLUMNS = 10
+
+
+@dataclass
+class EvaluationConfig:
+    """Which pipelines to sample, how, and what to measure."""
+
+    pipelines: list[str] = HfArg(
+        default_factory=list, help="Pipeline folders, Hub ids, or folders of published LoRAs."
+    )
+    names: list[str] | None = HfArg(
+        default=None, help="Names of --pipelines in the table; their last path part if absent."
+    )
+    teacher: str | None = HfArg(default=None, help="Pipeline whose samples are a second reference, and a baseline.")
+    num_inference_steps: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Steps to sample with.")
+    reference_steps: int = HfArg(default=50, help="Steps of the teacher's reference samples.")
+    guidance_scales: list[float] = HfArg(
+        default_factory=lambda: [8.0],
+        help="Guidance scales; a student whose guidance is distilled into its weights has its own.",
+    )
+    num_images: int = HfArg(default=1000, help="Images per row of the table, each for the caption of one real image.")
+    seed: int = HfArg(default=0, help="Image i of every pipeline starts from seed + i.")
+    eval_batch_size: int = HfArg(default=32, help="Images drawn at once.")
+    dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="Precision of the pipelines.")
+    feature_extractor: str = HfArg(default="inception", help='"inception", or the folder of a saved ImageClassifier.')
+    clip_model: str | None = HfArg(default=None, help="CLIP model for the CLIP score, a Hub id or a folder.")
+    output_dir: str = HfArg(default="runs/evaluation", help="Where table.md, table.json, grid.png and fid.png go.")
+
+
+class Comparison:
+    """Samples pipelines and measures them; `rows` and `strips` (of the grid) grow in the order of measurement.
+
+    Raises:
+        ValueError: wrong configuration; too few reference images; an extractor that cannot be loaded.
+    """
+
+    def __init__(self, config: EvaluationConfig, data: ReferenceConfig) -> None:
+        _validate(config)
+        self.config, self.device = config, PartialState().device
+        self.extractor = load_extractor(config.feature_extractor, self.device)
+        self.reference = load_reference(data, config.num_images)
+        self.labels = wanted_labels(self.extractor, self.reference)
+        self.real = extract_features(self.extractor, self.reference.images)
+        self.teacher: dict[float, Tensor] = {}
+        self.rows: list[Row] = []
+        self.strips: list[tuple[str, Tensor]] = [("real", self.reference.images[:GRID_COLUMNS])]
+        count = config.num_images
+        self.setting = Setting(
+            num_images=count,
+            seed=config.seed,
+            extractor=config.feature_extractor,
+            reference=data.dataset_name or data.train_data_dir,
+            hardware=hardware(),
+            dtype=config.dtype,
+            batch_size=config.eval_batch_size,
+            coverage_ceiling=metrics.coverage_ceiling(count, count),
+        )
+
+    def run(self) -> list[Row]:
+        """Measures the teacher, longest first, then every pipeline."""
+        config = self.config
+        if config.teacher is not None:
+            steps = [config.reference_steps, *(n for n in config.num_inference_steps if n != config.reference_steps)]
+            self._measure_pipeline(config.teacher, "teacher", steps)
+        for source, name in zip(config.pipelines, _names(config), strict=True):
+            self._measure_pipeline(source, name, config.num_inference_steps)
+        return self.rows
+
+    def grid(self) -> Image.Image:
+        """The first images of the reference and of every row."""
+        labels, strips = zip(*self.strips, strict=True)
+        return image_grid(strips, labels, self.reference.prompts[:GRID_COLUMNS])
+
+    def _measure_pipeline(self, source: str, name: str, steps: list[int]) -> None:
+        pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device)
+        record = read_record(source)
+        own = record.get("guidance") == "distilled"
+        for guidance in [record["recommended_guidance_scale"]] if own else self.config.guidance_scales:
+            for count in steps:
+                is_reference = source == self.config.teacher and count == self.config.reference_steps
+                self._measure(pipe, name, count, guidance, is_reference)
+
+    def _measure(self, pipe: DiffusionPipeline, name: str, steps: int, guidance: float, is_reference: bool) -> None:
+        config, prompts = self.config, self.reference.prompts
+        seeds = range(config.seed, config.seed + config.num_images)
+        images, seconds = generate(pipe, prompts, seeds, steps, guidance, config.eval_batch_size)
+        features = extract_features(self.extractor, images)
+        if is_reference:
+            self.teacher[guidance] = features
+        self.rows.append(
+            {
+                "pipeline": name,
+                "num_inference_steps": steps,
+                "guidance_scale": guidance,
+                **self._quality(images, features, guidance),
+                "images_per_second": len(images) / seconds,
+                "ms_per_image": 1000 * seconds / len(images),
+            }
+        )
+        self.strips.append((f"{name}, {steps} steps, {guidance:g}", images[:GRID_COLUMNS]))
+
+    def _quality(self, images: Tensor, features: Tensor, guidance: float) -> Row:
+        """The teacher's samples are those of the same guidance scale, or of its first where it has not that one."""
+        kid, kid_std = metrics.kernel_distance(self.real, features)
+        teacher = self.teacher.get(guidance, next(iter(self.teacher.values()), None))
+        logits = classify(self.extractor, features)
+        prompts, clip_model = self.reference.prompts, self.config.clip_model
+        differs = teacher is not None and teacher is not features
+        return {
+            "fid": metrics.frechet_distance(self.real, features),
+            "fid_teacher": metrics.frechet_distance(teacher, features) if differs else None,
+            "kid": kid,
+            "kid_std": kid_std,
+            **metrics.neighbour_metrics(self.real, features),
+            "vendi": metrics.prompt_vendi_score(features, prompts),
+            "agreement": None if logits is None else metrics.prompt_agreement(logits, self.labels),
+            "clip_score": metrics.clip_score(images.to(self.device), prompts, clip_model) if clip_model else None,
+        }
+
+
+def wanted_labels(extractor: torch.nn.Module, reference: Reference) -> list[int | None]:
+    """Class each image should show: its reference's label, or the classifier's label that its prompt names.
+
+    Raises:
+        ValueError: if classifier and reference name the classes differently.
+    """
+    if not isinstance(extractor, ImageClassifier):
+        return [None] * len(reference.prompts)
+    names = reference.class_names
+    if names is not None and names != extractor.labels:
+        raise ValueError(f"The classifier's labels {extractor.labels} are not those of --label_column: {names}.")
+    if names is not None:
+        return reference.labels
+    return [metrics.label_in_prompt(prompt, extractor.labels) for prompt in reference.prompts]
+
+
+def _names(config: EvaluationConfig) -> list[str]:
+    return config.names or [Path(source).name for source in config.pipelines]
+
+
+def _validate(config: EvaluationConfig) -> None:
+    if not config.pipelines and config.teacher is None:
+        raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
+    if len(_names(config)) != len(config.pipelines):
+        found = f"{len(config.names)} names for {len(config.pipelines)} pipelines"
+        raise ValueError(f"--names gives {found}: give one each.")
+    if config.num_images <= metrics.NEIGHBOURS:
+        raise ValueError(f"--num_images is {config.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")

@@ -1,0 +1,110 @@
+"""What an evaluation leaves behind: a Markdown table, its numbers as JSON, a plot and a grid."""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+Row = dict[str, str | int | float | None]
+
+COLUMNS = {  # key of a row -> heading and format
+    "pipeline": ("pipeline", "{}"),
+    "num_inference_steps": ("NFE", "{}"),
+    "guidance_scale": ("guidance", "{:g}"),
+    "fid": ("FID to data", "{:.2f}"),
+    "fid_teacher": ("FID to teacher", "{:.2f}"),
+    "agreement": ("agreement", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
+    "clip_score": ("CLIP score", "{:.2f}"),
+    "images_per_second": ("images/s", "{:.1f}"),
+    "ms_per_image": ("ms/image", "{:.1f}"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the numbers of a table depend on besides the pipelines."""
+
+    num_images: int
+    seed: int
+    extractor: str
+    reference: str
+    hardware: str
+    dtype: str
+    batch_size: int
+    coverage_ceiling: float
+
+
+def hardware() -> str:
+    """The accelerator, or the CPU's name and threads; and the version of torch."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.is_file() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        device = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{device}, torch {torch.__version__}"
+
+
+def markdown_table(rows: list[Row], setting: Setting) -> str:
+    """The table with the columns that hold a value, and the setting in words below it."""
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    lines = [[COLUMNS[key][0] for key in keys], ["---"] + ["---:"] * (len(keys) - 1)]
+    lines += [[_cell(key, row.get(key)) for key in keys] for row in rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"{table}\n\n{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
+        f"reference {setting.reference}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
+        f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
+        "NFE counts steps: classifier-free guidance runs the network on both branches in each.\n"
+    )
+
+
+def _cell(key: str, value: str | float | None) -> str:
+    return "–" if value is None else COLUMNS[key][1].format(value)
+
+
+def plot_fid(rows: list[Row]) -> Figure:
+    """FID to the data over steps, both logarithmic: one line per pipeline and guidance scale."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple, list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row["pipeline"], row["guidance_scale"]), []).append(row)
+    for (name, guidance), points in lines.items():
+        points = sorted(points, key=lambda row: row["num_inference_steps"])
+        steps = [row["num_inference_steps"] for row in points]
+        axes.plot(steps, [row["fid"] for row in points], marker="o", label=f"{name}, guidance {guidance:g}")
+    ticks = sorted({row["num_inference_steps"] for row in rows})
+    axes.set(xscale="log", yscale="log", xlabel="NFE (steps)", ylabel="FID to data")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def write_report(folder: Path, rows: list[Row], setting: Setting, grid: Image.Image) -> str:
+    """Writes `table.md`, `table.json`, `grid.png` and `fid.png`; returns the Markdown table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = markdown_table(rows, setting)
+    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    _replace(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
+    _replace(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
+    _replace(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
+    _replace(folder / "fid.png", lambda path: plot_fid(rows).savefig(path, dpi=150, format="png"))
+    return table
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    write(aside)
+    os.replace(aside, path)

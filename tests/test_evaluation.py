@@ -1,0 +1,324 @@
+"""Metrics against closed forms; sampling and tables on the tiny pipeline."""
+
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from diffusers import LCMScheduler
+from peft import LoraConfig
+from PIL import Image
+
+from cm_diffusers import publish
+from cm_diffusers.evaluation import metrics
+from cm_diffusers.evaluation.features import load_extractor
+from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.reference import ReferenceConfig, in_turns, load_reference
+from cm_diffusers.evaluation.report import Setting, markdown_table
+from cm_diffusers.evaluation.sampling import generate, load_pipeline
+from cm_diffusers.models.classifier import ImageClassifier
+from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
+from cm_diffusers.types import Batch, Networks, Progress
+from tests.tiny import FASHION_LABELS, tiny_pipeline
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def with_moments(count: int, mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Samples whose empirical mean and unbiased covariance are exactly those given."""
+    x = torch.randn(count, len(mean), dtype=torch.float64)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+    return x @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_is_that_of_gaussians() -> None:
+    zero, identity = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    variances = torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)
+    a = with_moments(50, zero, identity)
+    b = with_moments(80, zero + 2, torch.diag(variances))
+    expected = 3 * 2**2 + (variances.sqrt() - 1).square().sum().item()  # 12 + 0 + 1 + 4
+    assert expected == 17
+    assert metrics.frechet_distance(a, b) == pytest.approx(17, abs=1e-9)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_is_unbiased_and_leaves_the_generator_alone() -> None:
+    same = [metrics.kernel_distance(torch.randn(60, 8), torch.randn(60, 8), 4)[0] for _ in range(30)]
+    spread = torch.tensor(same).std().item()
+    assert abs(sum(same) / 30) < 3 * spread / 30**0.5
+    assert min(same) < 0 < max(same)
+    assert metrics.kernel_distance(torch.randn(60, 8), torch.randn(60, 8) + 1, 4)[0] > 5 * spread
+    state = torch.get_rng_state()
+    metrics.kernel_distance(torch.ones(9, 2), torch.zeros(9, 2), 2)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("k", "limit"), [(3, 0.875), (5, 0.969), (10, 0.999)])
+def test_coverage_of_real_by_real_has_its_ceiling(k: int, limit: float) -> None:
+    assert metrics.coverage_ceiling(10**6, 10**6, k) == pytest.approx(limit, abs=5e-4)
+    found = [metrics.neighbour_metrics(torch.randn(150, 4), torch.randn(150, 4), k)["coverage"] for _ in range(12)]
+    assert sum(found) / 12 == pytest.approx(metrics.coverage_ceiling(150, 150, k), abs=0.015)
+
+
+def test_density_of_real_by_real_is_one_and_far_samples_score_nothing() -> None:
+    real = torch.randn(1500, 2)  # more than one chunk
+    found = metrics.neighbour_metrics(real, torch.randn(1500, 2))
+    assert found["density"] == pytest.approx(1, abs=0.06)
+    assert min(found["precision"], found["recall"]) > 0.9
+    assert set(metrics.neighbour_metrics(real, torch.randn(20, 2) + 1000).values()) == {0}
+
+
+def test_neighbour_metrics_by_hand() -> None:
+    real = torch.tensor([[0.0], [1.0], [10.0]])  # nearest neighbours at 1, 1 and 9
+    fake = torch.tensor([[0.5], [50.0]])  # each 49.5 from the other
+    found = metrics.neighbour_metrics(real, fake, k=1)
+    # 0.5 lies in the balls of 0 and 1, not in that of 10 (9.5 > 9); 50 in none; the ball of 0.5 holds all real points
+    assert found == {"precision": 0.5, "recall": 1.0, "density": 1.0, "coverage": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="need more than 5 images, got 3 and 2"):
+        metrics.neighbour_metrics(real, fake)
+
+
+def test_vendi_counts_distinct_samples() -> None:
+    assert metrics.vendi_score(torch.ones(7, 5)) == pytest.approx(1, abs=1e-6)
+    assert metrics.vendi_score(3 * torch.eye(6)) == pytest.approx(6)
+    assert metrics.vendi_score(torch.eye(2).repeat(5, 1)) == pytest.approx(2)
+    features = torch.cat([torch.eye(2), torch.ones(2, 2), torch.ones(1, 2)])
+    assert metrics.prompt_vendi_score(features, ["a", "a", "b", "b", "c"], 2) == pytest.approx(1.5)
+    assert metrics.prompt_vendi_score(features, list("vwxyz"), 2) is None
+
+
+def test_prompts_name_their_longest_label() -> None:
+    labels = ["shirt", "t-shirt", "ankle boot"]
+    prompts = ["a photo of a T-shirt", "a shirt", "an ankle boot", "a hat"]
+    assert [metrics.label_in_prompt(prompt, labels) for prompt in prompts] == [1, 0, 2, None]
+    logits = torch.eye(3)[[1, 2, 2, 0]]
+    assert metrics.prompt_agreement(logits, [1, 0, 2, None]) == pytest.approx(2 / 3)
+    assert metrics.prompt_agreement(logits, [None] * 4) is None
+
+
+def test_classifier_round_trip_and_sizes(tmp_path: Path) -> None:
+    model = ImageClassifier(labels=["a", "b"], channels=(4, 8), image_size=8, num_features=6).eval()
+    images = torch.rand(3, 3, 8, 8)
+    model.save_pretrained(tmp_path)
+    again = load_extractor(str(tmp_path))
+    assert again.labels == ["a", "b"]
+    assert torch.equal(again(images), model(images))
+    assert model.features(images).shape == (3, again.num_features) == (3, 6)
+    large = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    constant = torch.full((1, 3, 5, 9), 0.25)
+    assert model(large).shape == (3, 2)
+    torch.testing.assert_close(model(constant), model(torch.full((1, 3, 8, 8), 0.25)))
+    with pytest.raises(ValueError, match="need a multiple of 4"):
+        ImageClassifier(labels=["a"], channels=(4, 8), image_size=6)
+
+
+class Constant(torch.nn.Module):
+    """Logits that say class 0 with probability 3/4, of two."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.min() == 0  # pixels -1 arrive as 0
+        return torch.tensor([3.0, 1.0]).log().expand(len(images), 2)
+
+
+def test_classification_loss_by_hand() -> None:
+    batch = Batch(-torch.ones(4, 3, 2, 2), {"labels": torch.tensor([0, 0, 0, 1])})
+    objective = ClassificationObjective(ClassificationConfig(label_smoothing=0.0))
+    loss = objective(Networks(Constant()), batch, Progress(0, 1))
+    probabilities = torch.tensor([0.75, 0.75, 0.75, 0.25])
+    torch.testing.assert_close(loss.value, -probabilities.log().mean())
+    assert loss.logs["accuracy"] == 0.75
+    smooth = ClassificationObjective(ClassificationConfig(label_smoothing=1.0))
+    flat = smooth(Networks(Constant()), batch, Progress(0, 1))
+    torch.testing.assert_close(flat.value, -probabilities[-2:].log().mean())
+
+
+def test_images_do_not_depend_on_the_batch() -> None:
+    pipe = tiny_pipeline()
+    prompts = [f"a photo of a {label}" for label in FASHION_LABELS[:5]]
+    alone, seconds = generate(pipe, prompts, range(5), 3, 4.0, 1)
+    together, _ = generate(pipe, prompts, range(5), 3, 4.0, 4)
+    assert torch.equal(alone, together)
+    assert seconds > 0
+    assert alone.shape == (5, 3, 32, 32)
+    assert torch.equal((alone * 255).round() / 255, alone)
+    other, _ = generate(pipe, prompts[:1], [9], 3, 4.0, 1)
+    assert not torch.equal(other[0], alone[0])
+
+
+def save_tiny_lora(folder: Path, base: Path) -> None:
+    """An adapter that changes the output, in the form the package publishes."""
+    pipe = tiny_pipeline()
+    pipe.unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)
+    )
+    scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=20, timestep_scaling=7.0)
+    record = publish.lcm_record(str(base), "distilled", 3.0, 3.0, 1.5, scheduler)
+    publish.save_lora(pipe.unet, folder, record, "a card")
+
+
+def test_a_lora_folder_is_its_base_model_with_adapter_and_scheduler(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    save_tiny_lora(tmp_path / "lora", tmp_path / "base")
+    pipe = load_pipeline(str(tmp_path / "lora"))
+    assert isinstance(pipe.scheduler, LCMScheduler)
+    assert (pipe.scheduler.config.original_inference_steps, pipe.scheduler.config.timestep_scaling) == (20, 7.0)
+    assert pipe.scheduler.config.beta_end == 0.012
+    x, t, states = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 16, 32)
+    plain = tiny_pipeline().unet(x, t, states).sample
+    assert (pipe.unet(x, t, states).sample - plain).abs().max() > 1e-3
+    (tmp_path / "lora" / publish.RECORD).unlink()
+    with pytest.raises(ValueError, match="does not name its base model"):
+        load_pipeline(str(tmp_path / "lora"))
+
+
+def test_reference_takes_classes_in_turn(tmp_path: Path) -> None:
+    assert in_turns([1, 1, 0, 2, 0, 1]) == [2, 0, 3, 4, 1, 5]
+    assert in_turns([None, None, None]) == [0, 1, 2]
+    write_reference(tmp_path, [2, 2, 0, 6])
+    config = ReferenceConfig(train_data_dir=str(tmp_path), label_column="label", resolution=32)
+    reference = load_reference(config, 3)
+    assert reference.prompts == ["a t-shirt", "a pullover", "a shirt"]
+    assert reference.labels == [0, 2, 6]
+    torch.testing.assert_close(reference.images.mean((1, 2, 3)), torch.tensor([2.0, 0.0, 3.0]) * 20 / 255)
+    assert reference.class_names == list(FASHION_LABELS)
+    with pytest.raises(ValueError, match="num_images is 5 but the reference set holds 4"):
+        load_reference(config, 5)
+
+
+def write_reference(folder: Path, labels: list[int]) -> None:
+    """Grey images, 20 levels brighter from row to row."""
+    rows = {"image": [], "text": [[f"a {FASHION_LABELS[label]}", "other"] for label in labels], "label": labels}
+    for level in range(len(labels)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), (20 * level,) * 3).save(buffer, format="PNG")
+        rows["image"].append({"bytes": buffer.getvalue(), "path": f"{level}.png"})
+    columns = {
+        "image": datasets.Image(),
+        "text": datasets.List(datasets.Value("string")),
+        "label": datasets.ClassLabel(names=list(FASHION_LABELS)),
+    }
+    datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).to_parquet(folder / "rows.parquet")
+
+
+def test_grid_holds_its_images_and_labels() -> None:
+    grid = image_grid([torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)], ["black", "white"], ["a long label", "b"])
+    found = torch.tensor(list(grid.get_flattened_data())).reshape(grid.height, grid.width, 3)
+    assert (found[-104 - 96 : -104, -100:-4] == 0).all()  # second column of the first row
+    assert (found[-96:-4] == 255).all(-1).float().mean() > 0.9
+    assert (found[:20] < 128).any()  # a column label
+    assert (found[:, :30] < 128).any()  # a row label
+
+
+def test_table_drops_empty_columns_and_names_its_setting() -> None:
+    setting = Setting(8, 3, "net", "data", "a machine", "float32", 4, 0.9693)
+    rows = [{"pipeline": "x", "num_inference_steps": 2, "fid": 1.234, "clip_score": None, "agreement": 0.5}]
+    rows.append(rows[0] | {"agreement": None})
+    lines = markdown_table(rows, setting).splitlines()
+    assert lines[0] == "| pipeline | NFE | FID to data | agreement |"
+    assert lines[2:4] == ["| x | 2 | 1.23 | 0.500 |", "| x | 2 | 1.23 | – |"]
+    assert "8 images, seed 3, extractor net" in lines[5]
+    assert "0.969" in lines[5]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    tiny_pipeline().save_pretrained(folder / "teacher")
+    save_tiny_lora(folder / "lora", folder / "teacher")
+    ImageClassifier(labels=list(FASHION_LABELS), channels=(4, 8), num_features=6).save_pretrained(folder / "net")
+    (folder / "data").mkdir()
+    write_reference(folder / "data", list(range(10)))
+    return folder
+
+
+def evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch, **flags: str) -> None:
+    """Runs training/evaluate.py; flags replace the defaults below."""
+    defaults = {
+        "pipelines": f"{folder / 'lora'}",
+        "train_data_dir": f"{folder / 'data'}",
+        "feature_extractor": f"{folder / 'net'}",
+        "label_column": "label",
+        "num_images": "8",
+        "resolution": "32",
+        "eval_batch_size": "8",
+        "output_dir": f"{folder / 'out'}",
+    }
+    pairs = [[f"--{name}", *value.split()] for name, value in {**defaults, **flags}.items()]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(word for pair in pairs for word in pair)])
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "training" / "evaluate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main()
+
+
+def test_evaluate_end_to_end(parts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    flags = {"num_inference_steps": "1 2", "reference_steps": "3", "guidance_scales": "2.0 4.0"}
+    both = f"{parts / 'lora'} {parts / 'teacher'}"
+    evaluate(parts, monkeypatch, teacher=f"{parts / 'teacher'}", pipelines=both, names="student again", **flags)
+    table = (parts / "out" / "table.md").read_text("utf-8")
+    assert capsys.readouterr().out == table + "\n"
+    found = json.loads((parts / "out" / "table.json").read_text("utf-8"))
+    rows = {(r["pipeline"], r["num_inference_steps"], r["guidance_scale"]): r for r in found["rows"]}
+    teacher = [("teacher", n, g) for g in (2.0, 4.0) for n in (3, 1, 2)]
+    student = [("student", n, 1.5) for n in (1, 2)]  # its own guidance, not the flag
+    again = [("again", n, g) for g in (2.0, 4.0) for n in (1, 2)]
+    assert list(rows) == teacher + student + again
+    for steps in (1, 2):
+        for key in ("fid", "fid_teacher", "kid", "agreement", "coverage"):
+            assert rows["again", steps, 4.0][key] == rows["teacher", steps, 4.0][key]
+    assert rows["teacher", 3, 2.0]["fid_teacher"] is None
+    assert rows["teacher", 1, 2.0]["fid_teacher"] > 0
+    assert rows["student", 1, 1.5]["fid"] != rows["student", 2, 1.5]["fid"]
+    assert rows["student", 1, 1.5]["images_per_second"] * rows["student", 1, 1.5]["ms_per_image"] == pytest.approx(
+        1000
+    )
+    assert found["setting"]["num_images"] == 8
+    assert "8 images, seed 0" in table
+    with Image.open(parts / "out" / "grid.png") as grid, Image.open(parts / "out" / "fid.png") as plot:
+        assert grid.height > 13 * 96
+        assert plot.size == (900, 600)
+    assert sorted(p.name for p in (parts / "out").iterdir()) == ["fid.png", "grid.png", "table.json", "table.md"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"pipelines": "{parts}/data"}, "is no pipeline folder: it has neither model_index.json nor"),
+        ({"pipelines": "nobody/nothing"}, "neither a pipeline folder here nor a Hub id in reach"),
+        ({"num_images": "11"}, "--num_images is 11 but the reference set holds 10 rows"),
+        ({"num_images": "5"}, "the metrics need more than 5"),
+        ({"feature_extractor": "resnet"}, "Unknown feature extractor 'resnet'"),
+        ({"names": "a b"}, "2 names for 1 pipelines"),
+        ({"pipelines": ""}, "Nothing to evaluate"),
+        (
+            {"clip_model": "nobody/nothing", "num_inference_steps": "1"},
+            "CLIP model 'nobody/nothing' could not be loaded",
+        ),
+    ],
+)
+def test_wrong_input_gets_one_sentence(
+    parts: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(parts, monkeypatch, **{name: value.format(parts=parts) for name, value in flags.items()})
+    assert "\n" not in str(error.value)
+
+
+def test_labels_of_another_classifier_are_refused(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ImageClassifier(labels=["cat", "dog"], channels=(4, 8), num_features=6).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="are not those of --label_column"):
+        evaluate(parts, monkeypatch, feature_extractor=str(tmp_path))
+
+
+def test_inception_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+        load_extractor("inception")

@@ -1,0 +1,55 @@
+"""Distil a Stable Diffusion teacher into a 1-4 step student: LCM (full network) or LCM-LoRA (--lora)."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.data.cache import Vae, module_fingerprint
+from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.data.text_image import encode_with, text_image_batches
+from cm_diffusers.model_card import model_card
+from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
+from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.process import DiscreteVP
+from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
+from cm_diffusers.trainer import TrainConfig, Trainer
+
+
+CONFIGS = (TeacherConfig, StudentConfig, DataConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig)
+
+
+def main() -> None:
+    source, student, data, method, optim, train, validation = configs = parse_configs(CONFIGS, __doc__)
+    teacher = load_teacher(source)
+    embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
+    process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
+    objective = LCMObjective(method, process, prediction_type, embedding_dim)
+    scheduler = lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
+
+    def make_pipeline(unet):
+        return lcm_pipeline(teacher, unet, scheduler)
+
+    guidance_scale = 1.0 if student.lora else validation.validation_guidance_scale
+    grid = sample_grid(validation, make_pipeline, teacher, guidance_scale)
+    nets = make_networks(teacher.unet, student)
+    trainer = Trainer(train, nets, objective, optim, settings=[source, student, data], callbacks=[grid])
+    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
+    text = module_fingerprint(teacher.text_encoder)
+    trainer.fit(text_image_batches(data, Vae.from_model(teacher.vae), encode_with(teacher), text, train.seed, rank, ranks, device))
+    if trainer.accelerator.is_main_process:
+        bounds = method.w_min, method.w_max
+        record = lcm_record(source.pretrained_teacher_model, "distilled" if student.lora else "embedded", *bounds, guidance_scale, scheduler)
+        settings = {name: value for config in configs for name, value in asdict(config).items()}
+        card = model_card(record, data.dataset_name or data.train_data_dir, settings)
+        with trainer.export_weights() as unet:
+            if student.lora:
+                save_lora(unet, Path(train.output_dir) / "lora", record, card)
+            else:
+                save_pipeline(make_pipeline(unet), Path(train.output_dir) / "pipeline", record, card)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

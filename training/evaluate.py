@@ -1,0 +1,22 @@
+"""Compare text-to-image pipelines: quality against real images and a teacher, prompt agreement, and speed."""
+
+from pathlib import Path
+
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
+from cm_diffusers.evaluation.reference import ReferenceConfig
+from cm_diffusers.evaluation.report import write_report
+
+
+CONFIGS = (EvaluationConfig, ReferenceConfig)
+
+
+def main() -> None:
+    config, data = parse_configs(CONFIGS, __doc__)
+    comparison = Comparison(config, data)
+    rows = comparison.run()
+    print(write_report(Path(config.output_dir), rows, comparison.setting, comparison.grid()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,58 @@
+"""Train a small Stable Diffusion pipeline (UNet and text tower) from scratch on captioned images."""
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.data.cache import Vae
+from cm_diffusers.data.sources import DataConfig, load_image_text
+from cm_diffusers.data.text_image import token_batches
+from cm_diffusers.models.small_stable_diffusion import SmallStableDiffusionConfig, new_pipeline
+from cm_diffusers.networks import TextConditionedUNet
+from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.process import DiscreteVP
+from cm_diffusers.publish import save_pipeline
+from cm_diffusers.rng import seed_everything
+from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.types import Networks
+
+
+@dataclass
+class ModelConfig:
+    """What the pipeline is built around."""
+
+    pretrained_vae: str = HfArg(help="Folder of a trained AutoencoderKL.")
+    save_fp16: bool = HfArg(default=False, help="Store the weights in half precision.")
+
+
+CONFIGS = (ModelConfig, SmallStableDiffusionConfig, DataConfig, DiffusionConfig, OptimConfig, TrainConfig, ValidationConfig)
+
+
+def main() -> None:
+    model, shape, data, method, optim, train, validation = parse_configs(CONFIGS, __doc__)
+    seed_everything(train.seed)
+    vae = AutoencoderKL.from_pretrained(model.pretrained_vae).eval()
+    captions = load_image_text(data)[data.caption_column][:]
+    texts = chain.from_iterable(c if isinstance(c, list) else [c] for c in captions)
+    pipe = new_pipeline(shape, vae, texts, method.prediction_type)
+    student = TextConditionedUNet(pipe.unet, pipe.text_encoder).train()
+    objective = DiffusionObjective(method, DiscreteVP.from_scheduler(pipe.scheduler))
+    grid = sample_grid(validation, lambda _: pipe)
+    trainer = Trainer(train, Networks(student), objective, optim, settings=[data, shape], callbacks=[grid])
+    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    trainer.fit(token_batches(data, Vae.from_model(vae), pipe.tokenizer, train.seed, rank, ranks, trainer.device))
+    with trainer.export_weights():
+        if trainer.accelerator.is_main_process:
+            save_pipeline(pipe.to("cpu", torch.float16 if model.save_fp16 else torch.float32), Path(train.output_dir) / "pipeline")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)
