@@ -21,8 +21,10 @@ $(STAMP):
 	@rm -f $(VENV)/.ready-*
 	@touch $@
 
-demo: $(STAMP)  ## distil the bundled teacher and write samples to demo/
-	$(VENV)/bin/python training/demo.py
+demo: $(STAMP)  ## distil the bundled teacher, print the table, write demo/evaluation/grid.png
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python training/distill_lcm.py --recipe training/recipes/lcm_demo.args
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python training/evaluate.py --recipe training/recipes/evaluate_demo.args
+	@echo "Samples: demo/evaluation/grid.png   Student: demo/student/pipeline   Table: demo/evaluation/table.md"
 
 test: $(STAMP)  ## the default suite, two processes
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -q

@@ -62,7 +62,7 @@ class Mixture:
         noise = self._noise(x_t / alpha, sigma / alpha)
         return Prediction((x_t - sigma * noise) / alpha, noise)
 
-    def flow(self, process, x_t, t, s, steps: int = 400):
+    def flow(self, process, x_t, t, s, steps: int = 100):
         """Runge-Kutta 4 in asinh(lam)."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = rates(process, x_t, t), rates(process, x_t, s)
         y, start, end = x_t.double() / alpha_t, torch.asinh(sigma_t / alpha_t), torch.asinh(sigma_s / alpha_s)

@@ -12,6 +12,7 @@ import torch
 from diffusers import LCMScheduler
 from peft import LoraConfig
 from PIL import Image
+from tiny import FASHION_LABELS, tiny_pipeline
 
 from cm_diffusers import publish
 from cm_diffusers.evaluation import metrics
@@ -23,7 +24,6 @@ from cm_diffusers.evaluation.sampling import generate, load_pipeline
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
 from cm_diffusers.types import Batch, Networks, Progress
-from tests.tiny import FASHION_LABELS, tiny_pipeline
 
 
 ROOT = Path(__file__).parents[1]

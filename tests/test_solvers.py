@@ -28,6 +28,10 @@ def at(t, x):
     return torch.full((len(x),), t, dtype=torch.float64 if isinstance(t, float) else torch.long)
 
 
+def ratio(process, t):
+    return process.sigma(t) / process.alpha(t)
+
+
 def integrate(step, data, process, x, times):
     for t, s in zip(times[:-1], times[1:], strict=True):
         x = step(lambda x, t: data.predict(process, x, t), process, x, at(t, x), at(s, x))
@@ -67,7 +71,6 @@ def test_one_ddim_step_on_a_gaussian_has_a_closed_gain(t):
     cross, own = (a_s * a_t) ** 0.5 * 0.25 + ((1 - a_s) * (1 - a_t)) ** 0.5, a_t * 0.25 + 1 - a_t
     x_s = integrate(ddim_step, Gaussian(0.0, 0.5), VP, x, [t, s])
     torch.testing.assert_close(x_s, x * cross / own, rtol=1e-12, atol=0)
-    angle = torch.atan2(*[VP.sigma(torch.tensor(i)) for i in (t, t)]) * 0
     angle = sum(sign * torch.acos(VP.alpha(torch.tensor(i))) for sign, i in ((1, t), (-1, s)))
     torch.testing.assert_close(integrate(ddim_step, Gaussian(0.0, 1.0), VP, x, [t, s]), x * torch.cos(angle))
 
@@ -91,10 +94,10 @@ def test_order_under_every_process(name, solver, ratio):
     process, start, end = SPANS[name]
     errors = [
         gain_error(solver, 0.5, torch.linspace(start, end, n + 1, dtype=torch.float64).tolist(), process)
-        for n in (100, 200, 400)
+        for n in (30, 60, 120)
     ]
-    assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.1)
-    assert errors[1] / errors[2] == pytest.approx(ratio, rel=0.05)
+    assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.15)
+    assert errors[1] / errors[2] == pytest.approx(ratio, rel=0.08)
 
 
 @each_process
@@ -102,9 +105,9 @@ def test_order_under_every_process(name, solver, ratio):
 def test_mixture_flow_is_the_limit(name, solver):
     process, start, end = SPANS[name]
     data, x = Mixture((0.4, 0.6), (-1.0, 1.0), (0.3, 0.5)), torch.linspace(-2, 2, 7, dtype=torch.float64)[None]
-    x_s = integrate(SOLVERS[solver], data, process, x, torch.linspace(start, end, 401, dtype=torch.float64).tolist())
+    x_s = integrate(SOLVERS[solver], data, process, x, torch.linspace(start, end, 101, dtype=torch.float64).tolist())
     exact = data.flow(process, x, at(start, x), at(end, x))
-    assert (x_s - exact).abs().max() < (0.02 if solver == "ddim" else 0.001)
+    assert (x_s - exact).abs().max() < (0.05 if solver == "ddim" else 0.005)
 
 
 @each_process
@@ -117,24 +120,18 @@ def test_a_point_mass_is_exact_in_one_step(name, solver):
     torch.testing.assert_close(integrate(SOLVERS[solver], Gaussian(0.7, 0.0), process, x, [start, end]), exact)
 
 
-def forced(process, x, start, end, noise):
-    """One large step of each solver and the exact x_end, for dy/dlam = noise(lam) = 0.3 + 0.5 lam with y = x / alpha."""
-    def lam(t):
-        return process.sigma(t) / process.alpha(t)
-
-    def denoise(x, t):
-        eps = noise(lam(t))[:, None].expand_as(x)
-        return Prediction((x - process.sigma(t)[:, None] * eps) / process.alpha(t)[:, None], eps)
-
-    t, s = at(start, x), at(end, x)
-    return denoise, t, s, lam(t), lam(s)
-
-
 @each_process
 def test_heun_is_exact_where_noise_is_linear_in_lambda(name):
+    """With noise = a + b lam: x / alpha gains its integral a d(lam) + b d(lam^2) / 2."""
     process, start, end = SPANS[name]
     x = torch.randn(2, 3, dtype=torch.float64)
-    denoise, t, s, lam_t, lam_s = forced(process, x, start, end, lambda lam: 0.3 + 0.5 * lam)
+
+    def denoise(x, t):
+        noise = (0.3 + 0.5 * ratio(process, t))[:, None].expand_as(x)
+        return Prediction((x - process.sigma(t)[:, None] * noise) / process.alpha(t)[:, None], noise)
+
+    t, s = at(start, x), at(end, x)
+    lam_t, lam_s = ratio(process, t), ratio(process, s)
     integral = 0.3 * (lam_s - lam_t) + 0.25 * (lam_s**2 - lam_t**2)
     exact = process.alpha(s)[:, None] * (x / process.alpha(t)[:, None] + integral[:, None])
     torch.testing.assert_close(heun_step(denoise, process, x, t, s), exact)
@@ -143,17 +140,16 @@ def test_heun_is_exact_where_noise_is_linear_in_lambda(name):
 
 @each_process
 def test_dpm_2s_is_exact_where_data_is_quadratic_in_lambda(name):
-    """With x0 = a + b lam^2: x / sigma gains the integral of x0 d(1 / lam) = a d(1 / lam) - b d(lam)."""
+    """With x0 = a + b lam^2: x / sigma gains the integral of x0 d(1 / lam), a d(1 / lam) - b d(lam)."""
     process, start, end = SPANS[name]
     x = torch.randn(2, 3, dtype=torch.float64)
 
     def denoise(x, t):
-        lam = process.sigma(t) / process.alpha(t)
-        x0 = (0.3 + 0.5 * lam**2)[:, None].expand_as(x)
+        x0 = (0.3 + 0.5 * ratio(process, t) ** 2)[:, None].expand_as(x)
         return Prediction(x0, (x - process.alpha(t)[:, None] * x0) / process.sigma(t)[:, None])
 
     t, s = at(start, x), at(end, x)
-    lam_t, lam_s = (process.sigma(v) / process.alpha(v) for v in (t, s))
+    lam_t, lam_s = ratio(process, t), ratio(process, s)
     integral = 0.3 * (1 / lam_s - 1 / lam_t) - 0.5 * (lam_s - lam_t)
     exact = process.sigma(s)[:, None] * (x / process.sigma(t)[:, None] + integral[:, None])
     torch.testing.assert_close(dpm_2s_step(denoise, process, x, t, s), exact)
@@ -168,14 +164,14 @@ def test_guided_steps_follow_the_guided_gaussian(solver, evaluations, prediction
     net = OracleNet(VP, prediction_type, cond, uncond)
     w = torch.full((3,), 2.5, dtype=torch.float64)
     denoise = guide(as_denoiser(net, VP, prediction_type), {"label": torch.ones(3)}, {"label": torch.zeros(3)}, w)
-    y, times = x, list(range(900, 99, -8))
+    y, times = x, list(range(900, 99, -16))
     for t, s in zip(times[:-1], times[1:], strict=True):
         y = SOLVERS[solver](denoise, VP, y, at(t, x), at(s, x))
-    assert net.calls == [6] * evaluations * 100
+    assert net.calls == [6] * evaluations * 50
     data = guided(cond, uncond, 2.5)
     assert data.mean == 4.75
     error = (y - data.flow(VP, x, at(900, x), at(100, x))).abs().max()
-    assert error < (0.05 if solver == "ddim" else 0.001)
+    assert error < (0.1 if solver == "ddim" else 0.005)
 
 
 def test_integer_and_float_times_agree():

@@ -14,6 +14,7 @@ from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.process import DiscreteVP
 from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
+from cm_diffusers.rng import seed_everything
 from cm_diffusers.trainer import TrainConfig, Trainer
 
 
@@ -22,6 +23,7 @@ CONFIGS = (TeacherConfig, StudentConfig, DataConfig, LCMConfig, OptimConfig, Tra
 
 def main() -> None:
     source, student, data, method, optim, train, validation = configs = parse_configs(CONFIGS, __doc__)
+    seed_everything(train.seed)
     teacher = load_teacher(source)
     embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
     process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
@@ -47,7 +49,7 @@ def main() -> None:
             if student.lora:
                 save_lora(unet, Path(train.output_dir) / "lora", record, card)
             else:
-                save_pipeline(make_pipeline(unet), Path(train.output_dir) / "pipeline", record, card)
+                save_pipeline(make_pipeline(unet), Path(train.output_dir) / "pipeline", student.save_fp16, record, card)
     trainer.accelerator.end_training()
 
 

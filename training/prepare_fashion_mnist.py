@@ -36,7 +36,6 @@ class PrepareConfig:
 
 
 def read_idx(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) and labels (N,) of one split, both uint8."""
     paths = [folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise ValueError(f"Missing {', '.join(missing)}: install dataset-fashion-mnist, or pass --dataset_name.")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.cli import parse_configs, run
@@ -16,6 +15,7 @@ from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.publish import written_aside
+from cm_diffusers.rng import seed_everything
 from cm_diffusers.trainer import TrainConfig, Trainer
 from cm_diffusers.types import Networks
 
@@ -43,7 +43,7 @@ def measure(model: ImageClassifier, test: ReferenceConfig) -> dict[str, float]:
 def main() -> None:
     config, data, method, optim, train = parse_configs(CONFIGS, __doc__)
     names = load_image_text(data, [config.label_column]).features[config.label_column].names
-    set_seed(train.seed)
+    seed_everything(train.seed)
     model = ImageClassifier(labels=names, channels=config.channels, image_size=data.resolution)
     trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])
     accelerator = trainer.accelerator

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL
 from transformers.hf_argparser import HfArg
 
@@ -29,7 +28,7 @@ class ModelConfig:
     """What the pipeline is built around."""
 
     pretrained_vae: str = HfArg(help="Folder of a trained AutoencoderKL.")
-    save_fp16: bool = HfArg(default=False, help="Store the weights in half precision.")
+    save_fp16: bool = HfArg(default=False, help="Store UNet and VAE in half precision.")
 
 
 CONFIGS = (ModelConfig, SmallStableDiffusionConfig, DataConfig, DiffusionConfig, OptimConfig, TrainConfig, ValidationConfig)
@@ -50,7 +49,7 @@ def main() -> None:
     trainer.fit(token_batches(data, Vae.from_model(vae), pipe.tokenizer, train.seed, rank, ranks, trainer.device))
     with trainer.export_weights():
         if trainer.accelerator.is_main_process:
-            save_pipeline(pipe.to("cpu", torch.float16 if model.save_fp16 else torch.float32), Path(train.output_dir) / "pipeline")
+            save_pipeline(pipe, Path(train.output_dir) / "pipeline", model.save_fp16)
     trainer.accelerator.end_training()
 
 

@@ -14,6 +14,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.publish import save_model
+from cm_diffusers.rng import seed_everything
 from cm_diffusers.trainer import TrainConfig, Trainer
 from cm_diffusers.types import Networks
 
@@ -46,6 +47,7 @@ def measure(vae: AutoencoderKL, data: DataConfig, samples: int, seed: int) -> di
 
 def main() -> None:
     model, data, method, optim, train = parse_configs(CONFIGS, __doc__)
+    seed_everything(train.seed)
     blocks = len(model.block_out_channels)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,

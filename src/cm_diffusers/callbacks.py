@@ -7,11 +7,12 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.sampling import generate
+from cm_diffusers.networks import adapter_layers, adapters_off
 from cm_diffusers.trainer import Trainer
 from cm_diffusers.types import Loss
 
@@ -24,7 +25,7 @@ class ValidationConfig:
     validation_steps: int = HfArg(default=500, help="Optimizer steps between grids.")
     validation_seeds: list[int] = HfArg(default_factory=lambda: [0, 1], help="Seeds sampled for each prompt.")
     validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Sampling steps, a row of the grid each.")
-    validation_guidance_scale: float = HfArg(default=8.0, help="Guidance scale of the samples.")
+    validation_guidance_scale: float = HfArg(default=8.0, help="Guidance scale of the samples; the record beside the weights recommends it.")
     validation_teacher_steps: int = HfArg(default=50, help="Sampling steps of the teacher's row.")
 
 
@@ -43,10 +44,10 @@ def sample_grid(
     """
     prompts = [prompt for prompt in config.validation_prompts or [] for _ in config.validation_seeds]
     seeds = config.validation_seeds * len(config.validation_prompts or [])
-    rows: list = []
+    rows: list[Tensor] = []
 
-    def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> object:
-        return generate(pipe, prompts, seeds, steps, scale, batch_size=len(prompts))[0]
+    def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> Tensor:
+        return generate(pipe.to(pipe.unet.device), prompts, seeds, steps, scale, batch_size=len(prompts))[0]
 
     def callback(trainer: Trainer, loss: Loss) -> None:
         if not prompts or trainer.step % config.validation_steps or not trainer.accelerator.is_main_process:
@@ -55,7 +56,8 @@ def sample_grid(
         if teacher is not None:
             names.insert(0, f"teacher, {config.validation_teacher_steps}")
             if not rows:
-                rows.append(sample(teacher, config.validation_teacher_steps, config.validation_guidance_scale))
+                with adapters_off(adapter_layers(teacher.unet)):
+                    rows.append(sample(teacher, config.validation_teacher_steps, config.validation_guidance_scale))
         scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
         with trainer.export_weights() as student:
             pipe = make_pipeline(student)

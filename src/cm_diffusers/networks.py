@@ -49,6 +49,7 @@ class StudentConfig:
         default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
     )
     unet_time_cond_proj_dim: int = HfArg(default=256, help="Size of the full student's guidance embedding.")
+    save_fp16: bool = HfArg(default=False, help="Store the full student's UNet and VAE in half precision.")
     cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
         default="no", help="Keep the full student's teacher in half precision (with --mixed_precision of the same kind)."
     )
@@ -81,6 +82,8 @@ def load_teacher(config: TeacherConfig) -> DiffusionPipeline:
 def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise ValueError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
+    if pipe.unet.config.time_cond_proj_dim:
+        raise ValueError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
     broken = [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]
     if broken:
         raise ValueError(f"The teacher {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew.")
@@ -110,11 +113,8 @@ def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int) -> 
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     config["time_cond_proj_dim"] = guidance_embedding_dim
     student = UNet2DConditionModel.from_config(config).to(teacher.device)
-    state = teacher.state_dict()
-    if teacher.config.time_cond_proj_dim is None:
-        projection = student.time_embedding.cond_proj
-        state["time_embedding.cond_proj.weight"] = torch.zeros_like(projection.weight)
-    student.load_state_dict({name: value.float() for name, value in state.items()})
+    projection = student.time_embedding.cond_proj.weight
+    student.load_state_dict({**teacher.state_dict(), "time_embedding.cond_proj.weight": torch.zeros_like(projection)})
     return student.train()
 
 
@@ -128,24 +128,37 @@ def add_lora(
     return unet.train()
 
 
+@contextmanager
+def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
+    """The adapted layers compute without their adapters inside the block."""
+    for layer in layers:
+        layer._disable_adapters = True  # enable_adapters(False) would also flip requires_grad
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
 class WithoutAdapters(nn.Module):
     """The teacher inside a LoRA student: the same weights, adapters and dropout off. Holds no memory of its own."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self._student = [student]  # a list, so that this is not a second registration of the same parameters
-        self._layers = [m for m in student.modules() if isinstance(m, BaseTunerLayer)]
+        self._layers = adapter_layers(student)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         student, was_training = self._student[0], self._student[0].training
-        for layer in self._layers:
-            layer._disable_adapters = True  # enable_adapters(False) would also flip requires_grad
-        try:
-            return student.eval()(*args, **kwargs)
-        finally:
-            student.train(was_training)
-            for layer in self._layers:
-                layer._disable_adapters = False
+        with adapters_off(self._layers):
+            try:
+                return student.eval()(*args, **kwargs)
+            finally:
+                student.train(was_training)
 
 
 class TextConditionedUNet(nn.Module):

@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 
 RECORD = "cm_diffusers.json"
@@ -85,10 +86,19 @@ def save_model(model: ModelMixin, folder: Path) -> None:
         model.save_pretrained(aside)
 
 
-def save_pipeline(pipe: DiffusionPipeline, folder: Path, record: Record | None = None, card: str | None = None) -> None:
-    """A complete pipeline folder that plain `DiffusionPipeline.from_pretrained` loads without this package."""
+def save_pipeline(
+    pipe: DiffusionPipeline, folder: Path, fp16: bool, record: Record | None = None, card: str | None = None
+) -> None:
+    """A complete pipeline folder that plain `DiffusionPipeline.from_pretrained` loads without this package.
+
+    Args:
+        fp16: Store UNet and VAE in half precision; diffusers loads them in float32 unless told otherwise.
+            The text tower keeps its precision, for transformers computes in whatever it finds.
+    """
     with written_aside(folder) as aside:
         pipe.save_pretrained(aside)
+        for weights in [*aside.glob("unet/*.safetensors"), *aside.glob("vae/*.safetensors")] if fp16 else ():
+            save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
         _write_texts(aside, record, card)
 
 
