@@ -15,7 +15,7 @@ from cm_diffusers.times import solver_grid
 VP = DiscreteVP.from_scheduler(tiny_scheduler())
 SPANS = {  # a process and a range of times from noisy to clean
     "vp": (VP, 900.0, 100.0),
-    "edm": (EDM(), 10.0, 0.2),
+    "edm": (EDM(), 3.0, 0.2),
     "trig": (TrigFlow(), 1.4, 0.1),
     "flow": (RectifiedFlow(), 0.9, 0.1),
 }

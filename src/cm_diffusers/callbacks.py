@@ -28,6 +28,10 @@ class ValidationConfig:
     validation_guidance_scale: float = HfArg(default=8.0, help="Guidance scale of the samples; the record beside the weights recommends it.")
     validation_teacher_steps: int = HfArg(default=50, help="Sampling steps of the teacher's row.")
 
+    def __post_init__(self) -> None:
+        if self.validation_steps < 1:
+            raise ValueError(f"--validation_steps must be at least 1, but it is {self.validation_steps}.")
+
 
 def sample_grid(
     config: ValidationConfig,
@@ -56,7 +60,7 @@ def sample_grid(
         if teacher is not None:
             names.insert(0, f"teacher, {config.validation_teacher_steps}")
             if not rows:
-                with adapters_off(adapter_layers(teacher.unet)):
+                with adapters_off(adapter_layers(teacher.unet)), trainer.accelerator.autocast():  # it may be cast
                     rows.append(sample(teacher, config.validation_teacher_steps, config.validation_guidance_scale))
         scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
         with trainer.export_weights() as student:

@@ -67,11 +67,16 @@ def write_checkpoint(output_dir: Path, step: int, tensors: dict[str, dict[str, T
     return final
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+def read_state(path: Path) -> dict:
+    """The JSON of a checkpoint."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        return json.loads((path / "state.json").read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not a checkpoint: there is no state.json in it.") from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    state = read_state(path)
     return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
 
 
@@ -96,7 +101,10 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
 
 
 def prune_checkpoints(output_dir: Path, limit: int) -> None:
-    """Keep the newest `limit` checkpoints."""
+    """Keep the newest `limit` checkpoints; renamed first, so that a half-deleted one is never taken for a whole one."""
     for old in list_checkpoints(output_dir)[:-limit]:
-        shutil.rmtree(old)
+        aside = old.with_name(f".{old.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(old, aside)
+        shutil.rmtree(aside)
 

@@ -31,6 +31,12 @@ class OptimConfig:
     lr_warmup_steps: int = HfArg(default=0, help="Steps of linear warm-up (all but 'constant').")
     lr_cooldown_steps: int = HfArg(default=0, help="Steps of the cooldown at the end, for wsd.")
 
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0:
+            raise ValueError(f"--learning_rate is {self.learning_rate} but must not be negative.")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"--max_grad_norm is {self.max_grad_norm} but must be positive; inf does not clip.")
+
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     settings = {
@@ -86,4 +92,5 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max
     if config.lr_scheduler == "wsd":
         warmup, cooldown = config.lr_warmup_steps, config.lr_cooldown_steps
         return LambdaLR(optimizer, lambda step: wsd_factor(step, warmup, cooldown, max_steps))
-    return get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, max_steps)
+    counts = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": max_steps}
+    return get_scheduler(config.lr_scheduler, optimizer, **counts)

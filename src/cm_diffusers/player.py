@@ -1,7 +1,7 @@
 """A network that learns: its parameters, optimizer and learning-rate schedule."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -57,12 +57,19 @@ class Player:
 
 @contextmanager
 def only_trains(player: Player, players: list[Player]) -> Iterator[None]:
-    """Freeze the other players for this one's turn, then restore exactly what was trainable before."""
-    others = [p for other in players if other is not player for p in other.trainable]
-    for p in others:
+    """Freeze the other players for this one's turn, then restore exactly what was trainable before.
+
+    Nor do they exchange gradients between ranks: frozen, they would wait forever for some to arrive.
+    """
+    others = [other for other in players if other is not player]
+    frozen = [p for other in others for p in other.trainable]
+    for p in frozen:
         p.requires_grad_(False)
     try:
-        yield
+        with ExitStack() as stack:
+            for other in others:
+                stack.enter_context(other.accelerator.no_sync(other.network))
+            yield
     finally:
-        for p in others:
+        for p in frozen:
             p.requires_grad_(True)

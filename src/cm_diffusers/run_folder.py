@@ -21,7 +21,7 @@ def open_run_folder(output_dir: Path, identity: dict, overwrite: bool, resume: s
     """
     if resume:
         path = checkpoints.find_checkpoint(output_dir, resume)
-        _refuse_other_run(path, json.loads((path / "state.json").read_text())["identity"], identity)
+        _refuse_other_run(path, checkpoints.read_state(path)["identity"], identity)
     elif overwrite:
         shutil.rmtree(output_dir, ignore_errors=True)
     elif output_dir.is_file() or (output_dir.exists() and any(output_dir.iterdir())):

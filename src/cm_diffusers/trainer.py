@@ -54,6 +54,13 @@ class TrainConfig:
     tracker_project_name: str = HfArg(default="cm_diffusers", help="Project name for the tracker.")
     logging_steps: int = HfArg(default=10, help="Optimizer steps between entries in the tracker.")
 
+    def __post_init__(self) -> None:
+        counts = "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit logging_steps"
+        for name in counts.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, but it is {value}.")
+
 
 class Objective(Protocol):
     """A method. `players` maps the name of a field of `Networks` to the loss function of that player."""

@@ -29,12 +29,14 @@ class Vae:
         fingerprint: names its configuration and weights.
         scaling_factor: the network's latents are `(latents - shift_factor) * scaling_factor`.
         shift_factor: see `scaling_factor`.
+        downscale: pixels per latent, along each side.
     """
 
     load: Callable[[], AutoencoderKL]
     fingerprint: str
     scaling_factor: float
     shift_factor: float = 0.0
+    downscale: int = 1
 
     @classmethod
     def from_model(cls, vae: AutoencoderKL) -> "Vae":
@@ -55,8 +57,9 @@ class Vae:
         return cls(lambda: AutoencoderKL.from_pretrained(folder), fingerprint, *factors)
 
 
-def _factors(config: dict[str, Any]) -> tuple[float, float]:
-    return config.get("scaling_factor") or 0.18215, config.get("shift_factor") or 0.0
+def _factors(config: dict[str, Any]) -> tuple[float, float, int]:
+    downscale = 2 ** (len(config["block_out_channels"]) - 1)
+    return config.get("scaling_factor") or 0.18215, config.get("shift_factor") or 0.0, downscale
 
 
 def module_fingerprint(module: nn.Module) -> str:
@@ -127,8 +130,9 @@ def cached_posteriors(
         device: where the VAE runs.
 
     Raises:
-        ValueError: the VAE overflows.
+        ValueError: the VAE overflows, or cannot encode images of this size.
     """
+    _check_resolution(config.resolution, vae.downscale)
     records = dataset.select_columns(config.image_column)
     digests = [content_hash(row[config.image_column]) for row in records]
     model = cache(lambda: _ready(vae.load(), config, device))
@@ -150,6 +154,13 @@ def cached_posteriors(
     ]
     shards = build(jobs, encode, config, "Encoding images")
     return Posteriors([shards[i : i + len(ranges)] for i in range(0, len(shards), len(ranges))])
+
+
+def _check_resolution(resolution: int, factor: int) -> None:
+    if resolution % factor:
+        below = resolution // factor * factor
+        sizes = " or ".join(str(size) for size in (below, below + factor) if size)
+        raise ValueError(f"--resolution {resolution} is not a multiple of {factor}, as the VAE needs: take {sizes}.")
 
 
 def _ready(model: AutoencoderKL, config: DataConfig, device: torch.device | str) -> AutoencoderKL:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
+from transformers import CLIPModel, CLIPProcessor
 
 
 NEIGHBOURS = 5  # k of the neighbour metrics
@@ -125,20 +126,25 @@ def prompt_agreement(logits: Tensor, labels: Sequence[int | None]) -> float | No
     return (logits[known].argmax(1) == wanted).float().mean().item()
 
 
+@torch.no_grad()
 def clip_score(images: Tensor, prompts: Sequence[str], model_id: str, batch_size: int = 32) -> float:
-    """Mean CLIP score, 100 * cosine, of images (N, 3, H, W) in [0, 1] and their prompts.
+    """Mean of 100 * cosine between the CLIP embeddings of images (N, 3, H, W) in [0, 1] and of their prompts.
+
+    Own code: torchmetrics 1.9's CLIPScore fails with transformers 5, and runs remote code for some model names.
 
     Raises:
         ValueError: if the CLIP model cannot be loaded.
     """
-    from torchmetrics.multimodal.clip_score import CLIPScore
-
     try:
-        metric = CLIPScore(model_name_or_path=model_id)
+        model, processor = CLIPModel.from_pretrained(model_id), CLIPProcessor.from_pretrained(model_id)
     except (OSError, ImportError) as error:
         raise ValueError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
-    metric.to(images.device)
+    model.to(images.device).eval()
+    total = 0.0
     for start in range(0, len(images), batch_size):
-        part = images[start : start + batch_size]
-        metric.update(list((part * 255).round().byte()), list(prompts[start : start + batch_size]))
-    return metric.compute().item()
+        pixels = list((images[start : start + batch_size] * 255).round().byte().cpu())
+        text = list(prompts[start : start + batch_size])
+        inputs = processor(images=pixels, text=text, return_tensors="pt", padding=True, truncation=True)
+        output = model(**inputs.to(images.device))
+        total += (output.image_embeds * output.text_embeds).sum().item()
+    return 100 * total / len(images)

@@ -1,0 +1,91 @@
+"""LCM distillation as `training/distill_lcm.py` sets it up, to be run one step at a time."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.cache import Vae, module_fingerprint
+from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.data.text_image import encode_with, text_image_batches
+from cm_diffusers.guidance import guidance_embedding
+from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
+from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.process import DiscreteVP
+from cm_diffusers.trainer import TrainConfig, Trainer
+
+
+Action = Callable[[], object]
+
+
+@dataclass
+class BenchmarkConfig:
+    """What is measured, and how often."""
+
+    pretrained_teacher_model: str = HfArg(
+        default="assets/fashion_teacher", help="Folder of a Stable Diffusion pipeline."
+    )
+    train_data_dir: str = HfArg(default="assets/fashion_captioned/train", help="Images and captions.")
+    resolution: int = HfArg(default=32, help="Side of the images, in pixels.")
+    max_train_samples: int = HfArg(default=256, help="Images that are encoded.")
+    train_batch_size: int = HfArg(default=64, help="Images per step.")
+    lora_rank: int = HfArg(default=64, help="Rank of the adapters.")
+    repeats: int = HfArg(default=30, help="Measurements of each thing, after three that do not count.")
+    memory_steps: int = HfArg(default=3, help="Steps whose peak memory is taken.")
+    num_threads: int = HfArg(default=1, help="Threads of torch on a CPU.")
+    seed: int = HfArg(default=0, help="Seeds the data order, noise and times.")
+    output_dir: str = HfArg(default="runs/benchmark_train_step", help="Where train_step.md and train_step.json go.")
+
+
+class Distillation:
+    """One run of it.
+
+    Args:
+        kind: "full" or "lora".
+        workdir: Temporary folder, for the latents too.
+    """
+
+    def __init__(self, config: BenchmarkConfig, kind: str, workdir: Path) -> None:
+        student = StudentConfig(lora=kind == "lora", lora_rank=config.lora_rank, lora_alpha=config.lora_rank)
+        self.dim = None if student.lora else student.unet_time_cond_proj_dim
+        self.data, teacher = data_config(config, workdir), the_teacher(config)
+        process = DiscreteVP.from_scheduler(teacher.scheduler)
+        objective = LCMObjective(LCMConfig(), process, teacher.scheduler.config.prediction_type, self.dim)
+        train = TrainConfig(output_dir=tempfile.mkdtemp(dir=workdir), report_to="none", seed=config.seed)
+        self.trainer = Trainer(train, make_networks(teacher.unet, student), objective, OptimConfig())
+        device, text = self.trainer.device, module_fingerprint(teacher.text_encoder)
+        vae, encode = Vae.from_model(teacher.vae), encode_with(teacher)
+        self.stream = text_image_batches(self.data, vae, encode, text, config.seed, device=device)(0)
+
+    def step(self) -> None:
+        self.trainer.training_step(self.stream)
+
+    def passes(self) -> dict[str, Action]:
+        """The calls of the networks in one step, as the objective makes them, on one fixed batch."""
+        nets, batch = self.trainer.nets, next(self.stream).to(self.trainer.device)
+        x_t, cond = torch.randn_like(batch.x0), batch.cond
+        t = torch.randint(1000, (batch.size,), device=x_t.device)
+        if self.dim is not None:
+            cond = cond | {"timestep_cond": guidance_embedding(torch.full_like(x_t[:, 0, 0, 0], 8.0), self.dim)}
+        twice = torch.cat([x_t, x_t]), torch.cat([t, t])
+        both = {name: torch.cat([batch.cond[name], batch.uncond[name]]) for name in batch.cond}
+        return {
+            "student": lambda: nets.student(x_t, t, **cond, return_dict=False)[0].backward(x_t),
+            "target": torch.no_grad()(lambda: (nets.target or nets.student)(x_t, t, **cond, return_dict=False)),
+            "teacher": torch.no_grad()(lambda: nets.teacher(*twice, **both, return_dict=False)),
+        }
+
+
+def the_teacher(config: BenchmarkConfig) -> DiffusionPipeline:
+    return load_teacher(TeacherConfig(config.pretrained_teacher_model))
+
+
+def data_config(config: BenchmarkConfig, workdir: Path) -> DataConfig:
+    names = ("train_data_dir", "resolution", "max_train_samples", "train_batch_size")
+    shared = {name: getattr(config, name) for name in names}
+    return DataConfig(**shared, center_crop=True, latent_cache_dir=str(workdir / "latents"))

@@ -1,0 +1,103 @@
+"""What each process of a two-process run does: `torchrun distributed_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch import Tensor
+from toys import ToyConfig, ToyObjective, source, toy_network, toy_networks, toy_trainer
+
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.types import Loss, Networks
+
+
+SETTINGS = {"checkpointing_steps": 2, "export_ema_decay": 0.9, "gradient_accumulation_steps": 2}
+OPTIM = OptimConfig(learning_rate=1e-2, adam_epsilon=1e-3)
+
+
+class Watching(ToyObjective):
+    """Keeps the data and the loss of every micro-batch of this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.losses = [], []
+
+    def __call__(self, nets, batch, progress) -> Loss:
+        loss = super().__call__(nets, batch, progress)
+        self.inputs.append(batch.x0)
+        self.losses.append(loss.value.detach())
+        return loss
+
+
+class Duel:
+    """A student that learns through the critic, and a critic that looks at the student: both graphs in both turns."""
+
+    config = ToyConfig()
+
+    def __init__(self) -> None:
+        self.players = {"student": self.student, "critic": self.critic}
+
+    def student(self, nets: Networks, batch, progress) -> Loss:
+        return Loss(nets.critic(nets.student(batch.x0)).square().mean(), {})
+
+    def critic(self, nets: Networks, batch, progress) -> Loss:
+        return Loss((nets.critic(nets.student(batch.x0)) - batch.cond["goal"]).square().mean(), {})
+
+
+def state(trainer) -> dict[str, Tensor]:
+    found = {"student": trainer.student.state_dict(), "target": trainer.nets.target.state_dict()}
+    found["export_ema"] = trainer.export_ema.average
+    return {f"{name}/{key}": value for name, values in found.items() for key, value in values.items()}
+
+
+def full_run(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
+    objective, reported = Watching(), []
+    trainer = toy_trainer(
+        folder / "whole",
+        toy_networks(0, dropout=0.5),
+        objective,
+        OPTIM,
+        callbacks=[lambda _, loss: reported.append(loss.value)],
+        **SETTINGS,
+    )
+    trainer.fit(source(4, rank, ranks))
+    seen = {"inputs": torch.cat(objective.inputs), "losses": torch.stack(objective.losses), "reported": torch.stack(reported)}
+    return state(trainer) | seen
+
+
+def resumed_run(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
+    checkpoint = str(folder / "whole" / "checkpoint-2")
+    nets = toy_networks(9, dropout=0.5)
+    trainer = toy_trainer(folder / "resumed", nets, Watching(), OPTIM, resume_from_checkpoint=checkpoint, **SETTINGS)
+    trainer.fit(source(4, rank, ranks))
+    return {f"resumed/{name}": value for name, value in state(trainer).items()}
+
+
+def half_batches(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
+    trainer = toy_trainer(folder / "halves", optim=OPTIM)
+    trainer.fit(source(4, rank, ranks))
+    return {f"halves/{name}": value for name, value in trainer.student.state_dict().items()}
+
+
+def two_players(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
+    nets = Networks(toy_network(0), critic=toy_network(1))
+    toy_trainer(folder / "duel", nets, Duel(), OPTIM).fit(source(4, rank, ranks))
+    return {f"duel/{name}": value for name, value in nets.critic.state_dict().items()}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.ERROR)
+    folder, place = Path(sys.argv[1]), PartialState()
+    rank, ranks = place.process_index, place.num_processes
+    found = {}
+    for run in (full_run, resumed_run, half_batches, two_players):
+        found |= run(folder, rank, ranks)
+    save_file({name: value.detach().clone() for name, value in found.items()}, folder / f"rank-{rank}.safetensors")
+    place.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

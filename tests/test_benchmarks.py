@@ -1,0 +1,140 @@
+"""The benchmark counts the passes a step really makes, and its reference loop does the same arithmetic."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import FASHION_LABELS, tiny_pipeline
+from torch import nn
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import train_step  # noqa: E402
+from lcm_distillation import BenchmarkConfig, Distillation, the_teacher  # noqa: E402
+from reference_lcm_step import ReferenceLCM, pixel_batches  # noqa: E402
+
+from cm_diffusers.objectives.lcm import LCMConfig  # noqa: E402
+from cm_diffusers.optimizers import OptimConfig  # noqa: E402
+from cm_diffusers.types import Progress  # noqa: E402
+
+
+B = 3
+GRAD, FREE = (True, B), (False, B)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BenchmarkConfig:
+    """A tiny teacher, and five images with captions."""
+    tiny_pipeline(prediction_type="v_prediction").save_pretrained(tmp_path / "teacher")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, label in enumerate(FASHION_LABELS[:5]):
+        Image.new("RGB", (32, 32), (50 * i, 20, 200)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"a photo of a {label}")
+    return BenchmarkConfig(
+        str(tmp_path / "teacher"),
+        str(images),
+        max_train_samples=5,
+        train_batch_size=B,
+        lora_rank=2,
+        repeats=2,
+        memory_steps=1,
+        output_dir=str(tmp_path / "report"),
+    )
+
+
+def count_calls(module: nn.Module) -> list[tuple[bool, int]]:
+    """Filled with (gradients on?, batch size) of every call."""
+    calls = []
+    module.register_forward_pre_hook(lambda _, args: calls.append((torch.is_grad_enabled(), len(args[0]))))
+    return calls
+
+
+def make_reference(config: BenchmarkConfig, one: Distillation) -> ReferenceLCM:
+    examples = pixel_batches(one.data, 1, torch.device("cpu"))
+    return ReferenceLCM(the_teacher(config), examples, LCMConfig(), OptimConfig(), one.dim)
+
+
+def test_full_step_makes_the_passes_that_are_measured(config: BenchmarkConfig, tmp_path: Path) -> None:
+    one = Distillation(config, "full", tmp_path)
+    nets = one.trainer.nets
+    calls = [count_calls(nets.student), count_calls(nets.target), count_calls(nets.teacher)]
+    one.step()
+    assert calls == [[GRAD], [FREE], [(False, 2 * B)]]
+    for action in one.passes().values():
+        action()
+    assert calls == [[GRAD] * 2, [FREE] * 2, [(False, 2 * B)] * 2]
+
+
+def test_lora_step_makes_the_passes_that_are_measured(config: BenchmarkConfig, tmp_path: Path) -> None:
+    one = Distillation(config, "lora", tmp_path)
+    nets = one.trainer.nets
+    student, teacher = count_calls(nets.student), count_calls(nets.teacher)
+    one.step()
+    assert teacher == [(False, 2 * B)]
+    assert student == [GRAD, (False, 2 * B), FREE]  # the teacher is the student without adapters
+    for action in one.passes().values():
+        action()
+    assert sorted(student) == sorted([GRAD, (False, 2 * B), FREE] * 2)
+
+
+def test_reference_encodes_every_step_and_guides_in_two_passes(config: BenchmarkConfig, tmp_path: Path) -> None:
+    reference = make_reference(config, Distillation(config, "full", tmp_path))
+    pipe = reference.pipe
+    modules = (reference.student, reference.target, pipe.unet, pipe.vae.encoder, pipe.text_encoder)
+    calls = [count_calls(module) for module in modules]
+    weights = [p.detach().clone() for p in reference.target.parameters()]
+    reference.step()
+    assert calls == [[GRAD], [FREE], [FREE] * 2, [FREE], [FREE]]
+    for old, new, student in zip(weights, reference.target.parameters(), reference.student.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.95 * old + 0.05 * student)
+
+
+def test_reference_has_the_loss_of_the_objective(config: BenchmarkConfig, tmp_path: Path) -> None:
+    one = Distillation(config, "full", tmp_path)
+    reference, batch, objective = make_reference(config, one), next(one.stream), one.trainer.objective
+    torch.manual_seed(5)
+    mine = objective(one.trainer.nets, batch, Progress(0, 1)).value
+    torch.manual_seed(5)
+    theirs = reference.loss(batch.x0, batch.cond["encoder_hidden_states"])
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=0)  # the cached empty prompt is float16
+    assert mine > 1e-3
+
+
+def test_ratios_are_medians_over_rounds() -> None:
+    times = {f"{kind}/{name}": [(1.0, 2.0)] * 3 for kind in train_step.KINDS for name in train_step.PASSES}
+    times["full/step"] = [(3.3, 9.0), (3.6, 9.0), (30.0, 9.0)]
+    times["lora/step"] = [(6.0, 6.0)] * 3
+    times["reference/step"] = [(6.6, 18.0), (5.4, 18.0), (60.0, 18.0)]
+    names = ["full step / passes", "lora step / passes", "full images/s / reference images/s"]
+    assert train_step.ratios(times, 0) == pytest.approx(dict(zip(names, (1.2, 2.0, 2.0), strict=True)))
+    assert train_step.ratios(times, 1) == pytest.approx(dict(zip(names, (1.5, 1.0, 2.0), strict=True)))
+
+
+def test_table_of_a_tiny_run(config: BenchmarkConfig, tmp_path: Path) -> None:
+    times = train_step.measure_times(config, tmp_path)
+    loops = {f"{kind}/{name}" for kind in train_step.KINDS for name in ("step", *train_step.PASSES)}
+    assert times.keys() == loops | {"reference/step"}
+    assert {len(values) for values in times.values()} == {2}
+    table = train_step.as_table(config, times, {"idle": 100.0, "full": 130.0, "lora": 112.4})
+    rows = {cells[0]: cells for cells in ([c.strip(" |") for c in line.split(" | ")] for line in table.splitlines())}
+    assert rows["full"][-1] == "30"
+    assert rows["lora"][-1] == "12"
+    assert rows["reference"][2:5] == ["–"] * 3
+
+
+@pytest.mark.slow
+def test_the_script(config: BenchmarkConfig) -> None:
+    flags = ("pretrained_teacher_model", "train_data_dir", "output_dir", "train_batch_size", "repeats", "lora_rank")
+    argv = [part for name in flags for part in (f"--{name}", str(getattr(config, name)))]
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *argv], check=True)
+    found = json.loads((Path(config.output_dir) / "train_step.json").read_text())
+    assert found["ratios"]["wall"].keys() == found["ratios"]["cpu"].keys()
+    assert found["memory_mib"]["idle"] < min(found["memory_mib"]["full"], found["memory_mib"]["lora"])
+    assert (Path(config.output_dir) / "train_step.md").read_text().startswith("|  | step, ms |")

@@ -1,0 +1,113 @@
+"""The battery every objective passes: a table of methods x checks, on real (tiny) networks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny import tiny_scheduler, tiny_unet, tiny_vae
+
+from cm_diffusers.networks import StudentConfig, make_networks
+from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
+from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
+from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.process import DiscreteVP
+from cm_diffusers.types import Batch, Networks, Progress
+
+
+VP = DiscreteVP.from_scheduler(tiny_scheduler())
+PROGRESS = Progress(0, 10)
+
+
+@dataclass
+class Case:
+    objective: object
+    networks: Callable[[], Networks]
+    batch: Callable[[int], Batch]
+
+
+def latents(size):
+    states = torch.randn(2, size, 5, 32)
+    return Batch(torch.randn(size, 4, 8, 8), {"encoder_hidden_states": states[0]}, {"encoder_hidden_states": states[1]})
+
+
+def pixels(size):
+    return Batch(torch.rand(size, 3, 32, 32) * 2 - 1)
+
+
+def networks(**settings):
+    return make_networks(tiny_unet(dropout=0.1), StudentConfig(unet_time_cond_proj_dim=16, lora_rank=4, **settings))
+
+
+def lcm(prediction_type="epsilon", lora=False, **settings):
+    objective = LCMObjective(LCMConfig(**settings), VP, prediction_type, None if lora else 16)
+    return Case(objective, lambda: networks(lora=lora), latents)
+
+
+def diffusion(prediction_type):
+    objective = DiffusionObjective(DiffusionConfig(prediction_type, condition_dropout=0.5), VP)
+    return Case(objective, lambda: Networks(tiny_unet()), latents)
+
+
+CASES = {
+    "lcm": lcm(),
+    "lcm-heun": lcm(solver="heun"),
+    "lcm-dpm_2s": lcm(solver="dpm_2s"),
+    "lcm-l2-v": lcm("v_prediction", loss_type="l2", num_ddim_timesteps=20),
+    "lcm-lora-epsilon": lcm(lora=True),
+    "lcm-lora-v": lcm("v_prediction", lora=True),
+    "lcm-lora-sample": lcm("sample", lora=True),
+    "diffusion-epsilon": diffusion("epsilon"),
+    "diffusion-v": diffusion("v_prediction"),
+    "diffusion-sample": diffusion("sample"),
+    "autoencoder": Case(
+        AutoencoderObjective(AutoencoderConfig()), lambda: Networks(AutoencoderWithPosterior(tiny_vae())), pixels
+    ),
+}
+
+
+@pytest.fixture(params=CASES, ids=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_loss_is_a_finite_scalar_with_detached_logs(case, size):
+    loss = case.objective(case.networks(), case.batch(size), PROGRESS)
+    assert loss.value.shape == ()
+    assert loss.value.dtype == torch.float32
+    assert 0 < loss.value.item() < float("inf")
+    assert all(log.shape == () and log.isfinite() and not log.requires_grad for log in loss.logs.values())
+
+
+def test_gradient_reaches_the_student_only(case):
+    nets = case.networks()
+    before = {role: {n: v.clone() for n, v in net.state_dict().items()} for role, net in nets.items()}
+    case.objective(nets, case.batch(2), PROGRESS).value.backward()
+    trainable = [p for p in nets.student.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
+    assert any(p.grad.any() for p in trainable)
+    others = [p for role, net in nets.items() for p in net.parameters() if role != "student" or not p.requires_grad]
+    assert all(p.grad is None for p in others)
+    for role, net in nets.items():  # nothing moves before the optimizer does
+        assert all(torch.equal(value, before[role][name]) for name, value in net.state_dict().items())
+
+
+def test_seed_decides_the_loss(case):
+    nets, batch = case.networks(), case.batch(3)
+
+    def value(seed):
+        torch.manual_seed(seed)
+        return case.objective(nets, batch, PROGRESS).value.item()
+
+    assert value(1) == value(1) != value(2)
+
+
+def test_the_student_is_the_only_player(case):
+    assert case.objective.players == {"student": case.objective}
+
+
+def test_every_new_input_learns_from_the_first_step():
+    nets = networks()
+    CASES["lcm"].objective(nets, latents(2), PROGRESS).value.backward()
+    assert nets.student.time_embedding.cond_proj.weight.grad.abs().max() > 0
