@@ -1,11 +1,10 @@
 """What each process of a two-process run does: `torchrun distributed_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
 
-import logging
+import os
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
 from toys import ToyConfig, ToyObjective, source, toy_network, toy_networks, toy_trainer
@@ -64,7 +63,11 @@ def full_run(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
         **SETTINGS,
     )
     trainer.fit(source(4, rank, ranks))
-    seen = {"inputs": torch.cat(objective.inputs), "losses": torch.stack(objective.losses), "reported": torch.stack(reported)}
+    seen = {
+        "inputs": torch.cat(objective.inputs),
+        "losses": torch.stack(objective.losses),
+        "reported": torch.stack(reported),
+    }
     return state(trainer) | seen
 
 
@@ -89,14 +92,12 @@ def two_players(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.ERROR)
-    folder, place = Path(sys.argv[1]), PartialState()
-    rank, ranks = place.process_index, place.num_processes
+    folder, rank, ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {}
     for run in (full_run, resumed_run, half_batches, two_players):
         found |= run(folder, rank, ranks)
     save_file({name: value.detach().clone() for name, value in found.items()}, folder / f"rank-{rank}.safetensors")
-    place.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def ending(run, *arguments) -> int:
         try:
             run(*arguments)
         except SystemExit as end:
-            print(end.code, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{end.code}\n")
+            sys.stderr.flush()
             os._exit(1 if isinstance(end.code, str) else end.code or 0)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -51,4 +52,4 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     codes = {s.name: ending(stopped, output / s.name, s) for s in (signal.SIGTERM, signal.SIGINT)}
     codes["SIGKILL"] = ending(killed_while_saving, output / "SIGKILL")
-    print(json.dumps(codes))
+    sys.stdout.write(json.dumps(codes))

@@ -84,7 +84,9 @@ class Mixture:
         """P(X_t <= x_t); a one-dimensional flow keeps it."""
         alpha, sigma = rates(process, x_t, t)
         terms = zip(self.weights, self.means, self.stds, strict=True)
-        return sum(w * torch.special.ndtr((x_t - alpha * m) / (alpha**2 * s**2 + sigma**2).sqrt()) for w, m, s in terms)
+        return sum(
+            w * torch.special.ndtr((x_t - alpha * m) / (alpha**2 * s**2 + sigma**2).sqrt()) for w, m, s in terms
+        )
 
     def _noise(self, y, lam):
         """E[noise | y]: the components' answers, weighted by their responsibilities."""

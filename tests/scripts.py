@@ -54,7 +54,9 @@ def image_folder(folder: Path, number: int = 6, **columns: list) -> Path:
     for i in range(number):
         pixels = np.random.default_rng(i).integers(0, 256, (36, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        rows.append({"file_name": f"{i}.png", "text": CAPTIONS[i % len(CAPTIONS)]} | {k: v[i] for k, v in columns.items()})
+        rows.append(
+            {"file_name": f"{i}.png", "text": CAPTIONS[i % len(CAPTIONS)]} | {k: v[i] for k, v in columns.items()}
+        )
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -92,5 +92,7 @@ def test_two_processes_are_one_with_a_double_batch(tmp_path, ranks) -> None:
 def test_two_players_in_two_processes_are_two_in_one(tmp_path, ranks) -> None:
     nets = Networks(toy_network(0), critic=toy_network(1))
     toy_trainer(tmp_path, nets, Duel(), OPTIM).fit(source(8))
-    found = {name.rsplit("module.", 1)[-1].removeprefix("duel/"): value for name, value in part(ranks[0], "duel/").items()}
+    found = {
+        name.rsplit("module.", 1)[-1].removeprefix("duel/"): value for name, value in part(ranks[0], "duel/").items()
+    }
     torch.testing.assert_close(found, dict(nets.critic.state_dict()), rtol=1e-5, atol=1e-7)

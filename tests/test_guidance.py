@@ -26,7 +26,7 @@ def sides(prediction_type, w):
 
 def assert_close(one, two):
     for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # outputs are read in float32
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, check_dtype=False)  # outputs are read in float32
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

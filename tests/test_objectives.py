@@ -28,7 +28,9 @@ class Case:
 
 def latents(size):
     states = torch.randn(2, size, 5, 32)
-    return Batch(torch.randn(size, 4, 8, 8), {"encoder_hidden_states": states[0]}, {"encoder_hidden_states": states[1]})
+    return Batch(
+        torch.randn(size, 4, 8, 8), {"encoder_hidden_states": states[0]}, {"encoder_hidden_states": states[1]}
+    )
 
 
 def pixels(size):

@@ -59,7 +59,9 @@ def test_integer_times_read_the_table():
 def test_half_log_snr_is_linear_between_integers():
     ends = VP.half_log_snr(torch.tensor([700, 701]))
     between = VP.half_log_snr(torch.tensor([700.25, 700.5], dtype=torch.float64))
-    torch.testing.assert_close(between, torch.stack([0.75 * ends[0] + 0.25 * ends[1], ends.mean()]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        between, torch.stack([0.75 * ends[0] + 0.25 * ends[1], ends.mean()]), rtol=1e-12, atol=0
+    )
 
 
 def test_time_at_inverts_half_log_snr(case):
@@ -90,7 +92,9 @@ def test_rectified_flow_and_edm_rates():
 
 
 def test_a_flow_scheduler_has_no_discrete_process():
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no discrete variance-preserving schedule"):
+    with pytest.raises(
+        ValueError, match="FlowMatchEulerDiscreteScheduler has no discrete variance-preserving schedule"
+    ):
         DiscreteVP.from_scheduler(FlowMatchEulerDiscreteScheduler())
 
 

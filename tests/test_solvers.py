@@ -182,6 +182,10 @@ def test_integer_and_float_times_agree():
 
 
 def test_oracle_output_is_what_the_process_reads():
-    net, x, t = OracleNet(VP, "v_prediction", Gaussian(0.4, 0.6)), torch.randn(3, 2, dtype=torch.float64), at(300, "123")
+    net, x, t = (
+        OracleNet(VP, "v_prediction", Gaussian(0.4, 0.6)),
+        torch.randn(3, 2, dtype=torch.float64),
+        at(300, "123"),
+    )
     expected = as_output(VP, Gaussian(0.4, 0.6).predict(VP, x, t), x, t, "v_prediction")
     torch.testing.assert_close(net(x, t, return_dict=False)[0], expected)

@@ -79,8 +79,8 @@ def test_latents_are_drawn_from_the_posterior():
     drawn, decode = [], vae.decode
     vae.decode = lambda z: drawn.append(z) or decode(z)
     with torch.no_grad():
-        for _ in range(400):
+        for _ in range(100):
             _, mean, logvar = AutoencoderWithPosterior(vae)(x)
     z = (torch.cat(drawn) - mean) / (logvar / 2).exp()
     assert abs(z.mean()) < 5 / z.numel() ** 0.5
-    assert z.var().item() == pytest.approx(1, abs=0.03)
+    assert z.var().item() == pytest.approx(1, abs=0.05)

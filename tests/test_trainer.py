@@ -54,7 +54,9 @@ def clean_accelerate():
 
 @pytest.fixture
 def rich_optim() -> OptimConfig:
-    return OptimConfig(learning_rate=1e-2, adam_weight_decay=0.1, lr_scheduler="wsd", lr_warmup_steps=1, lr_cooldown_steps=2)
+    return OptimConfig(
+        learning_rate=1e-2, adam_weight_decay=0.1, lr_scheduler="wsd", lr_warmup_steps=1, lr_cooldown_steps=2
+    )
 
 
 def record(trainer, steps: int, batches=None) -> list[Loss]:
@@ -105,7 +107,9 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, limit) -> None:
     ids=["warmup", "wsd", "constant"],
 )
 def test_the_schedule_arrives_in_the_optimizer(tmp_path, optim, factors) -> None:
-    trainer = toy_trainer(tmp_path, optim=replace(optim, learning_rate=0.1), max_train_steps=8, gradient_accumulation_steps=2)
+    trainer = toy_trainer(
+        tmp_path, optim=replace(optim, learning_rate=0.1), max_train_steps=8, gradient_accumulation_steps=2
+    )
     used = []
     optimizer = trainer.players[0].optimizer.optimizer
     optimizer.register_step_pre_hook(lambda opt, *_: used.append(opt.param_groups[0]["lr"]))
@@ -195,7 +199,10 @@ def test_players_take_turns(tmp_path) -> None:
     turns = trainer.objective.seen
     assert [name for name, *_ in turns] == ["student", "critic"] * 2
     for name, flags, _ in turns:
-        assert flags == {"student": [False, False, name == "student", name == "student"], "critic": [name == "critic"] * 4}
+        assert flags == {
+            "student": [False, False, name == "student", name == "student"],
+            "critic": [name == "critic"] * 4,
+        }
     for (name, _, before), (_, _, after) in pairwise(turns):
         other = {"student": "critic", "critic": "student"}[name]
         assert all(map(torch.equal, before[other], after[other])), f"{name}'s turn changed the {other}"
@@ -239,7 +246,9 @@ def test_logs_reach_tensorboard(tmp_path) -> None:
     trainer.fit(source())
     trainer.accelerator.end_training()
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent)).Reload()
-    assert {"loss", "first", "student/grad_norm", "student/learning_rate", "images_per_second"} <= set(events.Tags()["scalars"])
+    assert {"loss", "first", "student/grad_norm", "student/learning_rate", "images_per_second"} <= set(
+        events.Tags()["scalars"]
+    )
     for name, values in {"loss": [x.value for x in losses], "first": [x.logs["first"] for x in losses]}.items():
         found = {event.step: event.value for event in events.Scalars(name)}
         assert found == pytest.approx({2: values[1].item(), 4: values[3].item()})
@@ -272,7 +281,9 @@ def test_resume_is_bit_exact(tmp_path, rich_optim, optimizer) -> None:
     expected = tensors(tmp_path / "whole" / "checkpoint-4")
     assert {name.split("/")[0] for name in expected} == {"student", "target", "export_ema", "optimizer-student"}
     assert_same(tensors(tmp_path / "resumed" / "checkpoint-4"), expected)
-    states = [json.loads((tmp_path / name / "checkpoint-4" / "state.json").read_text()) for name in ("whole", "resumed")]
+    states = [
+        json.loads((tmp_path / name / "checkpoint-4" / "state.json").read_text()) for name in ("whole", "resumed")
+    ]
     assert states[0] == states[1]
 
 
@@ -329,7 +340,7 @@ def test_a_missing_checkpoint_is_answered_with_what_there_is(tmp_path) -> None:
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         toy_trainer(tmp_path, resume_from_checkpoint="latest")
     toy_trainer(tmp_path, checkpointing_steps=2).fit(source())
-    with pytest.raises(ValueError, match="checkpoint-3: no such checkpoint; .* holds: checkpoint-2, checkpoint-4"):
+    with pytest.raises(ValueError, match=r"checkpoint-3: no such checkpoint; .* holds: checkpoint-2, checkpoint-4"):
         toy_trainer(tmp_path, resume_from_checkpoint="checkpoint-3")
     with pytest.raises(ValueError, match=r"is not a checkpoint: there is no state\.json in it"):
         toy_trainer(tmp_path, resume_from_checkpoint=str(tmp_path))
@@ -337,7 +348,13 @@ def test_a_missing_checkpoint_is_answered_with_what_there_is(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"],
+    [
+        "max_train_steps",
+        "gradient_accumulation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_steps",
+    ],
 )
 def test_counts_are_positive(name) -> None:
     with pytest.raises(ValueError, match=f"--{name} must be at least 1, but it is 0"):

@@ -53,7 +53,9 @@ class ToyObjective:
 
 def rows(start: int, stop: int) -> Batch:
     """Rows `start` to `stop` of an endless table."""
-    table = torch.stack([torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(start, stop)])
+    table = torch.stack(
+        [torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(start, stop)]
+    )
     return Batch(table[:, 0], {"goal": table[:, 1]})
 
 
@@ -72,7 +74,9 @@ def toy_networks(seed: int = 0, dropout: float = 0.0) -> Networks:
     return Networks(toy_network(seed, dropout), target=toy_network(seed).requires_grad_(False))
 
 
-def toy_trainer(folder: Path, nets: Networks | None = None, objective=None, optim=None, callbacks=(), **config) -> Trainer:
+def toy_trainer(
+    folder: Path, nets: Networks | None = None, objective=None, optim=None, callbacks=(), **config
+) -> Trainer:
     forget_accelerate()
     config = TrainConfig(**{"output_dir": str(folder), "max_train_steps": 4, "report_to": "none"} | config)
     optim = optim or OptimConfig(learning_rate=1e-2)

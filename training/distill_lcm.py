@@ -9,7 +9,7 @@ from cm_diffusers.data.cache import Vae, module_fingerprint
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import encode_with, text_image_batches
 from cm_diffusers.model_card import model_card
-from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
+from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks, require_autocast
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.process import DiscreteVP
@@ -24,6 +24,7 @@ CONFIGS = (TeacherConfig, StudentConfig, DataConfig, LCMConfig, OptimConfig, Tra
 def main() -> None:
     source, student, data, method, optim, train, validation = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
+    require_autocast(student, train.mixed_precision)
     teacher = load_teacher(source)
     embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
     process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type

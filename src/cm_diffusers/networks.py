@@ -89,6 +89,13 @@ def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
         raise ValueError(f"The teacher {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew.")
 
 
+def require_autocast(config: StudentConfig, mixed_precision: str) -> None:
+    """A cast teacher runs under autocast only: latents and conditions are float32."""
+    cast = config.cast_teacher_unet
+    if cast not in ("no", mixed_precision):
+        raise ValueError(f"--cast_teacher_unet {cast} needs --mixed_precision {cast}, but that is {mixed_precision}.")
+
+
 def make_networks(teacher: UNet2DConditionModel, config: StudentConfig) -> Networks:
     """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
     if config.lora:

@@ -105,13 +105,14 @@ def save_pipeline(
 def save_lora(unet: UNet2DConditionModel, folder: Path, record: Record, card: str) -> None:
     """`pytorch_lora_weights.safetensors` for `load_lora_weights`: every key, and rank and alpha as metadata.
 
-    The raw PEFT state dict: diffusers' own conversion loses the attention layers on reload.
+    The raw PEFT state dict: diffusers' own conversion loses the attention layers on reload. Without the dropout of
+    training: `load_lora_weights` would leave it on when sampling.
     """
     with written_aside(folder) as aside:
         StableDiffusionLoraLoaderMixin.save_lora_weights(
             aside,
             unet_lora_layers=get_peft_model_state_dict(unet),
-            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict() | {"lora_dropout": 0.0},
         )
         _write_texts(aside, record, card)
 
