@@ -96,7 +96,7 @@ def test_rewind_rng_repeats_dropout_masks():
 
 def test_rewind_rng_rewinds_after_an_error():
     state = torch.get_rng_state()
-    with pytest.raises(KeyError), rewind_rng(CPU):
+    with pytest.raises(KeyError), rewind_rng(CPU):  # noqa: PT012
         torch.rand(3)
         raise KeyError
     assert torch.equal(torch.get_rng_state(), state)

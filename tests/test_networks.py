@@ -216,7 +216,7 @@ def test_export_ema_is_applied_and_taken_back():
     average = ExportEMA(model, 0.999)
     nn.init.normal_(model.weight)
     live, mean = clone(model), average.average["weight"].clone()
-    with pytest.raises(KeyError), average.applied():
+    with pytest.raises(KeyError), average.applied():  # noqa: PT012
         assert torch.equal(model.weight, mean)
         raise KeyError
     assert torch.equal(model.weight, live["weight"])

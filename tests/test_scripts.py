@@ -59,10 +59,12 @@ def test_every_flag_has_help_and_is_shown(name, capsys) -> None:
 
 
 def test_flags_win_over_the_recipe(tmp_path) -> None:
-    (tmp_path / "a.args").write_text("--pretrained_teacher_model t\n--train_data_dir d\n--seed 3\n--w_max 9\n")
+    (tmp_path / "a.args").write_text(
+        '--pretrained_teacher_model t # a comment\n--seed 3\n--w_max 9\n--validation_prompts "a bag" coat\n'
+    )
     parsed = parse_configs(script("distill_lcm").CONFIGS, "", ["--recipe", str(tmp_path / "a.args"), "--seed", "5"])
     values = {k: v for config in parsed for k, v in vars(config).items()}
-    assert (values["seed"], values["w_max"]) == (5, 9.0)
+    assert (values["seed"], values["w_max"], values["validation_prompts"]) == (5, 9.0, ["a bag", "coat"])
 
 
 def test_train_vae(home, tmp_path) -> None:
@@ -95,10 +97,14 @@ def test_train_diffusion(home, tmp_path) -> None:
 
 
 def labelled_parquet(home: Path, folder: Path) -> Path:
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["bag", "coat"]))
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["bag", "coat"]), text=datasets.Value("string")
+    )
     pictures = [Image.open(home / "data" / f"{i}.png") for i in range(16)]
     folder.mkdir()
-    rows = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(16)]}, features=features)
+    rows = datasets.Dataset.from_dict(
+        {"image": pictures, "label": [i % 2 for i in range(16)], "text": ["a bag"] * 16}, features=features
+    )
     rows.to_parquet(folder / "all.parquet")
     return folder
 
@@ -118,6 +124,14 @@ def test_train_classifier(home, tmp_path) -> None:
 def corrupt(folder: Path, number: int) -> None:
     for i in range(number):
         (folder / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n not an image")
+
+
+def other_image_column(flags: dict) -> None:
+    source, folder = flags["train_data_dir"], flags["output_dir"].parent / "table"
+    folder.mkdir()
+    rows = {"picture": [(source / "0.png").read_bytes()], "text": ["a bag"]}
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "all.parquet")
+    flags["train_data_dir"] = folder
 
 
 def only_corrupt_images(flags: dict) -> None:
@@ -164,9 +178,10 @@ WRONG = {
         with_flags(caption_column="words"),
         "no column named words: choose from the columns found: text",
     ),
-    "image column": (with_flags(image_column="text", caption_column="picture"), "no column named picture"),
+    "image column": (other_image_column, "no column named image: choose from the columns found: picture, text"),
     "corrupt images": (only_corrupt_images, "None of the 3 rows can be used: found 3 unreadable images"),
     "no data": (empty_folder("train_data_dir"), "holds no image and no parquet file"),
+    "recipe": (with_flags(recipe="none.args"), "--recipe none.args: there is no such file"),
     "two sources": (with_flags(dataset_name="x/y"), "exactly one is needed and both was given"),
     "nan teacher": (nan_teacher, "holds 1 tensors that are not finite, such as conv_in.weight"),
     "no pipeline": (empty_folder("pretrained_teacher_model"), "there is no model_index.json in it"),
@@ -189,8 +204,14 @@ WRONG = {
     "batch size": (with_flags(train_batch_size=0), "--train_batch_size must be at least 1, but it is 0"),
     "validation": (with_flags(validation_steps=0), "--validation_steps must be at least 1, but it is 0"),
     "schedule": (with_flags(lr_scheduler="wsd", lr_cooldown_steps=9), "more than the 2 steps of the run"),
-    "adapters": (with_flags(lora=True, lora_target_modules=["nothing"]), "nothing"),
-    "cast adapters": (with_flags(lora=True, cast_teacher_unet="bf16", mixed_precision="bf16"), "--cast_teacher_unet is for the full student"),
+    "adapters": (
+        with_flags(lora=True, lora_target_modules=["nothing"]),
+        "--lora_target_modules names no layer of the UNet",
+    ),
+    "cast adapters": (
+        with_flags(lora=True, cast_teacher_unet="bf16", mixed_precision="bf16"),
+        "--cast_teacher_unet is for the full student",
+    ),
     "cast teacher": (with_flags(cast_teacher_unet="bf16"), "--cast_teacher_unet bf16 needs --mixed_precision bf16"),
 }
 

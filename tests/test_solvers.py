@@ -1,5 +1,7 @@
 """Solver steps on data whose flow is known exactly."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from oracles import Gaussian, Mixture, OracleNet, as_output, guided
@@ -33,7 +35,7 @@ def ratio(process, t):
 
 
 def integrate(step, data, process, x, times):
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x = step(lambda x, t: data.predict(process, x, t), process, x, at(t, x), at(s, x))
     return x
 
@@ -165,7 +167,7 @@ def test_guided_steps_follow_the_guided_gaussian(solver, evaluations, prediction
     w = torch.full((3,), 2.5, dtype=torch.float64)
     denoise = guide(as_denoiser(net, VP, prediction_type), {"label": torch.ones(3)}, {"label": torch.zeros(3)}, w)
     y, times = x, list(range(900, 99, -16))
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         y = SOLVERS[solver](denoise, VP, y, at(t, x), at(s, x))
     assert net.calls == [6] * evaluations * 50
     data = guided(cond, uncond, 2.5)

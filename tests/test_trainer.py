@@ -174,8 +174,8 @@ class Duel:
 
     def critic(self, nets, batch, progress) -> Loss:
         self.look(nets, "critic")
-        error = nets.critic(nets.student(batch.x0)) - nets.critic(batch.cond["goal"])
-        return Loss((error - 1).square().mean(), {})
+        fake, real = nets.critic(nets.student(batch.x0)), nets.critic(batch.cond["goal"])
+        return Loss((fake + 1).square().mean() + (real - 1).square().mean(), {})
 
 
 def duel(folder: Path, **config):

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+from cm_diffusers.cli import parse_configs, run
 
 
 NAMES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-PHRASES = [name if name == "trousers" else f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in NAMES]
+PHRASES = [n if n == "trousers" else f"an {n}" if n[0] in "aeiou" else f"a {n}" for n in NAMES]
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 LABEL, TEXTS = datasets.ClassLabel(names=NAMES), datasets.List(datasets.Value("string"))
 SCHEMA = datasets.Features(image=datasets.Image(), text=TEXTS, label=LABEL).arrow_schema
@@ -33,6 +34,9 @@ class PrepareConfig:
     train_samples: int = HfArg(default=0, help="Class-balanced number of training images to keep; 0 keeps all.")
     test_samples: int = HfArg(default=0, help="The same for test images.")
     seed: int = HfArg(default=0, help="Seed of the class-balanced choice.")
+
+
+CONFIGS = (PrepareConfig,)
 
 
 def read_idx(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +72,7 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) 
 
 
 def main() -> None:
-    config = HfArgumentParser(PrepareConfig).parse_args_into_dataclasses(look_for_args_file=False)[0]
+    (config,) = parse_configs(CONFIGS, __doc__)
     for split, prefix, count in (("train", "train", config.train_samples), ("test", "t10k", config.test_samples)):
         hub, output = config.dataset_name, Path(config.output_dir) / split / f"{split}.parquet"
         images, labels = read_hub(hub, split) if hub else read_idx(Path(config.idx_dir), prefix)
@@ -76,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,9 @@
 """What every training script shares: flags from dataclasses, recipes, and one clear sentence for a wrong input."""
 
 import logging
+import shlex
 import sys
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from traceback import extract_tb
@@ -23,7 +24,17 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
         formatter_class=ArgumentDefaultsHelpFormatter,
         epilog="--recipe FILE.args reads flags from a file, as those in training/recipes; flags given here win.",
     )
-    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False, args_file_flag="--recipe")
+    return parser.parse_args_into_dataclasses(args=_with_recipes(argv), look_for_args_file=False)
+
+
+def _with_recipes(argv: Sequence[str] | None) -> list[str]:
+    """The words of the recipes, read as a shell would, then those of the command line."""
+    recipes = ArgumentParser(add_help=False, allow_abbrev=False)
+    recipes.add_argument("--recipe", type=Path, action="append", default=[])
+    found, rest = recipes.parse_known_args(argv)
+    if missing := [str(path) for path in found.recipe if not path.is_file()]:
+        raise ValueError(f"--recipe {missing[0]}: there is no such file.")
+    return [word for path in found.recipe for word in shlex.split(path.read_text("utf-8"), comments=True)] + rest
 
 
 def run(main: Callable[[], None]) -> None:

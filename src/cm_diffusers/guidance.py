@@ -1,6 +1,6 @@
 """Classifier-free guidance (2207.12598).
 
-The one note on conventions: w = 0 means no guidance here, as in the LCM paper (2310.04378, Eq. 14):
+The one note on conventions: w = 0 means no guidance here, as in the LCM paper (2310.04378, Sec. 4.2):
 x0 = (1 + w) x0(c) - w x0(empty). diffusers' `guidance_scale` is w + 1, so 1 means none. Its pipelines embed
 `guidance_scale - 1`, which is the w of this package; `guidance_embedding` is the same function.
 """

@@ -69,7 +69,7 @@ def load_teacher(config: TeacherConfig) -> DiffusionPipeline:
         options["vae"] = AutoencoderKL.from_pretrained(config.pretrained_vae_model_name_or_path)
     try:
         pipe = DiffusionPipeline.from_pretrained(path, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # diffusers raises ValueError for what cannot be a Hub id
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
     _check_teacher(path, pipe)
@@ -130,7 +130,11 @@ def add_lora(
 ) -> UNet2DConditionModel:
     """Add float32 adapters to a frozen UNet, in place. Adapter B is zero, so the output does not change."""
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules))
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules)
+    try:
+        unet.add_adapter(config)
+    except ValueError as error:
+        raise ValueError(f"--lora_target_modules names no layer of the UNet: {error}") from error
     cast_training_params(unet, torch.float32)
     return unet.train()
 

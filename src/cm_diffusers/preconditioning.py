@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out `(B,)` of LCM (2310.04378, Eq. 9), float64; exactly (1, 0) at t = 0.
+    """c_skip and c_out `(B,)` of LCM (2310.04378, Sec. 4.1), float64; exactly (1, 0) at t = 0.
 
     Args:
         t: Discrete times `(B,)`.

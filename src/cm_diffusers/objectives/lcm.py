@@ -48,8 +48,11 @@ class LCMObjective:
         for kind, choice, known in (("solver", config.solver, SOLVERS), ("loss_type", config.loss_type, DISTANCES)):
             if choice not in known:
                 raise ValueError(f"Unknown --{kind} {choice!r}; one of {', '.join(known)}.")
-        if prediction_type == "epsilon" and process.alphas_cumprod.min() <= 0:
-            raise ValueError("An epsilon teacher with zero terminal SNR says nothing at the last timestep; use a v-prediction one.")
+        if process.alphas_cumprod.min() <= 0 and (prediction_type == "epsilon" or config.solver != "ddim"):
+            raise ValueError(
+                "The teacher has zero terminal SNR: its last timestep holds no signal, which needs a v-prediction or sample "
+                f"teacher and --solver ddim; this is {prediction_type} with {config.solver}."
+            )
         self.config, self.process, self.prediction_type = config, process, prediction_type
         self.guidance_embedding_dim = guidance_embedding_dim
         self.grid = solver_grid(process.num_train_timesteps, config.num_ddim_timesteps)
@@ -65,13 +68,13 @@ class LCMObjective:
         with torch.no_grad():
             denoise = as_denoiser(nets.teacher, self.process, self.prediction_type)
             guided = guide(denoise, batch.cond, batch.uncond, w)
-            x_s = SOLVERS[config.solver](guided, self.process, x_t, t, s)  # Eq. 16
+            x_s = SOLVERS[config.solver](guided, self.process, x_t, t, s)  # Sec. 4.2 and 4.3
             target = self.consistency(nets.target or nets.student, x_s, s, batch.cond, w)
-        value = DISTANCES[config.loss_type](online, target).mean()  # Eq. 17
+        value = DISTANCES[config.loss_type](online, target).mean()  # Algorithm 1
         return Loss(value, {"w": w.mean()})
 
     def consistency(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], w: Tensor) -> Tensor:
-        """f(x_t, t) = c_skip x_t + c_out x0 (Eq. 9), `(B, ...)`, as `LCMScheduler.step` computes it."""
+        """f(x_t, t) = c_skip x_t + c_out x0 (Sec. 4.1), `(B, ...)`, as `LCMScheduler.step` computes it."""
         if self.guidance_embedding_dim is not None:
             cond = cond | {"timestep_cond": guidance_embedding(w, self.guidance_embedding_dim)}
         x0 = as_denoiser(network, self.process, self.prediction_type)(x_t, t, cond).x0
