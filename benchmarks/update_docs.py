@@ -1,10 +1,11 @@
-"""Put the tables that evaluations wrote into README.md, between their markers."""
+"""Put the tables that evaluations wrote into README.md and the model cards, between their markers."""
 
 import re
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -13,5 +14,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text("utf-8")), "utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text("utf-8")), "utf-8")
