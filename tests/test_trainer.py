@@ -470,3 +470,9 @@ def test_a_run_killed_while_saving_has_its_last_checkpoint(tmp_path, interrupted
     toy_trainer(tmp_path).fit(source())
     assert_same(tensors(folder / "SIGKILL" / "checkpoint-4"), tensors(tmp_path / "checkpoint-4"))
     assert not (folder / "SIGKILL" / ".checkpoint-4.partial").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
+    with pytest.warns(UserWarning, match="no supported trackers"), pytest.raises(ValueError, match="pip install wandb"):
+        toy_trainer(tmp_path, report_to="wandb")

@@ -40,17 +40,29 @@ def main() -> None:
     trainer = Trainer(train, nets, objective, optim, settings=[source, student, data], callbacks=[grid])
     rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
     text = module_fingerprint(teacher.text_encoder)
-    trainer.fit(text_image_batches(data, Vae.from_model(teacher.vae), encode_with(teacher), text, train.seed, rank, ranks, device))
+    trainer.fit(
+        text_image_batches(
+            data, Vae.from_model(teacher.vae), encode_with(teacher), text, train.seed, rank, ranks, device
+        )
+    )
     if trainer.accelerator.is_main_process:
         bounds = method.w_min, method.w_max
-        record = lcm_record(source.pretrained_teacher_model, "distilled" if student.lora else "embedded", *bounds, guidance_scale, scheduler)
+        record = lcm_record(
+            source.pretrained_teacher_model,
+            "distilled" if student.lora else "embedded",
+            *bounds,
+            guidance_scale,
+            scheduler,
+        )
         settings = {name: value for config in configs for name, value in asdict(config).items()}
         card = model_card(record, data.dataset_name or data.train_data_dir, settings)
         with trainer.export_weights() as unet:
             if student.lora:
                 save_lora(unet, Path(train.output_dir) / "lora", record, card)
             else:
-                save_pipeline(make_pipeline(unet), Path(train.output_dir) / "pipeline", student.save_fp16, record, card)
+                save_pipeline(
+                    make_pipeline(unet), Path(train.output_dir) / "pipeline", student.save_fp16, record, card
+                )
     trainer.accelerator.end_training()
 
 

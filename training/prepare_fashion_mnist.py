@@ -18,7 +18,6 @@ from cm_diffusers.cli import parse_configs, run
 
 NAMES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 PHRASES = [n if n == "trousers" else f"an {n}" if n[0] in "aeiou" else f"a {n}" for n in NAMES]
-DEBIAN = "/usr/share/datasets/fashion-mnist"
 LABEL, TEXTS = datasets.ClassLabel(names=NAMES), datasets.List(datasets.Value("string"))
 SCHEMA = datasets.Features(image=datasets.Image(), text=TEXTS, label=LABEL).arrow_schema
 
@@ -26,10 +25,7 @@ SCHEMA = datasets.Features(image=datasets.Image(), text=TEXTS, label=LABEL).arro
 @dataclass
 class PrepareConfig:
     output_dir: str = HfArg(help="Folder that gets train/train.parquet and test/test.parquet.")
-    idx_dir: str = HfArg(
-        default="/usr/share/datasets/fashion-mnist",
-        help="Folder with the IDX .gz files (Debian: dataset-fashion-mnist).",
-    )
+    idx_dir: str = HfArg(default="/usr/share/datasets/fashion-mnist", help="Folder with the four IDX .gz files.")
     dataset_name: str | None = HfArg(default=None, help="Hub dataset to read instead: zalando-datasets/fashion_mnist.")
     train_samples: int = HfArg(default=0, help="Class-balanced number of training images to keep; 0 keeps all.")
     test_samples: int = HfArg(default=0, help="The same for test images.")

@@ -31,7 +31,15 @@ class ModelConfig:
     save_fp16: bool = HfArg(default=False, help="Store UNet and VAE in half precision.")
 
 
-CONFIGS = (ModelConfig, SmallStableDiffusionConfig, DataConfig, DiffusionConfig, OptimConfig, TrainConfig, ValidationConfig)
+CONFIGS = (
+    ModelConfig,
+    SmallStableDiffusionConfig,
+    DataConfig,
+    DiffusionConfig,
+    OptimConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 
 def main() -> None:

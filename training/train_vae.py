@@ -11,6 +11,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.models.small_stable_diffusion import SmallVAEConfig, new_vae
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.publish import save_model
@@ -20,18 +21,14 @@ from cm_diffusers.types import Networks
 
 
 @dataclass
-class VAEConfig:
-    """The autoencoder's shape."""
+class MeasureConfig:
+    """What is measured at the end."""
 
-    block_out_channels: list[int] = HfArg(default_factory=lambda: [32, 64, 64], help="Channels; each but the first halves.")
-    layers_per_block: int = HfArg(default=1, help="Residual blocks per resolution.")
-    latent_channels: int = HfArg(default=4, help="Channels of the latents.")
-    norm_num_groups: int = HfArg(default=8, help="Groups of the group normalisations.")
     test_data_dir: str | None = HfArg(default=None, help="Images to measure the reconstruction error on.")
     latent_samples: int = HfArg(default=2048, help="Images the latents' scale is measured on.")
 
 
-CONFIGS = (VAEConfig, DataConfig, AutoencoderConfig, OptimConfig, TrainConfig)
+CONFIGS = (SmallVAEConfig, MeasureConfig, DataConfig, AutoencoderConfig, OptimConfig, TrainConfig)
 
 
 @torch.no_grad()
@@ -46,30 +43,23 @@ def measure(vae: AutoencoderKL, data: DataConfig, samples: int, seed: int) -> di
 
 
 def main() -> None:
-    model, data, method, optim, train = parse_configs(CONFIGS, __doc__)
+    model, final, data, method, optim, train = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
-    blocks = len(model.block_out_channels)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=tuple(model.block_out_channels),
-        layers_per_block=model.layers_per_block,
-        latent_channels=model.latent_channels,
-        norm_num_groups=model.norm_num_groups,
-        sample_size=data.resolution,
+    vae = new_vae(model, data.resolution)
+    trainer = Trainer(
+        train, Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method), optim, settings=[data]
     )
-    trainer = Trainer(train, Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method), optim, settings=[data])
     accelerator = trainer.accelerator
     trainer.fit(image_batches(data, train.seed, accelerator.process_index, accelerator.num_processes))
     with trainer.export_weights():
-        figures = {"train": measure(vae, data, model.latent_samples, train.seed)}
-        if model.test_data_dir:
-            data.train_data_dir = model.test_data_dir
-            figures["test"] = measure(vae, data, model.latent_samples, train.seed)
+        figures = {"train": measure(vae, data, final.latent_samples, train.seed)}
+        if final.test_data_dir:
+            data.train_data_dir = final.test_data_dir
+            figures["test"] = measure(vae, data, final.latent_samples, train.seed)
         vae.register_to_config(scaling_factor=1 / figures["train"]["latent_std"])  # 2112.10752, Appendix G
         if accelerator.is_main_process:
             save_model(vae, Path(train.output_dir) / "vae")
-            figures |= {"samples": model.latent_samples, "seed": train.seed}
+            figures |= {"samples": final.latent_samples, "seed": train.seed}
             (Path(train.output_dir) / "metrics.json").write_text(json.dumps(figures, indent=1))
             print(json.dumps(figures))
     accelerator.end_training()

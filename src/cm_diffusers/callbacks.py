@@ -24,8 +24,12 @@ class ValidationConfig:
     validation_prompts: list[str] | None = HfArg(default=None, help="Prompts to sample; none, no grids.")
     validation_steps: int = HfArg(default=500, help="Optimizer steps between grids.")
     validation_seeds: list[int] = HfArg(default_factory=lambda: [0, 1], help="Seeds sampled for each prompt.")
-    validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Sampling steps, a row of the grid each.")
-    validation_guidance_scale: float = HfArg(default=8.0, help="Guidance scale of the samples; the record beside the weights recommends it.")
+    validation_nfe: list[int] = HfArg(
+        default_factory=lambda: [1, 2, 4, 8], help="Sampling steps, a row of the grid each."
+    )
+    validation_guidance_scale: float = HfArg(
+        default=8.0, help="Guidance scale of the samples; the record beside the weights recommends it."
+    )
     validation_teacher_steps: int = HfArg(default=50, help="Sampling steps of the teacher's row.")
 
     def __post_init__(self) -> None:

@@ -107,4 +107,3 @@ def prune_checkpoints(output_dir: Path, limit: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(old, aside)
         shutil.rmtree(aside)
-

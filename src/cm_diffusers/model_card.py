@@ -37,7 +37,9 @@ def model_card(record: Record, data: str, settings: dict[str, object], license_n
 def _guidance(record: Record) -> str:
     low, high = record.w_min + 1, record.w_max + 1
     if record.guidance == "embedded":
-        return f"The network takes the guidance scale as an input; it was trained on guidance_scale {low:g} to {high:g}."
+        return (
+            f"The network takes the guidance scale as an input; it was trained on guidance_scale {low:g} to {high:g}."
+        )
     return f"Guidance (guidance_scale {low:g} to {high:g}) is in the weights: sample with guidance_scale 1."
 
 

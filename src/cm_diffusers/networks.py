@@ -51,7 +51,8 @@ class StudentConfig:
     unet_time_cond_proj_dim: int = HfArg(default=256, help="Size of the full student's guidance embedding.")
     save_fp16: bool = HfArg(default=False, help="Store the full student's UNet and VAE in half precision.")
     cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
-        default="no", help="Keep the full student's teacher in half precision (with --mixed_precision of the same kind)."
+        default="no",
+        help="Keep the full student's teacher in half precision (with --mixed_precision of the same kind).",
     )
 
 
@@ -81,12 +82,16 @@ def load_teacher(config: TeacherConfig) -> DiffusionPipeline:
 
 def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
-        raise ValueError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
+        raise ValueError(
+            f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a Stable Diffusion pipeline."
+        )
     if pipe.unet.config.time_cond_proj_dim:
         raise ValueError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
     broken = [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]
     if broken:
-        raise ValueError(f"The teacher {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew.")
+        raise ValueError(
+            f"The teacher {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew."
+        )
 
 
 def require_autocast(config: StudentConfig, mixed_precision: str) -> None:
@@ -100,7 +105,9 @@ def make_networks(teacher: UNet2DConditionModel, config: StudentConfig) -> Netwo
     """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
     if config.lora:
         if config.cast_teacher_unet != "no":
-            raise ValueError("--cast_teacher_unet is for the full student: with --lora, teacher and student share weights.")
+            raise ValueError(
+                "--cast_teacher_unet is for the full student: with --lora, teacher and student share weights."
+            )
         names = config.lora_target_modules
         student = add_lora(teacher, config.lora_rank, config.lora_alpha, config.lora_dropout, names)
         return Networks(student, teacher=WithoutAdapters(student))

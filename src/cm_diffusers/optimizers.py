@@ -27,7 +27,9 @@ class OptimConfig:
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"
-    ] = HfArg(default="constant_with_warmup", help="Shape of the learning rate; wsd is warm-up, stable, 1-sqrt cooldown.")
+    ] = HfArg(
+        default="constant_with_warmup", help="Shape of the learning rate; wsd is warm-up, stable, 1-sqrt cooldown."
+    )
     lr_warmup_steps: int = HfArg(default=0, help="Steps of linear warm-up (all but 'constant').")
     lr_cooldown_steps: int = HfArg(default=0, help="Steps of the cooldown at the end, for wsd.")
 

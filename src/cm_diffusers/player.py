@@ -15,7 +15,9 @@ from cm_diffusers.types import Loss, Networks
 class Player:
     """Owns what one trained network of `nets` needs; replaces it there by its prepared (distributed) form."""
 
-    def __init__(self, name: str, nets: Networks, optim: OptimConfig, max_steps: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, name: str, nets: Networks, optim: OptimConfig, max_steps: int, accelerator: Accelerator
+    ) -> None:
         self.name, self.optim, self.accelerator = name, optim, accelerator
         self.raw: nn.Module = getattr(nets, name)
         self.trainable = [p for p in self.raw.parameters() if p.requires_grad]

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -23,7 +23,7 @@ from cm_diffusers.networks import ExportEMA, ema_update
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.player import Player, only_trains
 from cm_diffusers.rng import seed_everything
-from cm_diffusers.run_folder import open_run_folder
+from cm_diffusers.run_folder import open_run_folder, run_identity
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -55,7 +55,9 @@ class TrainConfig:
     logging_steps: int = HfArg(default=10, help="Optimizer steps between entries in the tracker.")
 
     def __post_init__(self) -> None:
-        counts = "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit logging_steps"
+        counts = (
+            "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit logging_steps"
+        )
         for name in counts.split():
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -97,7 +99,9 @@ class Trainer:
         self.output_dir, self.step = Path(config.output_dir), 0
         optims = optim if isinstance(optim, dict) else dict.fromkeys(objective.players, optim)
         self.accelerator = _make_accelerator(config)
-        self.identity = self._identity(optims, settings)
+        self.identity = run_identity(
+            type(objective).__name__, self.accelerator.num_processes, config, objective.config, *settings, **optims
+        )
         resume_path = self._open_folder()
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         for _, module in nets.items():
@@ -149,7 +153,9 @@ class Trainer:
                 if stopping or self.step % config.checkpointing_steps == 0:
                     last_saved = self.save()
                 if stopping:
-                    raise SystemExit(f"Stopped by a signal at step {self.step}; continue with --resume_from_checkpoint latest.")
+                    raise SystemExit(
+                        f"Stopped by a signal at step {self.step}; continue with --resume_from_checkpoint latest."
+                    )
         if last_saved != self.step:
             self.save()
 
@@ -247,21 +253,13 @@ class Trainer:
                 model.enable_gradient_checkpointing()
         return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
 
-    def _identity(self, optims: dict[str, OptimConfig], settings: Iterable[object]) -> dict:
-        """What a resumed run must share, flat, as JSON types."""
-        shared = {"objective": type(self.objective).__name__}
-        for config in (self.objective.config, *settings):
-            shared |= asdict(config)
-        names = ("seed", "gradient_accumulation_steps", "mixed_precision", "ema_decay", "export_ema_decay")
-        shared |= {name: getattr(self.config, name) for name in names}
-        shared |= {f"{player}/{k}": v for player, optim in optims.items() for k, v in asdict(optim).items()}
-        return json.loads(json.dumps(shared | {"num_processes": self.accelerator.num_processes}))
-
     def _open_folder(self) -> Path | None:
         """Only the main process touches the folder; the others look after it has."""
         config, path = self.config, None
         if self.accelerator.is_main_process:
-            path = open_run_folder(self.output_dir, self.identity, config.overwrite_output_dir, config.resume_from_checkpoint)
+            path = open_run_folder(
+                self.output_dir, self.identity, config.overwrite_output_dir, config.resume_from_checkpoint
+            )
         self.accelerator.wait_for_everyone()
         if config.resume_from_checkpoint and path is None:
             path = checkpoints.find_checkpoint(self.output_dir, config.resume_from_checkpoint)
@@ -284,6 +282,10 @@ class Trainer:
 def _make_accelerator(config: TrainConfig) -> Accelerator:
     tracker = None if config.report_to == "none" else config.report_to
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir)
+    if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
+        raise ValueError(
+            f"--report_to {tracker}: the package is not installed; pip install {tracker}, or give another tracker."
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"Sharded training ({accelerator.distributed_type.value}) is not supported: checkpoints and moving averages need "

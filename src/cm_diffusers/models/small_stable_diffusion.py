@@ -1,4 +1,4 @@
-"""A new, small Stable Diffusion pipeline, for training a teacher from scratch."""
+"""The parts of a new, small Stable Diffusion pipeline, for training a teacher from scratch."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,8 @@ class SmallStableDiffusionConfig:
     """Shape of the networks."""
 
     unet_channels: list[int] = HfArg(
-        default_factory=lambda: [64, 128], help="Channels; each level but the first halves the latents and attends to text."
+        default_factory=lambda: [64, 128],
+        help="Channels; each level but the first halves the latents and attends to text.",
     )
     unet_layers_per_block: int = HfArg(default=1, help="Residual blocks per level.")
     num_attention_heads: int = HfArg(default=4, help="Heads of the UNet's attention layers.")
@@ -27,13 +28,52 @@ class SmallStableDiffusionConfig:
     text_length: int = HfArg(default=16, help="Tokens of a prompt, the two marks included.")
 
 
+@dataclass
+class SmallVAEConfig:
+    """Shape of the autoencoder."""
+
+    block_out_channels: list[int] = HfArg(
+        default_factory=lambda: [32, 64, 64],
+        help="Channels of each level; every level but the first halves the image.",
+    )
+    layers_per_block: int = HfArg(default=1, help="Residual blocks per level.")
+    latent_channels: int = HfArg(default=4, help="Channels of the latents.")
+    norm_num_groups: int = HfArg(default=8, help="Groups of the group normalisations.")
+
+
+def new_vae(config: SmallVAEConfig, resolution: int) -> AutoencoderKL:
+    """A fresh autoencoder for square images.
+
+    Raises:
+        ValueError: The levels cannot halve the resolution.
+    """
+    levels = len(config.block_out_channels)
+    if resolution % 2 ** (levels - 1):
+        raise ValueError(
+            f"--resolution {resolution} cannot be halved {levels - 1} times, once for each level but the first."
+        )
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=resolution,
+    )
+
+
 def new_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:
     """Byte-pair encoding in CLIP's format, learned from the captions; other words fall apart into letters."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
     bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=letters, special_tokens=[START, END], show_progress=False
+        vocab_size=1000,
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        special_tokens=[START, END],
+        show_progress=False,
     )
     bpe.train_from_iterator(sorted(set(captions)), trainer)
     learned = json.loads(bpe.to_str())["model"]

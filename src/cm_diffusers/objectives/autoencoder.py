@@ -14,7 +14,9 @@ from cm_diffusers.types import Batch, Loss, Networks, Progress
 class AutoencoderConfig:
     """How the terms of the loss are weighed."""
 
-    kl_weight: float = HfArg(default=1e-6, help="Weight of the KL divergence to N(0, 1), summed over a sample's latents.")
+    kl_weight: float = HfArg(
+        default=1e-6, help="Weight of the KL divergence to N(0, 1), summed over a sample's latents."
+    )
     l1_weight: float = HfArg(default=1.0, help="Weight of the absolute error beside the squared one.")
 
 

@@ -47,7 +47,9 @@ class DiffusionObjective:
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = append_dims(self.process.alpha(t), x0), append_dims(self.process.sigma(t), x0)
-        return {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}[self.config.prediction_type]
+        return {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}[
+            self.config.prediction_type
+        ]
 
 
 def _mask(dropped: Tensor, like: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ class LCMConfig:
     num_ddim_timesteps: int = HfArg(default=50, help="Points of the time grid; the sampler must know them.")
     w_min: float = HfArg(default=2.0, help="Least guidance w; w = guidance_scale - 1, so 0 means none.")
     w_max: float = HfArg(default=14.0, help="Greatest guidance w.")
-    solver: Literal["ddim", "heun", "dpm_2s"] = HfArg(default="ddim", help="The teacher's ODE step; heun and dpm_2s cost two.")
+    solver: Literal["ddim", "heun", "dpm_2s"] = HfArg(
+        default="ddim", help="The teacher's ODE step; heun and dpm_2s cost two."
+    )
     loss_type: Literal["huber", "l2"] = HfArg(default="huber", help="Distance between student and target.")
     timestep_scaling_factor: float = HfArg(default=10.0, help="Scale of t in the boundary scalings.")
 
