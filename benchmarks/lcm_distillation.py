@@ -34,10 +34,10 @@ class BenchmarkConfig:
     resolution: int = HfArg(default=32, help="Side of the images, in pixels.")
     max_train_samples: int = HfArg(default=256, help="Images that are encoded.")
     train_batch_size: int = HfArg(default=64, help="Images per step.")
-    lora_rank: int = HfArg(default=64, help="Rank of the adapters.")
+    lora_rank: int = HfArg(default=16, help="Rank of the adapters.")
     repeats: int = HfArg(default=30, help="Measurements of each thing, after three that do not count.")
     memory_steps: int = HfArg(default=3, help="Steps whose peak memory is taken.")
-    num_threads: int = HfArg(default=1, help="Threads of torch on a CPU.")
+    num_threads: int = HfArg(default=2, help="Threads of torch on a CPU.")
     seed: int = HfArg(default=0, help="Seeds the data order, noise and times.")
     output_dir: str = HfArg(default="runs/benchmark_train_step", help="Where train_step.md and train_step.json go.")
 

@@ -233,7 +233,7 @@ def zero_snr():
 
 
 def test_epsilon_needs_a_signal_at_the_last_time():
-    with pytest.raises(ValueError, match="zero terminal SNR says nothing at the last timestep"):
+    with pytest.raises(ValueError, match="zero terminal SNR: its last timestep holds no signal"):
         lcm(process=zero_snr())
 
 
