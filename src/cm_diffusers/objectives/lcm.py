@@ -65,13 +65,13 @@ class LCMObjective:
         t, s = sample_solver_pairs(len(x0), self.grid, device)
         w = torch.empty(len(x0), device=device).uniform_(config.w_min, config.w_max)
         x_t = diffuse(self.process, x0, torch.randn_like(x0), t)
-        with rewind_rng(device):
-            online = self.consistency(nets.student, x_t, t, batch.cond, w)
-        with torch.no_grad():
+        with torch.no_grad():  # first, so that its activations are gone before the student's are kept
             denoise = as_denoiser(nets.teacher, self.process, self.prediction_type)
             guided = guide(denoise, batch.cond, batch.uncond, w)
             x_s = SOLVERS[config.solver](guided, self.process, x_t, t, s)  # Sec. 4.2 and 4.3
-            target = self.consistency(nets.target or nets.student, x_s, s, batch.cond, w)
+            with rewind_rng(device):  # the student draws the same dropout masks
+                target = self.consistency(nets.target or nets.student, x_s, s, batch.cond, w)
+        online = self.consistency(nets.student, x_t, t, batch.cond, w)
         value = DISTANCES[config.loss_type](online, target).mean()  # Algorithm 1
         return Loss(value, {"w": w.mean()})
 
