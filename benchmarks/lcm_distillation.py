@@ -4,9 +4,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Vae, module_fingerprint
@@ -35,6 +37,7 @@ class BenchmarkConfig:
     max_train_samples: int = HfArg(default=256, help="Images that are encoded.")
     train_batch_size: int = HfArg(default=64, help="Images per step.")
     lora_rank: int = HfArg(default=16, help="Rank of the adapters.")
+    mixed_precision: Literal["no", "bf16"] = HfArg(default="no", help="Autocast dtype, of every loop.")
     repeats: int = HfArg(default=30, help="Measurements of each thing, after three that do not count.")
     memory_steps: int = HfArg(default=3, help="Steps whose peak memory is taken.")
     num_threads: int = HfArg(default=2, help="Threads of torch on a CPU.")
@@ -52,11 +55,13 @@ class Distillation:
 
     def __init__(self, config: BenchmarkConfig, kind: str, workdir: Path) -> None:
         student = StudentConfig(lora=kind == "lora", lora_rank=config.lora_rank, lora_alpha=config.lora_rank)
+        student.cast_teacher_unet = "no" if student.lora else config.mixed_precision
         self.dim = None if student.lora else student.unet_time_cond_proj_dim
         self.data, teacher = data_config(config, workdir), the_teacher(config)
         process = DiscreteVP.from_scheduler(teacher.scheduler)
         objective = LCMObjective(LCMConfig(), process, teacher.scheduler.config.prediction_type, self.dim)
         train = TrainConfig(output_dir=tempfile.mkdtemp(dir=workdir), report_to="none", seed=config.seed)
+        train.mixed_precision = config.mixed_precision
         self.trainer = Trainer(train, make_networks(teacher.unet, student), objective, OptimConfig())
         device, text = self.trainer.device, module_fingerprint(teacher.text_encoder)
         vae, encode = Vae.from_model(teacher.vae), encode_with(teacher)
@@ -74,11 +79,17 @@ class Distillation:
             cond = cond | {"timestep_cond": guidance_embedding(torch.full_like(x_t[:, 0, 0, 0], 8.0), self.dim)}
         twice = torch.cat([x_t, x_t]), torch.cat([t, t])
         both = {name: torch.cat([batch.cond[name], batch.uncond[name]]) for name in batch.cond}
+        autocast = self.trainer.accelerator.autocast
         return {
-            "student": lambda: nets.student(x_t, t, **cond, return_dict=False)[0].backward(x_t),
-            "target": torch.no_grad()(lambda: (nets.target or nets.student)(x_t, t, **cond, return_dict=False)),
-            "teacher": torch.no_grad()(lambda: nets.teacher(*twice, **both, return_dict=False)),
+            "student": lambda: autocast_call(autocast, nets.student, x_t, t, cond).backward(x_t),
+            "target": torch.no_grad()(lambda: autocast_call(autocast, nets.target or nets.student, x_t, t, cond)),
+            "teacher": torch.no_grad()(lambda: autocast_call(autocast, nets.teacher, *twice, both)),
         }
+
+
+def autocast_call(autocast: Callable, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    with autocast():
+        return network(x_t, t, **cond, return_dict=False)[0].float()
 
 
 def the_teacher(config: BenchmarkConfig) -> DiffusionPipeline:

@@ -5,6 +5,7 @@ cm_diffusers'. Its images are decoded beforehand, which the example does in work
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -50,10 +51,17 @@ class ReferenceLCM:
     Args:
         pipe: The teacher.
         examples: See `pixel_batches`.
+        dtype: Of autocast; None runs in float32.
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, examples: Examples, method: LCMConfig, optim: OptimConfig, dim: int
+        self,
+        pipe: DiffusionPipeline,
+        examples: Examples,
+        method: LCMConfig,
+        optim: OptimConfig,
+        dim: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.pipe, self.examples, self.method, self.optim, self.dim = pipe, examples, method, optim, dim
         self.process = DiscreteVP.from_scheduler(pipe.scheduler)
@@ -61,15 +69,18 @@ class ReferenceLCM:
         self.student = make_student(pipe.unet, dim)
         self.target = frozen_copy(self.student)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=optim.learning_rate, fused=False)
+        self.autocast = partial(torch.autocast, pipe.device.type, dtype=dtype, enabled=dtype is not None)
         with torch.no_grad():
             self.empty = encode_prompts(pipe, [""])
 
     def step(self) -> None:
         pixels, captions = next(self.examples)
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             x0 = self.pipe.vae.encode(pixels).latent_dist.sample() * self.pipe.vae.config.scaling_factor
             states = encode_prompts(self.pipe, captions)
-        self.loss(x0, states).backward()
+        with self.autocast():
+            loss = self.loss(x0.float(), states)
+        loss.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), self.optim.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -57,9 +57,9 @@ def measure_times(config: BenchmarkConfig, workdir: Path) -> dict[str, list[tupl
     distillations = {kind: Distillation(config, kind, workdir) for kind in KINDS}
     data, device = distillations["full"].data, distillations["full"].trainer.device
     examples = pixel_batches(data, 4, device)
-    reference = ReferenceLCM(
-        the_teacher(config).to(device), examples, LCMConfig(), OptimConfig(), distillations["full"].dim
-    )
+    dtype = {"no": None, "bf16": torch.bfloat16}[config.mixed_precision]
+    dim = distillations["full"].dim
+    reference = ReferenceLCM(the_teacher(config).to(device), examples, LCMConfig(), OptimConfig(), dim, dtype)
     actions: dict[str, Action] = {"reference/step": reference.step}
     for kind, one in distillations.items():
         actions |= {f"{kind}/step": one.step} | {f"{kind}/{name}": action for name, action in one.passes().items()}
@@ -119,9 +119,7 @@ def as_table(config: BenchmarkConfig, times: dict, memory: dict[str, float]) -> 
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     wall, cpu = ratios(times, 0), ratios(times, 1)
     compared = "\n".join(f"- {name}: {wall[name]:.2f} (in CPU time {cpu[name]:.2f})" for name in wall)
-    setting = (
-        f"Batch {config.train_batch_size}, seed {config.seed}, {config.repeats} interleaved rounds, {hardware()}."
-    )
+    setting = f"Batch {config.train_batch_size}, mixed precision {config.mixed_precision}, seed {config.seed}, {config.repeats} interleaved rounds, {hardware()}."
     return f"{table}\n\n{compared}\n\n{setting}\n"
 
 

@@ -126,7 +126,7 @@ def recorded(objective, batch, target=False):
     )
     nets = Networks(student, target=Recorder(VP, "epsilon", Gaussian(0, 1)) if target else None, teacher=teacher)
     loss = objective(nets, batch, PROGRESS)
-    online, offline = student.calls if not target else (*student.calls, *nets.target.calls)
+    offline, online = student.calls if not target else (*nets.target.calls, *student.calls)
     return loss, online, offline, teacher
 
 

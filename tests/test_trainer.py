@@ -474,5 +474,8 @@ def test_a_run_killed_while_saving_has_its_last_checkpoint(tmp_path, interrupted
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
-    with pytest.warns(UserWarning, match="no supported trackers"), pytest.raises(ValueError, match="pip install wandb"):
+    with (
+        pytest.warns(UserWarning, match="no supported trackers"),
+        pytest.raises(ValueError, match="pip install wandb"),
+    ):
         toy_trainer(tmp_path, report_to="wandb")
