@@ -38,6 +38,7 @@ class BenchmarkConfig:
     train_batch_size: int = HfArg(default=64, help="Images per step.")
     lora_rank: int = HfArg(default=16, help="Rank of the adapters.")
     mixed_precision: Literal["no", "bf16"] = HfArg(default="no", help="Autocast dtype, of every loop.")
+    compile: bool = HfArg(default=False, help="torch.compile our networks; the example in diffusers has no such flag.")
     repeats: int = HfArg(default=30, help="Measurements of each thing, after three that do not count.")
     memory_steps: int = HfArg(default=3, help="Steps whose peak memory is taken.")
     num_threads: int = HfArg(default=2, help="Threads of torch on a CPU.")
@@ -61,7 +62,7 @@ class Distillation:
         process = DiscreteVP.from_scheduler(teacher.scheduler)
         objective = LCMObjective(LCMConfig(), process, teacher.scheduler.config.prediction_type, self.dim)
         train = TrainConfig(output_dir=tempfile.mkdtemp(dir=workdir), report_to="none", seed=config.seed)
-        train.mixed_precision = config.mixed_precision
+        train.mixed_precision, train.compile = config.mixed_precision, config.compile
         self.trainer = Trainer(train, make_networks(teacher.unet, student), objective, OptimConfig())
         device, text = self.trainer.device, module_fingerprint(teacher.text_encoder)
         vae, encode = Vae.from_model(teacher.vae), encode_with(teacher)

@@ -119,7 +119,7 @@ def as_table(config: BenchmarkConfig, times: dict, memory: dict[str, float]) -> 
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     wall, cpu = ratios(times, 0), ratios(times, 1)
     compared = "\n".join(f"- {name}: {wall[name]:.2f} (in CPU time {cpu[name]:.2f})" for name in wall)
-    setting = f"Batch {config.train_batch_size}, mixed precision {config.mixed_precision}, seed {config.seed}, {config.repeats} interleaved rounds, {hardware()}."
+    setting = f"Batch {config.train_batch_size}, mixed precision {config.mixed_precision}, {'compiled, ' * config.compile}seed {config.seed}, {config.repeats} interleaved rounds, {hardware()}."
     return f"{table}\n\n{compared}\n\n{setting}\n"
 
 
