@@ -8,18 +8,17 @@ from huggingface_hub import ModelCardData
 from cm_diffusers.publish import Record
 
 
-def model_card(record: Record, data: str, settings: dict[str, object], license_name: str | None = None) -> str:
+def model_card(record: Record, data: str, settings: dict[str, object]) -> str:
     """The card of a distilled student, as Markdown with the Hub's front matter.
 
     Args:
         data: What it was trained on.
         settings: Flags of the run.
-        license_name: The teacher's licence, which binds the student; left out when unknown.
     """
     lora = record.guidance == "distilled"
     tags = ["text-to-image", "diffusers", "diffusers-training", "cm_diffusers", "lcm", *(["lora"] if lora else [])]
     base = None if Path(record.base_model).exists() else record.base_model  # the Hub wants an id, not a path
-    front = ModelCardData(library_name="diffusers", base_model=base, license=license_name, tags=tags)
+    front = ModelCardData(library_name="diffusers", base_model=base, tags=tags)
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
     return CARD.format(
         front=front.to_yaml(),
