@@ -116,7 +116,7 @@ def test_a_script_is_wiring(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 80
 
 
-@each([p for p in SCRIPTS if "HfArgumentParser" in p.read_text()])
+@each([p for p in SCRIPTS if "parse_configs" in p.read_text()])
 def test_config_fields_do_not_collide(path: Path) -> None:
     names = Counter(f.name for config in load(path).CONFIGS for f in fields(config))
     assert {name: n for name, n in names.items() if n > 1} == {}
@@ -126,45 +126,6 @@ def test_config_fields_do_not_collide(path: Path) -> None:
 def test_recipe_parses_with_its_script(path: Path) -> None:
     configs = load(script_of(path)).CONFIGS
     assert tuple(map(type, parse_configs(configs, "", ["--recipe", str(path)]))) == configs
-
-
-@each(OBJECTIVES)
-def test_an_objective_knows_no_other(path: Path) -> None:
-    sibling = re.compile(r"^\.\w|^(\.\.|cm_diffusers\.)objectives\b|Objective$")
-    assert [name for name in imports(path) if sibling.search(name)] == []
-
-
-@each(SELF_CONTAINED)
-def test_schedulers_and_pipelines_stand_alone(path: Path) -> None:
-    assert {name for name in imports(path) if name.split(".")[0] not in ALLOWED} == set()
-
-
-@each(PIPELINES)
-def test_one_pipeline_per_file(path: Path) -> None:
-    classes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
-    assert len([c for c in classes if any(ast.unparse(base).endswith("Pipeline") for base in c.bases)]) == 1
-
-
-def test_no_folder_is_taken_for_a_diffusers_pipeline() -> None:
-    folders = {p.parent.name for p in SOURCES}
-    assert {name for name in folders if hasattr(diffusers.pipelines, name)} == set()
-
-
-@each(SCRIPTS)
-def test_a_script_is_wiring(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < 80
-
-
-@each([p for p in SCRIPTS if "HfArgumentParser" in p.read_text()])
-def test_config_fields_do_not_collide(path: Path) -> None:
-    names = Counter(f.name for config in load(path).CONFIGS for f in fields(config))
-    assert {name: n for name, n in names.items() if n > 1} == {}
-
-
-@each(RECIPES)
-def test_recipe_parses_with_its_script(path: Path) -> None:
-    parser = HfArgumentParser(load(script_of(path)).CONFIGS)
-    parser.parse_args_into_dataclasses(["--recipe", str(path)], look_for_args_file=False, args_file_flag="--recipe")
 
 
 @each(OBJECTIVES)
