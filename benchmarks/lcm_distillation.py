@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.cache import Vae, module_fingerprint
+from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig
-from cm_diffusers.data.text_image import encode_with, text_image_batches
+from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.guidance import guidance_embedding
 from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
@@ -64,9 +64,10 @@ class Distillation:
         train = TrainConfig(output_dir=tempfile.mkdtemp(dir=workdir), report_to="none", seed=config.seed)
         train.mixed_precision, train.compile = config.mixed_precision, config.compile
         self.trainer = Trainer(train, make_networks(teacher.unet, student), objective, OptimConfig())
-        device, text = self.trainer.device, module_fingerprint(teacher.text_encoder)
-        vae, encode = Vae.from_model(teacher.vae), encode_with(teacher)
-        self.stream = text_image_batches(self.data, vae, encode, text, config.seed, device=device)(0)
+        batches = text_image_batches(
+            self.data, Encoders.from_pipeline(teacher), config.seed, device=self.trainer.device
+        )
+        self.stream = batches(0)
 
     def step(self) -> None:
         self.trainer.training_step(self.stream)

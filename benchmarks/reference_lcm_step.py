@@ -11,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.data.sources import DataConfig, View, decode_image, load_image_text, preprocess
+from cm_diffusers.data.preprocessing import View, decode_image, preprocess
+from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.distances import huber
 from cm_diffusers.guidance import guidance_embedding
 from cm_diffusers.networks import as_denoiser, frozen_copy, make_student

@@ -17,9 +17,11 @@ from pyarrow import parquet
 from transformers import HfArgumentParser
 
 from cm_diffusers.data.cache import Vae, cached_posteriors, folder_fingerprint, module_fingerprint
+from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.images import image_batches
+from cm_diffusers.data.preprocessing import View, decode_image, preprocess
 from cm_diffusers.data.sampler import Position, batch_rows
-from cm_diffusers.data.sources import DataConfig, View, decode_image, load_image_text, preprocess
+from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.text_image import text_image_batches, token_batches
 
 
@@ -68,9 +70,10 @@ def vae(model) -> Vae:
     return Vae.from_model(model)
 
 
-def encode_prompts(texts: list[str]) -> torch.Tensor:
+def encode_prompts(texts: list[str]) -> dict[str, torch.Tensor]:
     """(N, 2, 3), told apart by the text: the first character codes, 0 for none."""
-    return torch.tensor([[ord(c) for c in text[:6].ljust(6, "\0")] for text in texts]).reshape(-1, 2, 3).float() / 8
+    codes = torch.tensor([[ord(c) for c in text[:6].ljust(6, "\0")] for text in texts])
+    return {"encoder_hidden_states": codes.reshape(-1, 2, 3).float() / 8}
 
 
 def text_of(embedding: torch.Tensor) -> list[str]:
@@ -82,7 +85,7 @@ def refuse(*_) -> None:
 
 
 def latents(config, vae, seed=0, encode=encode_prompts, **position):
-    return text_image_batches(config, vae, encode, "fake", seed, **position)
+    return text_image_batches(config, Encoders(vae, encode, "fake"), seed, **position)
 
 
 def first(batches, count=1, start=0):
@@ -483,7 +486,7 @@ def test_share_of_empty_prompts(config, vae, share):
 
 def test_embeddings_that_overflow_are_refused(config, vae):
     with pytest.raises(ValueError, match="not finite in float16"):
-        latents(config, vae, encode=lambda texts: torch.full((len(texts), 1, 1), 1e6))
+        latents(config, vae, encode=lambda texts: {"encoder_hidden_states": torch.full((len(texts), 1, 1), 1e6)})
     assert len(list(Path(config.latent_cache_dir).glob("*"))) == 1  # the images; no shard of captions
 
 

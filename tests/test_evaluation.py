@@ -24,6 +24,7 @@ from cm_diffusers.evaluation.report import Setting, markdown_table
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
+from cm_diffusers.record import RECORD
 from cm_diffusers.types import Batch, Networks, Progress
 
 
@@ -192,7 +193,7 @@ def test_a_lora_folder_is_its_base_model_with_adapter_and_scheduler(tmp_path: Pa
     x, t, states = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 16, 32)
     plain = tiny_pipeline().unet(x, t, states).sample
     assert (pipe.unet(x, t, states).sample - plain).abs().max() > 1e-3
-    (tmp_path / "lora" / publish.RECORD).unlink()
+    (tmp_path / "lora" / RECORD).unlink()
     with pytest.raises(ValueError, match="does not name its base model"):
         load_pipeline(str(tmp_path / "lora"))
 

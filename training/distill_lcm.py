@@ -5,9 +5,9 @@ from pathlib import Path
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.data.cache import Vae, module_fingerprint
+from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig
-from cm_diffusers.data.text_image import encode_with, text_image_batches
+from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.model_card import model_card
 from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks, require_autocast
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
@@ -39,12 +39,7 @@ def main() -> None:
     nets = make_networks(teacher.unet, student)
     trainer = Trainer(train, nets, objective, optim, settings=[source, student, data], callbacks=[grid])
     rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
-    text = module_fingerprint(teacher.text_encoder)
-    trainer.fit(
-        text_image_batches(
-            data, Vae.from_model(teacher.vae), encode_with(teacher), text, train.seed, rank, ranks, device
-        )
-    )
+    trainer.fit(text_image_batches(data, Encoders.from_pipeline(teacher), train.seed, rank, ranks, device))
     if trainer.accelerator.is_main_process:
         bounds = method.w_min, method.w_max
         record = lcm_record(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from cm_diffusers.publish import Record
+from cm_diffusers.record import Record
 
 
 def model_card(record: Record, data: str, settings: dict[str, object]) -> str:

@@ -25,6 +25,7 @@ LCM_LORA_TARGETS = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 ).split()
+XL_CONDITIONS = ("text_embeds", "time_ids")  # the UNet's added_cond_kwargs
 
 
 @dataclass
@@ -192,10 +193,17 @@ class TextConditionedUNet(nn.Module):
 
 
 def as_denoiser(network: Callable, process: Process, prediction_type: str) -> ConditionalDenoiser:
-    """View a network as (x_t, t, conditions) -> Prediction, in float32."""
+    """View a network as (x_t, t, conditions) -> Prediction, in float32.
+
+    Stable Diffusion XL's `text_embeds` and `time_ids` lie flat in the conditions; the network takes them as one dict.
+    """
 
     def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple:
-        output = network(x_t, t, **cond, return_dict=False)[0]
+        added = {name: cond[name] for name in XL_CONDITIONS if name in cond}
+        arguments = {name: value for name, value in cond.items() if name not in added}
+        if added:
+            arguments["added_cond_kwargs"] = added
+        output = network(x_t, t, **arguments, return_dict=False)[0]
         return interpret(process, output.float(), x_t, t, prediction_type)
 
     return denoise

@@ -1,11 +1,9 @@
 """Writing results: whole or not at all, as safetensors, with a record of how the student was made beside the weights."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, ModelMixin, UNet2DConditionModel
@@ -13,28 +11,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-
-RECORD = "cm_diffusers.json"
-
-
-@dataclass(frozen=True)
-class Record:
-    """How a student was distilled and wants to be sampled; `cm_diffusers.json` beside its weights.
-
-    Attributes:
-        guidance: "embedded": the pipeline's guidance_scale goes in as w = guidance_scale - 1, within [w_min, w_max].
-            "distilled": guidance is in the weights, sample with guidance_scale 1.
-        scheduler: Class and config of the scheduler to sample with.
-    """
-
-    method: str
-    base_model: str
-    guidance: str
-    w_min: float
-    w_max: float
-    recommended_guidance_scale: float
-    recommended_num_inference_steps: int
-    scheduler: dict
+from cm_diffusers.record import Record, write_record
 
 
 @contextmanager
@@ -119,6 +96,6 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, record: Record, card: st
 
 def _write_texts(folder: Path, record: Record | None, card: str | None) -> None:
     if record is not None:
-        (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
+        write_record(record, folder)
     if card is not None:
         (folder / "README.md").write_text(card, "utf-8")

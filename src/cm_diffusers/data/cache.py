@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from cm_diffusers.data.preprocessing import View, content_hash, decode_image, preprocess
 from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
-from cm_diffusers.data.sources import DataConfig, View, content_hash, decode_image, preprocess
+from cm_diffusers.data.sources import DataConfig
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,14 @@ class Posteriors:
 
 
 class Embeddings:
-    """Text embeddings by number: `embeddings[numbers]` is (B, L, D) float16."""
+    """Conditions by caption number: `embeddings[numbers]` holds (B, ...) float16 of each kind."""
 
     def __init__(self, shards: list[Shard]) -> None:
         self.shards = shards
 
-    def __getitem__(self, numbers: np.ndarray) -> Tensor:
-        return torch.stack([tensors_of(self.shards[i // SHARD_ROWS])["embedding"][i % SHARD_ROWS] for i in numbers])
+    def __getitem__(self, numbers: np.ndarray) -> Tensors:
+        rows = [(tensors_of(self.shards[i // SHARD_ROWS]), i % SHARD_ROWS) for i in numbers]
+        return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
 
 
 def cached_posteriors(
@@ -204,13 +206,13 @@ def _encode_images(images: list[Tensor | None], model: AutoencoderKL, config: Da
 
 
 def cached_embeddings(
-    captions: list[str], encode: Callable[[list[str]], Tensor], fingerprint: str, config: DataConfig
+    captions: list[str], encode: Callable[[list[str]], Tensors], fingerprint: str, config: DataConfig
 ) -> Embeddings:
     """Encodes every caption, or reads what an earlier run encoded.
 
     Args:
         captions: distinct texts.
-        encode: texts to embeddings (N, L, D), the same L for every call; called only when a shard is missing.
+        encode: texts to conditions, each (N, ...) and of one shape for every call; called only when a shard is missing.
         fingerprint: names the text tower and tokenizer behind `encode`.
         config: where the shards are kept.
 
@@ -221,11 +223,12 @@ def cached_embeddings(
     def encode_parts(job: Job) -> Iterator[Tensors]:
         for part in row_ranges(len(job.rows), config.encode_batch_size):
             with torch.no_grad():
-                embedding = encode([captions[job.rows[i]] for i in part]).half().cpu()
-            if not embedding.isfinite().all():
+                encoded = encode([captions[job.rows[i]] for i in part])
+            tensors = {name: value.half().cpu() for name, value in encoded.items()}
+            if not all(value.isfinite().all() for value in tensors.values()):
                 raise ValueError("The text embeddings are not finite in float16: encode prompts in float32.")
-            yield {"embedding": embedding}
+            yield tensors
 
     ranges = row_ranges(len(captions))
-    jobs = [Job(shard_key("embedding", fingerprint, *(captions[i] for i in rows)), rows) for rows in ranges]
+    jobs = [Job(shard_key("conditions", fingerprint, *(captions[i] for i in rows)), rows) for rows in ranges]
     return Embeddings(build(jobs, encode_parts, config, "Encoding captions"))

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_diffusers.data.preprocessing import View, crop, decode_image, resize, to_tensor
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
-from cm_diffusers.data.sources import DataConfig, View, crop, decode_image, load_image_text, resize, to_tensor
+from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.types import Batch
 
 

@@ -3,15 +3,15 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, cached_embeddings, cached_posteriors
+from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.types import Batch
@@ -23,9 +23,7 @@ EMPTY = 0  # number of the empty prompt in every table
 
 def text_image_batches(
     config: DataConfig,
-    vae: Vae,
-    encode_prompts: Callable[[list[str]], Tensor],
-    fingerprint: str,
+    encoders: Encoders,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
@@ -35,9 +33,7 @@ def text_image_batches(
 
     Args:
         config: images, captions, preprocessing and cache.
-        vae: not loaded when the cache holds every image.
-        encode_prompts: prompts to embeddings (N, L, D); not called when the cache holds every caption.
-        fingerprint: names what `encode_prompts` computes, for example `module_fingerprint(text_encoder)`.
+        encoders: of the teacher; not called for what the cache holds.
         seed: seed of order, crops, flips, captions and posterior noise.
         rank: number of this process.
         world_size: number of processes, which share every epoch.
@@ -45,14 +41,14 @@ def text_image_batches(
 
     Returns:
         A function from the number of the first batch to an endless iterator of batches: x0 (B, C, h, w),
-        `cond["encoder_hidden_states"]` (B, L, D) and in `uncond` the embedding of the empty prompt (B, L, D).
+        in `cond` what `encoders.encode_prompts` makes of a caption, in `uncond` of the empty prompt.
 
     Raises:
         ValueError: wrong configuration, or no row with a readable image and a caption.
     """
-    rows, texts = _load(config, vae, device)
-    table = cached_embeddings(texts, encode_prompts, fingerprint, config)
-    source = _Source(config, vae, rows, table, "encoder_hidden_states", Position(seed, rank, world_size))
+    rows, texts = _load(config, encoders.vae, device)
+    table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, config)
+    source = _Source(config, encoders.vae, rows, table, Position(seed, rank, world_size))
     return stream(source.make, config.dataloader_num_workers)
 
 
@@ -68,13 +64,15 @@ def token_batches(
     """As `text_image_batches`, for training the text tower too: `cond["input_ids"]` (B, L) int64."""
     rows, texts = _load(config, vae, device)
     table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    source = _Source(config, vae, rows, table, "input_ids", Position(seed, rank, world_size))
+    source = _Source(config, vae, rows, _Tokens(table), Position(seed, rank, world_size))
     return stream(source.make, config.dataloader_num_workers)
 
 
-def encode_with(pipe: DiffusionPipeline) -> Callable[[list[str]], Tensor]:
-    """Prompts to embeddings (N, L, D) as the pipeline itself encodes them when it samples."""
-    return lambda prompts: pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0]
+class _Tokens(NamedTuple):
+    ids: Tensor  # (N, L) int64
+
+    def __getitem__(self, numbers: np.ndarray) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[numbers]}
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,7 @@ class _Source:
     config: DataConfig
     vae: Vae
     rows: _Rows
-    table: Embeddings | Tensor
-    name: str
+    table: Embeddings | _Tokens
     position: Position
 
     def make(self, k: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -100,9 +97,9 @@ class _Source:
         x0 = self._latents(indices, generator)
         captions = [self.rows.captions[i][generator.integers(len(self.rows.captions[i]))] for i in indices]
         dropped = generator.random(size) < self.config.proportion_empty_prompts
-        cond = self._condition(np.where(dropped, EMPTY, captions))
-        uncond = self._condition(np.array([EMPTY])).expand_as(cond)
-        return x0, {self.name: cond}, {self.name: uncond}
+        cond = self._conditions(np.where(dropped, EMPTY, captions))
+        uncond = self._conditions(np.array([EMPTY]))
+        return x0, cond, {name: uncond[name].expand_as(value) for name, value in cond.items()}
 
     def _latents(self, indices: np.ndarray, generator: np.random.Generator) -> Tensor:
         variants = generator.integers(self.rows.posteriors.variants, size=len(indices))
@@ -110,9 +107,9 @@ class _Source:
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(generator.integers(2**63))))
         return (mean.float() + std.float() * noise - self.vae.shift_factor) * self.vae.scaling_factor
 
-    def _condition(self, numbers: np.ndarray) -> Tensor:
+    def _conditions(self, numbers: np.ndarray) -> dict[str, Tensor]:
         rows = self.table[numbers]
-        return rows.float() if rows.is_floating_point() else rows
+        return {name: value.float() if value.is_floating_point() else value for name, value in rows.items()}
 
 
 def _load(config: DataConfig, vae: Vae, device: torch.device | str) -> tuple[_Rows, list[str]]:

@@ -16,8 +16,9 @@ from cm_diffusers.evaluation.features import classify, extract_features, load_ex
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_reference
 from cm_diffusers.evaluation.report import Row, Setting, hardware
-from cm_diffusers.evaluation.sampling import generate, load_pipeline, read_record
+from cm_diffusers.evaluation.sampling import generate, load_pipeline
 from cm_diffusers.models.classifier import ImageClassifier
+from cm_diffusers.record import read_record
 
 
 GRID_COLUMNS = 10
@@ -96,8 +97,8 @@ class Comparison:
     def _measure_pipeline(self, source: str, name: str, steps: list[int]) -> None:
         pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device)
         record = read_record(source)
-        own = record.get("guidance") == "distilled"
-        for guidance in [record["recommended_guidance_scale"]] if own else self.config.guidance_scales:
+        own = record is not None and record.guidance == "distilled"
+        for guidance in [record.recommended_guidance_scale] if own else self.config.guidance_scales:
             for count in steps:
                 is_reference = source == self.config.teacher and count == self.config.reference_steps
                 self._measure(pipe, name, count, guidance, is_reference)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.sources import DataConfig, View, decode_image, load_image_text, preprocess
+from cm_diffusers.data.preprocessing import View, decode_image, preprocess
+from cm_diffusers.data.sources import DataConfig, load_image_text
 
 
 @dataclass

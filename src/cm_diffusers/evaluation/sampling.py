@@ -1,6 +1,5 @@
 """Loading any text-to-image pipeline and drawing reproducible images from it."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,26 +7,13 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cm_diffusers.publish import RECORD
+from cm_diffusers.record import RECORD, read_record
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-def read_record(source: str) -> dict:
-    """`cm_diffusers.json` of a student's folder or Hub repository; {} where there is none."""
-    path = Path(source) / RECORD
-    if not Path(source).exists():
-        try:
-            path = Path(hf_hub_download(source, RECORD))
-        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, ValueError):
-            return {}
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def load_pipeline(
@@ -63,15 +49,16 @@ def load_pipeline(
 def _base_model(folder: Path) -> str:
     if not (folder / LORA_WEIGHTS).is_file():
         raise ValueError(f"{str(folder)!r} is no pipeline folder: it has neither model_index.json nor {LORA_WEIGHTS}.")
-    record = read_record(str(folder))
-    if "base_model" not in record:
+    record = read_record(folder)
+    if record is None:
         raise ValueError(f"The LoRA in {str(folder)!r} does not name its base model: {RECORD} is missing beside it.")
-    return record["base_model"]
+    return record.base_model
 
 
 def _apply_lora(pipe: DiffusionPipeline, lora: str) -> None:
     pipe.load_lora_weights(lora)
-    scheduler = dict(read_record(lora).get("scheduler", {}))
+    record = read_record(lora)
+    scheduler = dict(record.scheduler) if record else {}
     scheduler_class = getattr(diffusers, scheduler.pop("_class_name", "LCMScheduler"))
     pipe.scheduler = scheduler_class.from_config({**pipe.scheduler.config, **scheduler})
 

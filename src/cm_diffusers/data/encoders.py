@@ -1,0 +1,60 @@
+"""What turns the images and captions of a data set into what a teacher's network sees."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from cm_diffusers.data.cache import Vae, module_fingerprint
+
+
+Conditions = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The VAE and text towers of a teacher.
+
+    Attributes:
+        vae: Loaded only when an image has to be encoded.
+        encode_prompts: Prompts to conditions, each (N, ...): `encoder_hidden_states` (N, L, D), and for Stable Diffusion
+            XL `text_embeds` (N, P). The empty prompt becomes the teacher's unconditional branch.
+        fingerprint: Names what `encode_prompts` computes.
+        micro_conditioning: Whether the network is also told sizes and crop, as `time_ids` (B, 6).
+    """
+
+    vae: Vae
+    encode_prompts: Callable[[list[str]], Conditions]
+    fingerprint: str
+    micro_conditioning: bool = False
+
+    @classmethod
+    def from_pipeline(cls, pipe: DiffusionPipeline) -> "Encoders":
+        """The encoders of a Stable Diffusion or Stable Diffusion XL pipeline."""
+        vae, second = Vae.from_model(pipe.vae), getattr(pipe, "text_encoder_2", None)
+        text = module_fingerprint(pipe.text_encoder)
+        if second is None:
+            return cls(vae, lambda prompts: _encode(pipe, prompts), text)
+        zeros = bool(pipe.config.force_zeros_for_empty_prompt)
+        parts = f"{text} {module_fingerprint(second)} {zeros}"
+        return cls(
+            vae, lambda prompts: _encode_xl(pipe, prompts, zeros), hashlib.sha256(parts.encode()).hexdigest(), True
+        )
+
+
+def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
+    return {"encoder_hidden_states": pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0]}
+
+
+def _encode_xl(pipe: DiffusionPipeline, prompts: list[str], zeros: bool) -> Conditions:
+    device = pipe.text_encoder_2.device
+    states, _, pooled, _ = pipe.encode_prompt(
+        prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    if zeros:  # the unconditional branch SDXL was trained and is sampled with
+        empty = torch.tensor([prompt == "" for prompt in prompts], device=states.device)
+        states, pooled = states.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+    return {"encoder_hidden_states": states, "text_embeds": pooled}
