@@ -3,10 +3,7 @@
 Every round measures each thing once, so that all of them see the same machine; the medians are reported.
 """
 
-import json
-import os
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -16,6 +13,7 @@ from statistics import median
 import torch
 from lcm_distillation import Action, BenchmarkConfig, Distillation, the_teacher
 from reference_lcm_step import ReferenceLCM, pixel_batches
+from reporting import interleaved, write_report
 
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.evaluation.report import hardware
@@ -26,30 +24,6 @@ from cm_diffusers.optimizers import OptimConfig
 PASSES = ("student", "target", "teacher")
 KINDS = ("full", "lora")
 CONFIGS = (BenchmarkConfig,)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(action: Action) -> tuple[float, float]:
-    """Wall-clock time of an action, and the CPU time of this process in it."""
-    synchronize()
-    wall, cpu = time.perf_counter(), time.process_time()
-    action()
-    synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def interleaved(actions: dict[str, Action], repeats: int, reset: Action) -> dict[str, list[tuple[float, float]]]:
-    """`seconds` of every action in each of `repeats` rounds, after three rounds that do not count."""
-    measured = {name: [] for name in actions}
-    for _ in range(repeats + 3):
-        for name, action in actions.items():
-            measured[name].append(seconds(action))
-            reset()
-    return {name: values[3:] for name, values in measured.items()}
 
 
 def measure_times(config: BenchmarkConfig, workdir: Path) -> dict[str, list[tuple[float, float]]]:
@@ -123,13 +97,6 @@ def as_table(config: BenchmarkConfig, times: dict, memory: dict[str, float]) -> 
     return f"{table}\n\n{compared}\n\n{setting}\n"
 
 
-def write_report(folder: Path, table: str, numbers: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("train_step.md", table), ("train_step.json", json.dumps(numbers, indent=1) + "\n")):
-        (folder / f".{name}.partial").write_text(text, "utf-8")
-        os.replace(folder / f".{name}.partial", folder / name)
-
-
 def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
     torch.set_num_threads(config.num_threads)
@@ -139,9 +106,8 @@ def main() -> None:
     table = as_table(config, times, memory)
     setting = asdict(config) | {"hardware": hardware(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     found = {"wall": ratios(times, 0), "cpu": ratios(times, 1)}
-    write_report(
-        Path(config.output_dir), table, {"setting": setting, "ratios": found, "memory_mib": memory, "seconds": times}
-    )
+    numbers = {"setting": setting, "ratios": found, "memory_mib": memory, "seconds": times}
+    write_report(Path(config.output_dir), "train_step", table, numbers)
     print(table)
 
 

@@ -1,18 +1,41 @@
-"""Put the tables that evaluations wrote into README.md and the model cards, between their markers."""
+"""Put the tables that evaluations wrote into README.md and the teacher's card, and write the students' cards anew."""
 
 import re
 from pathlib import Path
 
+from cm_diffusers.measured import read_measured
+from cm_diffusers.model_card import model_card
+from cm_diffusers.provenance import read_provenance
+from cm_diffusers.record import read_record
+
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "model_cards/teacher-fashion.md", ROOT / "assets/fashion_teacher/README.md"]
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS = "results/students"
+STUDENTS = {"fashion_lcm": ("lcm-fashion", "LCM"), "fashion_lcm_lora": ("lcm-lora-fashion", "LCM-LoRA")}
 
 
 def with_tables(text: str) -> str:
     return BLOCK.sub(lambda block: block[1] + (ROOT / block[2]).read_text("utf-8").strip() + "\n" + block[3], text)
 
 
+def cards() -> dict[Path, str]:
+    """The card of each bundled student, beside its weights and in model_cards/."""
+    texts = {}
+    for folder, (card, name) in STUDENTS.items():
+        source = ROOT / "assets" / folder
+        measured = read_measured(ROOT / "assets" / RESULTS, name)
+        for page, grid in (
+            (source / "README.md", f"../{RESULTS}/grid.png"),
+            (ROOT / f"model_cards/{card}.md", f"../assets/{RESULTS}/grid.png"),
+        ):
+            texts[page] = model_card(read_record(source), read_provenance(source), measured, grid)
+    return texts
+
+
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(with_tables(page.read_text("utf-8")), "utf-8")
+    for page, text in cards().items():
+        page.write_text(text, "utf-8")

@@ -61,6 +61,16 @@ def image_folder(folder: Path, number: int = 6, **columns: list) -> Path:
     return folder
 
 
+def captioned_folder(folder: Path, files: list[bytes]) -> Path:
+    """The encoded images in a folder, with `metadata.jsonl`: image i has the caption "caption i"."""
+    folder.mkdir(parents=True)
+    rows = [{"file_name": str(i), "text": f"caption {i}"} for i in range(len(files))]
+    for row, content in zip(rows, files, strict=True):
+        (folder / row["file_name"]).write_bytes(content)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def data_flags(data: Path, cache: Path) -> dict[str, object]:
     return {
         "train_data_dir": data,

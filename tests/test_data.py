@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from cm_diffusers.data.cache import Vae, cached_posteriors, folder_fingerprint, module_fingerprint
 from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
 from cm_diffusers.data.sampler import Position, batch_rows
@@ -232,9 +233,9 @@ def test_rotated_and_grey_images_are_upright_rgb():
 
 
 def test_no_source_and_two_sources(config):
-    with pytest.raises(ValueError, match="exactly one is needed and neither was given"):
+    with pytest.raises(ValueError, match="exactly one is needed and none was given"):
         load_image_text(replace(config, train_data_dir=None))
-    with pytest.raises(ValueError, match="exactly one is needed and both was given"):
+    with pytest.raises(ValueError, match="exactly one is needed and --dataset_name and --train_data_dir"):
         load_image_text(replace(config, dataset_name="some/set"))
 
 
@@ -435,8 +436,10 @@ def test_caching_continues_after_a_crash(config, model, vae, monkeypatch):
 
 def test_flips_and_crops_are_cached_variants(config, vae):
     config = replace(config, center_crop=False, random_flip=True, num_crops=3)
-    posteriors = cached_posteriors(load_image_text(config), vae, config)
-    assert posteriors.variants == 6
+    dataset = load_image_text(config)
+    framing = Framing.of(dataset, config, sized=False)
+    posteriors = cached_posteriors(dataset, framing, vae)
+    assert framing.variants == 6
     rows = np.zeros(6, dtype=int)
     mean, std = posteriors[rows, np.arange(6)]
     assert mean.dtype == std.dtype == torch.float16

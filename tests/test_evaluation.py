@@ -13,7 +13,7 @@ from diffusers import LCMScheduler
 from peft import LoraConfig
 from PIL import Image
 from tiny import FASHION_LABELS, tiny_pipeline, tiny_text_encoder, tiny_tokenizer
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from cm_diffusers import publish
 from cm_diffusers.evaluation import metrics
@@ -110,7 +110,7 @@ def test_clip_score_is_the_cosine_of_the_towers(tmp_path: Path) -> None:
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
     size = {"height": 32, "width": 32}
     settings = {"size": {"shortest_edge": 32}, "crop_size": size}
-    processor = CLIPProcessor(image_processor=CLIPImageProcessorPil(**settings), tokenizer=tiny_tokenizer())
+    processor = CLIPProcessor(image_processor=CLIPImageProcessor(**settings), tokenizer=tiny_tokenizer())
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     images, prompts = (torch.rand(3, 3, 32, 32) * 255).round() / 255, ["a bag", "a photo of a coat", "a dress"]
@@ -180,7 +180,7 @@ def save_tiny_lora(folder: Path, base: Path) -> None:
     )
     scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=20, timestep_scaling=7.0)
     record = publish.lcm_record(str(base), "distilled", 3.0, 3.0, 1.5, scheduler)
-    publish.save_lora(pipe.unet, folder, record, "a card")
+    publish.save_lora(pipe.unet, folder, record)
 
 
 def test_a_lora_folder_is_its_base_model_with_adapter_and_scheduler(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from tiny import tiny_scheduler, tiny_unet, tiny_vae
 from cm_diffusers.networks import StudentConfig, make_networks
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
+from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.process import DiscreteVP
+from cm_diffusers.students import FinetuneConfig, finetune_networks
 from cm_diffusers.types import Batch, Networks, Progress
 
 
@@ -46,6 +48,17 @@ def lcm(prediction_type="epsilon", lora=False, **settings):
     return Case(objective, lambda: networks(lora=lora), latents)
 
 
+def lcf(prediction_type="epsilon", embedded=True, lora=False, **settings):
+    dim = 16 if embedded else None
+
+    def networks():
+        return finetune_networks(
+            tiny_unet(dropout=0.1, time_cond_proj_dim=dim), FinetuneConfig("", lora=lora, lora_rank=4)
+        )
+
+    return Case(LCFObjective(LCFConfig(2.0, 14.0, **settings), VP, prediction_type, dim), networks, latents)
+
+
 def diffusion(prediction_type):
     objective = DiffusionObjective(DiffusionConfig(prediction_type, condition_dropout=0.5), VP)
     return Case(objective, lambda: Networks(tiny_unet()), latents)
@@ -59,6 +72,10 @@ CASES = {
     "lcm-lora-epsilon": lcm(lora=True),
     "lcm-lora-v": lcm("v_prediction", lora=True),
     "lcm-lora-sample": lcm("sample", lora=True),
+    "lcf": lcf(),
+    "lcf-l2-v": lcf("v_prediction", loss_type="l2"),
+    "lcf-plain-sample": lcf("sample", embedded=False),
+    "lcf-lora": lcf(lora=True),
     "diffusion-epsilon": diffusion("epsilon"),
     "diffusion-v": diffusion("v_prediction"),
     "diffusion-sample": diffusion("sample"),

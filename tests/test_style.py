@@ -24,7 +24,8 @@ SCRIPTS = sorted((ROOT / "training").glob("*.py"))
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.args"))
 OBJECTIVES = sorted(p for p in (SRC / "objectives").glob("*.py") if p.stem != "__init__")
 PIPELINES = sorted([*(SRC / "pipelines").glob("pipeline_*.py"), *(ROOT / "pipelines").glob("*.py")])
-SELF_CONTAINED = sorted([*(SRC / "schedulers").glob("scheduling_*.py"), *PIPELINES])
+SCHEDULERS = sorted((SRC / "schedulers").glob("scheduling_*.py"))
+SELF_CONTAINED = sorted((ROOT / "pipelines").glob("*.py"))
 ALLOWED = {"torch", "numpy", "diffusers", "transformers", *sys.stdlib_module_names}
 PAPERS = (ROOT / "PAPERS.md").read_text()
 ROWS = [line for line in PAPERS.splitlines() if line.startswith("|")]
@@ -96,8 +97,15 @@ def test_an_objective_knows_no_other(path: Path) -> None:
 
 
 @each(SELF_CONTAINED)
-def test_schedulers_and_pipelines_stand_alone(path: Path) -> None:
+def test_pipelines_that_travel_stand_alone(path: Path) -> None:
     assert {name for name in imports(path) if name.split(".")[0] not in ALLOWED} == set()
+
+
+@each(SCHEDULERS)
+def test_a_scheduler_shares_only_mathematics(path: Path) -> None:
+    shared = re.compile(r"cm_diffusers\.(preconditioning|times|schedulers\.)")
+    own = {name for name in imports(path) if name.split(".")[0] not in ALLOWED}
+    assert {name for name in own if not shared.match(name)} == set()
 
 
 @each(PIPELINES)

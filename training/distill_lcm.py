@@ -1,30 +1,31 @@
 """Distil a Stable Diffusion teacher into a 1-4 step student: LCM (full network) or LCM-LoRA (--lora)."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.data.text_image import text_image_batches
-from cm_diffusers.model_card import model_card
+from cm_diffusers.hub import HubConfig, check_hub, push_folder
 from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks, require_autocast
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.process import DiscreteVP
+from cm_diffusers.provenance import describe_run
 from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
 from cm_diffusers.rng import seed_everything
 from cm_diffusers.trainer import TrainConfig, Trainer
 
 
-CONFIGS = (TeacherConfig, StudentConfig, DataConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig)
+CONFIGS = (TeacherConfig, StudentConfig, DataConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig)
 
 
 def main() -> None:
-    source, student, data, method, optim, train, validation = configs = parse_configs(CONFIGS, __doc__)
+    source, student, data, method, optim, train, validation, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     require_autocast(student, train.mixed_precision)
+    repo_id = check_hub(hub, train.output_dir, train.report_to)
     teacher = load_teacher(source)
     embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
     process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
@@ -49,15 +50,16 @@ def main() -> None:
             guidance_scale,
             scheduler,
         )
-        settings = {name: value for config in configs for name, value in asdict(config).items()}
-        card = model_card(record, data.dataset_name or data.train_data_dir, settings)
+        folder = Path(train.output_dir) / ("lora" if student.lora else "pipeline")
+        name, data_name = repo_id or str(folder), source_name(data)
+        provenance = describe_run(configs, teacher, source.pretrained_teacher_model, data_name, name)
         with trainer.export_weights() as unet:
             if student.lora:
-                save_lora(unet, Path(train.output_dir) / "lora", record, card)
+                save_lora(unet, folder, record, provenance)
             else:
-                save_pipeline(
-                    make_pipeline(unet), Path(train.output_dir) / "pipeline", student.save_fp16, record, card
-                )
+                save_pipeline(make_pipeline(unet), folder, student.save_fp16, record, provenance)
+        if repo_id:
+            print(push_folder(folder, repo_id, hub))
     trainer.accelerator.end_training()
 
 

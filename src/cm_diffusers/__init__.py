@@ -1,3 +1,21 @@
 """Consistency models on diffusers: few-step students, their training, and what sampling them needs."""
 
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+from cm_diffusers.pipelines import ConsistencyImg2ImgPipeline, ConsistencyInpaintPipeline, ConsistencyPipeline
+from cm_diffusers.registration import register
+from cm_diffusers.schedulers import ConsistencyScheduler
+
+
+__all__ = [
+    "ConsistencyImg2ImgPipeline",
+    "ConsistencyInpaintPipeline",
+    "ConsistencyPipeline",
+    "ConsistencyScheduler",
+    "DiffusionPipeline",  # this and the mixins: where diffusers looks for the bases of this package's classes
+    "ModelMixin",
+    "SchedulerMixin",
+]
 __version__ = "0.1.0"
+
+register()

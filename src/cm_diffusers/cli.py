@@ -24,7 +24,12 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
         formatter_class=ArgumentDefaultsHelpFormatter,
         epilog="--recipe FILE.args reads flags from a file, as those in training/recipes; flags given here win.",
     )
-    return parser.parse_args_into_dataclasses(args=_with_recipes(argv), look_for_args_file=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        args=_with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise ValueError(f"{' '.join(unknown)}: this script has no such flag; --help lists those it has.")
+    return tuple(parsed)
 
 
 def _with_recipes(argv: Sequence[str] | None) -> list[str]:

@@ -25,6 +25,7 @@ LCM_LORA_TARGETS = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 ).split()
+LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
 XL_CONDITIONS = ("text_embeds", "time_ids")  # the UNet's added_cond_kwargs
 
 
@@ -32,10 +33,12 @@ XL_CONDITIONS = ("text_embeds", "time_ids")  # the UNet's added_cond_kwargs
 class TeacherConfig:
     """The diffusion model to distil."""
 
-    pretrained_teacher_model: str = HfArg(help="Folder or Hub id of a Stable Diffusion pipeline (1.x or 2.x).")
+    pretrained_teacher_model: str = HfArg(help="Folder or Hub id of a Stable Diffusion pipeline (1.x, 2.x or XL).")
     teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     teacher_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
-    pretrained_vae_model_name_or_path: str | None = HfArg(default=None, help="Another VAE than the teacher's.")
+    pretrained_vae_model_name_or_path: str | None = HfArg(
+        default=None, help="Folder or Hub id of another VAE than the teacher's, such as one that is stable in float16."
+    )
 
 
 @dataclass
@@ -58,35 +61,58 @@ class StudentConfig:
 
 
 def load_teacher(config: TeacherConfig) -> DiffusionPipeline:
-    """The teacher's pipeline in float32, frozen.
+    """The teacher's pipeline in float32 whatever its files hold, frozen.
 
     Raises:
-        ValueError: Not a diffusers pipeline with a UNet2DConditionModel, out of reach, or with non-finite weights.
+        ValueError: Not a Stable Diffusion (XL) pipeline, out of reach, or with non-finite weights.
     """
     path = config.pretrained_teacher_model
     if Path(path).exists() and not (Path(path) / "model_index.json").exists():
         raise ValueError(f"{path} is not a diffusers pipeline folder: there is no model_index.json in it.")
-    options = {"revision": config.teacher_revision, "variant": config.teacher_variant, "dtype": torch.float32}
+    options = {"revision": config.teacher_revision, "variant": config.teacher_variant, **LOADING}
     if config.pretrained_vae_model_name_or_path:
-        options["vae"] = AutoencoderKL.from_pretrained(config.pretrained_vae_model_name_or_path)
+        options["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
     try:
         pipe = DiffusionPipeline.from_pretrained(path, **options)
     except (OSError, ValueError) as error:  # diffusers raises ValueError for what cannot be a Hub id
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
+        trouble = (
+            "does not load" if Path(path).exists() else "is neither a pipeline folder here nor a Hub id within reach"
+        )
+        raise ValueError(f"{path} {trouble}: {str(error).splitlines()[0]}") from error
     _check_teacher(path, pipe)
     pipe.set_progress_bar_config(disable=True)
-    for name in ("unet", "vae", "text_encoder"):
-        getattr(pipe, name).requires_grad_(False).eval()
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
     return pipe
 
 
+def _load_vae(path: str) -> AutoencoderKL:
+    try:
+        return AutoencoderKL.from_pretrained(path, **LOADING)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {reason}") from error
+
+
+def is_xl(unet: UNet2DConditionModel) -> bool:
+    """Whether the network is told pooled text, sizes and crop, as Stable Diffusion XL's is."""
+    return unet.config.addition_embed_type == "text_time"
+
+
 def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
-    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+    unet, kind = getattr(pipe, "unet", None), type(pipe).__name__
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"{path} is a {kind} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
+    wanted = ["vae", "text_encoder", *(["text_encoder_2"] if is_xl(unet) else [])]
+    if missing := [name for name in wanted if getattr(pipe, name, None) is None]:
+        raise ValueError(f"{path} is a {kind} without {' and '.join(missing)}; give a text-to-image pipeline.")
+    if unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ValueError(
-            f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a Stable Diffusion pipeline."
+            f"The UNet of {path} takes {unet.config.in_channels} channels and its VAE makes "
+            f"{pipe.vae.config.latent_channels}; give a text-to-image pipeline, not one for inpainting or editing."
         )
-    if pipe.unet.config.time_cond_proj_dim:
+    if unet.config.time_cond_proj_dim:
         raise ValueError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
     broken = [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]
     if broken:

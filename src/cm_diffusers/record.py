@@ -44,8 +44,18 @@ def write_record(record: Record, folder: Path) -> None:
     (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
 
 
-def read_record(source: str | Path, token: str | None = None, revision: str | None = None) -> Record | None:
+def read_record(
+    source: str | Path,
+    token: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Record | None:
     """The record in a student's folder or Hub repository; None where there is none.
+
+    Args:
+        source: Folder or Hub id.
+        token, revision, cache_dir, local_files_only: As for `from_pretrained`.
 
     Raises:
         ValueError: The file is there but is not a record.
@@ -53,7 +63,16 @@ def read_record(source: str | Path, token: str | None = None, revision: str | No
     path = Path(source) / RECORD
     if not Path(source).exists():
         try:
-            path = Path(hf_hub_download(str(source), RECORD, token=token, revision=revision))
+            path = Path(
+                hf_hub_download(
+                    str(source),
+                    RECORD,
+                    token=token,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                )
+            )
         except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, ValueError):
             return None
     return _parse(path) if path.is_file() else None

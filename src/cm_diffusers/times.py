@@ -8,8 +8,8 @@ def solver_grid(num_train_timesteps: int, num_solver_steps: int) -> Tensor:
     """The N ascending times k-1, 2k-1, ..., Nk-1 with k = T // N of LCM (2310.04378, Sec. 4.3) and `LCMScheduler`."""
     if not 1 <= num_solver_steps <= num_train_timesteps:
         raise ValueError(
-            f"The solver grid has {num_solver_steps} steps but the teacher has {num_train_timesteps} timesteps; "
-            f"choose between 1 and {num_train_timesteps}."
+            f"The grid has {num_solver_steps} steps (num_ddim_timesteps, original_inference_steps) but the model has "
+            f"{num_train_timesteps} timesteps; choose between 1 and {num_train_timesteps}."
         )
     skip = num_train_timesteps // num_solver_steps
     return torch.arange(1, num_solver_steps + 1) * skip - 1

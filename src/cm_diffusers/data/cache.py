@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from cm_diffusers.data.preprocessing import View, content_hash, decode_image, preprocess
+from cm_diffusers.data.framing import Framing
+from cm_diffusers.data.preprocessing import Size, decode_image, preprocess
 from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig
 
@@ -95,17 +96,22 @@ class Posteriors:
 
     Attributes:
         valid: which rows hold a readable image (N,).
-        variants: number of crops, twice that with mirrored ones.
+
+    Args:
+        parts: rows of each shard; together all rows, each once.
+        shards: one for each variant and part.
     """
 
-    def __init__(self, shards: list[list[Shard]]) -> None:
-        self.shards = shards
-        self.valid = torch.cat([tensors_of(shard)["valid"] for shard in shards[0]]).numpy()
-        self.variants = len(shards)
+    def __init__(self, parts: list[list[int]], shards: list[list[Shard]]) -> None:
+        self.shards, rows = shards, sum(map(len, parts))
+        self.part, self.place, self.valid = np.empty(rows, int), np.empty(rows, int), np.empty(rows, bool)
+        for number, (members, shard) in enumerate(zip(parts, shards[0], strict=True)):
+            self.part[members], self.place[members] = number, np.arange(len(members))
+            self.valid[members] = tensors_of(shard)["valid"].numpy()
 
     def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, each (B, C, h, w) float16, of `rows, variants`, each (B,)."""
-        rows = [(tensors_of(self.shards[v][i // SHARD_ROWS]), i % SHARD_ROWS) for i, v in zip(*key, strict=True)]
+        """Mean and standard deviation, each (B, C, h, w) float16, of `rows, variants`, each (B,), of one size."""
+        rows = [(tensors_of(self.shards[v][self.part[i]]), self.place[i]) for i, v in zip(*key, strict=True)]
         return torch.stack([t["mean"][i] for t, i in rows]), torch.stack([t["std"][i] for t, i in rows])
 
 
@@ -121,48 +127,54 @@ class Embeddings:
 
 
 def cached_posteriors(
-    dataset: datasets.Dataset, vae: Vae, config: DataConfig, device: torch.device | str = "cpu"
+    dataset: datasets.Dataset, framing: Framing, vae: Vae, device: torch.device | str = "cpu"
 ) -> Posteriors:
     """Encodes every image in every variant, or reads what an earlier run encoded.
 
     Args:
         dataset: rows with `config.image_column` undecoded, as `load_image_text` gives them.
+        framing: of the same rows; its configuration says where the shards are kept.
         vae: loaded only when a shard is missing.
-        config: preprocessing and where the shards are kept.
         device: where the VAE runs.
 
     Raises:
         ValueError: the VAE overflows, or cannot encode images of this size.
     """
-    _check_resolution(config.resolution, vae.downscale)
+    config = framing.config
+    _check_sides(config, vae.downscale)
     records = dataset.select_columns(config.image_column)
-    digests = [content_hash(row[config.image_column]) for row in records]
     model = cache(lambda: _ready(vae.load(), config, device))
 
     def encode(job: Job) -> Iterator[Tensors]:
+        target = framing.targets[framing.assigned[job.rows[0]]]
         for part in row_ranges(len(job.rows), config.encode_batch_size):
             rows = [job.rows[i] for i in part]
-            images = [
-                _image(records[i][config.image_column], _view(digests[i], job.variant, config), config) for i in rows
-            ]
-            yield _encode_images(images, model(), config)
+            images = [_image(records[i][config.image_column], framing, i, job.variant) for i in rows]
+            yield _encode_images(images, target, model(), config)
 
-    variants = (1 if config.center_crop else config.num_crops) * (2 if config.random_flip else 1)
-    ranges = row_ranges(len(digests))
+    parts = _parts_of_one_size(framing.assigned)
     jobs = [
-        Job(_image_key([digests[i] for i in rows], variant, vae, config), rows, variant)
-        for variant in range(variants)
-        for rows in ranges
+        Job(_image_key(framing, rows, variant, vae), rows, variant)
+        for variant in range(framing.variants)
+        for rows in parts
     ]
     shards = build(jobs, encode, config, "Encoding images")
-    return Posteriors([shards[i : i + len(ranges)] for i in range(0, len(shards), len(ranges))])
+    return Posteriors(parts, [shards[i : i + len(parts)] for i in range(0, len(shards), len(parts))])
 
 
-def _check_resolution(resolution: int, factor: int) -> None:
-    if resolution % factor:
-        below = resolution // factor * factor
+def _check_sides(config: DataConfig, factor: int) -> None:
+    name = "bucket_step" if config.aspect_ratio_buckets else "resolution"
+    side = getattr(config, name)
+    if side % factor:
+        below = side // factor * factor
         sizes = " or ".join(str(size) for size in (below, below + factor) if size)
-        raise ValueError(f"--resolution {resolution} is not a multiple of {factor}, as the VAE needs: take {sizes}.")
+        raise ValueError(f"--{name} {side} is not a multiple of {factor}, as the VAE needs: take {sizes}.")
+
+
+def _parts_of_one_size(assigned: np.ndarray) -> list[list[int]]:
+    """The rows of each shard: rows of one target size, in order."""
+    groups = [np.flatnonzero(assigned == number) for number in np.unique(assigned)]
+    return [rows[list(part)].tolist() for rows in groups for part in row_ranges(len(rows))]
 
 
 def _ready(model: AutoencoderKL, config: DataConfig, device: torch.device | str) -> AutoencoderKL:
@@ -171,32 +183,21 @@ def _ready(model: AutoencoderKL, config: DataConfig, device: torch.device | str)
     return model if model.dtype == dtype else model.to(dtype)
 
 
-def _crop_and_flip(variant: int, config: DataConfig) -> tuple[int | None, bool]:
-    """Number of the random crop (None: the centre) and whether it is mirrored."""
-    number, mirrored = divmod(variant, 2) if config.random_flip else (variant, 0)
-    return None if config.center_crop else number, bool(mirrored)
+def _image_key(framing: Framing, rows: list[int], variant: int, vae: Vae) -> str:
+    config, target = framing.config, framing.targets[framing.assigned[rows[0]]]
+    size = target.height if target.height == target.width else list(target)
+    settings = (size, config.interpolation_type, config.vae_dtype, *framing.crop_and_flip(variant))
+    return shard_key("posterior", vae.fingerprint, *settings, *(framing.digests[i] for i in rows))
 
 
-def _view(digest: str, variant: int, config: DataConfig) -> View:
-    number, mirrored = _crop_and_flip(variant, config)
-    if number is None or digest == "missing":
-        return View(flip=mirrored)
-    return View(*np.random.default_rng([int(digest, 16), number]).random(2), flip=mirrored)
-
-
-def _image_key(digests: list[str], variant: int, vae: Vae, config: DataConfig) -> str:
-    settings = (config.resolution, config.interpolation_type, config.vae_dtype)
-    return shard_key("posterior", vae.fingerprint, *settings, *_crop_and_flip(variant, config), *digests)
-
-
-def _image(record: dict[str, Any], view: View, config: DataConfig) -> Tensor | None:
-    image = decode_image(record)
-    return None if image is None else preprocess(image, config, view)
+def _image(record: dict[str, Any], framing: Framing, row: int, variant: int) -> Tensor | None:
+    image, target = decode_image(record), framing.targets[framing.assigned[row]]
+    return None if image is None else preprocess(image, framing.config, framing.view(row, variant), target)
 
 
 @torch.no_grad()
-def _encode_images(images: list[Tensor | None], model: AutoencoderKL, config: DataConfig) -> Tensors:
-    blank = torch.zeros(3, config.resolution, config.resolution)  # holds the place of an unreadable image
+def _encode_images(images: list[Tensor | None], target: Size, model: AutoencoderKL, config: DataConfig) -> Tensors:
+    blank = torch.zeros(3, *target)  # holds the place of an unreadable image
     pixels = torch.stack([blank if image is None else image for image in images])
     posterior = model.encode(pixels.to(model.device, model.dtype)).latent_dist
     tensors = {"mean": posterior.mean.half().cpu(), "std": posterior.std.half().cpu()}

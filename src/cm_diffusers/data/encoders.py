@@ -1,12 +1,13 @@
 """What turns the images and captions of a data set into what a teacher's network sees."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm_diffusers.data.cache import Vae, module_fingerprint
 
@@ -24,25 +25,39 @@ class Encoders:
             XL `text_embeds` (N, P). The empty prompt becomes the teacher's unconditional branch.
         fingerprint: Names what `encode_prompts` computes.
         micro_conditioning: Whether the network is also told sizes and crop, as `time_ids` (B, 6).
+        towers: The modules that `encode_prompts` runs where they are.
     """
 
     vae: Vae
     encode_prompts: Callable[[list[str]], Conditions]
     fingerprint: str
     micro_conditioning: bool = False
+    towers: tuple[nn.Module, ...] = ()
 
     @classmethod
     def from_pipeline(cls, pipe: DiffusionPipeline) -> "Encoders":
         """The encoders of a Stable Diffusion or Stable Diffusion XL pipeline."""
-        vae, second = Vae.from_model(pipe.vae), getattr(pipe, "text_encoder_2", None)
-        text = module_fingerprint(pipe.text_encoder)
+        vae, first, second = Vae.from_model(pipe.vae), pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
+        text = module_fingerprint(first)
         if second is None:
-            return cls(vae, lambda prompts: _encode(pipe, prompts), text)
+            return cls(vae, lambda prompts: _encode(pipe, prompts), text, towers=(first,))
         zeros = bool(pipe.config.force_zeros_for_empty_prompt)
         parts = f"{text} {module_fingerprint(second)} {zeros}"
-        return cls(
-            vae, lambda prompts: _encode_xl(pipe, prompts, zeros), hashlib.sha256(parts.encode()).hexdigest(), True
-        )
+        fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+        return cls(vae, lambda prompts: _encode_xl(pipe, prompts, zeros), fingerprint, True, (first, second))
+
+
+@contextmanager
+def placed(modules: tuple[nn.Module, ...], device: torch.device | str) -> Iterator[None]:
+    """The modules are on the device inside the block, and back where they were after it."""
+    before = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, place in zip(modules, before, strict=True):
+            module.to(place)
 
 
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:

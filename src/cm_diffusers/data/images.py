@@ -7,9 +7,10 @@ from functools import partial
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from cm_diffusers.data.preprocessing import View, crop, decode_image, resize, to_tensor
+from cm_diffusers.data.preprocessing import View, crop, decode_image, resize, square, to_tensor
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.types import Batch
@@ -37,6 +38,8 @@ def image_batches(
     Raises:
         ValueError: wrong configuration, or no image that can be read.
     """
+    if config.aspect_ratio_buckets:
+        raise ValueError("--aspect_ratio_buckets is for training on captions; leave it out: these images are squares.")
     dataset = load_image_text(config, [label_column] if label_column else [])
     images = Images(dataset.select_columns(config.image_column), config)
     labels = torch.tensor(dataset[label_column][:])[images.rows] if label_column else None
@@ -55,7 +58,7 @@ class Images:
             image = decode_image(record[config.image_column])
             if image is not None:
                 rows.append(row)
-                self.memory += [resize(image, config)] if keep else []
+                self.memory += [self._resized(image)] if keep else []
         self.rows = np.asarray(rows, dtype=np.int64)
         self._report()
 
@@ -72,7 +75,10 @@ class Images:
     def __getitem__(self, index: int) -> np.ndarray:
         if self.memory:
             return self.memory[index]
-        return resize(decode_image(self.dataset[int(self.rows[index])][self.config.image_column]), self.config)
+        return self._resized(decode_image(self.dataset[int(self.rows[index])][self.config.image_column]))
+
+    def _resized(self, image: Image.Image) -> np.ndarray:
+        return resize(image, square(self.config.resolution), self.config.interpolation_type)
 
 
 def _make_batch(
@@ -81,9 +87,8 @@ def _make_batch(
     config = images.config
     indices = batch_rows(k, config.train_batch_size, len(images), position)
     draws = batch_generator(k, position).random((len(indices), 3))
-    squares = [
-        crop(images[index], config.resolution, _view(draw, config)) for index, draw in zip(indices, draws, strict=True)
-    ]
+    target = square(config.resolution)
+    squares = [crop(images[index], target, _view(draw, config)) for index, draw in zip(indices, draws, strict=True)]
     return to_tensor(squares), {} if labels is None else {"labels": labels[indices]}, {}
 
 

@@ -14,6 +14,17 @@ from torch import Tensor
 from cm_diffusers.data.sources import INTERPOLATIONS, DataConfig
 
 
+LATE_EXIF = (b"eXIf", b"profile type exif", b"tiff:Orientation")  # may follow a PNG's pixels
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+
+
+class Size(NamedTuple):
+    """Pixels along each side."""
+
+    height: int
+    width: int
+
+
 class View(NamedTuple):
     """One crop of an image: the crop's place along the free range, 0 to 1 each, and whether it is mirrored."""
 
@@ -49,26 +60,65 @@ def decode_image(record: dict[str, Any] | None) -> Image.Image | None:
         return None
 
 
-def resize(image: Image.Image, config: DataConfig) -> np.ndarray:
-    """Resizes the shorter side to `config.resolution`: (H, W, 3) uint8."""
-    scale = config.resolution / min(image.size)
-    size = tuple(max(config.resolution, round(side * scale)) for side in image.size)
-    return np.asarray(image.resize(size, INTERPOLATIONS[config.interpolation_type]))
+def upright_size(record: dict[str, Any] | None) -> Size | None:
+    """The size `decode_image` gives, from the file's header alone; None when the header cannot be read."""
+    content = read_bytes(record)
+    if content is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            plain = image.format == "PNG" and not any(mark in content for mark in LATE_EXIF)  # getexif would decode it
+            turned = not plain and image.getexif().get(ORIENTATION) in QUARTER_TURNS
+            return Size(*image.size) if turned else Size(image.height, image.width)
+    except Exception:  # as in decode_image
+        return None
 
 
-def crop(pixels: np.ndarray, resolution: int, view: View) -> np.ndarray:
-    """Cuts the square `view` out of (H, W, 3): (resolution, resolution, 3)."""
-    top = round(view.top * (pixels.shape[0] - resolution))
-    left = round(view.left * (pixels.shape[1] - resolution))
-    square = pixels[top : top + resolution, left : left + resolution]
-    return square[:, ::-1] if view.flip else square
+def square(side: int) -> Size:
+    return Size(side, side)
 
 
-def to_tensor(squares: Sequence[np.ndarray]) -> Tensor:
-    """Squares (R, R, 3) uint8 to (B, 3, R, R) float32 in [-1, 1]."""
-    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous().float().div(127.5).sub(1)
+def covering(size: Size, target: Size) -> Size:
+    """The least size of the same shape that covers `target`: what an image is resized to before the crop."""
+    scale = max(wanted / side for side, wanted in zip(size, target, strict=True))
+    return Size(*(max(wanted, round(side * scale)) for side, wanted in zip(size, target, strict=True)))
 
 
-def preprocess(image: Image.Image, config: DataConfig, view: View) -> Tensor:
-    """Resizes, crops and mirrors an image: (3, R, R) float32 in [-1, 1]."""
-    return to_tensor([crop(resize(image, config), config.resolution, view)])[0]
+def corner(size: Size, target: Size, view: View) -> tuple[int, int]:
+    """Top and left of a view's crop in the resized image, before it is mirrored."""
+    return round(view.top * (size.height - target.height)), round(view.left * (size.width - target.width))
+
+
+def micro_conditions(size: Size, target: Size, view: View) -> tuple[int, ...]:
+    """What Stable Diffusion XL is told of an image (2307.01952, Sec. 2.2), in `_get_add_time_ids`'s order.
+
+    They are the file's height and width, top and left of the crop in the resized image, and the crop's height and
+    width. Left of a mirrored view is that in the mirrored image: what the network sees.
+    """
+    resized = covering(size, target)
+    top, left = corner(resized, target, view)
+    return *size, top, resized.width - target.width - left if view.flip else left, *target
+
+
+def resize(image: Image.Image, target: Size, interpolation: str) -> np.ndarray:
+    """The image, resized to cover `target`: (H, W, 3) uint8."""
+    height, width = covering(Size(image.height, image.width), target)
+    return np.asarray(image.resize((width, height), INTERPOLATIONS[interpolation]))
+
+
+def crop(pixels: np.ndarray, target: Size, view: View) -> np.ndarray:
+    """Cuts `view` out of (H, W, 3): (*target, 3)."""
+    top, left = corner(Size(*pixels.shape[:2]), target, view)
+    cut = pixels[top : top + target.height, left : left + target.width]
+    return cut[:, ::-1] if view.flip else cut
+
+
+def to_tensor(crops: Sequence[np.ndarray]) -> Tensor:
+    """Crops (H, W, 3) uint8 of one size to (B, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous().float().div(127.5).sub(1)
+
+
+def preprocess(image: Image.Image, config: DataConfig, view: View, target: Size | None = None) -> Tensor:
+    """Resizes, crops and mirrors an image: (3, H, W) float32 in [-1, 1], a square of `config.resolution` by default."""
+    target = target or square(config.resolution)
+    return to_tensor([crop(resize(image, target, config.interpolation_type), target, view)])[0]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ class Job(NamedTuple):
     """A shard to encode: the sha256 of all that decides its content, and the rows and variant it holds."""
 
     key: str
-    rows: range
+    rows: Sequence[int]
     variant: int = 0
 
 

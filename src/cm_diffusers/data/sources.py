@@ -1,15 +1,18 @@
 """Where images and captions come from: the Hub, image folders, parquet files; and how an image becomes a tensor."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 from PIL import Image
 from pyarrow import csv, json, parquet
 from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.tars import IMAGE_SUFFIXES, tar_features, tar_rows, tar_shards
 
 
 INTERPOLATIONS = {
@@ -23,7 +26,6 @@ METADATA = {
     "metadata.csv": csv.read_csv,
     "metadata.parquet": parquet.read_table,
 }
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass
@@ -37,6 +39,11 @@ class DataConfig:
         help="Local folder: images with metadata.jsonl, .csv or .parquet (a file_name column), parquet files, "
         "or images with captions in .txt files of the same stem.",
     )
+    train_shards_path_or_url: str | None = HfArg(
+        default=None,
+        help="WebDataset tar shards with images and .txt or .json captions: a path or URL with {000..123}, {a,b} or *; "
+        "--caption_column names the entry of the .json.",
+    )
     dataset_split: str = HfArg(
         default="train", help="Split of the Hub dataset, or the subfolder of that name in --train_data_dir, if any."
     )
@@ -48,6 +55,20 @@ class DataConfig:
     )
     center_crop: bool = HfArg(default=False, help="Crop the centre instead of a random place.")
     random_flip: bool = HfArg(default=False, help="Mirror a random half of the images.")
+    aspect_ratio_buckets: bool = HfArg(
+        default=False,
+        help="Keep the shape of the images: crop each to the bucket nearest to its aspect ratio, batches of one bucket. "
+        "No bucket has more pixels than the square of --resolution.",
+    )
+    bucket_step: int = HfArg(default=64, help="Sides of the buckets are multiples of this many pixels.")
+    bucket_max_ratio: float = HfArg(default=2.0, help="Longest bucket: its longer side over its shorter one.")
+    streaming: bool = HfArg(
+        default=False,
+        help="Read and encode while training, for data too large for a cache: of the Hub, parquet files or tar shards.",
+    )
+    shuffle_buffer_size: int = HfArg(
+        default=1000, help="With --streaming: samples held in memory and shuffled among themselves."
+    )
     max_train_samples: int | None = HfArg(default=None, help="Use a fixed random subset of this many rows.")
     train_batch_size: int = HfArg(default=16, help="Batch size of each process and each micro-batch.")
     dataloader_num_workers: int = HfArg(default=0, help="Processes that prepare batches; 0 prepares them in line.")
@@ -76,14 +97,18 @@ def load_image_text(config: DataConfig, columns: Sequence[str] | None = None) ->
     Raises:
         ValueError: wrong configuration, missing folder, no rows or a missing column.
     """
-    _validate(config)
+    validate(config)
+    if config.streaming:
+        raise ValueError("--streaming does not act here: these images are read before training starts; leave it out.")
+    refuse_changed(config, "shuffle_buffer_size", "without --streaming")
     wanted = [config.caption_column] if columns is None else list(columns)
-    dataset = _from_hub(config) if config.dataset_name else _from_folder(config, wanted)
-    if missing := [name for name in (config.image_column, *wanted) if name not in dataset.column_names]:
-        found = ", ".join(dataset.column_names)
-        raise ValueError(f"The data has no column named {', '.join(missing)}: choose from the columns found: {found}.")
+    if config.train_shards_path_or_url:
+        dataset = _from_shards(config)
+    else:
+        dataset = _from_hub(config) if config.dataset_name else _from_folder(config, wanted)
+    require_columns(dataset.column_names, [config.image_column, *wanted])
     if len(dataset) == 0:
-        raise ValueError(f"The data holds no rows: {config.dataset_name or config.train_data_dir} is empty.")
+        raise ValueError(f"The data holds no rows: {source_name(config)} is empty.")
     if config.max_train_samples is not None and config.max_train_samples < len(dataset):
         chosen = np.random.default_rng(0).permutation(len(dataset))[: config.max_train_samples]
         dataset = dataset.select(np.sort(chosen))
@@ -91,11 +116,67 @@ def load_image_text(config: DataConfig, columns: Sequence[str] | None = None) ->
     return dataset.cast_column(config.image_column, datasets.Image(decode=False))
 
 
-def _validate(config: DataConfig) -> None:
-    if (config.dataset_name is None) == (config.train_data_dir is None):
-        found = "neither" if config.dataset_name is None else "both"
-        raise ValueError(f"Give --dataset_name or --train_data_dir: exactly one is needed and {found} was given.")
-    for name in ("resolution", "train_batch_size", "encode_batch_size", "num_crops", "max_train_samples"):
+def require_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(
+            f"The data has no column named {', '.join(missing)}: choose from the columns found: {', '.join(found)}."
+        )
+
+
+def captions_of(value: Any, column: str) -> list[str]:
+    """The non-empty captions of one row."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        found = next(type(text).__name__ for text in texts if not (text is None or isinstance(text, str)))
+        raise ValueError(f"--caption_column {column} must hold a text or a list of texts, but a row holds {found}.")
+    return [text for text in texts if text and text.strip()]
+
+
+def refuse_changed(config: object, names: str, where: str) -> None:
+    """No flag is ignored without a word: raises ValueError for one of `names` that is not at its default."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in names.split() and value != field.default:
+            raise ValueError(f"--{field.name} has no effect {where}, but it was given ({value}): leave it out.")
+
+
+def source_name(config: DataConfig) -> str | None:
+    """What the data was called on the command line."""
+    return config.dataset_name or config.train_data_dir or config.train_shards_path_or_url
+
+
+def validate(config: DataConfig) -> None:
+    """Checks that do not need the data.
+
+    Raises:
+        ValueError: not exactly one source, or a value out of range.
+    """
+    sources = {name: getattr(config, name) for name in ("dataset_name", "train_data_dir", "train_shards_path_or_url")}
+    given = [f"--{name}" for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"Give one of {', '.join(f'--{name}' for name in sources)}: exactly one is needed and "
+            f"{' and '.join(given) or 'none'} was given."
+        )
+    if config.train_shards_path_or_url:
+        refuse_changed(config, "dataset_split dataset_config_name", "with --train_shards_path_or_url")
+    check_values(config)
+
+
+def check_values(config: DataConfig) -> None:
+    """
+    Raises:
+        ValueError: a value is out of range.
+    """
+    for name in (
+        "resolution",
+        "bucket_step",
+        "train_batch_size",
+        "encode_batch_size",
+        "num_crops",
+        "max_train_samples",
+        "shuffle_buffer_size",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, but it is {value}.")
@@ -107,6 +188,19 @@ def _validate(config: DataConfig) -> None:
         raise ValueError(
             f"--interpolation_type must be one of {', '.join(INTERPOLATIONS)}, but it is {config.interpolation_type}."
         )
+
+
+def _from_shards(config: DataConfig) -> datasets.Dataset:
+    shards, columns = tar_shards(config.train_shards_path_or_url), (config.image_column, config.caption_column)
+    stats = [Path(shard).stat() for shard in shards if Path(shard).is_file()]  # a changed file is read anew
+    stamps = [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats]
+    return datasets.Dataset.from_generator(
+        tar_rows,
+        features=tar_features(*columns),
+        gen_kwargs={"shards": shards, "image_column": columns[0], "caption_column": columns[1]},
+        cache_dir=config.cache_dir,
+        fingerprint=hashlib.sha256(repr([shards, stamps, columns]).encode()).hexdigest()[:16],
+    )
 
 
 def _from_hub(config: DataConfig) -> datasets.Dataset:

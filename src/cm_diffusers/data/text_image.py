@@ -3,17 +3,20 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from cm_diffusers.data.buckets import BucketBatches
 from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, cached_embeddings, cached_posteriors
-from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
-from cm_diffusers.data.sources import DataConfig, load_image_text
+from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text
 from cm_diffusers.types import Batch
 
 
@@ -37,18 +40,20 @@ def text_image_batches(
         seed: seed of order, crops, flips, captions and posterior noise.
         rank: number of this process.
         world_size: number of processes, which share every epoch.
-        device: where the VAE runs while the cache is filled.
+        device: where the VAE and the text towers run while the cache is filled.
 
     Returns:
         A function from the number of the first batch to an endless iterator of batches: x0 (B, C, h, w),
-        in `cond` what `encoders.encode_prompts` makes of a caption, in `uncond` of the empty prompt.
+        in `cond` what `encoders.encode_prompts` makes of a caption, in `uncond` of the empty prompt; with
+        `encoders.micro_conditioning` also the images' `time_ids` (B, 6), the same in both.
 
     Raises:
         ValueError: wrong configuration, or no row with a readable image and a caption.
     """
-    rows, texts = _load(config, encoders.vae, device)
-    table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, config)
-    source = _Source(config, encoders.vae, rows, table, Position(seed, rank, world_size))
+    rows, texts = _load(config, encoders.vae, encoders.micro_conditioning, device)
+    with placed(encoders.towers, device):
+        table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, config)
+    source = _Source(encoders.vae, rows, table, Position(seed, rank, world_size), encoders.micro_conditioning)
     return stream(source.make, config.dataloader_num_workers)
 
 
@@ -62,9 +67,9 @@ def token_batches(
     device: torch.device | str = "cpu",
 ) -> Callable[[int], Iterator[Batch]]:
     """As `text_image_batches`, for training the text tower too: `cond["input_ids"]` (B, L) int64."""
-    rows, texts = _load(config, vae, device)
+    rows, texts = _load(config, vae, False, device)
     table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    source = _Source(config, vae, rows, _Tokens(table), Position(seed, rank, world_size))
+    source = _Source(vae, rows, _Tokens(table), Position(seed, rank, world_size))
     return stream(source.make, config.dataloader_num_workers)
 
 
@@ -77,6 +82,7 @@ class _Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class _Rows:
+    framing: Framing
     posteriors: Posteriors
     numbers: np.ndarray  # rows of the data set that can be used
     captions: list[list[int]]  # for each of them, its captions' numbers in the table
@@ -84,26 +90,39 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Source:
-    config: DataConfig
     vae: Vae
     rows: _Rows
     table: Embeddings | _Tokens
     position: Position
+    micro_conditioning: bool = False
+
+    @property
+    def config(self) -> DataConfig:
+        return self.rows.framing.config
+
+    @cached_property
+    def order(self) -> Callable[[int], np.ndarray]:
+        """Number of a batch -> its usable rows (B,)."""
+        size, numbers = self.config.train_batch_size, self.rows.numbers
+        if self.config.aspect_ratio_buckets:
+            return BucketBatches(self.rows.framing.assigned[numbers], size, self.position)
+        return partial(batch_rows, batch_size=size, size=len(numbers), position=self.position)
 
     def make(self, k: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        size = self.config.train_batch_size
-        indices = batch_rows(k, size, len(self.rows.numbers), self.position)
-        generator = batch_generator(k, self.position)
-        x0 = self._latents(indices, generator)
+        indices, generator = self.order(k), batch_generator(k, self.position)
+        numbers = self.rows.numbers[indices]
+        variants = generator.integers(self.rows.framing.variants, size=len(indices))
+        x0 = self._latents(numbers, variants, generator)
         captions = [self.rows.captions[i][generator.integers(len(self.rows.captions[i]))] for i in indices]
-        dropped = generator.random(size) < self.config.proportion_empty_prompts
+        dropped = generator.random(len(indices)) < self.config.proportion_empty_prompts
         cond = self._conditions(np.where(dropped, EMPTY, captions))
-        uncond = self._conditions(np.array([EMPTY]))
-        return x0, cond, {name: uncond[name].expand_as(value) for name, value in cond.items()}
+        empty = self._conditions(np.array([EMPTY]))
+        uncond = {name: empty[name].expand_as(value) for name, value in cond.items()}
+        ids = {"time_ids": self.rows.framing.time_ids(numbers, variants)} if self.micro_conditioning else {}
+        return x0, cond | ids, uncond | ids
 
-    def _latents(self, indices: np.ndarray, generator: np.random.Generator) -> Tensor:
-        variants = generator.integers(self.rows.posteriors.variants, size=len(indices))
-        mean, std = self.rows.posteriors[self.rows.numbers[indices], variants]
+    def _latents(self, numbers: np.ndarray, variants: np.ndarray, generator: np.random.Generator) -> Tensor:
+        mean, std = self.rows.posteriors[numbers, variants]
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(generator.integers(2**63))))
         return (mean.float() + std.float() * noise - self.vae.shift_factor) * self.vae.scaling_factor
 
@@ -112,10 +131,11 @@ class _Source:
         return {name: value.float() if value.is_floating_point() else value for name, value in rows.items()}
 
 
-def _load(config: DataConfig, vae: Vae, device: torch.device | str) -> tuple[_Rows, list[str]]:
+def _load(config: DataConfig, vae: Vae, sized: bool, device: torch.device | str) -> tuple[_Rows, list[str]]:
     dataset = load_image_text(config)
-    captions = [_captions(value, config.caption_column) for value in dataset[config.caption_column]]
-    posteriors = cached_posteriors(dataset, vae, config, device)
+    captions = [captions_of(value, config.caption_column) for value in dataset[config.caption_column]]
+    framing = Framing.of(dataset, config, sized)
+    posteriors = cached_posteriors(dataset, framing, vae, device)
     captioned = np.array([len(texts) > 0 for texts in captions])
     numbers = np.flatnonzero(posteriors.valid & captioned)
     counts = f"{(~posteriors.valid).sum()} unreadable images and {(~captioned).sum()} empty captions"
@@ -124,15 +144,5 @@ def _load(config: DataConfig, vae: Vae, device: torch.device | str) -> tuple[_Ro
     if len(numbers) < len(dataset):
         logger.warning("Skipped %d of %d rows: found %s.", len(dataset) - len(numbers), len(dataset), counts)
     table = {"": EMPTY}
-    return _Rows(posteriors, numbers, [[table.setdefault(t, len(table)) for t in captions[i]] for i in numbers]), list(
-        table
-    )
-
-
-def _captions(value: Any, column: str) -> list[str]:
-    """The non-empty captions of one row."""
-    texts = value if isinstance(value, list) else [value]
-    if not all(text is None or isinstance(text, str) for text in texts):
-        found = next(type(text).__name__ for text in texts if not (text is None or isinstance(text, str)))
-        raise ValueError(f"--caption_column {column} must hold a text or a list of texts, but a row holds {found}.")
-    return [text for text in texts if text and text.strip()]
+    by_row = [[table.setdefault(text, len(table)) for text in captions[i]] for i in numbers]
+    return _Rows(framing, posteriors, numbers, by_row), list(table)

@@ -1,0 +1,239 @@
+"""Distillation without images: prompts of the user, latents sampled by the teacher itself."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from pyarrow import csv, json, parquet
+from torch import Tensor
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.cache import Embeddings, cached_embeddings
+from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
+from cm_diffusers.data.shards import Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
+from cm_diffusers.data.sources import DataConfig, captions_of, check_values, refuse_changed
+from cm_diffusers.data.streaming import streaming_batches
+from cm_diffusers.data.text_image import text_image_batches
+from cm_diffusers.networks import adapter_layers, adapters_off
+from cm_diffusers.types import Batch
+
+
+GENERATED_ROWS = 256  # samples in a shard: what an interruption may cost
+GENERATE = 2  # a family of random streams, beside those of the sampler
+TABLES = {".jsonl": json.read_json, ".csv": csv.read_csv, ".parquet": parquet.read_table}
+OF_IMAGES = (
+    "dataset_name dataset_config_name train_data_dir train_shards_path_or_url dataset_split image_column "
+    "interpolation_type center_crop random_flip aspect_ratio_buckets bucket_step bucket_max_ratio streaming "
+    "shuffle_buffer_size max_train_samples cache_dir num_crops vae_dtype"
+)
+
+
+@dataclass
+class GenerationConfig:
+    """Prompts in place of images; the teacher samples what it is distilled on."""
+
+    prompts_file: str | None = HfArg(
+        default=None,
+        help="Prompts to train on without images: a .txt with one a line, or .jsonl, .csv or .parquet with "
+        "--caption_column.",
+    )
+    generated_samples: int | None = HfArg(
+        default=None, help="With --prompts_file: samples to draw from the teacher; one for each prompt if not given."
+    )
+    generation_steps: int = HfArg(default=25, help="With --prompts_file: steps of the teacher's own scheduler.")
+    generation_guidance_scale: float = HfArg(default=7.5, help="With --prompts_file: the teacher's guidance_scale.")
+
+
+def training_batches(
+    data: DataConfig,
+    generation: GenerationConfig,
+    teacher: DiffusionPipeline,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Callable[[int], Iterator[Batch]]:
+    """The data source that the flags name: generated, streamed or cached; see the functions of that name."""
+    encoders = Encoders.from_pipeline(teacher)
+    if generation.prompts_file:
+        return generated_batches(data, generation, encoders, teacher, seed, rank, world_size, device)
+    refuse_changed(
+        generation, "generated_samples generation_steps generation_guidance_scale", "without --prompts_file"
+    )
+    source = streaming_batches if data.streaming else text_image_batches
+    return source(data, encoders, seed, rank, world_size, device)
+
+
+def generated_batches(
+    config: DataConfig,
+    generation: GenerationConfig,
+    encoders: Encoders,
+    teacher: DiffusionPipeline,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Callable[[int], Iterator[Batch]]:
+    """As `text_image_batches`, x0 (B, C, h, w) being samples of the teacher; drawn once and kept as float16.
+
+    Sample i is drawn from prompt i modulo their number and from (seed, i), so more samples later keep those there are.
+
+    Args:
+        config: Resolution, batch size and cache.
+        generation: Prompts, and how the teacher samples them.
+        encoders: Of the teacher.
+        teacher: Sampled with its own scheduler; adapters on its network are left out.
+        seed: Seed of the samples, their order and the dropped prompts.
+        rank: Number of this process.
+        world_size: Number of processes.
+        device: Where the teacher runs.
+
+    Raises:
+        ValueError: no prompt, a flag that has no effect without images, or samples that are not finite in float16.
+    """
+    _check(config, generation)
+    texts = read_prompts(generation.prompts_file, config.caption_column)
+    number = generation.generated_samples or len(texts)
+    sampler = _Sampler(config, generation, teacher, [texts[i % len(texts)] for i in range(number)], seed)
+    shards = sampler.shards(encoders.fingerprint, device)
+    table = {text: i for i, text in enumerate(dict.fromkeys(["", *texts]))}
+    with placed(encoders.towers, device):
+        embeddings = cached_embeddings(list(table), encoders.encode_prompts, encoders.fingerprint, config)
+    numbers = np.array([table[prompt] for prompt in sampler.prompts])
+    position = Position(seed, rank, world_size)
+    source = _Source(config, shards, numbers, embeddings, position, encoders.micro_conditioning)
+    return stream(source.make, config.dataloader_num_workers)
+
+
+def read_prompts(path: str, column: str) -> list[str]:
+    """The prompts in a file, without empty ones.
+
+    Raises:
+        ValueError: no such file, another kind of file, a missing column, or no prompt in it.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file() or file.suffix not in (".txt", *TABLES):
+        found = f"it ends in {file.suffix or 'nothing'}" if file.is_file() else "there is no such file"
+        raise ValueError(f"--prompts_file {path} must be a .txt, .jsonl, .csv or .parquet file, but {found}.")
+    if file.suffix == ".txt":
+        values, where = file.read_text("utf-8").splitlines(), ""
+    else:
+        table, where = TABLES[file.suffix](file), f" in its column {column}"
+        if column not in table.column_names:
+            found = ", ".join(table.column_names)
+            raise ValueError(f"--prompts_file {path} has no column {column}: name one of {found} by --caption_column.")
+        values = table[column].to_pylist()
+    prompts = [text.strip() for value in values for text in captions_of(value, column)]
+    if not prompts:
+        raise ValueError(f"--prompts_file {path} holds no prompt{where}: found {len(values)} rows, all empty.")
+    return prompts
+
+
+def _check(config: DataConfig, generation: GenerationConfig) -> None:
+    check_values(config)
+    refuse_changed(config, OF_IMAGES, "with --prompts_file")
+    for name in ("generated_samples", "generation_steps"):
+        if (value := getattr(generation, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, but it is {value}.")
+    if config.resolution % 8:
+        raise ValueError(f"--resolution {config.resolution} is not a multiple of 8, as the teacher's pipeline needs.")
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    config: DataConfig
+    generation: GenerationConfig
+    teacher: DiffusionPipeline
+    prompts: list[str]  # one for each sample
+    seed: int
+
+    def shards(self, text_fingerprint: str, device: torch.device | str) -> list[Shard]:
+        """Latents (N, C, h, w) float16, scaled as the network wants them."""
+        ask, scheduler = self.generation, self.teacher.scheduler
+        schedule = sorted((k, repr(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
+        made_by = [_fingerprint(self.teacher.unet), text_fingerprint, type(scheduler).__name__, schedule]
+        settings = [ask.generation_steps, ask.generation_guidance_scale, self.config.resolution, self.seed]
+        jobs = [
+            Job(shard_key("generated", *made_by, *settings, rows.start, *(self.prompts[i] for i in rows)), rows)
+            for rows in row_ranges(len(self.prompts), GENERATED_ROWS)
+        ]
+
+        def draw(job: Job) -> Iterator[Tensors]:
+            with _ready(self.teacher, device):
+                for part in row_ranges(len(job.rows), self.config.encode_batch_size):
+                    yield {"x0": self.draw([job.rows[i] for i in part])}
+
+        return build(jobs, draw, self.config, "Sampling the teacher")
+
+    def draw(self, numbers: list[int]) -> Tensor:
+        seeds = [int(np.random.SeedSequence([self.seed, GENERATE, i]).generate_state(1)[0]) for i in numbers]
+        latents = self.teacher(
+            prompt=[self.prompts[i] for i in numbers],
+            height=self.config.resolution,
+            width=self.config.resolution,
+            num_inference_steps=self.generation.generation_steps,
+            guidance_scale=self.generation.generation_guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="latent",
+        ).images
+        latents = latents.half().cpu()
+        if not latents.isfinite().all():
+            raise ValueError("The teacher's samples are not finite in float16: check its weights and --resolution.")
+        return latents
+
+
+def _fingerprint(unet: UNet2DConditionModel) -> str:
+    """sha256 of the configuration and the weights below any adapter."""
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
+    for name, tensor in sorted((k.replace(".base_layer", ""), v) for k, v in unet.state_dict().items()):
+        if ".lora_" not in name:
+            digest.update(f"{name} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _ready(teacher: DiffusionPipeline, device: torch.device | str) -> Iterator[None]:
+    """The teacher alone inside the block: without adapters or dropout, and in the precision its network is kept in."""
+    unet, training = teacher.to(device).unet, teacher.unet.training
+    kind = torch.device(device).type
+    with adapters_off(adapter_layers(unet)), torch.autocast(kind, unet.dtype, enabled=unet.dtype != torch.float32):
+        try:
+            unet.eval()
+            yield
+        finally:
+            unet.train(training)
+
+
+@dataclass(frozen=True)
+class _Source:
+    config: DataConfig
+    shards: list[Shard]
+    numbers: np.ndarray  # of each sample's prompt in `table`
+    table: Embeddings
+    position: Position
+    micro_conditioning: bool
+
+    def make(self, k: int) -> tuple[Tensor, Tensors, Tensors]:
+        size, resolution = self.config.train_batch_size, self.config.resolution
+        rows = batch_rows(k, size, len(self.numbers), self.position)
+        places = [(tensors_of(self.shards[i // GENERATED_ROWS]), i % GENERATED_ROWS) for i in rows]
+        x0 = torch.stack([tensors["x0"][place] for tensors, place in places]).float()
+        dropped = batch_generator(k, self.position).random(size) < self.config.proportion_empty_prompts
+        cond = self._conditions(np.where(dropped, 0, self.numbers[rows]))
+        empty = self._conditions(np.zeros(1, dtype=int))
+        uncond = {name: empty[name].expand_as(value) for name, value in cond.items()}
+        ids = {}
+        if self.micro_conditioning:  # what the pipeline tells the network when nothing else is asked for
+            ids["time_ids"] = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * size).float()
+        return x0, cond | ids, uncond | ids
+
+    def _conditions(self, numbers: np.ndarray) -> Tensors:
+        return {name: value.float() for name, value in self.table[numbers].items()}

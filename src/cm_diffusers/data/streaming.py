@@ -1,0 +1,285 @@
+"""Latents with captions of data sets too large to cache: read, encoded and forgotten while training."""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from datasets.utils.file_utils import xopen
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.preprocessing import Size, View, decode_image, micro_conditions, preprocess, square
+from cm_diffusers.data.sampler import SHUFFLE, Position, batch_generator
+from cm_diffusers.data.sources import DataConfig, captions_of, refuse_changed, require_columns, source_name, validate
+from cm_diffusers.data.tars import FIELDS, tar_features, tar_rows, tar_shards
+from cm_diffusers.types import Batch
+
+
+logger = logging.getLogger(__name__)
+CACHED_ONLY = "aspect_ratio_buckets bucket_step bucket_max_ratio max_train_samples num_crops latent_cache_dir"
+
+
+def streaming_batches(
+    config: DataConfig,
+    encoders: Encoders,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Callable[[int], Iterator[Batch]]:
+    """As `text_image_batches`, with nothing kept: crops, flips and captions are drawn and encoded anew for each batch.
+
+    Every epoch visits the files in another order, and `config.shuffle_buffer_size` samples at a time are shuffled. A
+    batch takes the next B samples with a caption; where an image turns out unreadable, the sample after it takes its
+    place. So a resumed run reads past what was seen without decoding or encoding it.
+
+    Args:
+        config: The data and its preprocessing.
+        encoders: Of the teacher; they stay on `device`.
+        seed: Seed of order, crops, flips, captions and posterior noise.
+        rank: Number of this process.
+        world_size: Number of processes: they read different files, or different samples where files do not divide.
+        device: Where the VAE and the text towers run.
+
+    Returns:
+        A function from the number of the first batch to an endless iterator of batches, each a function of
+        (seed, rank, number) alone.
+
+    Raises:
+        ValueError: wrong configuration, or data without a usable sample.
+    """
+    _check(config, encoders)
+    reader = _Reader(config, _open(config), Position(seed, rank, world_size))
+    encoder = _Encoder(config, encoders, device)
+
+    def batches(start: int = 0) -> Iterator[Batch]:
+        samples, size = reader.samples(), config.train_batch_size
+        for _ in tqdm(islice(samples, start * size), "Skipping what was seen", start * size, disable=not start):
+            pass
+        window = _Window(samples, reader.skip)
+        for k in count(start):
+            yield encoder.batch(window.take(size), batch_generator(k, reader.position))
+
+    return batches
+
+
+def _check(config: DataConfig, encoders: Encoders) -> None:
+    validate(config)
+    refuse_changed(config, CACHED_ONLY, "with --streaming")
+    if config.dataloader_num_workers:
+        raise ValueError(
+            f"--streaming reads in the training process, for an exact resume: --dataloader_num_workers is "
+            f"{config.dataloader_num_workers}; leave it out."
+        )
+    if config.resolution % encoders.vae.downscale:
+        raise ValueError(
+            f"--resolution {config.resolution} is not a multiple of {encoders.vae.downscale}, as the VAE needs."
+        )
+
+
+def _open(config: DataConfig) -> datasets.IterableDataset:
+    image, caption = config.image_column, config.caption_column
+    if config.train_shards_path_or_url:
+        arguments = {"shards": tar_shards(config.train_shards_path_or_url)}
+        arguments |= {"image_column": image, "caption_column": caption}
+        return datasets.IterableDataset.from_generator(
+            tar_rows, features=tar_features(image, caption), gen_kwargs=arguments
+        )
+    load = partial(datasets.load_dataset, cache_dir=config.cache_dir, streaming=True)
+    if config.dataset_name:
+        dataset = load(config.dataset_name, config.dataset_config_name, split=config.dataset_split)
+    else:
+        dataset = load("parquet", data_files=_parquet_files(config), split="train")
+    require_columns(dataset.column_names or list(next(iter(dataset), {})), [image, caption])
+    return dataset.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
+
+
+def _parquet_files(config: DataConfig) -> list[str]:
+    folder = Path(config.train_data_dir).expanduser()
+    split = folder / config.dataset_split
+    found = sorted(map(str, (split if split.is_dir() else folder).rglob("*.parquet")))
+    if not found:
+        raise ValueError(
+            f"--streaming reads parquet files from --train_data_dir, but {folder} holds none; leave --streaming out, "
+            "or give tar files to --train_shards_path_or_url."
+        )
+    return found
+
+
+@dataclass
+class _Sample:
+    """A captioned sample; its image is decoded when it is needed."""
+
+    record: dict[str, Any] | None
+    captions: list[str]
+    epoch: int
+
+    @cached_property
+    def image(self) -> Image.Image | None:
+        record, self.record = self.record, None  # the file is not needed twice
+        if record["bytes"] is None and "://" in (record["path"] or ""):
+            with suppress(FileNotFoundError), xopen(record["path"], "rb") as file:
+                record = {"bytes": file.read(), "path": None}
+        return decode_image(record)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The samples of one rank, epoch after epoch, in an order that depends on the seed alone."""
+
+    config: DataConfig
+    dataset: datasets.IterableDataset
+    position: Position
+
+    @cached_property
+    def skipped(self) -> Counter:
+        return Counter()
+
+    def samples(self) -> Iterator[_Sample]:
+        """Endless; whole epochs in blocks, each shuffled.
+
+        Raises:
+            ValueError: an epoch holds no sample with an image and a caption.
+        """
+        size = self.config.shuffle_buffer_size
+        for epoch in count():
+            samples = self._epoch(epoch)
+            for block in count():
+                held = list(islice(samples, size))
+                if not held:
+                    break
+                order = np.random.default_rng([self.position.seed, SHUFFLE, epoch, block]).permutation(len(held))
+                yield from (held[i] for i in order)
+
+    def skip(self, reason: str) -> None:
+        """Counts what cannot be used; says so the 1st, 10th, 100th ... time."""
+        self.skipped[reason] += 1
+        number = self.skipped[reason]
+        if set(str(number)[1:]) <= {"0"} and str(number)[0] == "1":
+            logger.warning("Skipped so far: %d samples %s.", number, reason)
+
+    def _epoch(self, epoch: int) -> Iterator[_Sample]:
+        fields, usable = set(), 0
+        for row in self._rows(epoch):
+            captions = captions_of(row[self.config.caption_column], self.config.caption_column)
+            record = row[self.config.image_column]
+            if captions and record:
+                usable += 1
+                yield _Sample(record, captions, epoch)
+            else:
+                fields.add(row.get(FIELDS) or ", ".join(name for name, value in row.items() if value is not None))
+                self.skip("without a caption" if record else "without an image")
+        if not usable:
+            raise ValueError(_nothing_usable(self.config, sum(self.skipped.values()), sorted(fields)))
+
+    def _rows(self, epoch: int) -> datasets.IterableDataset:
+        seed, rank, world_size = self.position.seed, self.position.rank, self.position.world_size
+        state = np.random.SeedSequence([seed, SHUFFLE, epoch]).generate_state(1)
+        files_shuffled = self.dataset.shuffle(seed=int(state[0]), buffer_size=1)
+        return split_dataset_by_node(files_shuffled, rank, world_size) if world_size > 1 else files_shuffled
+
+
+def _nothing_usable(config: DataConfig, number: int, fields: list[str]) -> str:
+    if not number:
+        return (
+            f"{source_name(config)} gave this process no sample: it is empty, or has fewer than there are processes."
+        )
+    found = " or ".join(f"[{names}]" for names in fields[:3])
+    return (
+        f"None of the {number} samples of {source_name(config)} has both an image ({config.image_column}) and a "
+        f"caption ({config.caption_column}): they hold {found}; name what to read with --image_column and "
+        "--caption_column."
+    )
+
+
+class _Window:
+    """The samples a batch takes, and as many after them as it takes to find a readable image."""
+
+    def __init__(self, samples: Iterator[_Sample], skip: Callable[[str], None]) -> None:
+        self.samples, self.skip, self.held = samples, skip, deque()
+
+    def take(self, size: int) -> list[_Sample]:
+        taken = [self._readable(i) for i in range(size)]
+        for _ in range(size):
+            if self.held.popleft().image is None:
+                self.skip("with an unreadable image")
+        return taken
+
+    def _readable(self, i: int) -> _Sample:
+        for j in count(i):
+            while len(self.held) <= j:
+                self.held.append(next(self.samples))
+            if self.held[j].image is not None:
+                return self.held[j]
+            if self.held[j].epoch > self.held[i].epoch + 1:
+                raise ValueError(
+                    f"None of the images of a whole epoch can be read, {j - i} samples one after another."
+                )
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    config: DataConfig
+    encoders: Encoders
+    device: torch.device | str
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        for tower in self.encoders.towers:
+            tower.to(self.device)
+        model, dtype = self.encoders.vae.load().eval().to(self.device), getattr(torch, self.config.vae_dtype)
+        return model if model.dtype == dtype else model.to(dtype)
+
+    @cached_property
+    def empty(self) -> dict[str, Tensor]:
+        return self._encode_prompts([""])
+
+    @torch.no_grad()
+    def batch(self, samples: list[_Sample], generator: np.random.Generator) -> Batch:
+        config, draws = self.config, generator.random((len(samples), 3))
+        views = [_view(draw, config) for draw in draws]
+        x0 = self._latents([preprocess(s.image, config, v) for s, v in zip(samples, views, strict=True)], generator)
+        prompts = [sample.captions[generator.integers(len(sample.captions))] for sample in samples]
+        dropped = generator.random(len(samples)) < config.proportion_empty_prompts
+        cond = self._encode_prompts(["" if drop else p for drop, p in zip(dropped, prompts, strict=True)])
+        uncond = {name: self.empty[name].expand_as(value) for name, value in cond.items()}
+        ids = {}
+        if self.encoders.micro_conditioning:
+            sizes = [Size(sample.image.height, sample.image.width) for sample in samples]
+            target = square(config.resolution)
+            rows = [micro_conditions(size, target, view) for size, view in zip(sizes, views, strict=True)]
+            ids["time_ids"] = torch.tensor(rows, dtype=torch.float32, device=x0.device)
+        return Batch(x0, cond | ids, uncond | ids)
+
+    def _latents(self, images: list[Tensor], generator: np.random.Generator) -> Tensor:
+        model, parts = self.vae, torch.stack(images).split(self.config.encode_batch_size)
+        posteriors = [model.encode(part.to(self.device, model.dtype)).latent_dist for part in parts]
+        mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std"))
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise ValueError(f"The VAE's latents are not finite in {self.config.vae_dtype}: pass --vae_dtype float32.")
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(generator.integers(2**63))))
+        vae = self.encoders.vae
+        return (mean + std * noise.to(mean.device) - vae.shift_factor) * vae.scaling_factor
+
+    def _encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        size = self.config.encode_batch_size
+        parts = [self.encoders.encode_prompts(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+
+
+def _view(draw: np.ndarray, config: DataConfig) -> View:
+    left, top = (0.5, 0.5) if config.center_crop else draw[:2]
+    return View(left, top, config.random_flip and bool(draw[2] < 0.5))

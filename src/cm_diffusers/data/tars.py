@@ -1,0 +1,122 @@
+"""WebDataset tar shards: samples are runs of members that share their name up to the first dot."""
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import datasets
+from datasets.utils.file_utils import xopen
+from fsspec.core import url_to_fs
+
+
+FIELDS = "__fields__"  # column that names what a sample holds, for error messages
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+READ_SUFFIXES = IMAGE_SUFFIXES | {".txt", ".json"}
+
+
+def tar_shards(pattern: str) -> list[str]:
+    """The shards a pattern names: a path or URL with `{00..12}`, `{a,b}` and `*`.
+
+    Raises:
+        ValueError: a shard that is named is not there.
+    """
+    found = [(name, _matches(name)) for name in _expand_braces(os.path.expanduser(pattern))]
+    if missing := [name for name, shards in found if not shards]:
+        raise ValueError(
+            f"--train_shards_path_or_url {pattern} names {len(found)} shards or patterns, of which {len(missing)} are "
+            f"not there, such as {missing[0]}; give the tar files that exist."
+        )
+    return [shard for _, shards in found for shard in shards]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    choices = match[1].split(",")
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        choices = [str(i).zfill(len(bounds[1])) for i in range(int(bounds[1]), int(bounds[2]) + 1)]
+    return [
+        name
+        for choice in choices
+        for name in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+def _matches(name: str) -> list[str]:
+    if "://" not in name:
+        return [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
+    if "*" not in name:
+        return [name]  # asking the server about each of thousands would take minutes
+    file_system, path = url_to_fs(name)
+    return sorted(map(file_system.unstrip_protocol, file_system.glob(path)))
+
+
+def tar_features(image_column: str, caption_column: str) -> datasets.Features:
+    """Of the rows of `tar_rows`."""
+    text = datasets.Value("string")
+    return datasets.Features({image_column: datasets.Image(decode=False), caption_column: [text], FIELDS: text})
+
+
+def tar_rows(shards: list[str], image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
+    """A row for each sample: the image undecoded, the captions, and under `FIELDS` what the sample holds.
+
+    The image is the member named `image_column`, else the first whose suffix says so. The captions are the entry
+    `caption_column` of the .json, else the .txt. Neither is required: what lacks one is counted by who reads the rows,
+    and samples may differ in their members and in their .json.
+
+    Raises:
+        ValueError: a shard is missing, cut off or not a tar file.
+    """
+    for shard in shards:
+        try:
+            yield from _rows_of(shard, image_column, caption_column)
+        except (FileNotFoundError, tarfile.ReadError) as error:
+            raise ValueError(f"The shard {shard} cannot be read as a tar file ({error}); get it anew.") from error
+
+
+def _rows_of(shard: str, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
+    key, members = None, {}
+    with xopen(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in archive:
+            name, _, field = PurePosixPath(member.name).name.partition(".")
+            if not (member.isfile() and name and field):  # also skips the hidden files some systems add
+                continue
+            found = str(PurePosixPath(member.name).with_name(name))
+            if found != key and members:
+                yield _row(key, members, image_column, caption_column)
+                members = {}
+            key = found
+            wanted = field == image_column or _suffix(field) in READ_SUFFIXES
+            members[field] = archive.extractfile(member).read() if wanted else b""
+    if members:
+        yield _row(key, members, image_column, caption_column)
+
+
+def _suffix(field: str) -> str:
+    return PurePosixPath(f".{field}").suffix.lower() or f".{field.lower()}"
+
+
+def _row(key: str, members: dict[str, bytes], image_column: str, caption_column: str) -> dict[str, Any]:
+    images = [field for field in members if field == image_column or _suffix(field) in IMAGE_SUFFIXES]
+    images.sort(key=lambda field: field != image_column)
+    record = {"bytes": members[images[0]], "path": f"{key}.{images[0]}"} if images else None
+    metadata = next((_parse(content) for field, content in members.items() if _suffix(field) == ".json"), {})
+    text = next((content for field, content in members.items() if _suffix(field) == ".txt"), b"")
+    value = metadata.get(caption_column) or text.decode("utf-8", "replace").strip()
+    captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    fields = ", ".join(f"{f} ({', '.join(metadata)})" if metadata and _suffix(f) == ".json" else f for f in members)
+    return {image_column: record, caption_column: captions, FIELDS: fields}
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}

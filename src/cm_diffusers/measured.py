@@ -1,0 +1,83 @@
+"""What `training/evaluate.py` measured of one student, as it travels with the weights and stands in the model card."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+
+
+FOLDER = "evaluation"
+TABLE, GRID = "table.json", "grid.png"
+TEACHER = "teacher"  # the name of its rows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of a student and of its teacher, and what they depend on.
+
+    Attributes:
+        setting: Number of images, seed, feature extractor, reference images, hardware ... by name.
+        rows: One for each number of steps and guidance scale.
+    """
+
+    setting: dict[str, object]
+    rows: list[dict]
+
+    def results(self) -> Iterator[EvalResult]:
+        """The student's numbers for the Hub, each named as it was computed, with its protocol."""
+        for row in self.rows:
+            if row["pipeline"] != TEACHER:
+                for metric, (kind, words) in self._metrics().items():
+                    if row.get(metric) is not None:
+                        yield self._result(row, metric, kind, words)
+
+    def _metrics(self) -> dict[str, tuple[str, str]]:
+        """Column -> metric type and name; "fid" is said of Inception features only."""
+        standard = self.setting["extractor"] == "inception"
+        distance = "fid" if standard else "frechet_distance"
+        name = "FID" if standard else f"Fréchet distance, features of {self.setting['extractor']}"
+        return {
+            "fid": (distance, name),
+            "agreement": (
+                "prompt_agreement",
+                f"prompt agreement by {self.setting['extractor']}",
+            ),
+            "clip_score": ("clip_score", "CLIP score"),
+        }
+
+    def _result(self, row: dict, metric: str, kind: str, words: str) -> EvalResult:
+        reference = str(self.setting["reference"])
+        steps = f"{row['num_inference_steps']} step{'s' if row['num_inference_steps'] > 1 else ''}"
+        sampling = {name: row[name] for name in ("num_inference_steps", "guidance_scale")}
+        return EvalResult(
+            task_type="text-to-image",
+            dataset_type=reference,
+            dataset_name=reference,
+            metric_type=kind,
+            metric_name=f"{words}; {steps}, guidance scale {row['guidance_scale']:g}",
+            metric_value=round(row[metric], 4),
+            metric_args=sampling | {name: self.setting[name] for name in ("num_images", "seed", "dtype")},
+        )
+
+
+def read_measured(folder: Path, name: str | None = None) -> Measured:
+    """The rows of one student in the folder of an evaluation.
+
+    Args:
+        name: The student's in the table; not needed if it is the only one beside the teacher.
+
+    Raises:
+        ValueError: No evaluation, or no such student in it, or several and no name.
+    """
+    path = folder / TABLE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {TABLE}; give the --output_dir of training/evaluate.py.")
+    content = json.loads(path.read_text("utf-8"))
+    names = list(dict.fromkeys(row["pipeline"] for row in content["rows"] if row["pipeline"] != TEACHER))
+    wanted = names[0] if name is None and len(names) == 1 else name
+    if wanted not in names:
+        found = "no --evaluation_name is given" if name is None else f"--evaluation_name is {name!r}"
+        raise ValueError(f"{path} measured {', '.join(names) or 'no student'}, but {found}; give one of them.")
+    return Measured(content["setting"], [row for row in content["rows"] if row["pipeline"] in (TEACHER, wanted)])

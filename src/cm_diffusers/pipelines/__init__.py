@@ -1,0 +1,8 @@
+"""Inference pipelines of consistency models."""
+
+from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
+from cm_diffusers.pipelines.pipeline_consistency_img2img import ConsistencyImg2ImgPipeline
+from cm_diffusers.pipelines.pipeline_consistency_inpaint import ConsistencyInpaintPipeline
+
+
+__all__ = ["ConsistencyImg2ImgPipeline", "ConsistencyInpaintPipeline", "ConsistencyPipeline"]

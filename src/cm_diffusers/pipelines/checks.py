@@ -1,0 +1,123 @@
+"""Refusals of a pipeline call, one clear sentence each."""
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+
+import numpy as np
+import PIL.Image
+from diffusers import DiffusionPipeline
+from torch import Generator, Tensor
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Prompt = str | list[str] | None
+
+
+def check_prompt(name: str, prompt: object) -> None:
+    if isinstance(prompt, str) or prompt is None:
+        return
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(text, str) for text in prompt):
+        raise ValueError(f"{name} must be a string or a list of strings, got {prompt!r}.")
+
+
+def check_prompts(prompts: dict[str, Prompt], prompt_embeds: Tensor | None) -> None:
+    """`prompts` by argument name, "prompt" first; the lists must be equally long.
+
+    Raises:
+        ValueError: One is of a wrong type or length, or prompt and embeddings are both given or both missing.
+    """
+    for name, prompt in prompts.items():
+        check_prompt(name, prompt)
+    if (prompts["prompt"] is None) == (prompt_embeds is None):
+        raise ValueError("Give exactly one of prompt and prompt_embeds.")
+    size = count(prompts["prompt"], prompt_embeds)
+    for name, prompt in prompts.items():
+        if isinstance(prompt, list) and len(prompt) != size:
+            raise ValueError(f"{name} has {len(prompt)} entries for {size} prompts; give one each, or one string.")
+
+
+def check_embeddings(embeddings: dict[str, Tensor | None], needs_pooled: bool) -> None:
+    """Embeddings by argument name, first the prompt's, then its negative, its pooled and its pooled negative."""
+    prompt, negative, pooled, negative_pooled = embeddings.values()
+    if prompt is not None and negative is not None and prompt.shape != negative.shape:
+        raise ValueError(
+            f"prompt_embeds {tuple(prompt.shape)} and negative_prompt_embeds {tuple(negative.shape)} must have one shape."
+        )
+    for states, pool, name in ((prompt, pooled, "pooled"), (negative, negative_pooled, "negative_pooled")):
+        if needs_pooled and states is not None and pool is None:
+            raise ValueError(f"This student is SDXL-shaped: give {name}_prompt_embeds along with the embeddings.")
+
+
+def count(prompt: Prompt, prompt_embeds: Tensor | None) -> int:
+    if prompt is None:
+        return len(prompt_embeds)
+    return 1 if isinstance(prompt, str) else len(prompt)
+
+
+def check_steps(num_inference_steps: int | None) -> None:
+    steps = num_inference_steps
+    if steps is not None and not (isinstance(steps, Integral) and steps >= 1):
+        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}.")
+
+
+def check_strength(strength: float) -> None:
+    if not 0 < strength <= 1:
+        raise ValueError(
+            f"strength must be above 0 (keep the image) and at most 1 (start from noise), got {strength}."
+        )
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    if height % factor or width % factor or height < 1 or width < 1:
+        raise ValueError(f"height and width must be multiples of {factor}, got {height} and {width}.")
+
+
+def check_generators(generator: Generator | list[Generator] | None, batch: int) -> None:
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"Found {len(generator)} generators for {batch} images; give one for each, or a single one.")
+
+
+def check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
+
+
+def check_output(output_type: str, names: Iterable[str], allowed: Sequence[str]) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}.")
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"callback_on_step_end_tensor_inputs can hold {', '.join(allowed)}; got {unknown}.")
+
+
+def check_channels(pipe: DiffusionPipeline, allowed: tuple[int, ...], advice: str) -> None:
+    """The UNet's input channels fit the task, else `advice`."""
+    if (channels := pipe.unet.config.in_channels) not in allowed:
+        raise ValueError(f"{type(pipe).__name__} cannot use a UNet with {channels} input channels; {advice}.")
+
+
+def check_ip_adapter(pipe: DiffusionPipeline, image: object, embeds: object) -> None:
+    loaded = pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
+    given = sum(argument is not None for argument in (image, embeds))
+    if given == 2:
+        raise ValueError("Give ip_adapter_image or ip_adapter_image_embeds, not both.")
+    if loaded and not given:
+        raise ValueError("An IP-Adapter is loaded: give ip_adapter_image, or call unload_ip_adapter().")
+    if given and not loaded:
+        raise ValueError("No IP-Adapter is loaded: call load_ip_adapter before you give an image for it.")
+
+
+def image_size(image: object, factor: int, latent_channels: int) -> tuple[int, int]:
+    """Height and width in pixels of an image, or of the first in a list; latents count `factor` pixels each.
+
+    Raises:
+        ValueError: It is nothing an image processor reads.
+    """
+    first = image[0] if isinstance(image, list | tuple) and image else image
+    if isinstance(first, PIL.Image.Image):
+        return first.height, first.width
+    if isinstance(first, np.ndarray) and first.ndim >= 2:
+        return first.shape[-3:-1] if first.ndim > 2 and first.shape[-1] in (1, 3, 4) else first.shape[-2:]
+    if isinstance(first, Tensor) and first.ndim >= 2:
+        scale = factor if first.ndim > 2 and first.shape[-3] == latent_channels else 1
+        return first.shape[-2] * scale, first.shape[-1] * scale
+    raise ValueError(f"An image must be a PIL image, an array, a tensor, latents or a list of them, got {first!r}.")

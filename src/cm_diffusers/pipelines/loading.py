@@ -1,0 +1,260 @@
+"""Loading students, published LCMs, base models and LoRAs, and keeping what their records say."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cm_diffusers.pipelines.manners import Manners, adopted_from, consistency_scheduler
+from cm_diffusers.record import Record, read_record, write_record
+
+
+Source = str | os.PathLike
+
+
+class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
+    """`from_pretrained`, `from_pipe`, `save_pretrained` and LoRAs of the consistency pipelines.
+
+    The record of a student is part of the pipeline's config, so it survives whatever the config survives. The
+    scheduler is a `ConsistencyScheduler` made from the record, or from the checkpoint's own scheduler; one that the
+    caller passed or set is never replaced.
+    """
+
+    _before_lora: tuple[Record | None, SchedulerMixin] | None = None
+
+    @property
+    def record(self) -> Record | None:
+        """How the student was made; None where the checkpoint does not tell."""
+        entry = self.config.get("record")
+        return entry and Record(**{field.name: entry[field.name] for field in fields(Record)})
+
+    @property
+    def manners(self) -> Manners:
+        """What may be asked of the student, and what it is sampled with by default."""
+        return Manners.of(self.record, self.unet)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Source, **kwargs: Any) -> Self:
+        """Any few-step text-to-image student, from a folder or the Hub.
+
+        That is: a student of this package; a published LCM, Stable Diffusion or SDXL; a base model on which
+        `load_lora_weights` puts an LCM-LoRA; or the folder or repository of a LoRA of this package, which is put on
+        the base model that its record names.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            kwargs: As for `DiffusionPipeline.from_pretrained`; weights other than safetensors are only read with
+                `use_safetensors=None` or False. A `scheduler` among them is kept.
+
+        Raises:
+            ValueError: A folder holds neither a pipeline nor a LoRA with its record, or the LoRA's base model cannot
+                be loaded.
+        """
+        source = pretrained_model_name_or_path
+        kwargs.setdefault("use_safetensors", True)
+        record = read_record(source, **_of_hub(kwargs))
+        if not _is_pipeline(source, record, kwargs):
+            return cls._from_lora(source, record, kwargs)
+        pipe = super().from_pretrained(source, **kwargs)
+        if record is not None:
+            pipe.register_to_config(record=asdict(record))
+        if kwargs.get("scheduler") is None:
+            pipe._adopt_scheduler()
+        return pipe
+
+    @classmethod
+    def _from_lora(cls, source: Source, record: Record | None, kwargs: dict[str, Any]) -> Self:
+        if record is None:
+            raise ValueError(
+                f"{str(source)!r} has neither a model_index.json nor the record of a LoRA; for a LoRA without record, "
+                "load its base model and call load_lora_weights."
+            )
+        hub = _of_hub(kwargs)
+        kwargs.pop("revision", None)  # the LoRA's
+        try:
+            pipe = cls.from_pretrained(record.base_model, **kwargs)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"The LoRA {str(source)!r} belongs on {record.base_model!r}, which cannot be loaded ({reason}); load "
+                "that base model from where it is and call load_lora_weights."
+            ) from error
+        pipe.load_lora_weights(source, weight_name=LORA_WEIGHT_NAME_SAFE, **hub)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """The same components in this class; unlike in diffusers, none is cast unless `dtype` says so.
+
+        Args:
+            pipeline: Stock or ours.
+            kwargs: Components or options to replace, and `dtype`.
+        """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        modules, options = cls._get_signature_keys(cls)
+        parts = {name: getattr(pipeline, name, None) for name in modules}
+        parts |= {name: pipeline.config[name] for name in options if name in pipeline.config}
+        pipe = cls(**{**parts, **kwargs})
+        if name := pipeline.config.get("_name_or_path"):
+            pipe.register_to_config(_name_or_path=name)
+        if isinstance(pipeline, ConsistencyLoaderMixin):
+            pipe._before_lora = pipeline._before_lora
+        elif "scheduler" not in kwargs:
+            pipe._adopt_scheduler()
+        return pipe if dtype is None else pipe.to(dtype=dtype)
+
+    def save_pretrained(self, save_directory: Source, *args: Any, **kwargs: Any) -> None:
+        """As `DiffusionPipeline.save_pretrained`, with the record beside the weights."""
+        if self.record is not None:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_record(self.record, Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: Source | dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in diffusers; a LoRA with a record beside it also brings its scheduler and recommendations.
+
+        Raises:
+            ValueError: The LoRA was made for another architecture. Nothing of it stays.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        kwargs.setdefault("use_safetensors", True)
+        hub = _of_hub(kwargs)
+        folder = None if isinstance(source, dict) else _folder(source, kwargs.get("subfolder"))
+        with self._all_or_nothing():
+            super().load_lora_weights(source, *args, **kwargs)
+        record = folder and read_record(folder, **hub)
+        if record:
+            self._before_lora = self._before_lora or (self.record, self.scheduler)
+            self.register_to_config(record=asdict(record))
+            if adopted_from(self.scheduler):
+                self._adopt_scheduler()
+
+    def unload_lora_weights(self) -> None:
+        """As in diffusers; record and scheduler are again those before the first LoRA, unless one was fused."""
+        super().unload_lora_weights()
+        if self._before_lora is None or self.num_fused_loras:
+            return
+        record, scheduler = self._before_lora
+        self._before_lora = None
+        self.register_to_config(record=record and asdict(record))
+        if adopted_from(self.scheduler):
+            self.scheduler = scheduler
+
+    @classmethod
+    def load_lora_into_unet(
+        cls, state_dict: dict[str, Tensor], network_alphas: dict, unet: UNet2DConditionModel, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in diffusers, once every layer is known to fit."""
+        check_lora_fits(state_dict, unet)
+        if any(key.startswith("unet.") for key in state_dict):
+            super().load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
+
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls, state_dict: dict[str, Tensor], network_alphas: dict, text_encoder: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in diffusers; a LoRA that has nothing for this tower leaves it alone."""
+        prefix = f"{kwargs.get('prefix') or cls.text_encoder_name}."
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        if text_encoder is None:
+            raise ValueError(
+                f"The LoRA has layers for {prefix[:-1]}, which this pipeline does not have; it is for another."
+            )
+        super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, *args, **kwargs)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        before = self._adapters()
+        try:
+            yield
+        except SafetensorError as error:
+            raise ValueError(
+                f"The LoRA is not a whole safetensors file ({error}); get it anew, or in that format: others can hold "
+                "code that loading would run."
+            ) from error
+        except Exception:
+            if new := self._adapters() - before:
+                self.delete_adapters(sorted(new))
+            raise
+
+    def _adapters(self) -> set[str]:
+        return {name for names in self.get_list_adapters().values() for name in names}
+
+    def _adopt_scheduler(self) -> None:
+        """The scheduler of the record, or else of the checkpoint, as a `ConsistencyScheduler`."""
+        if self.record is None:
+            self.scheduler = consistency_scheduler(type(self.scheduler).__name__, self.scheduler.config)
+        else:
+            entry = self.record.scheduler
+            self.scheduler = consistency_scheduler(entry.get("_class_name", "LCMScheduler"), entry)
+
+
+def check_lora_fits(state_dict: dict[str, Tensor], unet: UNet2DConditionModel) -> None:
+    """Every LoRA layer for the UNet has its place there, of the right width.
+
+    Raises:
+        ValueError: One has not, or nothing is for the UNet or a text encoder.
+    """
+    layers = {key.removeprefix("unet."): value for key, value in state_dict.items() if key.startswith("unet.")}
+    if not layers and not any(key.startswith("text_encoder") for key in state_dict):
+        raise ValueError(
+            f"This LoRA has no layer for a UNet or a text encoder; its layers are like {next(iter(state_dict), None)!r}."
+        )
+    if not any(".lora_A." in key for key in layers):
+        layers = convert_unet_state_dict_to_peft(layers)
+    modules = dict(unet.named_modules())
+    for key, value in layers.items():
+        path, _, part = key.rpartition(".lora_")
+        if part in ("A.weight", "B.weight"):
+            _check_layer(path, part[0], value, modules.get(path))
+
+
+def _check_layer(path: str, part: str, weight: Tensor, module: nn.Module | None) -> None:
+    if module is None:
+        raise ValueError(f"This LoRA is for another architecture: the UNet has no layer {path!r}.")
+    found, wanted = (weight.shape[1], module.weight.shape[1]) if part == "A" else (len(weight), len(module.weight))
+    if found != wanted:
+        side = "reads" if part == "A" else "gives"
+        raise ValueError(
+            f"This LoRA is for another architecture: its layer {path!r} {side} {found} features, the UNet's {wanted}."
+        )
+
+
+def _folder(source: Source, subfolder: str | None) -> Source:
+    """Where the record of a LoRA is: beside the weights."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    return path.parent if path.is_file() else path / (subfolder or "")
+
+
+def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where on the Hub and in the cache a file is."""
+    names = ("token", "revision", "cache_dir", "local_files_only")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _is_pipeline(source: Source, record: Record | None, kwargs: dict[str, Any]) -> bool:
+    """False for what can only be a LoRA: a folder without model_index.json, or such a repository with a record."""
+    if Path(source).exists():
+        return (Path(source) / "model_index.json").is_file()
+    if record is None:
+        return True
+    try:
+        return bool(hf_hub_download(str(source), "model_index.json", **_of_hub(kwargs)))
+    except EntryNotFoundError:
+        return False

@@ -1,0 +1,141 @@
+"""How a checkpoint wants to be sampled: from its record, or from what the checkpoint itself shows."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import SchedulerMixin, UNet2DConditionModel
+
+from cm_diffusers.record import Record
+from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
+
+
+FEW_STEP_SCHEDULERS = ("ConsistencyScheduler", "LCMScheduler", "TCDScheduler")
+GRID_FIELDS = (
+    "prediction_type",
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "original_inference_steps",
+    "timestep_scaling",
+)
+TCD_GAMMA = 0.3  # TCDScheduler's own default (2402.19159)
+LCM_GUIDANCE_SCALE = 8.0  # the LCM paper's evaluations (2310.04378)
+LCM_STEPS = 4
+BURNS_ABOVE = 2.0
+
+
+@dataclass(frozen=True)
+class Manners:
+    """What may be asked of a student; guidance scales are in diffusers' convention, 1 is none.
+
+    Attributes:
+        guidance: As in `Record`.
+        lowest, highest: Guidance scales an embedded student was trained with; None where nothing tells.
+        guidance_scale, num_inference_steps: What to sample with unless the caller says otherwise.
+    """
+
+    guidance: str
+    lowest: float | None
+    highest: float | None
+    guidance_scale: float
+    num_inference_steps: int
+
+    @classmethod
+    def of(cls, record: Record | None, unet: UNet2DConditionModel) -> "Manners":
+        embeds = unet.config.time_cond_proj_dim is not None
+        if record is not None and (embeds or record.guidance != "embedded"):
+            scales = (record.w_min + 1, record.w_max + 1, record.recommended_guidance_scale)
+            return cls(record.guidance, *scales, record.recommended_num_inference_steps)
+        if embeds:
+            return cls("embedded", None, None, LCM_GUIDANCE_SCALE, LCM_STEPS)
+        return cls("distilled", None, None, 1.0, LCM_STEPS)
+
+    def check(self, guidance_scale: float, negative: bool) -> None:
+        """Warns of or refuses what the student was not made for.
+
+        Args:
+            guidance_scale: The caller's.
+            negative: Whether a negative prompt was given.
+
+        Raises:
+            ValueError: The student has no branch for it.
+        """
+        if self.guidance == "embedded":
+            self._check_embedded(guidance_scale, negative)
+        elif self.guidance == "none":
+            if guidance_scale > 1 or negative:
+                raise ValueError(
+                    f"This student was distilled without guidance and takes neither guidance_scale above 1 (found "
+                    f"{guidance_scale}) nor a negative prompt; leave both out."
+                )
+        else:
+            self._check_distilled(guidance_scale, negative)
+
+    def _check_embedded(self, guidance_scale: float, negative: bool) -> None:
+        if negative:
+            raise ValueError(
+                "This student takes guidance as a number and has no unconditional branch, so a negative prompt cannot "
+                "act; leave it out, or use an LCM-LoRA on its base model."
+            )
+        if self.lowest is not None and not self.lowest <= guidance_scale <= self.highest:
+            warnings.warn(
+                f"guidance_scale {guidance_scale} is outside the {self.lowest} to {self.highest} that this student "
+                "was trained with; expect worse images.",
+                stacklevel=7,
+            )
+
+    def _check_distilled(self, guidance_scale: float, negative: bool) -> None:
+        if guidance_scale > max(BURNS_ABOVE, self.guidance_scale):
+            warnings.warn(
+                f"guidance_scale {guidance_scale} adds to the guidance that is in this student's weights and burns "
+                f"the images; use 1 to {BURNS_ABOVE:g}.",
+                stacklevel=7,
+            )
+        if negative and guidance_scale <= 1:
+            warnings.warn(
+                f"The negative prompt has no effect at guidance_scale {guidance_scale}; raise it a little above 1.",
+                stacklevel=7,
+            )
+
+
+def consistency_scheduler(class_name: str, config: Mapping[str, Any]) -> ConsistencyScheduler:
+    """The scheduler that samples as `class_name` with `config` does, or would, if it was for many steps.
+
+    Every field is handed on, also those that the other scheduler left at its default. The result bears a mark, see
+    `adopted_from`.
+    """
+    fields = {name: value for name, value in config.items() if not name.startswith("_")}
+    if class_name == "TCDScheduler":
+        fields = {"gamma": TCD_GAMMA, "boundary_scalings": "none", **fields}
+    if class_name not in FEW_STEP_SCHEDULERS:
+        fields["clip_sample"] = False  # DDIM's default is for pixels; Stable Diffusion's pipelines switch it off, too
+    scheduler = ConsistencyScheduler.from_config(fields)
+    scheduler._adopted_from = class_name
+    return scheduler
+
+
+def adopted_from(scheduler: SchedulerMixin) -> str | None:
+    """The class that a scheduler was made from by `consistency_scheduler`; None if it is the caller's own."""
+    return getattr(scheduler, "_adopted_from", None)
+
+
+def tells_of_distillation(scheduler: SchedulerMixin) -> bool:
+    """Whether it is, or was made from, a scheduler for few steps."""
+    return (adopted_from(scheduler) or type(scheduler).__name__) in FEW_STEP_SCHEDULERS
+
+
+def mismatches(scheduler: SchedulerMixin, record: Record | None) -> list[str]:
+    """What of a scheduler contradicts the record, each as one phrase with both values."""
+    kind = type(scheduler).__name__
+    found = [] if kind in FEW_STEP_SCHEDULERS else [f"{kind} is not a consistency scheduler"]
+    for name in GRID_FIELDS if record is not None else ():
+        if name in record.scheduler and name in scheduler.config:
+            ours, theirs = scheduler.config[name], record.scheduler[name]
+            if ours != theirs:
+                found.append(f"{name} is {ours!r}, in training it was {theirs!r}")
+    return found

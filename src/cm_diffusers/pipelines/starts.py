@@ -1,0 +1,185 @@
+"""Where sampling starts and what binds it: noise, an image, or an image with a mask."""
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from cm_diffusers.pipelines.checks import check_channels, check_size, check_strength, image_size
+from cm_diffusers.pipelines.latents import Generators, encode
+
+
+class FromNoise:
+    """Text to image."""
+
+    strength = 1.0
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        advice = "use ConsistencyInpaintPipeline for an inpainting UNet"
+        check_channels(pipe, (pipe.vae.config.latent_channels,), advice)
+
+    def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the result in pixels; by default, what the UNet was trained with."""
+        sample = pipe.unet.config.sample_size
+        sample = (sample, sample) if isinstance(sample, int) else sample
+        size = (height or sample[0] * pipe.vae_scale_factor, width or sample[1] * pipe.vae_scale_factor)
+        check_size(*size, pipe.vae_scale_factor)
+        return size
+
+    def latents(
+        self,
+        pipe: DiffusionPipeline,
+        template: Tensor,
+        given: Tensor | None,
+        generator: Generators,
+        timesteps: Tensor,
+    ) -> Tensor:
+        """The latents at the first timestep.
+
+        Args:
+            pipe: The pipeline.
+            template: An empty tensor with their shape (B, C, h, w), device and dtype.
+            given: The caller's.
+            generator: Draws the noise.
+            timesteps: The schedule.
+        """
+        noise = draw(template, generator) if given is None else given.to(template)
+        return noise * pipe.scheduler.init_noise_sigma
+
+    def unet_input(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def bind(self, pipe: DiffusionPipeline, latents: Tensor, step: int) -> Tensor:
+        """The latents after a step, held to what must not change."""
+        return latents
+
+
+class FromImage(FromNoise):
+    """Image to image: the schedule begins at the share `strength` of the training grid."""
+
+    def __init__(self, image: PipelineImageInput, strength: float) -> None:
+        check_strength(strength)
+        self.image, self.strength = image, strength
+
+    def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
+        """By default the image's size, rounded down to what the VAE can take."""
+        factor = pipe.vae_scale_factor
+        own = (side - side % factor for side in image_size(self.image, factor, pipe.vae.config.latent_channels))
+        size = tuple(asked or side for asked, side in zip((height, width), own, strict=True))
+        check_size(*size, factor)
+        return size
+
+    def latents(
+        self,
+        pipe: DiffusionPipeline,
+        template: Tensor,
+        given: Tensor | None,
+        generator: Generators,
+        timesteps: Tensor,
+    ) -> Tensor:
+        if given is not None:
+            return given.to(template)
+        clean = self.encoded(pipe, self.pixels(pipe, template), template, generator)
+        return pipe.scheduler.add_noise(clean, draw(template, generator), timesteps[:1])
+
+    def pixels(self, pipe: DiffusionPipeline, template: Tensor) -> Tensor:
+        """The images (N, 3, H, W) in [-1, 1], or latents (N, C, h, w)."""
+        return preprocess(pipe.image_processor, self.image, template, pipe.vae_scale_factor)
+
+    @staticmethod
+    def encoded(pipe: DiffusionPipeline, pixels: Tensor, template: Tensor, generator: Generators) -> Tensor:
+        """Their latents (B, C, h, w), repeated for several images per prompt."""
+        if isinstance(generator, list):  # each image draws from its own
+            pixels = repeated(pixels, len(template))
+        latents = repeated(encode(pipe, pixels, generator), len(template)).to(template)
+        if latents.shape != template.shape:
+            raise ValueError(
+                f"The image's latents must have the shape {tuple(template.shape)}, got {tuple(latents.shape)}."
+            )
+        return latents
+
+
+class FromMaskedImage(FromImage):
+    """Inpainting: where the mask is black, the image stays.
+
+    A UNet with the VAE's channels has the image put back after every step, noised like the sample and in the end
+    exactly; an inpainting UNet gets mask and masked image as further channels.
+    """
+
+    def __init__(self, image: PipelineImageInput, mask: PipelineImageInput, strength: float) -> None:
+        super().__init__(image, strength)
+        array = isinstance(mask, np.ndarray | Tensor) and mask.ndim == 2
+        self.mask_image = mask[None] if array else mask
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        channels, factor = pipe.vae.config.latent_channels, pipe.vae_scale_factor
+        check_channels(pipe, (channels, 2 * channels + 1), "take the UNet of a text-to-image or an inpainting model")
+        image, mask = image_size(self.image, factor, channels), image_size(self.mask_image, factor, -1)
+        if tuple(image) != tuple(mask):
+            raise ValueError(
+                f"The mask is {mask[0]} x {mask[1]}, the image {image[0]} x {image[1]}; make them one size."
+            )
+
+    def latents(
+        self,
+        pipe: DiffusionPipeline,
+        template: Tensor,
+        given: Tensor | None,
+        generator: Generators,
+        timesteps: Tensor,
+    ) -> Tensor:
+        """As for text to image at strength 1; `given` is noise here."""
+        pixels, mask = self.pixels(pipe, template), self._mask(pipe, template)
+        blends = pipe.unet.config.in_channels == template.shape[1]
+        clean = self.encoded(pipe, pixels, template, generator) if blends or self.strength < 1 else None
+        noise = draw(template, generator) if given is None else given.to(template)
+        self.mask = repeated(torch.nn.functional.interpolate(mask, template.shape[2:]), len(template)).to(template)
+        self.known, self.noise, self.timesteps = (clean if blends else None), noise, timesteps
+        self.extra = [] if blends else [self.mask, self._masked(pipe, pixels, mask, template, generator)]
+        if self.strength == 1:
+            return noise * pipe.scheduler.init_noise_sigma
+        return pipe.scheduler.add_noise(clean, noise, timesteps[:1])
+
+    def _mask(self, pipe: DiffusionPipeline, template: Tensor) -> Tensor:
+        """(N, 1, H, W), 1 where the image is to change."""
+        return preprocess(pipe.mask_processor, self.mask_image, template, pipe.vae_scale_factor)
+
+    def _masked(
+        self, pipe: DiffusionPipeline, pixels: Tensor, mask: Tensor, template: Tensor, generator: Generators
+    ) -> Tensor:
+        if pixels.shape[1] == template.shape[1]:
+            raise ValueError("An inpainting UNet needs the image itself, not its latents.")
+        return self.encoded(pipe, pixels * (mask < 0.5), template, generator)
+
+    def unet_input(self, latents: Tensor) -> Tensor:
+        return torch.cat([latents, *self.extra], dim=1)
+
+    def bind(self, pipe: DiffusionPipeline, latents: Tensor, step: int) -> Tensor:
+        if self.known is None:
+            return latents
+        following = self.timesteps[step + 1 : step + 2]
+        known = pipe.scheduler.add_noise(self.known, self.noise, following) if len(following) else self.known
+        return (1 - self.mask) * known + self.mask * latents
+
+
+def draw(template: Tensor, generator: Generators) -> Tensor:
+    return randn_tensor(template.shape, generator=generator, device=template.device, dtype=template.dtype)
+
+
+def preprocess(processor: VaeImageProcessor, image: PipelineImageInput, template: Tensor, factor: int) -> Tensor:
+    """The image at the size of the template's pixels and on its device, in float32."""
+    height, width = (side * factor for side in template.shape[2:])
+    return processor.preprocess(image, height, width).to(template.device)
+
+
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """x (N, ...) as (batch, ...): each row in succession, as the prompts are repeated for several images.
+
+    Raises:
+        ValueError: The batch is no multiple of N.
+    """
+    if batch % len(x):
+        raise ValueError(f"{len(x)} images cannot be spread over {batch} results; give one, or one for each prompt.")
+    return x.repeat_interleave(batch // len(x), dim=0)

@@ -1,0 +1,301 @@
+"""Few-step sampling of consistency models on Stable Diffusion's discrete process, from re-noising to deterministic."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, LCMScheduler, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils.import_utils import DummyObject
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
+
+from cm_diffusers.preconditioning import lcm_scalings
+from cm_diffusers.schedulers.timesteps import chosen, spread
+from cm_diffusers.times import solver_grid
+
+
+CLEAN = (1.0, 0.0)  # alpha and sigma of data without noise
+NoiseSampler = Callable[[torch.Size, Generator | list[Generator] | None, torch.device, torch.dtype], Tensor]
+
+
+@dataclass
+class ConsistencySchedulerOutput(BaseOutput):
+    """What a step returns.
+
+    Attributes:
+        prev_sample: `(B, ...)`, the sample at the next timestep of the schedule, or the result after the last one.
+        denoised: `(B, ...)`, the consistency function's answer f(x_t, t), without noise.
+    """
+
+    prev_sample: Tensor
+    denoised: Tensor
+
+
+class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
+    """Multistep consistency sampling with as much fresh noise as `gamma` says.
+
+    A step from t to t' denoises, f = c_skip x + c_out x0_hat, goes to s = floor((1 - gamma) t') along the noise that x
+    and f imply, and from s to t' by fresh noise (2402.19159, Sec. 4.3). With gamma = 1 that is LCM's
+    alpha' f + sigma' z (2310.04378, Algorithm 3), with gamma = 0 it is DDIM. The last step adds no noise.
+
+    Fresh noise keeps the law of the data; reused noise depends on f, and only a student that was distilled for it (TCD)
+    makes up for that: an exact consistency function ends with too much variance below gamma = 1.
+
+    The config of any Stable Diffusion scheduler serves: `ConsistencyScheduler.from_config(pipe.scheduler.config)`, and
+    `from_config(..., gamma=0.3, boundary_scalings="none")` for a student sampled with `TCDScheduler`.
+
+    Args:
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        trained_betas: The betas themselves, instead of a schedule.
+        original_inference_steps: Points of the grid that the student was distilled on.
+        clip_sample: Clip x0_hat to +-`clip_sample_range`; `thresholding` (2205.11487, Sec. 2.3) goes before it.
+        set_alpha_to_one: The last step with gamma < 1 ends at clean data, else at the noise level of timestep 0.
+        timestep_scaling, sigma_data: Constants of `lcm_scalings`.
+        gamma: The share of fresh noise, 0 to 1.
+        rescale_betas_zero_snr: Rescale the betas to zero terminal SNR (2305.08891, Algorithm 1).
+        boundary_scalings: "lcm" for `cm_diffusers.preconditioning.lcm_scalings`, "none" for f = x0_hat (TCD).
+
+    Attributes:
+        noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of
+            the sample, the generator, the device and the dtype. Frames `(B, C, F, H, W)` share their noise with
+
+                lambda shape, *where: randn_tensor((*shape[:2], 1, *shape[3:]), *where).expand(shape)
+    """
+
+    # Their config fields are kept, without a warning, for the way back to them.
+    _compatibles = ["LCMScheduler", "TCDScheduler", *(scheduler.name for scheduler in KarrasDiffusionSchedulers)]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        original_inference_steps: int = 50,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        set_alpha_to_one: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_scaling: float = 10.0,
+        rescale_betas_zero_snr: bool = False,
+        gamma: float = 1.0,
+        sigma_data: float = 0.5,
+        boundary_scalings: str = "lcm",
+    ) -> None:
+        _one_of("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        _one_of("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
+        _one_of("boundary_scalings", boundary_scalings, ("lcm", "none"))
+        betas = (beta_start, beta_end, beta_schedule, trained_betas)
+        stock = LCMScheduler(num_train_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
+        self.betas, self.alphas_cumprod = stock.betas, stock.alphas_cumprod
+        self.init_noise_sigma = 1.0
+        self.gamma = _checked_gamma(gamma)
+        self.noise_sampler: NoiseSampler | None = None
+        self.num_inference_steps: int | None = None
+        self._set_schedule(list(range(num_train_timesteps))[::-1], device=None)
+        self.custom_timesteps = False
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        original_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float = 1.0,
+        gamma: float | None = None,
+    ) -> None:
+        """Choose the timesteps of the next sampling run.
+
+        Args:
+            num_inference_steps: So many timesteps, evenly spaced on the distillation grid.
+            original_inference_steps: Points of that grid; the config's number by default.
+            timesteps: These timesteps instead, descending.
+            strength: The share of the grid, or of `timesteps`, that remains, from its less noisy end.
+            gamma: For this run, instead of the config's.
+
+        Raises:
+            ValueError: An argument is out of range, or not exactly one of the first and `timesteps` is given.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Give exactly one of num_inference_steps and timesteps.")
+        total = len(self.alphas_cumprod)
+        points = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
+        grid = solver_grid(total, points).tolist()
+        if timesteps is None:
+            schedule = spread(grid, num_inference_steps, strength)
+        else:
+            schedule = chosen(timesteps, grid, total, strength)
+        self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
+        self.num_inference_steps = len(schedule)
+        self.custom_timesteps = timesteps is not None
+        self._set_schedule(schedule, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of the schedule: denoise, then go to the next timestep.
+
+        Args:
+            model_output: `(B, ...)`, what `prediction_type` says.
+            timestep: Finds the first step's place in the schedule; the steps after it follow in order.
+            sample: x_t `(B, ...)`; both results have its dtype, the arithmetic is in float32 or float64.
+        """
+        index = self._enter(timestep)
+        x = sample if sample.dtype == torch.float64 else sample.float()
+        denoised = self._denoise(model_output.to(x.dtype), self._schedule[index], x)
+        prev_sample = self._move(denoised, x, index, lambda: self._draw(sample, generator).to(x.dtype))
+        self._step_index += 1
+        result = (prev_sample.to(sample.dtype), denoised.to(sample.dtype))
+        return ConsistencySchedulerOutput(*result) if return_dict else result
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t `(B, ...)` from clean data and noise `(B, ...)` at `timesteps` `(B,)`."""
+        alpha, sigma = self._rates_like(original_samples, timesteps)
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = alpha noise - sigma x0 `(B, ...)` (2202.00512) of clean data and noise at `timesteps` `(B,)`."""
+        alpha, sigma = self._rates_like(sample, timesteps)
+        return (alpha * noise - sigma * sample).to(sample.dtype)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The sample itself: this process needs no scaling."""
+        return sample
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next step, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the first step starts, None where its timestep tells."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this place of the schedule, as image-to-image pipelines do."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: int | Tensor) -> int:
+        """The place of a timestep in the schedule."""
+        if int(timestep) not in self._schedule:
+            raise ValueError(f"Timestep {int(timestep)} is not in the schedule {self._schedule}; call set_timesteps.")
+        return self._schedule.index(int(timestep))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
+        """Contains this class even where it is not registered, and none whose dependencies are missing."""
+        return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
+
+    def _set_schedule(self, schedule: list[int], device: str | torch.device | None) -> None:
+        self._schedule = schedule  # also here, so that no step waits for the device
+        self.timesteps = torch.tensor(schedule, dtype=torch.long, device=device)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def _enter(self, timestep: int | Tensor) -> int:
+        """The place of the step that begins."""
+        if self.num_inference_steps is None:
+            raise ValueError("The scheduler has no schedule yet; call set_timesteps before step.")
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._step_index >= len(self._schedule):
+            raise ValueError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
+        return self._step_index
+
+    def _denoise(self, output: Tensor, t: int, x: Tensor) -> Tensor:
+        """f(x_t, t) = c_skip x + c_out x0_hat."""
+        x0 = self._bounded(self._predict(output, t, x))
+        if self.config.boundary_scalings == "none":
+            return x0
+        c_skip, c_out = lcm_scalings(torch.tensor(t), self.config.timestep_scaling, self.config.sigma_data)
+        return float(c_skip) * x + float(c_out) * x0
+
+    def _predict(self, output: Tensor, t: int, x: Tensor) -> Tensor:
+        alpha, sigma = self._rates(t)
+        if self.config.prediction_type == "epsilon":
+            if alpha == 0:
+                raise ValueError(
+                    f"Timestep {t} is pure noise (zero terminal SNR), which a prediction_type of 'epsilon' cannot start "
+                    "from; use 'v_prediction' or 'sample', or set rescale_betas_zero_snr=False."
+                )
+            return (x - sigma * output) / alpha
+        if self.config.prediction_type == "v_prediction":
+            return alpha * x - sigma * output
+        return output
+
+    def _bounded(self, x0: Tensor) -> Tensor:
+        if self.config.thresholding:
+            size = torch.quantile(x0.flatten(1).abs(), self.config.dynamic_thresholding_ratio, dim=1)
+            size = size.clamp(1, self.config.sample_max_value).reshape(-1, *[1] * (x0.ndim - 1))
+            return x0.clamp(-size, size) / size
+        size = self.config.clip_sample_range
+        return x0.clamp(-size, size) if self.config.clip_sample else x0
+
+    def _move(self, denoised: Tensor, x: Tensor, index: int, draw: Callable[[], Tensor]) -> Tensor:
+        """The sample at the next timestep: along the implied noise to s, then by fresh noise to t'."""
+        last = index + 1 == len(self._schedule)
+        alpha_s, sigma_s = self._before_noise(None if last else self._schedule[index + 1])
+        x_s = alpha_s * denoised
+        if sigma_s > 0:
+            alpha, sigma = self._rates(self._schedule[index])
+            x_s = x_s + sigma_s / sigma * (x - alpha * denoised)
+        if last or self.gamma == 0:
+            return x_s
+        ratio = self._rates(self._schedule[index + 1])[0] / alpha_s
+        return ratio * x_s + (1 - ratio**2) ** 0.5 * draw()
+
+    def _before_noise(self, t: int | None) -> tuple[float, float]:
+        """alpha and sigma at s before the next timestep, or at the end; LCM's s is clean data, not timestep 0."""
+        if self.gamma == 1 or (t is None and self.config.set_alpha_to_one):
+            return CLEAN
+        return self._rates(int(np.floor(np.float32(1 - self.gamma) * np.float32(t or 0))))  # rounds as TCDScheduler
+
+    def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
+        """Fresh noise `(B, ...)` in the dtype of the sample: what a seed draws depends on it."""
+        if self.noise_sampler is None:
+            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
+        if noise.shape != sample.shape:
+            raise ValueError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+        return noise
+
+    def _rates(self, t: int) -> tuple[float, float]:
+        """alpha and sigma at a timestep, in float64."""
+        alpha_cumprod = float(self.alphas_cumprod[t])
+        return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+
+    def _rates_like(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma `(B, 1, ...)` on the device of x, in float32, or float64 where x has it."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        table = self.alphas_cumprod.to(x.device, dtype)[timesteps.to(x.device)].reshape(-1, *[1] * (x.ndim - 1))
+        return table.sqrt(), (1 - table).sqrt()
+
+
+def _checked_gamma(gamma: float) -> float:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
+    return gamma
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")

@@ -1,0 +1,63 @@
+"""The timesteps a consistency model is sampled at: descending lists, checked."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def spread(grid: Sequence[int], count: int, strength: float) -> list[int]:
+    """`count` timesteps spread evenly over the share `strength` of the grid that has the least noise.
+
+    Args:
+        grid: The distillation grid, ascending.
+
+    Raises:
+        ValueError: The count is no whole number from 1 to the points that remain, or strength is outside (0, 1].
+    """
+    _check_strength(strength)
+    remaining = grid[: int(len(grid) * strength)]
+    if not _is_whole(count) or count < 1:
+        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {count}.")
+    if count > len(remaining):
+        raise ValueError(
+            f"num_inference_steps is {count}, but a strength of {strength} leaves {len(remaining)} of the {len(grid)} "
+            "timesteps of the distillation grid; take fewer steps, a higher strength, or more original_inference_steps."
+        )
+    places = np.floor(np.linspace(0, len(remaining), num=int(count), endpoint=False)).astype(int)
+    return [remaining[::-1][i] for i in places]
+
+
+def chosen(timesteps: Sequence[int], grid: Sequence[int], limit: int, strength: float) -> list[int]:
+    """The share `strength` of a user's timesteps that has the least noise; those off the grid are warned of.
+
+    Raises:
+        ValueError: They are not whole, not in [0, limit), not descending, none remains, or strength is outside (0, 1].
+    """
+    _check_strength(strength)
+    if not all(_is_whole(t) for t in timesteps):
+        raise ValueError(f"timesteps must be whole numbers, got {list(timesteps)}.")
+    schedule = [int(t) for t in timesteps]
+    if not schedule or not all(0 <= t < limit for t in schedule):
+        raise ValueError(f"timesteps must be a list of numbers from {limit - 1} down to 0, got {schedule}.")
+    if any(a <= b for a, b in pairwise(schedule)):
+        raise ValueError(f"timesteps must descend without repetition, got {schedule}.")
+    kept = int(len(schedule) * strength)
+    if kept == 0:
+        raise ValueError(f"A strength of {strength} leaves none of the {len(schedule)} timesteps; take a higher one.")
+    if strangers := [t for t in schedule[-kept:] if t not in grid]:
+        logger.warning(f"Timesteps {strangers} are not on the distillation grid of {len(grid)} points.")
+    return schedule[-kept:]
+
+
+def _is_whole(value: float) -> bool:
+    return value == int(value)
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength}.")

@@ -1,0 +1,97 @@
+"""A finished folder, made ready to be shared: measurements put in, licence filled in, card written anew."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.measured import FOLDER, GRID, TABLE, read_measured
+from cm_diffusers.model_card import LORA_WEIGHTS, model_card
+from cm_diffusers.provenance import Provenance, read_license, read_provenance, write_provenance
+from cm_diffusers.publish import SAMPLES, written_aside
+from cm_diffusers.record import RECORD, Record, read_record, write_record
+
+
+@dataclass
+class ShareConfig:
+    """A result to share, and what its card shall say beside how it was made."""
+
+    folder: str = HfArg(help="Folder of a finished pipeline or LoRA, as a training script wrote it.")
+    evaluation: str | None = HfArg(
+        default=None, help="Output folder of training/evaluate.py: its numbers and grid go into the card."
+    )
+    evaluation_name: str | None = HfArg(
+        default=None, help="The student's name in that evaluation, where it measured several."
+    )
+    base_model: str | None = HfArg(
+        default=None, help="Hub id of the teacher, where the training used a local copy of it."
+    )
+    teacher_license: str | None = HfArg(
+        default=None, help='Licence of the teacher where its own card gives none, e.g. "openrail++".'
+    )
+
+
+def default_name(folder: str) -> str:
+    """That of the run, where the folder is one that a training script names after what is in it."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name in ("pipeline", "lora") else path.name
+
+
+def prepare(config: ShareConfig, name: str | None = None) -> Path:
+    """Writes the card of a finished folder anew, from what lies beside the weights.
+
+    Args:
+        name: Hub id it will be loaded by; None keeps the present name.
+
+    Raises:
+        ValueError: The folder holds no result of a training script, or the evaluation none of this student.
+    """
+    folder = Path(config.folder)
+    record = read_record(folder) if folder.is_dir() else None
+    if record is None or not any((folder / file).is_file() for file in ("model_index.json", LORA_WEIGHTS)):
+        raise ValueError(
+            f"{folder} holds no pipeline or LoRA with its {RECORD}; give the folder that a training script ended with, "
+            "such as runs/NAME/pipeline or runs/NAME/lora."
+        )
+    provenance = read_provenance(folder)
+    if config.base_model:
+        record = replace(record, base_model=config.base_model)
+        provenance = replace(provenance, base_id=config.base_model)
+    provenance = replace(_with_license(provenance, config, record), name=name or provenance.name)
+    if config.evaluation:
+        attach_evaluation(folder, Path(config.evaluation), config.evaluation_name)
+    measured = read_measured(folder / FOLDER) if (folder / FOLDER).is_dir() else None
+    grid = f"{FOLDER}/{GRID}" if measured else SAMPLES if (folder / SAMPLES).is_file() else None
+    card = model_card(record, provenance, measured, grid)
+    write_record(record, folder)
+    write_provenance(provenance, folder)
+    aside = folder / ".README.md.partial"
+    aside.write_text(card, "utf-8")
+    os.replace(aside, folder / "README.md")
+    return folder
+
+
+def _with_license(provenance: Provenance, config: ShareConfig, record: Record) -> Provenance:
+    """The licence that the teacher's card gives; else, as now stated there, or by the flag."""
+    known = provenance.license or read_license(record.base_model)
+    given = config.teacher_license
+    if given and known.get("license", given) != given:
+        raise ValueError(
+            f"--teacher_license {given} contradicts the teacher's card, which gives {known['license']!r}; leave it out."
+        )
+    return replace(provenance, license=known or ({"license": given} if given else {}))
+
+
+def attach_evaluation(folder: Path, evaluation: Path, name: str | None) -> None:
+    """Puts the rows of one student and the sample grid into its folder, whole or not at all.
+
+    Args:
+        name: The student's in the evaluation.
+    """
+    measured = read_measured(evaluation, name)
+    with written_aside(folder / FOLDER) as aside:
+        (aside / TABLE).write_text(json.dumps(asdict(measured), indent=1) + "\n", "utf-8")
+        shutil.copyfile(evaluation / GRID, aside / GRID)

@@ -1,0 +1,67 @@
+"""Does what it is told, a JSON line each, in a process of its own: HF_ENDPOINT is read when huggingface_hub is imported.
+
+`{"script": "share", "argv": [...]}` runs a script of training/; `{"repo_id": id, "to": file}` loads a repository with
+the package and saves an image; with `"package": false`, without the package.
+"""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+
+PROMPT, SEED, STEPS = "a photo of a bag", 0, 2
+
+
+def call(name: str, argv: list[str]) -> str:
+    from scripts import forget_accelerate, script
+
+    from cm_diffusers import cli, hub
+
+    hub.WAITS = (0.0, 0.0, 0.0)
+    forget_accelerate()
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", [f"training/{name}.py", *argv]), contextlib.redirect_stdout(out):
+        try:
+            cli.run(script(name).main)
+        except SystemExit as end:
+            return str(end.code)
+    return out.getvalue().strip()
+
+
+def load(repo_id: str, lora: str | None = None, package: bool = True) -> np.ndarray:
+    if package:
+        from cm_diffusers import ConsistencyPipeline
+
+        return image(ConsistencyPipeline.from_pretrained(lora or repo_id))
+    from diffusers import DiffusionPipeline, LCMScheduler
+
+    pipe = DiffusionPipeline.from_pretrained(repo_id)
+    if lora:
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=20)
+        pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+    assert "cm_diffusers" not in sys.modules
+    return image(pipe)
+
+
+def image(pipe) -> np.ndarray:
+    generator = torch.Generator().manual_seed(SEED)
+    options = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "height": 32, "width": 32}
+    return pipe(PROMPT, generator=generator, output_type="np", **options).images
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        task = json.loads(line)
+        if "script" in task:
+            reply = call(task["script"], task["argv"])
+        else:
+            np.save(Path(task.pop("to")), load(**task))
+            reply = ""
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()

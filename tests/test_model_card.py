@@ -1,0 +1,268 @@
+"""Cards that are true and whole: what they state is what was done, and their code runs."""
+
+import ast
+import json
+import re
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+from diffusers import LCMScheduler
+from PIL import Image
+from tiny import tiny_pipeline, tiny_unet
+from tiny_xl import tiny_xl_pipeline
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.cli import parse_configs
+from cm_diffusers.hub import HubConfig
+from cm_diffusers.measured import Measured, read_measured
+from cm_diffusers.model_card import METHODS, model_card
+from cm_diffusers.networks import StudentConfig, TeacherConfig
+from cm_diffusers.provenance import PROVENANCE, Provenance, describe_run, read_license, read_provenance
+from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
+from cm_diffusers.record import Record, read_record
+from cm_diffusers.sharing import ShareConfig, prepare
+
+
+RECORD = Record("lcm", "ada/teacher", "embedded", 2.0, 13.0, 8.0, 4, dict(LCMScheduler().config))
+PROVENANCE_OF_IT = Provenance(
+    name="ada/student",
+    base_id="ada/teacher",
+    family="stable-diffusion",
+    data="ada/photos",
+    license={"license": "creativeml-openrail-m"},
+    command="python training/distill_lcm.py --seed 3",
+    commit="abc1234",
+    settings={"lora": False, "seed": 3, "dataset_name": "ada/photos", "validation_prompts": ["a red bag", "a coat"]},
+)
+LORA = replace(PROVENANCE_OF_IT, settings={**PROVENANCE_OF_IT.settings, "lora": True})
+SETTING = {
+    "num_images": 100, "seed": 0, "extractor": "inception", "reference": "ada/photos", "hardware": "a CPU",
+    "dtype": "float32", "batch_size": 10, "coverage_ceiling": 0.9,
+}  # fmt: skip
+
+
+def front(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def row(name: str, steps: int, fid: float, agreement: float | None = None) -> dict:
+    return {
+        "pipeline": name, "num_inference_steps": steps, "guidance_scale": 3.0, "fid": fid, "agreement": agreement,
+    }  # fmt: skip
+
+
+ROWS = [row("teacher", 50, 10.0), row("ours", 4, 12.34567, 0.75), row("other", 4, 99.0)]
+
+
+def test_front_matter_of_a_student() -> None:
+    assert front(model_card(RECORD, PROVENANCE_OF_IT)) == {
+        "base_model": "ada/teacher",
+        "base_model_relation": "finetune",
+        "datasets": "ada/photos",
+        "library_name": "diffusers",
+        "license": "creativeml-openrail-m",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "diffusers-training", "cm_diffusers", "lcm", "stable-diffusion"],
+        "widget": [{"text": "a red bag"}, {"text": "a coat"}],
+    }
+
+
+def test_front_matter_of_an_xl_lora() -> None:
+    matter = front(model_card(RECORD, replace(LORA, family="stable-diffusion-xl")))
+    assert matter["base_model_relation"] == "adapter"
+    assert matter["tags"][-3:] == ["lora", "template:sd-lora", "stable-diffusion-xl"]
+    assert len(set(matter["tags"])) == len(matter["tags"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_left_to_fill_in(method: str) -> None:
+    provenance = LORA if method.endswith("-lora") else PROVENANCE_OF_IT
+    card = model_card(replace(RECORD, method=method.removesuffix("-lora")), provenance)
+    assert f"# {METHODS[method][0]} of ada/teacher" in card
+    assert METHODS[method][2] in card
+    assert "cm_diffusers at `abc1234`" in card
+    assert "python training/distill_lcm.py --seed 3" in card
+    assert "trained on ada/photos" in card
+    assert not re.search(r"TODO|THIS_FOLDER|More Information|\{\w*\}", card)
+
+
+def test_guidance_is_explained_as_the_student_takes_it() -> None:
+    assert "an input of the network, trained on `guidance_scale` 3 to 14 (8 is" in model_card(RECORD, PROVENANCE_OF_IT)
+    distilled = replace(RECORD, guidance="distilled", w_min=6.5, w_max=6.5, recommended_guidance_scale=1.0)
+    assert "(`guidance_scale` 7.5) is in the weights: sample with `guidance_scale` 1." in model_card(distilled, LORA)
+    assert "cannot be guided" in model_card(replace(RECORD, guidance="none"), PROVENANCE_OF_IT)
+
+
+def test_an_unknown_licence_is_said_and_not_made_up() -> None:
+    card = model_card(RECORD, replace(PROVENANCE_OF_IT, license={}))
+    assert "license" not in front(card)
+    assert "states no licence" in card
+
+
+def test_a_named_licence_is_linked() -> None:
+    fields = {"license": "other", "license_name": "the-licence", "license_link": "https://example.org/licence"}
+    card = model_card(RECORD, replace(PROVENANCE_OF_IT, license=fields))
+    assert fields.items() <= front(card).items()
+    assert "[the-licence](https://example.org/licence)" in card
+
+
+def test_a_teacher_that_is_a_folder_is_no_hub_id() -> None:
+    card = model_card(replace(RECORD, base_model="/somewhere/teacher"), replace(LORA, base_id=None))
+    assert not {"base_model", "base_model_relation"} & front(card).keys()
+    assert "/somewhere" not in card
+    assert "`teacher` is not on the Hub" in card
+
+
+@pytest.mark.parametrize("provenance", [PROVENANCE_OF_IT, LORA], ids=["student", "lora"])
+def test_the_code_is_code(provenance: Provenance) -> None:
+    for code in re.findall(r"```python\n(.*?)```", model_card(RECORD, provenance), re.DOTALL):
+        ast.parse(code)
+
+
+def test_the_code_without_the_package_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher = tiny_pipeline()
+    scheduler = lcm_scheduler(teacher, 20, 10.0)
+    student = lcm_pipeline(teacher, tiny_unet(time_cond_proj_dim=8), scheduler)
+    record = lcm_record("ada/teacher", "embedded", 0.0, 4.0, 3.0, scheduler)
+    save_pipeline(student, tmp_path / "student", False, record, replace(PROVENANCE_OF_IT, name="student"))
+    codes = re.findall(r"```python\n(.*?)```", (tmp_path / "student/README.md").read_text(), re.DOTALL)
+    (code,) = [code for code in codes if "cm_diffusers" not in code]
+    names = {}
+    exec(code, names)
+    assert names["image"].size == (32, 32)
+
+
+def test_numbers_are_named_as_they_were_computed() -> None:
+    measured = Measured(SETTING, ROWS[:2])
+    fid, agreement = measured.results()
+    assert (fid.metric_type, fid.metric_value) == ("fid", 12.3457)
+    assert fid.metric_name == "FID; 4 steps, guidance scale 3"
+    protocol = {"num_inference_steps": 4, "guidance_scale": 3.0, "num_images": 100, "seed": 0, "dtype": "float32"}
+    assert fid.metric_args == protocol
+    assert (agreement.metric_type, agreement.metric_value) == ("prompt_agreement", 0.75)
+    own = next(Measured({**SETTING, "extractor": "assets/classifier"}, ROWS[:2]).results())
+    assert (own.metric_type, own.metric_name[:49]) == (
+        "frechet_distance",
+        "Fréchet distance, features of assets/classifier; 4 steps"[:49],
+    )
+
+
+def test_measurements_and_grid_stand_in_the_card() -> None:
+    card = model_card(RECORD, PROVENANCE_OF_IT, Measured(SETTING, ROWS[:2]), "evaluation/grid.png")
+    assert "| ours | 4 | 3 | 12.35 |" in card
+    assert "100 images, seed 0, extractor inception, reference ada/photos." in card
+    assert "![Sample grid](evaluation/grid.png)" in card
+    (index,) = front(card)["model-index"]
+    assert index["name"] == "ada/student"
+    assert [metric["value"] for metric in index["results"][0]["metrics"]] == [12.3457, 0.75]
+
+
+@dataclass
+class SomeConfig:
+    seed: int = HfArg(default=0)
+    train_data_dir: str | None = HfArg(default=None)
+    prompts: list[str] = HfArg(default_factory=list)
+    flip: bool = HfArg(default=True)
+    output_dir: str = HfArg(default="runs/x")
+
+
+def test_a_run_is_described_without_token_and_machine_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/training/distill_lcm.py"])
+    config = SomeConfig(3, "/somewhere/photos", ["a bag", "a coat"], False, "/somewhere/run")
+    hub = HubConfig(push_to_hub=True, hub_token="hf_secret")
+    with mock.patch.dict("os.environ", {"WORLD_SIZE": "2"}):
+        found = describe_run(
+            [config, hub], tiny_xl_pipeline(), "/somewhere/teacher", "/somewhere/photos", "/somewhere/r"
+        )
+    assert "somewhere" not in str(found)
+    assert "hf_secret" not in str(found)
+    assert found.settings == {"seed": 3, "train_data_dir": "photos", "prompts": ["a bag", "a coat"], "flip": False}
+    assert (found.name, found.data, found.base_id, found.license) == ("r", "photos", None, {})
+    assert found.family == "stable-diffusion-xl"
+    launched, script, *flags = found.command.partition(" training/")
+    assert launched == "accelerate launch --num_processes 2"
+    parsed = parse_configs((SomeConfig,), "", shlex.split(flags[0])[1:])
+    assert parsed == (replace(config, train_data_dir="photos", output_dir="runs/x"),)
+
+
+def test_a_command_repeats_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["training/distill_lcm.py"])
+    configs = (TeacherConfig("ada/teacher"), StudentConfig(lora=True, lora_rank=8, lora_target_modules=["to_q"]))
+    command = describe_run(configs, tiny_pipeline(), "ada/teacher", "ada/photos", "runs/x").command
+    assert command.startswith("python training/distill_lcm.py --pretrained_teacher_model ada/teacher")
+    assert parse_configs((TeacherConfig, StudentConfig), "", shlex.split(command)[2:]) == configs
+
+
+def test_the_licence_is_read_from_a_folders_card(tmp_path: Path) -> None:
+    assert read_license(str(tmp_path)) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: openrail++\ntags: [x]\n---\nA card.")
+    assert read_license(str(tmp_path)) == {"license": "openrail++"}
+    (tmp_path / "README.md").write_text("No front matter.")
+    assert read_license(str(tmp_path)) == {}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run that ended with a student; its last validation grid is red."""
+    teacher = tiny_pipeline()
+    scheduler = lcm_scheduler(teacher, 20, 10.0)
+    (tmp_path / "run/samples").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "run/samples/step-000005.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "run/samples/step-000010.png")
+    record = lcm_record("nowhere/teacher", "embedded", 0.0, 4.0, 1.0, scheduler)
+    provenance = replace(PROVENANCE_OF_IT, license={})
+    save_pipeline(teacher, tmp_path / "run/pipeline", False, record, provenance)
+    return tmp_path / "run/pipeline"
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "table.json").write_text(json.dumps({"setting": SETTING, "rows": ROWS}))
+    Image.new("RGB", (8, 8)).save(folder / "grid.png")
+    return folder
+
+
+def test_a_result_carries_its_last_grid(finished: Path) -> None:
+    assert Image.open(finished / "samples.png").getpixel((0, 0)) == (255, 0, 0)
+    assert "![Sample grid](samples.png)" in (finished / "README.md").read_text()
+    assert read_provenance(finished) == replace(PROVENANCE_OF_IT, license={})
+
+
+def test_preparing_puts_measurements_and_licence_in_and_can_be_repeated(finished: Path, evaluation: Path) -> None:
+    config = ShareConfig(str(finished), str(evaluation), "ours", "ada/base", "openrail++")
+    prepare(config, "ada/other-name")
+    card = (finished / "README.md").read_text()
+    assert front(card)["license"] == "openrail++"
+    assert front(card)["base_model"] == read_record(finished).base_model == "ada/base"
+    assert "| ours | 4 |" in card
+    assert "| other |" not in card
+    assert (finished / "evaluation/grid.png").is_file()
+    assert 'from_pretrained("ada/other-name")' in card
+    for again in (config, ShareConfig(str(finished))):
+        prepare(again, "ada/other-name")
+        assert (finished / "README.md").read_text() == card
+    assert not list(finished.rglob(".*"))
+
+
+def test_of_several_students_one_must_be_named(finished: Path, evaluation: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"measured ours, other, but no --evaluation_name is given; give one of them\."
+    ):
+        read_measured(evaluation)
+    with pytest.raises(ValueError, match="but --evaluation_name is 'mine'"):
+        read_measured(evaluation, "mine")
+    with pytest.raises(ValueError, match=r"holds no table\.json"):
+        read_measured(finished)
+
+
+def test_a_result_without_provenance_is_refused(finished: Path) -> None:
+    (finished / PROVENANCE).unlink()
+    with pytest.raises(ValueError, match="does not tell how the student was trained"):
+        prepare(ShareConfig(str(finished)))

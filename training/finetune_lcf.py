@@ -1,0 +1,62 @@
+"""Fine-tune a latent consistency model on own captioned images, without a teacher (LCF)."""
+
+from pathlib import Path
+
+from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.sources import DataConfig, refuse_changed, source_name
+from cm_diffusers.data.streaming import streaming_batches
+from cm_diffusers.data.text_image import text_image_batches
+from cm_diffusers.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.process import DiscreteVP
+from cm_diffusers.provenance import describe_run
+from cm_diffusers.publish import lcm_pipeline, save_lora, save_pipeline
+from cm_diffusers.rng import seed_everything
+from cm_diffusers.students import FinetuneConfig, finetune_networks, load_student, with_guidance_of
+from cm_diffusers.trainer import TrainConfig, Trainer
+
+
+CONFIGS = (FinetuneConfig, DataConfig, LCFConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig)
+
+
+def main() -> None:
+    source, data, method, optim, train, validation, hub = parse_configs(CONFIGS, __doc__)
+    seed_everything(train.seed)
+    refuse_changed(validation, "validation_guidance_scale validation_teacher_steps", "without a teacher")
+    repo_id = check_hub(hub, train.output_dir, train.report_to)
+    before, record = load_student(source)
+    method, record = with_guidance_of(record, method, source)
+    scheduler, embedding_dim = before.scheduler, before.unet.config.time_cond_proj_dim
+    grid = scheduler.config.original_inference_steps, scheduler.config.timestep_scaling
+    process, prediction_type = DiscreteVP.from_scheduler(scheduler), scheduler.config.prediction_type
+    objective = LCFObjective(method, process, prediction_type, embedding_dim, *grid)
+
+    def make_pipeline(unet):
+        return lcm_pipeline(before, unet, scheduler)
+
+    samples = sample_grid(validation, make_pipeline, guidance_scale=record.recommended_guidance_scale)
+    nets = finetune_networks(before.unet, source)
+    trainer = Trainer(train, nets, objective, optim, settings=[source, data], callbacks=[samples])
+    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
+    batches = streaming_batches if data.streaming else text_image_batches
+    trainer.fit(batches(data, Encoders.from_pipeline(before), train.seed, rank, ranks, device))
+    if trainer.accelerator.is_main_process:
+        folder = Path(train.output_dir) / ("lora" if source.lora else "pipeline")
+        name = repo_id or str(folder)
+        configs = source, data, method, optim, train, validation, hub  # with the guidance range it trained on
+        provenance = describe_run(configs, before, source.pretrained_student_model, source_name(data), name)
+        with trainer.export_weights() as unet:
+            if source.lora:
+                save_lora(unet, folder, record, provenance)
+            else:
+                save_pipeline(make_pipeline(unet), folder, source.save_fp16, record, provenance)
+        if repo_id:
+            print(push_folder(folder, repo_id, hub))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

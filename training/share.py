@@ -1,0 +1,21 @@
+"""Share a finished student on the Hub, again or for the first time: card with measurements, licence, pipeline or LoRA."""
+
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.sharing import ShareConfig, default_name, prepare
+
+
+CONFIGS = (ShareConfig, HubConfig)
+
+
+def main() -> None:
+    config, hub = parse_configs(CONFIGS, __doc__)
+    repo_id = check_hub(hub, default_name(config.folder))
+    folder = prepare(config, repo_id)
+    print(
+        push_folder(folder, repo_id, hub) if repo_id else f"{folder}/README.md is written; --push_to_hub uploads it."
+    )
+
+
+if __name__ == "__main__":
+    run(main)
