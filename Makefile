@@ -6,10 +6,10 @@ VENV := .venv
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow quality style clean
+.PHONY: help demo test test-slow test-upstream quality style clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 $(STAMP):
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -31,6 +31,10 @@ test: $(STAMP)  ## the default suite, two processes
 
 test-slow: $(STAMP)  ## the longer training proofs
 	$(VENV)/bin/python -m pytest -m slow
+
+test-upstream: $(STAMP)  ## diffusers' own suites on our classes: make test-upstream DIFFUSERS=/path/to/its/checkout
+	@test -n "$(DIFFUSERS)" || { echo "make: name a diffusers checkout: make test-upstream DIFFUSERS=/path/to/diffusers" >&2; exit 1; }
+	$(VENV)/bin/python tests/outside/run.py $(DIFFUSERS) -n 2
 
 quality: $(STAMP)  ## check lint and format
 	$(VENV)/bin/ruff check .

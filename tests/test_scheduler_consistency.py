@@ -172,12 +172,12 @@ class TestOracle:
         scheduler = ConsistencyScheduler(gamma=gamma, prediction_type=prediction_type)
         process = DiscreteVP.from_scheduler(scheduler)
         scheduler.set_timesteps(num_steps)
-        network, x = ConsistencyNet(process, prediction_type, self.data), data_at(self.data, process, 999, 100_000)
+        network, x = ConsistencyNet(process, prediction_type, self.data), data_at(self.data, process, 999, 20_000)
         with torch.no_grad():
             result, _ = sample(scheduler, lambda x, t: network(x, t.expand(len(x)))[0], x, **seeded(1))
-        assert result.mean().item() == pytest.approx(self.data.mean, abs=0.01)
+        assert result.mean().item() == pytest.approx(self.data.mean, abs=0.02)
         expected = expected_std(self.data, process, scheduler.timesteps, gamma)
-        assert result.std().item() == pytest.approx(expected, rel=0.01)
+        assert result.std().item() == pytest.approx(expected, rel=0.02)
 
     def test_fresh_noise_keeps_the_variance_and_reused_noise_does_not(self):
         """The noise that x and f imply depends on f, so that below gamma = 1 the variance grows with the steps."""
@@ -269,7 +269,7 @@ class TestStockDefects:
         scheduler = ConsistencyScheduler(**config, original_inference_steps=1)
         scheduler.set_timesteps(1)
         x = torch.zeros(SHAPE)
-        with pytest.raises(ValueError, match="pure noise .* which a prediction_type of 'epsilon' cannot start from"):
+        with pytest.raises(ValueError, match=r"pure noise .* where prediction_type 'epsilon' says nothing"):
             scheduler.step(x, scheduler.timesteps[0], x)
 
     @pytest.mark.parametrize("gamma", [0, 0.3, 1])

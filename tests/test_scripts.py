@@ -182,14 +182,20 @@ WRONG = {
     "corrupt images": (only_corrupt_images, "None of the 3 rows can be used: found 3 unreadable images"),
     "no data": (empty_folder("train_data_dir"), "holds no image and no parquet file"),
     "recipe": (with_flags(recipe="none.args"), "--recipe none.args: there is no such file"),
-    "two sources": (with_flags(dataset_name="x/y"), "exactly one is needed and both was given"),
+    "two sources": (
+        with_flags(dataset_name="x/y"),
+        "exactly one is needed and --dataset_name and --train_data_dir were given",
+    ),
     "nan teacher": (nan_teacher, "holds 1 tensors that are not finite, such as conv_in.weight"),
     "no pipeline": (empty_folder("pretrained_teacher_model"), "there is no model_index.json in it"),
-    "no weights": (teacher_without_weights, "neither a pipeline folder here nor a Hub id within reach"),
+    "no weights": (teacher_without_weights, "does not load: Error no file named"),
     "unknown teacher": (with_flags(pretrained_teacher_model="nobody/nothing"), "nor a Hub id within reach"),
     "missing teacher": (with_flags(pretrained_teacher_model="./no/such/folder"), "nor a Hub id within reach"),
     "guidance": (with_flags(w_min=3.0, w_max=2.0), "--w_min 3.0 is above --w_max 2.0"),
-    "grid": (with_flags(num_ddim_timesteps=0), "grid has 0 steps but the teacher has 1000 timesteps"),
+    "grid": (
+        with_flags(num_ddim_timesteps=0),
+        "grid has 0 steps (num_ddim_timesteps, original_inference_steps) but the model has 1000",
+    ),
     "resolution": (
         with_flags(resolution=30),
         "--resolution 30 is not a multiple of 4, as the VAE needs: take 28 or 32",

@@ -337,7 +337,7 @@ def test_more_processes_than_samples(tmp_path, config, encoders):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_data_dir": "x"}, "exactly one is needed and --train_data_dir and --train_shards_path_or_url was given"),
+        ({"train_data_dir": "x"}, "exactly one is needed and --train_data_dir and --train_shards_path_or_url were given"),
         ({"train_shards_path_or_url": None}, "exactly one is needed and none was given"),
         ({"train_shards_path_or_url": None, "train_data_dir": "."}, "reads parquet files from --train_data_dir"),
         ({"dataset_split": "test"}, "--dataset_split has no effect with --train_shards_path_or_url"),

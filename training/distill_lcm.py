@@ -4,9 +4,8 @@ from pathlib import Path
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
-from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.hub import HubConfig, check_hub, push_folder
 from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks, require_autocast
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
@@ -18,11 +17,15 @@ from cm_diffusers.rng import seed_everything
 from cm_diffusers.trainer import TrainConfig, Trainer
 
 
-CONFIGS = (TeacherConfig, StudentConfig, DataConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig)
+CONFIGS = (
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig,
+)  # fmt: skip
 
 
 def main() -> None:
-    source, student, data, method, optim, train, validation, hub = configs = parse_configs(CONFIGS, __doc__)
+    source, student, data, generation, method, optim, train, validation, hub = configs = parse_configs(
+        CONFIGS, __doc__
+    )
     seed_everything(train.seed)
     require_autocast(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
@@ -38,9 +41,10 @@ def main() -> None:
     guidance_scale = 1.0 if student.lora else validation.validation_guidance_scale
     grid = sample_grid(validation, make_pipeline, teacher, guidance_scale)
     nets = make_networks(teacher.unet, student)
-    trainer = Trainer(train, nets, objective, optim, settings=[source, student, data], callbacks=[grid])
+    settings = [source, student, data, generation]
+    trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
     rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
-    trainer.fit(text_image_batches(data, Encoders.from_pipeline(teacher), train.seed, rank, ranks, device))
+    trainer.fit(training_batches(data, generation, teacher, train.seed, rank, ranks, device))
     if trainer.accelerator.is_main_process:
         bounds = method.w_min, method.w_max
         record = lcm_record(
@@ -51,7 +55,7 @@ def main() -> None:
             scheduler,
         )
         folder = Path(train.output_dir) / ("lora" if student.lora else "pipeline")
-        name, data_name = repo_id or str(folder), source_name(data)
+        name, data_name = repo_id or str(folder), source_name(data) or generation.prompts_file
         provenance = describe_run(configs, teacher, source.pretrained_teacher_model, data_name, name)
         with trainer.export_weights() as unet:
             if student.lora:

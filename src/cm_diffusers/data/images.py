@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cm_diffusers.data.preprocessing import View, crop, decode_image, resize, square, to_tensor
+from cm_diffusers.data.preprocessing import crop, decode_image, drawn_view, resize, square, to_tensor
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.types import Batch
@@ -88,10 +88,7 @@ def _make_batch(
     indices = batch_rows(k, config.train_batch_size, len(images), position)
     draws = batch_generator(k, position).random((len(indices), 3))
     target = square(config.resolution)
-    squares = [crop(images[index], target, _view(draw, config)) for index, draw in zip(indices, draws, strict=True)]
+    squares = [
+        crop(images[index], target, drawn_view(draw, config)) for index, draw in zip(indices, draws, strict=True)
+    ]
     return to_tensor(squares), {} if labels is None else {"labels": labels[indices]}, {}
-
-
-def _view(draw: np.ndarray, config: DataConfig) -> View:
-    left, top = (0.5, 0.5) if config.center_crop else draw[:2]
-    return View(left, top, config.random_flip and bool(draw[2] < 0.5))

@@ -33,6 +33,12 @@ class View(NamedTuple):
     flip: bool = False
 
 
+def drawn_view(draw: np.ndarray, config: DataConfig) -> View:
+    """The view that three uniform draws (3,) choose, as far as the config leaves it open."""
+    left, top = (0.5, 0.5) if config.center_crop else draw[:2]
+    return View(left, top, config.random_flip and bool(draw[2] < 0.5))
+
+
 def read_bytes(record: dict[str, Any] | None) -> bytes | None:
     """The encoded file of an image record, or None when there is none."""
     if not record or (record["bytes"] is None and record["path"] is None):

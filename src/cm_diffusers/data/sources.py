@@ -156,7 +156,7 @@ def validate(config: DataConfig) -> None:
     if len(given) != 1:
         raise ValueError(
             f"Give one of {', '.join(f'--{name}' for name in sources)}: exactly one is needed and "
-            f"{' and '.join(given) or 'none'} was given."
+            f"{' and '.join(given) or 'none'} {'were' if given else 'was'} given."
         )
     if config.train_shards_path_or_url:
         refuse_changed(config, "dataset_split dataset_config_name", "with --train_shards_path_or_url")

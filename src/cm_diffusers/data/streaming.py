@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.preprocessing import Size, View, decode_image, micro_conditions, preprocess, square
+from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
 from cm_diffusers.data.sampler import SHUFFLE, Position, batch_generator
 from cm_diffusers.data.sources import DataConfig, captions_of, refuse_changed, require_columns, source_name, validate
 from cm_diffusers.data.tars import FIELDS, tar_features, tar_rows, tar_shards
@@ -250,7 +250,7 @@ class _Encoder:
     @torch.no_grad()
     def batch(self, samples: list[_Sample], generator: np.random.Generator) -> Batch:
         config, draws = self.config, generator.random((len(samples), 3))
-        views = [_view(draw, config) for draw in draws]
+        views = [drawn_view(draw, config) for draw in draws]
         x0 = self._latents([preprocess(s.image, config, v) for s, v in zip(samples, views, strict=True)], generator)
         prompts = [sample.captions[generator.integers(len(sample.captions))] for sample in samples]
         dropped = generator.random(len(samples)) < config.proportion_empty_prompts
@@ -278,8 +278,3 @@ class _Encoder:
         size = self.config.encode_batch_size
         parts = [self.encoders.encode_prompts(prompts[i : i + size]) for i in range(0, len(prompts), size)]
         return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
-
-
-def _view(draw: np.ndarray, config: DataConfig) -> View:
-    left, top = (0.5, 0.5) if config.center_crop else draw[:2]
-    return View(left, top, config.random_flip and bool(draw[2] < 0.5))

@@ -24,11 +24,11 @@ NoiseSampler = Callable[[torch.Size, Generator | list[Generator] | None, torch.d
 
 @dataclass
 class ConsistencySchedulerOutput(BaseOutput):
-    """What a step returns.
+    """What a step returns, both `(B, ...)`.
 
     Attributes:
-        prev_sample: `(B, ...)`, the sample at the next timestep of the schedule, or the result after the last one.
-        denoised: `(B, ...)`, the consistency function's answer f(x_t, t), without noise.
+        prev_sample: The sample at the next timestep of the schedule, or the result after the last one.
+        denoised: The consistency function's answer f(x_t, t), without noise.
     """
 
     prev_sample: Tensor
@@ -49,8 +49,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     `from_config(..., gamma=0.3, boundary_scalings="none")` for a student sampled with `TCDScheduler`.
 
     Args:
-        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
-        trained_betas: The betas themselves, instead of a schedule.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2"; `trained_betas` takes its place.
         original_inference_steps: Points of the grid that the student was distilled on.
         clip_sample: Clip x0_hat to +-`clip_sample_range`; `thresholding` (2205.11487, Sec. 2.3) goes before it.
         set_alpha_to_one: The last step with gamma < 1 ends at clean data, else at the noise level of timestep 0.
@@ -179,7 +178,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """The number of the next step, None before the first."""
+        """The next step's place in the schedule, None before the first."""
         return self._step_index
 
     @property
@@ -234,8 +233,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if self.config.prediction_type == "epsilon":
             if alpha == 0:
                 raise ValueError(
-                    f"Timestep {t} is pure noise (zero terminal SNR), which a prediction_type of 'epsilon' cannot start "
-                    "from; use 'v_prediction' or 'sample', or set rescale_betas_zero_snr=False."
+                    f"Timestep {t} is pure noise (zero terminal SNR), where prediction_type 'epsilon' says nothing; use "
+                    "'v_prediction' or 'sample', or set rescale_betas_zero_snr=False."
                 )
             return (x - sigma * output) / alpha
         if self.config.prediction_type == "v_prediction":
