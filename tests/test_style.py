@@ -26,7 +26,7 @@ OBJECTIVES = sorted(p for p in (SRC / "objectives").glob("*.py") if p.stem != "_
 PIPELINES = sorted([*(SRC / "pipelines").glob("pipeline_*.py"), *(ROOT / "pipelines").glob("*.py")])
 SCHEDULERS = sorted((SRC / "schedulers").glob("scheduling_*.py"))
 SELF_CONTAINED = sorted((ROOT / "pipelines").glob("*.py"))
-ALLOWED = {"torch", "numpy", "diffusers", "transformers", *sys.stdlib_module_names}
+ALLOWED = {"torch", "numpy", "diffusers", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 PAPERS = (ROOT / "PAPERS.md").read_text()
 ROWS = [line for line in PAPERS.splitlines() if line.startswith("|")]
 TEXT = {".py", ".args", ".md", ".toml", ".json", ".txt", ".yml", ".yaml"}
