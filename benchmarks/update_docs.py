@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from cm_diffusers.measured import read_measured
+from cm_diffusers.measured import FOLDER, GRID, read_measured
 from cm_diffusers.model_card import model_card
 from cm_diffusers.provenance import read_provenance
 from cm_diffusers.record import read_record
+from cm_diffusers.sharing import attach_evaluation
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +24,12 @@ def with_tables(text: str) -> str:
 def cards() -> dict[Path, str]:
     """The card of each bundled student, beside its weights and in model_cards/."""
     texts = {}
-    for folder, (card, name) in STUDENTS.items():
+    for folder, (card, _) in STUDENTS.items():
         source = ROOT / "assets" / folder
-        measured = read_measured(ROOT / "assets" / RESULTS, name)
+        measured = read_measured(source / FOLDER)
         for page, grid in (
-            (source / "README.md", f"../{RESULTS}/grid.png"),
-            (ROOT / f"model_cards/{card}.md", f"../assets/{RESULTS}/grid.png"),
+            (source / "README.md", f"{FOLDER}/{GRID}"),
+            (ROOT / f"model_cards/{card}.md", f"../assets/{folder}/{FOLDER}/{GRID}"),
         ):
             texts[page] = model_card(read_record(source), read_provenance(source), measured, grid)
     return texts
@@ -37,5 +38,7 @@ def cards() -> dict[Path, str]:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(with_tables(page.read_text("utf-8")), "utf-8")
+    for folder, (_, name) in STUDENTS.items():
+        attach_evaluation(ROOT / "assets" / folder, ROOT / "assets" / RESULTS, name)
     for page, text in cards().items():
         page.write_text(text, "utf-8")

@@ -18,6 +18,7 @@ LatentConsistencyModelPipeline cannot sample with TCD's stochasticity.
 
 import json
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
             kwargs: The other arguments of `StableDiffusionPipeline.__call__`.
 
         Raises:
-            ValueError: A negative prompt for a student that has no unconditional branch, or gamma out of range.
+            ValueError: A negative prompt for a student that has no unconditional branch, or gamma or the number of steps is
+                out of range.
         """
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
@@ -118,12 +120,15 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
                 "This student has no unconditional branch, so a negative prompt cannot act; leave it out."
             )
         defaults = PAPER | ({} if embedded else {"recommended_guidance_scale": 1.0}) | self.record
+        steps = defaults["recommended_num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        if not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}.")
         config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
         self.scheduler = StochasticLCMScheduler.from_config(config)
         self.scheduler.gamma = gamma
         return super().__call__(
             prompt,
-            num_inference_steps=num_inference_steps or defaults["recommended_num_inference_steps"],
+            num_inference_steps=steps,
             guidance_scale=defaults["recommended_guidance_scale"] if guidance_scale is None else guidance_scale,
             **kwargs,
         )

@@ -1,8 +1,11 @@
 """Set before anything imports torch or a Hugging Face library: offline, silent, one thread per xdist worker, seeded."""
 
 import os
+import tempfile
 
 
+MODULES = tempfile.TemporaryDirectory()  # where diffusers copies single-file pipelines
+os.environ.setdefault("HF_MODULES_CACHE", MODULES.name)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

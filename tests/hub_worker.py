@@ -1,7 +1,8 @@
 """Does what it is told, a JSON line each, in a process of its own: HF_ENDPOINT is read when huggingface_hub is imported.
 
 `{"script": "share", "argv": [...]}` runs a script of training/; `{"repo_id": id, "to": file}` loads a repository with
-the package and saves an image; with `"package": false`, without the package.
+the package and saves an image; with `"package": false`, without the package; with `"custom": class name`, by the
+`pipeline.py` in the repository.
 """
 
 import contextlib
@@ -34,14 +35,16 @@ def call(name: str, argv: list[str]) -> str:
     return out.getvalue().strip()
 
 
-def load(repo_id: str, lora: str | None = None, package: bool = True) -> np.ndarray:
+def load(repo_id: str, lora: str | None = None, package: bool = True, custom: str | None = None) -> np.ndarray:
     if package:
         from cm_diffusers import ConsistencyPipeline
 
         return image(ConsistencyPipeline.from_pretrained(lora or repo_id))
     from diffusers import DiffusionPipeline, LCMScheduler
 
-    pipe = DiffusionPipeline.from_pretrained(repo_id)
+    options = {"custom_pipeline": repo_id, "trust_remote_code": True} if custom else {}
+    pipe = DiffusionPipeline.from_pretrained(repo_id, **options)
+    assert custom in (None, type(pipe).__name__)
     if lora:
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=20)
         pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")

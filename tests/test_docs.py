@@ -1,9 +1,13 @@
 """Figures in the documentation are those an evaluation wrote."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
+
+from cm_diffusers.measured import FOLDER, GRID, read_measured
+from cm_diffusers.sharing import ShareConfig, prepare
 
 
 update_docs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "update_docs.py"))
@@ -18,6 +22,22 @@ def test_tables_are_what_evaluations_wrote(page):
 @pytest.mark.parametrize("page", update_docs["cards"](), ids=lambda page: page.parent.name)
 def test_cards_are_what_records_and_evaluations_say(page):
     assert page.read_text("utf-8") == update_docs["cards"]()[page]
+
+
+@pytest.mark.parametrize("folder", update_docs["STUDENTS"])
+def test_evaluations_beside_the_weights_are_those_of_the_results(folder):
+    results = update_docs["ROOT"] / "assets" / update_docs["RESULTS"]
+    beside = update_docs["ROOT"] / "assets" / folder / FOLDER
+    assert read_measured(beside) == read_measured(results, update_docs["STUDENTS"][folder][1])
+    assert (beside / GRID).read_bytes() == (results / GRID).read_bytes()
+
+
+@pytest.mark.parametrize("folder", update_docs["STUDENTS"])
+def test_sharing_a_bundled_student_again_keeps_its_card(folder, tmp_path):
+    bundled = update_docs["ROOT"] / "assets" / folder
+    shutil.copytree(bundled, tmp_path / folder)
+    prepare(ShareConfig(str(tmp_path / folder)))
+    assert (tmp_path / folder / "README.md").read_text("utf-8") == (bundled / "README.md").read_text("utf-8")
 
 
 def test_every_bundled_model_has_its_card():

@@ -3,26 +3,32 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hub_server import READ, WRITE, Hub, running_hub
 from hub_worker import image
+from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import LoraConfig
 from scripts import data_flags, flags, image_folder
 from tiny import tiny_pipeline, tiny_unet
 
-from cm_diffusers.hub import HubConfig, check_hub
+from cm_diffusers import hub as sharing
+from cm_diffusers.hub import HubConfig, check_hub, push_folder
 from cm_diffusers.provenance import describe_run
 from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
+from cm_diffusers.record import read_record
 
 
 WRONG = "hf_wrongToken"
+SINGLE_FILE = Path(__file__).parents[1] / "pipelines" / "consistency_text_to_image.py"
 Run = Callable[..., str]
 
 
@@ -151,7 +157,7 @@ def test_a_push_that_fails_for_good_says_how_to_go_on(hub: Hub, share: Run, resu
     hub.trouble[:] = [500] * 4
     message = share(results / "pipeline", WRITE, hub_model_id="tiny-broken")
     assert "the Hub answered with status 500" in message
-    assert f"whole in {results / 'pipeline'}" in message
+    assert f"untouched in {results / 'pipeline'}" in message
     command = f"python training/share.py --folder {results / 'pipeline'} --push_to_hub --hub_model_id ada/tiny-broken"
     assert command in message
     assert digest(results) == before
@@ -194,6 +200,9 @@ def test_distillation_ends_on_the_hub_or_does_not_start(hub: Hub, run: Run, resu
     assert not (tmp_path / "tiny-distilled").exists()
     assert run("distill_lcm", **settings, hub_token=WRITE) == f"{hub.url}/ada/tiny-distilled"
     files = hub.repos["ada/tiny-distilled"].files
+    assert not [path for path, content in files.items() if str(results).encode() in content]
+    assert json.loads(files["cm_diffusers.json"])["base_model"] == "teacher"
+    assert read_record(tmp_path / "tiny-distilled/lora").base_model == str(results / "teacher")
     assert {"README.md", "pytorch_lora_weights.safetensors", "comfyui/lcm_lora_teacher.safetensors"} <= set(files)
     card = files["README.md"].decode()
     assert 'load_lora_weights("ada/tiny-distilled"' in card
@@ -223,11 +232,12 @@ def test_a_folder_without_a_result_is_refused(share: Run, results: Path) -> None
 
 
 def test_reload_by_id_without_and_with_the_package(hub: Hub, share: Run, results: Path, tmp_path: Path) -> None:
-    share(results / "pipeline", WRITE, hub_model_id="tiny-lcm", hub_private_repo=True)
+    share(results / "pipeline", WRITE, hub_model_id="tiny-lcm", hub_private_repo=True, pipeline_file=SINGLE_FILE)
     share(results / "lora", WRITE, hub_model_id="tiny-lora")
-    files = [tmp_path / f"{i}.npy" for i in range(4)]
+    files = [tmp_path / f"{i}.npy" for i in range(5)]
     student, lora = {"repo_id": "ada/tiny-lcm"}, {"repo_id": "ada/teacher", "lora": "ada/tiny-lora"}
     with worker(hub, tmp_path, HF_TOKEN=READ) as ask:
+        ask({"package": False, "custom": "PortableConsistencyPipeline", "to": str(files[4]), **student})
         for i, (package, what) in enumerate(((False, student), (False, lora), (True, student), (True, lora))):
             ask({"package": package, "to": str(files[i]), **what})
     loaded = [np.load(path) for path in files]
@@ -243,6 +253,31 @@ def test_reload_by_id_without_and_with_the_package(hub: Hub, share: Run, results
     assert np.abs(loaded[1] - plain).max() > 1e-3
     np.testing.assert_allclose(loaded[2], loaded[0], atol=1e-4)
     np.testing.assert_allclose(loaded[3], loaded[1], atol=1e-4)
+    np.testing.assert_allclose(loaded[4], loaded[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("error", "offline", "tries", "message"),
+    [
+        (PermissionError(13, "Permission denied", "run/unet/x"), False, 1, "run/unet/x cannot be used: Permission"),
+        (FileNotFoundError(2, "No such file", "run/x"), False, 1, "run/x cannot be used: No such file"),
+        (OSError("torn"), False, 1, "a file cannot be used: torn"),
+        (TimeoutError(), False, 4, "cannot be reached (TimeoutError)"),
+        (ConnectionResetError(), False, 4, "cannot be reached (ConnectionResetError)"),
+        (OfflineModeIsEnabled(), True, 1, "HF_HUB_OFFLINE is set; unset it to push"),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(
+    error: Exception, offline: bool, tries: int, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sharing, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(sharing.constants, "HF_HUB_OFFLINE", offline)
+    with (
+        mock.patch.object(sharing.HfApi, "upload_folder", side_effect=error) as upload,
+        pytest.raises(ValueError, match=re.escape(message)),
+    ):
+        push_folder(tmp_path, "ada/x", HubConfig())
+    assert upload.call_count == tries
 
 
 def test_a_token_is_in_no_repr_and_not_given_to_wandb() -> None:

@@ -10,18 +10,27 @@ from unittest import mock
 
 import pytest
 import yaml
-from diffusers import LCMScheduler
+from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.cli import parse_configs
+from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.hub import HubConfig
 from cm_diffusers.measured import Measured, read_measured
-from cm_diffusers.model_card import METHODS, model_card
+from cm_diffusers.model_card import LORA_WEIGHTS, METHODS, model_card
 from cm_diffusers.networks import StudentConfig, TeacherConfig
-from cm_diffusers.provenance import PROVENANCE, Provenance, describe_run, read_license, read_provenance
+from cm_diffusers.provenance import (
+    PROVENANCE,
+    Provenance,
+    describe_run,
+    public,
+    read_license,
+    read_provenance,
+    write_provenance,
+)
 from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.record import Record, read_record
 from cm_diffusers.sharing import ShareConfig, prepare
@@ -190,6 +199,45 @@ def test_a_run_is_described_without_token_and_machine_paths(monkeypatch: pytest.
     assert parsed == (replace(config, train_data_dir="photos", output_dir="runs/x"),)
 
 
+def test_no_secret_of_a_data_address_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["training/distill_lcm.py"])
+    address = "https://ada:hunter2@data.org/shards/{00..12}.tar?X-Signature=swordfish,/sesame&X-Token=mellon#friend"
+    data = DataConfig(train_shards_path_or_url=address)
+    found = describe_run([data], tiny_pipeline(), "ada/teacher", source_name(data), "runs/x")
+    write_provenance(found, tmp_path)
+    told = model_card(RECORD, found) + (tmp_path / PROVENANCE).read_text()
+    assert told.count("https://data.org/shards/{00..12}.tar") == 6  # data, setting and command, each in card and JSON
+    assert [
+        secret for secret in ("ada:", "hunter2", "X-", "swordfish", "sesame", "mellon", "friend") if secret in told
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("file:///mnt/photos", "photos"),
+        ("C:\\Users\\ada\\photos", "photos"),
+        ("D:/ada/photos/", "photos"),
+        ("../../ada/photos", "photos"),
+        ("/mnt/a/0.tar,/mnt/b/{1,2}.tar, ~/3.tar", "0.tar,{1,2}.tar,3.tar"),
+        ("https://ada:x@a.org/0.tar?k=1,https://b.org/1.tar?k=2", "https://a.org/0.tar,https://b.org/1.tar"),
+        ("s3://bucket/0.tar", "s3://bucket/0.tar"),
+        ("hf://datasets/ada/x@main/0.tar", "hf://datasets/ada/x@main/0.tar"),
+        ("a bag, half/half, is it red?", "a bag, half/half, is it red?"),
+        ("assets/photos", "assets/photos"),
+    ],
+)
+def test_what_is_told_of_a_place(given: str, told: str) -> None:
+    assert public(given) == told
+    assert public([given, 3]) == [told, 3]
+
+
+def test_settings_that_do_not_act_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["training/finetune_lcf.py"])
+    found = describe_run([SomeConfig(3)], tiny_pipeline(), "ada/x", "ada/photos", "runs/x", left_out=["flip"])
+    assert found.settings == {"seed": 3, "train_data_dir": None, "prompts": []}
+
+
 def test_a_command_repeats_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["training/distill_lcm.py"])
     configs = (TeacherConfig("ada/teacher"), StudentConfig(lora=True, lora_rank=8, lora_target_modules=["to_q"]))
@@ -249,6 +297,47 @@ def test_preparing_puts_measurements_and_licence_in_and_can_be_repeated(finished
         prepare(again, "ada/other-name")
         assert (finished / "README.md").read_text() == card
     assert not list(finished.rglob(".*"))
+
+
+SINGLE_FILE = Path(__file__).parents[1] / "pipelines" / "consistency_text_to_image.py"
+
+
+def test_a_single_file_pipeline_travels_beside_the_weights(finished: Path) -> None:
+    assert "custom_pipeline" not in (finished / "README.md").read_text()
+    for file in (str(SINGLE_FILE), None):  # and stays
+        prepare(ShareConfig(str(finished), pipeline_file=file), "ada/student")
+        assert (finished / "pipeline.py").read_bytes() == SINGLE_FILE.read_bytes()
+        use = 'from_pretrained("ada/student", custom_pipeline="ada/student", trust_remote_code=True)'
+        assert use in (finished / "README.md").read_text()
+    folder = str(finished)
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    assert type(pipe).__name__ == "PortableConsistencyPipeline"
+
+
+ONE = "class {}(DiffusionPipeline): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("from diffusers import DiffusionPipeline", "but it holds none; give a file such as"),
+        (f"from diffusers import DiffusionPipeline\n{ONE.format('A')}{ONE.format('B')}", "but it holds A, B; give"),
+        ("1 / 0", "does not run: ZeroDivisionError"),
+        (None, "is not a Python file that exists"),
+    ],
+)
+def test_a_single_file_holds_one_pipeline(finished: Path, tmp_path: Path, code: str | None, message: str) -> None:
+    if code:
+        (tmp_path / "file.py").write_text(code)
+    with pytest.raises(ValueError, match=message):
+        prepare(ShareConfig(str(finished), pipeline_file=str(tmp_path / "file.py")))
+    assert not (finished / "pipeline.py").exists()
+
+
+def test_a_single_file_is_not_for_a_lora(finished: Path) -> None:
+    (finished / "model_index.json").rename(finished / LORA_WEIGHTS)
+    with pytest.raises(ValueError, match="holds a LoRA; leave it out"):
+        prepare(ShareConfig(str(finished), pipeline_file=str(SINGLE_FILE)))
 
 
 def test_of_several_students_one_must_be_named(finished: Path, evaluation: Path) -> None:

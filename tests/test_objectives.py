@@ -7,11 +7,13 @@ import pytest
 import torch
 from tiny import tiny_scheduler, tiny_unet, tiny_vae
 
+from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.networks import StudentConfig, make_networks
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
 from cm_diffusers.process import DiscreteVP
 from cm_diffusers.students import FinetuneConfig, finetune_networks
 from cm_diffusers.types import Batch, Networks, Progress
@@ -59,6 +61,21 @@ def lcf(prediction_type="epsilon", embedded=True, lora=False, **settings):
     return Case(LCFObjective(LCFConfig(2.0, 14.0, **settings), VP, prediction_type, dim), networks, latents)
 
 
+def scott(prediction_type="epsilon", critic="none", lora=False, **settings):
+    settings = {"adversarial_start": 0, "adversarial_ramp": 0} | settings
+    config = SCottConfig(**settings)
+    objective = SCottObjective(config, VP, prediction_type, None if lora else 16, critic != "none")
+
+    def with_critic():
+        nets = networks(lora=lora)
+        nets.critic = make_critic(nets, CriticConfig(critic, critic_channels=16, critic_lora_rank=4))
+        if nets.critic is not None:
+            nets.critic.requires_grad_(False)  # as the trainer does in the student's turn
+        return nets
+
+    return Case(objective, with_critic, latents)
+
+
 def diffusion(prediction_type):
     objective = DiffusionObjective(DiffusionConfig(prediction_type, condition_dropout=0.5), VP)
     return Case(objective, lambda: Networks(tiny_unet()), latents)
@@ -72,6 +89,11 @@ CASES = {
     "lcm-lora-epsilon": lcm(lora=True),
     "lcm-lora-v": lcm("v_prediction", lora=True),
     "lcm-lora-sample": lcm("sample", lora=True),
+    "scott": scott(),
+    "scott-ddim-huber-v": scott("v_prediction", sde="ddim", loss_type="huber"),
+    "scott-heads": scott(critic="heads"),
+    "scott-heads-lora": scott("sample", critic="heads", lora=True, adversarial_loss="lsgan"),
+    "scott-paper": scott(critic="lora_decoder", critic_inputs="clean", adversarial_weight=0.4),
     "lcf": lcf(),
     "lcf-l2-v": lcf("v_prediction", loss_type="l2"),
     "lcf-plain-sample": lcf("sample", embedded=False),
@@ -122,8 +144,10 @@ def test_seed_decides_the_loss(case):
     assert value(1) == value(1) != value(2)
 
 
-def test_the_student_is_the_only_player(case):
-    assert case.objective.players == {"student": case.objective}
+def test_the_student_plays_first_and_a_critic_if_there_is_one(case):
+    (name, loss), *others = case.objective.players.items()
+    assert (name, loss) == ("student", case.objective)
+    assert [name for name, _ in others] == ["critic"] * (case.networks().critic is not None)
 
 
 def test_every_new_input_learns_from_the_first_step():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from tiny import tiny_pipeline, tiny_unet
@@ -30,6 +31,20 @@ def test_text_encoders_keep_the_names_every_transformers_reads(make, tmp_path: P
         assert {name.split(".")[0] for name in names(weights)} <= {"text_model", "text_projection"}
     loaded, tokens = CLIPTextModel.from_pretrained(tmp_path / "pipeline" / "text_encoder"), torch.arange(16)[None]
     assert torch.equal(loaded(tokens)[0], pipe.text_encoder(tokens)[0])
+
+
+def test_a_saved_pipeline_tells_no_place_of_the_machine(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "teacher")
+    save_pipeline(DiffusionPipeline.from_pretrained(tmp_path / "teacher"), tmp_path / "student", fp16=False)
+    files = [path for path in (tmp_path / "student").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert [path.name for path in files if str(tmp_path).encode() in path.read_bytes()] == []
+
+
+def test_bundled_pipelines_tell_no_place_of_a_machine() -> None:
+    configs = [*ASSETS.rglob("config.json"), *ASSETS.rglob("model_index.json")]
+    assert len(configs) == 9
+    assert [path for path in configs if "_name_or_path" in path.read_text()] == []
 
 
 def test_lora_metadata_has_no_field_of_a_newer_peft(tmp_path: Path) -> None:

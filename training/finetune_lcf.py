@@ -20,12 +20,13 @@ from cm_diffusers.trainer import TrainConfig, Trainer
 
 
 CONFIGS = (FinetuneConfig, DataConfig, LCFConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig)
+OF_TEACHERS = "validation_guidance_scale validation_teacher_steps"
 
 
 def main() -> None:
     source, data, method, optim, train, validation, hub = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
-    refuse_changed(validation, "validation_guidance_scale validation_teacher_steps", "without a teacher")
+    refuse_changed(validation, OF_TEACHERS, "without a teacher")
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     before, record = load_student(source)
     method, record = with_guidance_of(record, method, source)
@@ -47,7 +48,8 @@ def main() -> None:
         folder = Path(train.output_dir) / ("lora" if source.lora else "pipeline")
         name = repo_id or str(folder)
         configs = source, data, method, optim, train, validation, hub  # with the guidance range it trained on
-        provenance = describe_run(configs, before, source.pretrained_student_model, source_name(data), name)
+        settings = configs, before, source.pretrained_student_model, source_name(data), name
+        provenance = describe_run(*settings, left_out=OF_TEACHERS.split())
         with trainer.export_weights() as unet:
             if source.lora:
                 save_lora(unet, folder, record, provenance)

@@ -1,7 +1,10 @@
 """Sharing a result on the Hub: find out that it cannot work before training, and never lose the local result."""
 
+import json
 import logging
 import shlex
+import socket
+import ssl
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +14,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.provenance import is_path
-from cm_diffusers.record import read_record
+from cm_diffusers.provenance import is_path, public
+from cm_diffusers.record import RECORD, read_record
 
 
 logger = logging.getLogger(__name__)
@@ -20,6 +23,7 @@ logger = logging.getLogger(__name__)
 UPLOADED = "*.safetensors *.json *.txt *.model *.md *.py *.png *.jpg *.jpeg *.webp".split()  # no pickle
 LEFT_OUT = ".* */.* checkpoint-* */checkpoint-* logs/* samples/* run.json".split()
 WAITS = (2.0, 8.0, 30.0)  # seconds before each further try
+CONNECTION = (HTTPError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 FAILURES = (HTTPError, OSError, RuntimeError)  # of httpx (1.x) or httpx2, of files and sockets, of the Xet library
 
 
@@ -86,7 +90,8 @@ def push_folder(folder: str | Path, repo_id: str, config: HubConfig) -> str:
 
     Args:
         folder: A pipeline or LoRA folder. Only weights as safetensors, JSON, texts and images go up; checkpoints,
-            logs, validation samples and hidden files stay.
+            logs, validation samples and hidden files stay. Where the record names a base model by its path on this
+            machine, the uploaded one has the path's last part.
         repo_id: What `check_hub` returned.
 
     Returns:
@@ -99,13 +104,7 @@ def push_folder(folder: str | Path, repo_id: str, config: HubConfig) -> str:
     waits = iter(WAITS)
     while True:
         try:
-            HfApi(token=config.hub_token).upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message="Upload by cm_diffusers",
-                allow_patterns=list(UPLOADED),
-                ignore_patterns=list(LEFT_OUT),  # a copy: upload_folder appends to it
-            )
+            _upload(Path(folder), repo_id, HfApi(token=config.hub_token))
             return f"{constants.ENDPOINT}/{repo_id}"
         except FAILURES as error:
             wait = next(waits, None) if _transient(error) else None
@@ -113,6 +112,23 @@ def push_folder(folder: str | Path, repo_id: str, config: HubConfig) -> str:
                 raise ValueError(_push_again(folder, repo_id, error)) from error
             logger.warning("Upload failed: %s Next try in %g s.", _reason(error, repo_id), wait)
             time.sleep(wait)
+
+
+def _upload(folder: Path, repo_id: str, api: HfApi) -> None:
+    ignored, target = list(LEFT_OUT), {"repo_id": repo_id, "commit_message": "Upload by cm_diffusers"}
+    if record := _public_record(folder):
+        ignored.append(RECORD)
+        api.upload_file(path_or_fileobj=record, path_in_repo=RECORD, **target)
+    api.upload_folder(folder_path=folder, allow_patterns=list(UPLOADED), ignore_patterns=ignored, **target)
+
+
+def _public_record(folder: Path) -> bytes | None:
+    """The record without a path of this machine; None where it can go up as it is."""
+    record = read_record(folder)
+    if record is None or public(record.base_model) == record.base_model:
+        return None
+    content = json.loads((folder / RECORD).read_text("utf-8"))
+    return (json.dumps(content | {"base_model": public(record.base_model)}, indent=2) + "\n").encode()
 
 
 def _warn_of_local_base(folder: Path, repo_id: str) -> None:
@@ -131,7 +147,7 @@ def _share(folder: str | Path, repo_id: str, *more: str) -> str:
 
 
 def _push_again(folder: str | Path, repo_id: str, error: Exception) -> str:
-    return f"{_reason(error, repo_id)} The result is whole in {folder}; push it again with {_share(folder, repo_id)}."
+    return f"{_reason(error, repo_id)} The result lies untouched in {folder}; push it again with {_share(folder, repo_id)}."
 
 
 def _status(error: Exception) -> int | None:
@@ -141,7 +157,13 @@ def _status(error: Exception) -> int | None:
 def _transient(error: Exception) -> bool:
     """Whether a later try may succeed: the connection broke, or the server was busy or broken."""
     status = _status(error)
-    return status in (None, 408, 429) or status >= 500
+    if status is None:
+        return not (constants.HF_HUB_OFFLINE or _is_of_a_file(error))
+    return status in (408, 429) or status >= 500
+
+
+def _is_of_a_file(error: Exception) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, CONNECTION)
 
 
 def _reason(error: Exception, repo_id: str) -> str:
@@ -159,6 +181,8 @@ def _reason(error: Exception, repo_id: str) -> str:
         return f"there is no repository {repo_id} that the token may see; check --hub_model_id and the token."
     if status is not None:
         return f"the Hub answered with status {status} for {repo_id}: {error.server_message or 'no reason given'}."
+    if _is_of_a_file(error):
+        return f"{error.filename or 'a file'} cannot be used: {error.strerror or error}."
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; unset it to push."
     return f"the Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__})."

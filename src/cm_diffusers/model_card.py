@@ -11,23 +11,32 @@ from cm_diffusers.record import Record
 
 LCM = "[Latent Consistency Models](https://arxiv.org/abs/2310.04378)"
 LCM_LORA = "[LCM-LoRA](https://arxiv.org/abs/2311.05556)"
+SCOTT = "[SCott](https://arxiv.org/abs/2403.01505)"
 METHODS = {  # method of the record, with "-lora" where that is so -> title, how, paper
     "lcm": ("Latent consistency model", "distilled from", LCM),
     "lcm-lora": ("LCM-LoRA", "distilled from", LCM_LORA),
+    "scott": ("Stochastic consistency distillation (SCott)", "distilled from", SCOTT),
+    "scott-lora": ("Stochastic consistency distillation (SCott, LoRA)", "distilled from", f"{SCOTT}, {LCM_LORA}"),
     "lcf": ("Latent consistency fine-tuning", "fine-tuned from", LCM),
     "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
 }
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+PIPELINE_FILE = "pipeline.py"  # as diffusers looks for it where custom_pipeline is a folder or Hub id
 
 
 def model_card(
-    record: Record, provenance: Provenance, measured: Measured | None = None, grid: str | None = None
+    record: Record,
+    provenance: Provenance,
+    measured: Measured | None = None,
+    grid: str | None = None,
+    single_file: bool = False,
 ) -> str:
     """The card of a student, as Markdown with the Hub's front matter.
 
     Args:
         measured: What an evaluation found.
         grid: Where a sample grid lies, seen from the card: the evaluation's, or the training's last.
+        single_file: Whether `PIPELINE_FILE` lies beside the weights.
     """
     lora = bool(provenance.settings.get("lora"))
     title, how, paper = METHODS[f"{record.method}-lora" if lora else record.method]
@@ -40,7 +49,7 @@ def model_card(
         _guidance(record),
         _license(provenance),
         "## Use",
-        *_usage(record, provenance, base, lora),
+        *_usage(record, provenance, base, lora, single_file),
         *(_measurements(measured) if measured else []),
         *([f"## Samples\n\n{CAPTION[measured is None]}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
@@ -101,7 +110,7 @@ def _guidance(record: Record) -> str:
     return "This student cannot be guided: `guidance_scale` has no effect, and there is no negative prompt."
 
 
-def _usage(record: Record, provenance: Provenance, base: str, lora: bool) -> list[str]:
+def _usage(record: Record, provenance: Provenance, base: str, lora: bool, single_file: bool) -> list[str]:
     values = {
         "name": provenance.name,
         "base": base,
@@ -114,6 +123,8 @@ def _usage(record: Record, provenance: Provenance, base: str, lora: bool) -> lis
     package = "With the package; scheduler, steps and guidance come from the record beside the weights:"
     stock = "With diffusers alone:"
     parts = [package, _code(WITH_PACKAGE, values), stock, _code(LORA_ALONE if lora else PIPELINE_ALONE, values)]
+    if single_file:
+        parts += [SINGLE_FILE, _code(PIPELINE_BESIDE, values)]
     if lora and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if lora:
@@ -158,6 +169,18 @@ PIPELINE_ALONE = """
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained("{name}")
+    image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]
+"""
+
+SINGLE_FILE = (
+    f"With diffusers and `{PIPELINE_FILE}`, the pipeline beside the weights; it is code that runs on your machine, so read "
+    "it first:"
+)
+
+PIPELINE_BESIDE = """
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
     image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]
 """
 

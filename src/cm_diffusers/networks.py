@@ -218,18 +218,18 @@ class TextConditionedUNet(nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states=states, return_dict=return_dict)
 
 
-def as_denoiser(network: Callable, process: Process, prediction_type: str) -> ConditionalDenoiser:
-    """View a network as (x_t, t, conditions) -> Prediction, in float32.
+def unet_arguments(cond: dict[str, Tensor]) -> dict[str, Tensor | dict[str, Tensor]]:
+    """Conditions as a UNet takes them: Stable Diffusion XL's `text_embeds` and `time_ids`, flat in a batch, in one dict."""
+    added = {name: cond[name] for name in XL_CONDITIONS if name in cond}
+    arguments = {name: value for name, value in cond.items() if name not in added}
+    return arguments | ({"added_cond_kwargs": added} if added else {})
 
-    Stable Diffusion XL's `text_embeds` and `time_ids` lie flat in the conditions; the network takes them as one dict.
-    """
+
+def as_denoiser(network: Callable, process: Process, prediction_type: str) -> ConditionalDenoiser:
+    """View a network as (x_t, t, conditions) -> Prediction, in float32."""
 
     def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple:
-        added = {name: cond[name] for name in XL_CONDITIONS if name in cond}
-        arguments = {name: value for name, value in cond.items() if name not in added}
-        if added:
-            arguments["added_cond_kwargs"] = added
-        output = network(x_t, t, **arguments, return_dict=False)[0]
+        output = network(x_t, t, **unet_arguments(cond), return_dict=False)[0]
         return interpret(process, output.float(), x_t, t, prediction_type)
 
     return denoise

@@ -1,5 +1,6 @@
-"""What is saved by new releases of transformers and peft, in the form that older ones read as well."""
+"""What the libraries save, fit to be shared: readable by older releases of theirs, without places of this machine."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ def nest_text_encoders(folder: Path) -> None:
         state = load_file(weights)
         if any(name.startswith("embeddings.") for name in state):
             save_file({f"text_model.{name}": value for name, value in state.items()}, weights, {"format": "pt"})
+
+
+def forget_origin(folder: Path) -> None:
+    """Leave out of a pipeline's configs where its parts were loaded from."""
+    for path in (folder / "model_index.json", *folder.rglob("config.json")):
+        content = json.loads(path.read_text("utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from cm_diffusers.networks import is_xl
 
 
 PROVENANCE = "training.json"
+LOCAL = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\|file:")  # how a path of a machine begins
+STEPS = re.compile(r"[\\/]+")
+ADDRESS = r"\s*[A-Za-z][\w+.-]*://"
+ADDRESSES = re.compile(rf"(,)(?={ADDRESS})")  # a comma behind a query may belong to it
+PLACES = re.compile(rf"(,)(?={ADDRESS}|\s*(?:{LOCAL.pattern}|\.\.[\\/]))")
 # Where files lay and who pushed them is nobody's business, and a token least of all.
 PRIVATE = set(
     "output_dir overwrite_output_dir cache_dir latent_cache_dir resume_from_checkpoint report_to "
@@ -51,7 +57,12 @@ class Provenance:
 
 
 def describe_run(
-    configs: Sequence[object], teacher: DiffusionPipeline, source: str, data: str, name: str
+    configs: Sequence[object],
+    teacher: DiffusionPipeline,
+    source: str,
+    data: str,
+    name: str,
+    left_out: Collection[str] = (),
 ) -> Provenance:
     """The provenance of a training script's result.
 
@@ -61,6 +72,7 @@ def describe_run(
         source: Folder or Hub id it came from, where its licence stands.
         data: Hub id or folder of the data, or words.
         name: Hub id or folder of the result.
+        left_out: Settings that do not act in this script.
     """
     settings = {key: public(value) for config in configs for key, value in asdict(config).items()}
     return Provenance(
@@ -71,20 +83,34 @@ def describe_run(
         license=read_license(source),
         command=_command(configs),
         commit=_commit(),
-        settings={key: value for key, value in settings.items() if key not in PRIVATE},
+        settings={key: value for key, value in settings.items() if key not in {*PRIVATE, *left_out}},
     )
 
 
 def public(value: object) -> object:
-    """Paths of the machine become their last part; everything else is left."""
+    """Paths of the machine become their last part; addresses lose user, password, query and fragment, where secrets are.
+
+    Both also in lists separated by commas. Everything else is left.
+    """
     if isinstance(value, list):
         return [public(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+    if not isinstance(value, str):
+        return value
+    return "".join(map(_public_place, (ADDRESSES if set("?#") & set(value) else PLACES).split(value)))
+
+
+def _public_place(text: str) -> str:
+    if "://" in text:
+        text = re.sub(r"://[^/]*@", "://", re.split(r"[?#]", text)[0])
+    place = text.strip()
+    if LOCAL.match(place) or (".." in STEPS.split(place) and "://" not in place):
+        return next((part for part in reversed(STEPS.split(place)) if part), text)
+    return text
 
 
 def is_path(source: str) -> bool:
     """Whether a model is named by a folder of this machine instead of a Hub id."""
-    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    return source.startswith(".") or bool(LOCAL.match(source)) or source.count("/") > 1 or Path(source).exists()
 
 
 def write_provenance(provenance: Provenance, folder: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from cm_diffusers.lora_export import save_kohya
 from cm_diffusers.model_card import model_card
 from cm_diffusers.networks import is_xl
-from cm_diffusers.portable import lora_metadata, nest_text_encoders
+from cm_diffusers.portable import forget_origin, lora_metadata, nest_text_encoders
 from cm_diffusers.provenance import Provenance, public, write_provenance
 from cm_diffusers.record import Record, write_record
 
@@ -104,6 +104,7 @@ def save_pipeline(
     with written_aside(folder) as aside:
         pipe.save_pretrained(aside)
         nest_text_encoders(aside)
+        forget_origin(aside)
         for weights in [*aside.glob("unet/*.safetensors"), *aside.glob("vae/*.safetensors")] if fp16 else ():
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
         _write_texts(aside, record, provenance)

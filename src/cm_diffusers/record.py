@@ -1,15 +1,26 @@
 """How a student was made and wants to be sampled: `cm_diffusers.json`, which travels beside its weights."""
 
 import json
+import math
+import os
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 
 RECORD = "cm_diffusers.json"
+Guidance = Literal["embedded", "distilled", "none"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Record:
 
     method: str
     base_model: str
-    guidance: Literal["embedded", "distilled", "none"]
+    guidance: Guidance
     w_min: float
     w_max: float
     recommended_guidance_scale: float
@@ -41,7 +52,9 @@ class Record:
 
 
 def write_record(record: Record, folder: Path) -> None:
-    (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
+    aside = folder / f"{RECORD}.part"
+    aside.write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
+    os.replace(aside, folder / RECORD)
 
 
 def read_record(
@@ -51,36 +64,68 @@ def read_record(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Record | None:
-    """The record in a student's folder or Hub repository; None where there is none.
+    """The record in a student's folder or Hub repository; None where there is none, or no such repository in reach.
 
     Args:
         source: Folder or Hub id.
         token, revision, cache_dir, local_files_only: As for `from_pretrained`.
 
     Raises:
-        ValueError: The file is there but is not a record.
+        ValueError: The file is there but is not a record, or the Hub refuses to say whether it is there.
     """
     path = Path(source) / RECORD
     if not Path(source).exists():
+        options = {"token": token, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         try:
-            path = Path(
-                hf_hub_download(
-                    str(source),
-                    RECORD,
-                    token=token,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                )
-            )
-        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, ValueError):
-            return None
+            path = Path(hf_hub_download(str(source), RECORD, **options))
+        except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
+            if (status := _refusal(error)) is None:
+                return None
+            raise ValueError(
+                f"The Hub does not say whether {str(source)!r} has a {RECORD} (status {status}); try again later, log "
+                "in if it is private or gated, or take what is here with local_files_only=True."
+            ) from error
     return _parse(path) if path.is_file() else None
+
+
+def base_model_of(record: Record, lora: str | Path) -> str:
+    """Where the base model of a LoRA is: its Hub id, or a folder, which the record may name relative to elsewhere.
+
+    A relative name is looked for from the working directory, the LoRA's folder and each folder above it; at last, a
+    folder of the same name beside the LoRA is taken for it.
+    """
+    name, home = Path(record.base_model), Path(lora).resolve()
+    places = [home / name, *(parent / name for parent in home.parents), home.parent / name.name]
+    if name.exists() or not Path(lora).exists():
+        return record.base_model
+    return next((str(place) for place in places if (place / "model_index.json").is_file()), record.base_model)
+
+
+def _refusal(error: Exception) -> int | None:
+    """The status with which the Hub refused to answer; None where it answered, or could not be asked."""
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    missing = isinstance(cause, EntryNotFoundError | RepositoryNotFoundError) and not isinstance(cause, GatedRepoError)
+    return None if missing or not isinstance(cause, HfHubHTTPError) else cause.response.status_code
 
 
 def _parse(path: Path) -> Record:
     try:
         content = json.loads(path.read_text("utf-8"))
-        return Record(**{field.name: content[field.name] for field in fields(Record)})  # newer ones may hold more
+        record = Record(**{field.name: content[field.name] for field in fields(Record)})  # newer ones may hold more
+        if fault := _fault(record):
+            raise ValueError(fault)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a record of cm_diffusers ({error!r}); get the checkpoint anew.") from error
+    return record
+
+
+def _fault(record: Record) -> str | None:
+    scales = (record.w_min, record.w_max, record.recommended_guidance_scale)
+    steps = record.recommended_num_inference_steps
+    if record.guidance not in get_args(Guidance):
+        return f"guidance must be one of {', '.join(get_args(Guidance))}, got {record.guidance!r}"
+    if not all(isinstance(x, Real) and math.isfinite(x) for x in scales) or record.w_min > record.w_max:
+        return f"w_min, w_max and recommended_guidance_scale must be finite and w_min at most w_max, got {scales}"
+    if not isinstance(steps, Integral) or steps < 1:
+        return f"recommended_num_inference_steps must be a whole number of at least 1, got {steps!r}"
+    return None if isinstance(record.scheduler, dict) else f"scheduler must be a dict, got {record.scheduler!r}"

@@ -2,14 +2,16 @@
 
 import json
 import os
+import runpy
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.measured import FOLDER, GRID, TABLE, read_measured
-from cm_diffusers.model_card import LORA_WEIGHTS, model_card
+from cm_diffusers.model_card import LORA_WEIGHTS, PIPELINE_FILE, model_card
 from cm_diffusers.provenance import Provenance, read_license, read_provenance, write_provenance
 from cm_diffusers.publish import SAMPLES, written_aside
 from cm_diffusers.record import RECORD, Record, read_record, write_record
@@ -32,6 +34,11 @@ class ShareConfig:
     teacher_license: str | None = HfArg(
         default=None, help='Licence of the teacher where its own card gives none, e.g. "openrail++".'
     )
+    pipeline_file: str | None = HfArg(
+        default=None,
+        help="Single-file pipeline to put beside the weights as pipeline.py, "
+        "e.g. pipelines/consistency_text_to_image.py.",
+    )
 
 
 def default_name(folder: str) -> str:
@@ -47,7 +54,8 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
         name: Hub id it will be loaded by; None keeps the present name.
 
     Raises:
-        ValueError: The folder holds no result of a training script, or the evaluation none of this student.
+        ValueError: The folder holds no result of a training script, or the evaluation none of this student; or
+            the single file is no pipeline, or for a LoRA.
     """
     folder = Path(config.folder)
     record = read_record(folder) if folder.is_dir() else None
@@ -61,17 +69,50 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
         record = replace(record, base_model=config.base_model)
         provenance = replace(provenance, base_id=config.base_model)
     provenance = replace(_with_license(provenance, config, record), name=name or provenance.name)
+    if config.pipeline_file:
+        _check_pipeline_file(Path(config.pipeline_file), folder)
     if config.evaluation:
         attach_evaluation(folder, Path(config.evaluation), config.evaluation_name)
     measured = read_measured(folder / FOLDER) if (folder / FOLDER).is_dir() else None
     grid = f"{FOLDER}/{GRID}" if measured else SAMPLES if (folder / SAMPLES).is_file() else None
-    card = model_card(record, provenance, measured, grid)
+    if config.pipeline_file:
+        _put(folder / PIPELINE_FILE, Path(config.pipeline_file).read_bytes())
+    card = model_card(record, provenance, measured, grid, (folder / PIPELINE_FILE).is_file())
     write_record(record, folder)
     write_provenance(provenance, folder)
-    aside = folder / ".README.md.partial"
-    aside.write_text(card, "utf-8")
-    os.replace(aside, folder / "README.md")
+    _put(folder / "README.md", card.encode())
     return folder
+
+
+def _put(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def _check_pipeline_file(path: Path, folder: Path) -> None:
+    """Runs the file: diffusers must find exactly one pipeline class in it."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"--pipeline_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
+    found = _pipeline_classes(path)
+    if len(found) != 1:
+        raise ValueError(
+            f"--pipeline_file {path} must hold exactly one subclass of DiffusionPipeline, but it holds "
+            f"{', '.join(found) or 'none'}; give a file such as pipelines/consistency_text_to_image.py."
+        )
+
+
+def _pipeline_classes(path: Path) -> list[str]:
+    """Those that the file itself defines."""
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"--pipeline_file {path} is not a Python file that exists; give one.")
+    name = "single_file_pipeline"
+    try:
+        content = runpy.run_path(str(path), run_name=name)
+    except Exception as error:  # whatever the file does
+        raise ValueError(f"--pipeline_file {path} does not run: {error!r}; give one that does.") from error
+    own = [value for value in content.values() if isinstance(value, type) and value.__module__ == name]
+    return [value.__name__ for value in own if issubclass(value, DiffusionPipeline)]
 
 
 def _with_license(provenance: Provenance, config: ShareConfig, record: Record) -> Provenance:

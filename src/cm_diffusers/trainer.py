@@ -65,9 +65,9 @@ class TrainConfig:
 
 
 class Objective(Protocol):
-    """A method. `players` maps the name of a field of `Networks` to the loss function of that player."""
+    """A method. `players` maps a field of `Networks` to that player's loss; None (never the first's) skips its turn."""
 
-    players: dict[str, Callable[[Networks, Batch, Progress], Loss]]
+    players: dict[str, Callable[[Networks, Batch, Progress], Loss | None]]
     config: object
 
 
@@ -167,8 +167,10 @@ class Trainer:
         for turn, player in enumerate(self.players, start=1):
             seed_everything(self.config.seed, rank, self.step, turn)
             with only_trains(player, self.players):
-                losses.append(self._accumulate(player, batches, progress))
-            logs |= losses[-1].logs | self._update(player, losses[-1])
+                loss = self._accumulate(player, batches, progress)
+            if loss is not None:
+                losses.append(loss)
+                logs |= loss.logs | self._update(player, loss)
         self.step += 1
         if self.nets.target is not None:
             ema_update(self.nets.target, self.student, self.config.ema_decay)
@@ -176,7 +178,7 @@ class Trainer:
             self.export_ema.update(self.step)
         return Loss(losses[0].value, logs), sum(b.size for b in batches) * self.accelerator.num_processes
 
-    def _accumulate(self, player: Player, batches: list[Batch], progress: Progress) -> Loss:
+    def _accumulate(self, player: Player, batches: list[Batch], progress: Progress) -> Loss | None:
         """Back-propagate the mean loss over the micro-batches; returns means over micro-batches and ranks."""
         values, logs = [], []
         for batch in batches:
@@ -184,6 +186,8 @@ class Trainer:
             with nullcontext() if syncs else self.accelerator.no_sync(player.network):
                 with self.accelerator.autocast():
                     loss = self.objective.players[player.name](self.nets, batch, progress)
+                if loss is None:
+                    return None
                 self.accelerator.backward(loss.value / len(batches))
             values.append(loss.value.detach().float())
             logs.append(loss.logs)

@@ -1,7 +1,8 @@
 """Refusals of a pipeline call, one clear sentence each."""
 
+import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import PIL.Image
@@ -36,16 +37,27 @@ def check_prompts(prompts: dict[str, Prompt], prompt_embeds: Tensor | None) -> N
             raise ValueError(f"{name} has {len(prompt)} entries for {size} prompts; give one each, or one string.")
 
 
-def check_embeddings(embeddings: dict[str, Tensor | None], needs_pooled: bool) -> None:
+def check_embeddings(embeddings: dict[str, Tensor | None], needs_pooled: bool, width: int) -> None:
     """Embeddings by argument name, first the prompt's, then its negative, its pooled and its pooled negative."""
     prompt, negative, pooled, negative_pooled = embeddings.values()
+    for states, pool, name in ((prompt, pooled, ""), (negative, negative_pooled, "negative_")):
+        if states is None:
+            continue
+        if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[-1] != width:
+            found = tuple(states.shape) if isinstance(states, Tensor) else repr(states)
+            raise ValueError(f"{name}prompt_embeds must be a tensor (prompts, tokens, {width}), got {found}.")
+        if needs_pooled and pool is None:
+            raise ValueError(
+                f"This student is SDXL-shaped: give {name}pooled_prompt_embeds along with the embeddings."
+            )
+    check_negative(prompt, negative)
+
+
+def check_negative(prompt: Tensor | None, negative: Tensor | None) -> None:
     if prompt is not None and negative is not None and prompt.shape != negative.shape:
         raise ValueError(
             f"prompt_embeds {tuple(prompt.shape)} and negative_prompt_embeds {tuple(negative.shape)} must have one shape."
         )
-    for states, pool, name in ((prompt, pooled, "pooled"), (negative, negative_pooled, "negative_pooled")):
-        if needs_pooled and states is not None and pool is None:
-            raise ValueError(f"This student is SDXL-shaped: give {name}_prompt_embeds along with the embeddings.")
 
 
 def count(prompt: Prompt, prompt_embeds: Tensor | None) -> int:
@@ -54,17 +66,23 @@ def count(prompt: Prompt, prompt_embeds: Tensor | None) -> int:
     return 1 if isinstance(prompt, str) else len(prompt)
 
 
-def check_steps(num_inference_steps: int | None) -> None:
-    steps = num_inference_steps
-    if steps is not None and not (isinstance(steps, Integral) and steps >= 1):
-        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}.")
+def check_whole(least: int, **arguments: object) -> None:
+    """Each of the named arguments is a whole number of at least `least`."""
+    for name, value in arguments.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
 def check_strength(strength: float) -> None:
-    if not 0 < strength <= 1:
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
         raise ValueError(
-            f"strength must be above 0 (keep the image) and at most 1 (start from noise), got {strength}."
+            f"strength must be above 0 (keep the image) and at most 1 (start from noise), got {strength!r}."
         )
+
+
+def check_guidance(guidance_scale: float) -> None:
+    if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale must be a number of at least 0, where 1 is none; got {guidance_scale!r}.")
 
 
 def check_size(height: int, width: int, factor: int) -> None:
@@ -73,8 +91,11 @@ def check_size(height: int, width: int, factor: int) -> None:
 
 
 def check_generators(generator: Generator | list[Generator] | None, batch: int) -> None:
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"Found {len(generator)} generators for {batch} images; give one for each, or a single one.")
+    several = generator if isinstance(generator, list) else [generator] * batch
+    if len(several) != batch:
+        raise ValueError(f"Found {len(several)} generators for {batch} images; give one for each, or a single one.")
+    if not all(one is None or isinstance(one, Generator) for one in several):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, got {generator!r}.")
 
 
 def check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -107,17 +128,21 @@ def check_ip_adapter(pipe: DiffusionPipeline, image: object, embeds: object) -> 
 
 
 def image_size(image: object, factor: int, latent_channels: int) -> tuple[int, int]:
-    """Height and width in pixels of an image, or of the first in a list; latents count `factor` pixels each.
+    """Height and width in pixels of an image, or of each in a list; latents count `factor` pixels each.
 
     Raises:
-        ValueError: It is nothing an image processor reads.
+        ValueError: It is nothing an image processor reads, or a list of several sizes.
     """
-    first = image[0] if isinstance(image, list | tuple) and image else image
-    if isinstance(first, PIL.Image.Image):
-        return first.height, first.width
-    if isinstance(first, np.ndarray) and first.ndim >= 2:
-        return first.shape[-3:-1] if first.ndim > 2 and first.shape[-1] in (1, 3, 4) else first.shape[-2:]
-    if isinstance(first, Tensor) and first.ndim >= 2:
-        scale = factor if first.ndim > 2 and first.shape[-3] == latent_channels else 1
-        return first.shape[-2] * scale, first.shape[-1] * scale
-    raise ValueError(f"An image must be a PIL image, an array, a tensor, latents or a list of them, got {first!r}.")
+    if isinstance(image, list | tuple) and image:
+        sizes = [image_size(one, factor, latent_channels) for one in image]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"The images or masks of a list must be of one size (height, width), got {sizes}.")
+        return sizes[0]
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    if isinstance(image, np.ndarray) and image.ndim >= 2:
+        return image.shape[-3:-1] if image.ndim > 2 and image.shape[-1] in (1, 3, 4) else image.shape[-2:]
+    if isinstance(image, Tensor) and image.ndim >= 2:
+        scale = factor if image.ndim > 2 and image.shape[-3] == latent_channels else 1
+        return image.shape[-2] * scale, image.shape[-1] * scale
+    raise ValueError(f"An image must be a PIL image, an array, a tensor, latents or a list of them, got {image!r}.")

@@ -86,6 +86,7 @@ class State:
 
 def generate(pipe: DiffusionPipeline, start: FromNoise, ask: Request) -> StableDiffusionPipelineOutput | tuple:
     """Checks the request, encodes the prompts, samples and decodes."""
+    _check_numbers(ask)
     pipe._begin(ask)
     height, width = _check(pipe, start, ask)
     device = pipe._execution_device
@@ -99,15 +100,23 @@ def generate(pipe: DiffusionPipeline, start: FromNoise, ask: Request) -> StableD
     return _output(pipe, ask, state.latents)
 
 
+def _check_numbers(ask: Request) -> None:
+    names = ("num_inference_steps", "original_inference_steps", "height", "width")
+    checks.check_whole(1, **{name: getattr(ask, name) for name in names if getattr(ask, name) is not None})
+    checks.check_whole(1, num_images_per_prompt=ask.num_images_per_prompt)
+    if ask.clip_skip is not None:
+        checks.check_whole(0, clip_skip=ask.clip_skip)
+    if ask.guidance_scale is not None:
+        checks.check_guidance(ask.guidance_scale)
+
+
 def _check(pipe: DiffusionPipeline, start: FromNoise, ask: Request) -> Size:
     """Height and width, if the request can be fulfilled."""
     names = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
     checks.check_prompts({name: getattr(ask, name) for name in names}, ask.prompt_embeds)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    checks.check_embeddings({name: getattr(ask, name) for name in names}, pipe.is_xl)
-    if ask.timesteps is None:
-        checks.check_steps(ask.num_inference_steps)
-    elif ask.num_inference_steps is not None:
+    checks.check_embeddings({name: getattr(ask, name) for name in names}, pipe.is_xl, _width(pipe))
+    if ask.timesteps is not None and ask.num_inference_steps is not None:
         raise ValueError("Give num_inference_steps or timesteps, not both.")
     checks.check_output(ask.output_type, ask.callback_inputs, pipe._callback_tensor_inputs)
     checks.check_generators(ask.generator, ask.batch)
@@ -116,6 +125,15 @@ def _check(pipe: DiffusionPipeline, start: FromNoise, ask: Request) -> Size:
     height, width = start.size(pipe, ask.height, ask.width)
     checks.check_latents(ask.latents, _latent_shape(pipe, ask, height, width))
     return height, width
+
+
+def _width(pipe: DiffusionPipeline) -> int:
+    """Features of the prompt embeddings that the UNet reads."""
+    config = pipe.unet.config
+    if config.encoder_hid_dim_type == "text_proj":
+        return config.encoder_hid_dim
+    width = config.cross_attention_dim
+    return width if isinstance(width, int) else width[0]
 
 
 def _latent_shape(pipe: DiffusionPipeline, ask: Request, height: int, width: int) -> tuple[int, int, int, int]:
@@ -196,7 +214,7 @@ def _denoise(pipe: DiffusionPipeline, start: FromNoise, ask: Request, timesteps:
             state.denoised = getattr(result, "denoised", getattr(result, "pred_original_sample", None))
             if ask.callback_on_step_end is not None:
                 offered = {name: getattr(state, name) for name in ask.callback_inputs}
-                for name, value in ask.callback_on_step_end(pipe, i, t, offered).items():
+                for name, value in (ask.callback_on_step_end(pipe, i, t, offered) or {}).items():
                     setattr(state, name, value)
             bar.update()
 

@@ -1,6 +1,6 @@
 """Loading students, published LCMs, base models and LoRAs, and keeping what their records say."""
 
-import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -10,17 +10,15 @@ from typing import Any, Self
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cm_diffusers.pipelines.manners import Manners, adopted_from, consistency_scheduler
-from cm_diffusers.record import Record, read_record, write_record
-
-
-Source = str | os.PathLike
+from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights
+from cm_diffusers.pipelines.manners import Manners, adopted_from, consistency_scheduler, contradiction
+from cm_diffusers.record import RECORD, Record, base_model_of, read_record, write_record
+from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 
 
 class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
@@ -28,10 +26,27 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
 
     The record of a student is part of the pipeline's config, so it survives whatever the config survives. The
     scheduler is a `ConsistencyScheduler` made from the record, or from the checkpoint's own scheduler; one that the
-    caller passed or set is never replaced.
+    caller passed or set is never replaced. What LoRAs displace, and which were fused, is kept with the UNet that has
+    them, so every pipeline that shares the UNet knows.
     """
 
-    _before_lora: tuple[Record | None, SchedulerMixin] | None = None
+    @property
+    def _before_lora(self) -> tuple[Record | None, SchedulerMixin, frozenset[str]] | None:
+        """Record, scheduler and fused LoRAs before the first LoRA that is loaded now."""
+        return getattr(self.unet, "_before_lora", None)
+
+    @_before_lora.setter
+    def _before_lora(self, value: tuple[Record | None, SchedulerMixin, frozenset[str]] | None) -> None:
+        self.unet._before_lora = value
+
+    @property
+    def _merged_adapters(self) -> set[str]:
+        """Where diffusers keeps the names of fused LoRAs."""
+        return getattr(self.unet, "_merged_adapters", set())
+
+    @_merged_adapters.setter
+    def _merged_adapters(self, names: set[str]) -> None:
+        self.unet._merged_adapters = names
 
     @property
     def record(self) -> Record | None:
@@ -83,7 +98,7 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         hub = _of_hub(kwargs)
         kwargs.pop("revision", None)  # the LoRA's
         try:
-            pipe = cls.from_pretrained(record.base_model, **kwargs)
+            pipe = cls.from_pretrained(base_model_of(record, source), **kwargs)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -103,23 +118,47 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         """
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         modules, options = cls._get_signature_keys(cls)
-        parts = {name: getattr(pipeline, name, None) for name in modules}
-        parts |= {name: pipeline.config[name] for name in options if name in pipeline.config}
+        parts, config = {name: getattr(pipeline, name, None) for name in modules}, pipeline.config
+        # a stock pipeline that was made from ours holds what it does not know under a private name
+        parts |= {name: config[key] for name in options for key in (f"_{name}", name) if key in config}
         pipe = cls(**{**parts, **kwargs})
-        if name := pipeline.config.get("_name_or_path"):
+        if name := config.get("_name_or_path"):
             pipe.register_to_config(_name_or_path=name)
-        if isinstance(pipeline, ConsistencyLoaderMixin):
-            pipe._before_lora = pipeline._before_lora
-        elif "scheduler" not in kwargs:
-            pipe._adopt_scheduler()
+        if not isinstance(pipeline, ConsistencyLoaderMixin):
+            pipe._take_over(pipeline, kwargs)
         return pipe if dtype is None else pipe.to(dtype=dtype)
 
+    def _take_over(self, stock: DiffusionPipeline, given: dict[str, Any]) -> None:
+        """What `given` lacks: fused LoRAs, the record of the folder or cached repository, and the scheduler."""
+        if "unet" not in given and getattr(stock, "fused_loras", None):
+            self._merged_adapters = set(stock.fused_loras)
+        source = self.config.get("_name_or_path")
+        if "record" not in given and self.record is None and source:
+            record = read_record(source, local_files_only=True)
+            self.register_to_config(record=record and asdict(record))
+        if "scheduler" not in given and not isinstance(self.scheduler, ConsistencyScheduler):
+            self._adopt_scheduler()
+
     def save_pretrained(self, save_directory: Source, *args: Any, **kwargs: Any) -> None:
-        """As `DiffusionPipeline.save_pretrained`, with the record beside the weights."""
-        if self.record is not None:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            write_record(self.record, Path(save_directory))
+        """As `DiffusionPipeline.save_pretrained`, with the record beside the weights.
+
+        Raises:
+            ValueError: A LoRA is loaded, and not in the weights.
+        """
+        if self._adapters():
+            raise ValueError(
+                "A LoRA is loaded, which the folder of a pipeline cannot hold; call fuse_lora() and then "
+                "unload_lora_weights(), or save it alone with save_lora_weights()."
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def save_config(self, save_directory: Source, *args: Any, **kwargs: Any) -> None:
+        """Saves the record along, which diffusers lets happen between the weights and an upload."""
+        super().save_config(save_directory, *args, **kwargs)
+        if self.record is None:
+            (Path(save_directory) / RECORD).unlink(missing_ok=True)
+        else:
+            write_record(self.record, Path(save_directory))
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: Source | dict[str, Tensor], *args: Any, **kwargs: Any
@@ -133,11 +172,15 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         kwargs.setdefault("use_safetensors", True)
         hub = _of_hub(kwargs)
         folder = None if isinstance(source, dict) else _folder(source, kwargs.get("subfolder"))
+        if folder is not None:
+            check_weights(source, kwargs)
         with self._all_or_nothing():
             super().load_lora_weights(source, *args, **kwargs)
         record = folder and read_record(folder, **hub)
-        if record:
-            self._before_lora = self._before_lora or (self.record, self.scheduler)
+        if record and (reason := contradiction(record, self.unet)):
+            warnings.warn(f"{reason}; its scheduler and recommendations are not taken over.", stacklevel=2)
+        elif record:
+            self._before_lora = self._before_lora or (self.record, self.scheduler, frozenset(self.fused_loras))
             self.register_to_config(record=asdict(record))
             if adopted_from(self.scheduler):
                 self._adopt_scheduler()
@@ -145,10 +188,21 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
     def unload_lora_weights(self) -> None:
         """As in diffusers; record and scheduler are again those before the first LoRA, unless one was fused."""
         super().unload_lora_weights()
-        if self._before_lora is None or self.num_fused_loras:
+        self._after_lora()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As in diffusers; without the last adapter, record and scheduler are those before the first."""
+        super().delete_adapters(adapter_names)
+        if not self._adapters():
+            self._after_lora()
+
+    def _after_lora(self) -> None:
+        if self._before_lora is None:
             return
-        record, scheduler = self._before_lora
+        record, scheduler, fused = self._before_lora
         self._before_lora = None
+        if fused != self.fused_loras:
+            return
         self.register_to_config(record=record and asdict(record))
         if adopted_from(self.scheduler):
             self.scheduler = scheduler
@@ -158,7 +212,7 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         cls, state_dict: dict[str, Tensor], network_alphas: dict, unet: UNet2DConditionModel, *args: Any, **kwargs: Any
     ) -> None:
         """As in diffusers, once every layer is known to fit."""
-        check_lora_fits(state_dict, unet)
+        check_fits_unet(state_dict, unet)
         if any(key.startswith("unet.") for key in state_dict):
             super().load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
 
@@ -166,14 +220,15 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
     def load_lora_into_text_encoder(
         cls, state_dict: dict[str, Tensor], network_alphas: dict, text_encoder: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
-        """As in diffusers; a LoRA that has nothing for this tower leaves it alone."""
-        prefix = f"{kwargs.get('prefix') or cls.text_encoder_name}."
-        if not any(key.startswith(prefix) for key in state_dict):
+        """As in diffusers, once every layer is known to fit; a LoRA that has nothing for this tower leaves it alone."""
+        prefix = kwargs.get("prefix") or cls.text_encoder_name
+        if not any(key.startswith(f"{prefix}.") for key in state_dict):
             return
         if text_encoder is None:
             raise ValueError(
-                f"The LoRA has layers for {prefix[:-1]}, which this pipeline does not have; it is for another."
+                f"The LoRA has layers for {prefix}, which this pipeline does not have; it is for another."
             )
+        check_fits_text_encoder(state_dict, text_encoder, prefix)
         super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, *args, **kwargs)
 
     @contextmanager
@@ -186,6 +241,8 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
                 f"The LoRA is not a whole safetensors file ({error}); get it anew, or in that format: others can hold "
                 "code that loading would run."
             ) from error
+        except OSError as error:
+            raise ValueError(f"The LoRA cannot be loaded ({str(error).splitlines()[0]}).") from error
         except Exception:
             if new := self._adapters() - before:
                 self.delete_adapters(sorted(new))
@@ -201,37 +258,6 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         else:
             entry = self.record.scheduler
             self.scheduler = consistency_scheduler(entry.get("_class_name", "LCMScheduler"), entry)
-
-
-def check_lora_fits(state_dict: dict[str, Tensor], unet: UNet2DConditionModel) -> None:
-    """Every LoRA layer for the UNet has its place there, of the right width.
-
-    Raises:
-        ValueError: One has not, or nothing is for the UNet or a text encoder.
-    """
-    layers = {key.removeprefix("unet."): value for key, value in state_dict.items() if key.startswith("unet.")}
-    if not layers and not any(key.startswith("text_encoder") for key in state_dict):
-        raise ValueError(
-            f"This LoRA has no layer for a UNet or a text encoder; its layers are like {next(iter(state_dict), None)!r}."
-        )
-    if not any(".lora_A." in key for key in layers):
-        layers = convert_unet_state_dict_to_peft(layers)
-    modules = dict(unet.named_modules())
-    for key, value in layers.items():
-        path, _, part = key.rpartition(".lora_")
-        if part in ("A.weight", "B.weight"):
-            _check_layer(path, part[0], value, modules.get(path))
-
-
-def _check_layer(path: str, part: str, weight: Tensor, module: nn.Module | None) -> None:
-    if module is None:
-        raise ValueError(f"This LoRA is for another architecture: the UNet has no layer {path!r}.")
-    found, wanted = (weight.shape[1], module.weight.shape[1]) if part == "A" else (len(weight), len(module.weight))
-    if found != wanted:
-        side = "reads" if part == "A" else "gives"
-        raise ValueError(
-            f"This LoRA is for another architecture: its layer {path!r} {side} {found} features, the UNet's {wanted}."
-        )
 
 
 def _folder(source: Source, subfolder: str | None) -> Source:

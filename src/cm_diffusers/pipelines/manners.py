@@ -48,7 +48,7 @@ class Manners:
     @classmethod
     def of(cls, record: Record | None, unet: UNet2DConditionModel) -> "Manners":
         embeds = unet.config.time_cond_proj_dim is not None
-        if record is not None and (embeds or record.guidance != "embedded"):
+        if record is not None and contradiction(record, unet) is None:
             scales = (record.w_min + 1, record.w_max + 1, record.recommended_guidance_scale)
             return cls(record.guidance, *scales, record.recommended_num_inference_steps)
         if embeds:
@@ -101,6 +101,15 @@ class Manners:
                 f"The negative prompt has no effect at guidance_scale {guidance_scale}; raise it a little above 1.",
                 stacklevel=7,
             )
+
+
+def contradiction(record: Record, unet: UNet2DConditionModel) -> str | None:
+    """How the record contradicts the UNet about guidance, which the UNet decides; None if it does not."""
+    embeds = unet.config.time_cond_proj_dim is not None
+    if embeds == (record.guidance == "embedded"):
+        return None
+    takes = "takes guidance as an embedding" if embeds else "takes no embedding of guidance"
+    return f"The record says that guidance is {record.guidance!r}, but this UNet {takes}"
 
 
 def consistency_scheduler(class_name: str, config: Mapping[str, Any]) -> ConsistencyScheduler:

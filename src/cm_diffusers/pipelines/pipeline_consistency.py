@@ -21,6 +21,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cm_diffusers.pipelines.checks import check_negative
 from cm_diffusers.pipelines.generation import Callback, Request, Size, generate
 from cm_diffusers.pipelines.latents import dtype_of
 from cm_diffusers.pipelines.loading import ConsistencyLoaderMixin
@@ -40,6 +41,9 @@ class ConsistencyPipeline(
 
         pipe = ConsistencyPipeline.from_pretrained("assets/fashion_lcm")
         image = pipe("a photo of a bag").images[0]
+
+    A single-file checkpoint is opened by diffusers: `from_pipe(StableDiffusionPipeline.from_single_file(...))`, or
+    `StableDiffusionXLPipeline`.
 
     Args:
         vae: `AutoencoderTiny` is faster.
@@ -186,6 +190,7 @@ class ConsistencyPipeline(
                 texts = (negative_prompt, negative_prompt_2 or negative_prompt)
                 given = None if texts == (None, None) else [listed(x or "", len(positive.states)) for x in texts]
                 negative = unconditional(self, given, positive, device)
+        check_negative(positive.states, negative.states)
         dtype = positive.states.dtype if self.unet is None else dtype_of(self.unet)
         prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds = (
             repeat_rows(part, num_images_per_prompt, device, dtype) for part in (*positive, *negative)
@@ -246,7 +251,7 @@ class ConsistencyPipeline(
             cross_attention_kwargs: For the attention processors; `scale` is that of LoRAs.
             clip_skip: Layers to leave out at the end of the text encoders.
             original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, (height, width) or (top, left).
-            callback_on_step_end: (pipe, step, timestep, tensors) -> tensors to replace.
+            callback_on_step_end: (pipe, step, timestep, tensors) -> tensors to replace, or None.
             callback_on_step_end_tensor_inputs: Which ones it is given; "denoised" is a preview of the result.
 
         Raises:

@@ -64,11 +64,17 @@ def _encode_with(
         ids.input_ids.to(device), attention_mask=mask, **({"output_hidden_states": True} if inner else {})
     )
     if pipe.text_encoder_2 is not None:  # SDXL reads the penultimate layer, without the final norm
-        return Encoded(output.hidden_states[-2 - (clip_skip or 0)], getattr(output, "text_embeds", None))
+        return Encoded(_from_end(output.hidden_states, 2 + (clip_skip or 0)), getattr(output, "text_embeds", None))
     if clip_skip is None:
         return Encoded(output.last_hidden_state, None)
     body = getattr(tower.encoder, "text_model", tower.encoder)  # transformers 5.6 made CLIPTextModel flat
-    return Encoded(body.final_layer_norm(output.hidden_states[-1 - clip_skip]), None)
+    return Encoded(body.final_layer_norm(_from_end(output.hidden_states, 1 + clip_skip)), None)
+
+
+def _from_end(states: Sequence[Tensor], place: int) -> Tensor:
+    if place > len(states):
+        raise ValueError(f"clip_skip leaves out more than the {len(states) - 1} layers of a text encoder; lower it.")
+    return states[-place]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:

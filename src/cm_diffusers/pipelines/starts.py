@@ -1,6 +1,9 @@
 """Where sampling starts and what binds it: noise, an image, or an image with a mask."""
 
+from collections.abc import Iterable
+
 import numpy as np
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -24,7 +27,7 @@ class FromNoise:
         """Height and width of the result in pixels; by default, what the UNet was trained with."""
         sample = pipe.unet.config.sample_size
         sample = (sample, sample) if isinstance(sample, int) else sample
-        size = (height or sample[0] * pipe.vae_scale_factor, width or sample[1] * pipe.vae_scale_factor)
+        size = sided((height, width), [side * pipe.vae_scale_factor for side in sample])
         check_size(*size, pipe.vae_scale_factor)
         return size
 
@@ -61,13 +64,13 @@ class FromImage(FromNoise):
 
     def __init__(self, image: PipelineImageInput, strength: float) -> None:
         check_strength(strength)
-        self.image, self.strength = image, strength
+        self.image, self.strength = readable(image), strength
 
     def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
         """By default the image's size, rounded down to what the VAE can take."""
         factor = pipe.vae_scale_factor
         own = (side - side % factor for side in image_size(self.image, factor, pipe.vae.config.latent_channels))
-        size = tuple(asked or side for asked, side in zip((height, width), own, strict=True))
+        size = sided((height, width), own)
         check_size(*size, factor)
         return size
 
@@ -86,19 +89,18 @@ class FromImage(FromNoise):
 
     def pixels(self, pipe: DiffusionPipeline, template: Tensor) -> Tensor:
         """The images (N, 3, H, W) in [-1, 1], or latents (N, C, h, w)."""
-        return preprocess(pipe.image_processor, self.image, template, pipe.vae_scale_factor)
+        pixels = preprocess(pipe.image_processor, self.image, template, pipe.vae_scale_factor)
+        if pixels.shape[1] != 3 and pixels.shape[1:] != template.shape[1:]:
+            found, latents = tuple(pixels.shape[1:]), tuple(template.shape[1:])
+            raise ValueError(f"An image must have 3 channels, or be latents of the shape {latents}; got {found}.")
+        return pixels
 
     @staticmethod
     def encoded(pipe: DiffusionPipeline, pixels: Tensor, template: Tensor, generator: Generators) -> Tensor:
         """Their latents (B, C, h, w), repeated for several images per prompt."""
         if isinstance(generator, list):  # each image draws from its own
             pixels = repeated(pixels, len(template))
-        latents = repeated(encode(pipe, pixels, generator), len(template)).to(template)
-        if latents.shape != template.shape:
-            raise ValueError(
-                f"The image's latents must have the shape {tuple(template.shape)}, got {tuple(latents.shape)}."
-            )
-        return latents
+        return repeated(encode(pipe, pixels, generator), len(template)).to(template)
 
 
 class FromMaskedImage(FromImage):
@@ -110,6 +112,7 @@ class FromMaskedImage(FromImage):
 
     def __init__(self, image: PipelineImageInput, mask: PipelineImageInput, strength: float) -> None:
         super().__init__(image, strength)
+        mask = readable(mask)
         array = isinstance(mask, np.ndarray | Tensor) and mask.ndim == 2
         self.mask_image = mask[None] if array else mask
 
@@ -162,6 +165,31 @@ class FromMaskedImage(FromImage):
         following = self.timesteps[step + 1 : step + 2]
         known = pipe.scheduler.add_noise(self.known, self.noise, following) if len(following) else self.known
         return (1 - self.mask) * known + self.mask * latents
+
+
+def sided(asked: Iterable[int | None], default: Iterable[int]) -> tuple[int, int]:
+    return tuple(side if one is None else one for one, side in zip(asked, default, strict=True))
+
+
+def readable(image: PipelineImageInput) -> PipelineImageInput:
+    """PIL images as RGB, and arrays and tensors of bytes or booleans as floats in [0, 1].
+
+    Raises:
+        ValueError: They hold integers of another type.
+    """
+    if isinstance(image, list | tuple):
+        return [readable(one) for one in image]
+    if isinstance(image, PIL.Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, np.ndarray | Tensor):
+        return image
+    tensor = torch.as_tensor(image)
+    if tensor.is_floating_point():
+        return image
+    if tensor.dtype not in (torch.uint8, torch.bool):
+        raise ValueError(f"An image of integers must be uint8, from 0 to 255, got {tensor.dtype}; or use floats to 1.")
+    floats = tensor.float() / (255 if tensor.dtype == torch.uint8 else 1)
+    return floats.numpy() if isinstance(image, np.ndarray) else floats
 
 
 def draw(template: Tensor, generator: Generators) -> Tensor:

@@ -14,8 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from cm_diffusers.preconditioning import lcm_scalings
-from cm_diffusers.schedulers.timesteps import chosen, spread
-from cm_diffusers.times import solver_grid
+from cm_diffusers.schedulers.timesteps import chosen, distillation_grid, spread
 
 
 CLEAN = (1.0, 0.0)  # alpha and sigma of data without noise
@@ -129,7 +128,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Give exactly one of num_inference_steps and timesteps.")
         total = len(self.alphas_cumprod)
         points = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
-        grid = solver_grid(total, points).tolist()
+        grid = distillation_grid(total, points)
         if timesteps is None:
             schedule = spread(grid, num_inference_steps, strength)
         else:

@@ -1,0 +1,74 @@
+"""Losses between a critic and what it judges, on its logits `(B, N)`: pure functions, one scalar each.
+
+Every logit counts the same: those of all places of a map, and of all maps.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+
+FP16_SCALE = 2.0**12  # the gradient of a mean over many logits would vanish in float16
+
+
+class AdversarialLoss(NamedTuple):
+    """
+    Attributes:
+        critic: (real logits, fake logits) -> what the critic minimises.
+        generator: fake logits -> what the generator minimises.
+        boundary: Logits above it say "real".
+    """
+
+    critic: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+    boundary: float
+
+
+def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
+    """1705.02894, Eq. 3; exactly 2 where all logits are 0."""
+    return relu(1 - real).mean() + relu(1 + fake).mean()
+
+
+def hinge_generator(fake: Tensor) -> Tensor:
+    return -fake.mean()
+
+
+def lsgan_critic(real: Tensor, fake: Tensor) -> Tensor:
+    """1611.04076, Eq. 2 with labels 0 and 1."""
+    return ((real - 1).square().mean() + fake.square().mean()) / 2
+
+
+def lsgan_generator(fake: Tensor) -> Tensor:
+    return (fake - 1).square().mean() / 2
+
+
+ADVERSARIAL_LOSSES = {
+    "hinge": AdversarialLoss(hinge_critic, hinge_generator, 0.0),
+    "lsgan": AdversarialLoss(lsgan_critic, lsgan_generator, 0.5),
+}
+
+
+def accuracy(real: Tensor, fake: Tensor, boundary: float) -> Tensor:
+    """Share of right answers; a logit on the boundary is half right."""
+    return 0.5 + ((real - boundary).sign().mean() - (fake - boundary).sign().mean()) / 4
+
+
+def approximate_r1(logits: Tensor, disturbed: Tensor) -> Tensor:
+    """Mean squared change of the logits under a little noise on the input: R1 without a second backward pass."""
+    return (logits - disturbed).square().mean()
+
+
+def detour(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """loss(x) and its gradient at x, the same shape as x.
+
+    The value back-propagates into x as loss(x) would, but the graph of `loss` is gone already: its memory is free
+    before the graph of x is used.
+    """
+    leaf = x.detach().requires_grad_()
+    value = loss(leaf)
+    gradient = torch.autograd.grad(value * FP16_SCALE, leaf)[0] / FP16_SCALE
+    linear = (gradient * x).sum()
+    return value.detach() + linear - linear.detach(), gradient

@@ -1,0 +1,193 @@
+"""Critics of latents: what tells real from generated, given text and time. They start without an opinion."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.networks import LCM_LORA_TARGETS, frozen_copy, unet_arguments
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.types import Networks
+
+
+@dataclass
+class CriticConfig:
+    """The network that judges, and how it learns; for the rest as the student does, at a constant rate."""
+
+    critic: Literal["heads", "lora_decoder", "none"] = HfArg(
+        default="heads",
+        help="heads: small heads on features of the frozen teacher. lora_decoder: a copy of the teacher with adapters in "
+        "its decoder (the paper's). none: no adversarial term.",
+    )
+    critic_channels: int = HfArg(default=128, help="Width of each head.")
+    critic_lora_rank: int = HfArg(default=48, help="Rank of the decoder's adapters; 48 trains 3.5 percent of SD 1.5.")
+    critic_learning_rate: float = HfArg(default=1e-5, help="Learning rate of the critic.")
+    critic_adam_beta1: float = HfArg(default=0.0, help="Decay of its first moment.")
+    critic_adam_beta2: float = HfArg(default=0.99, help="Decay of its second moment.")
+
+
+def unused_flags(config: CriticConfig) -> str:
+    """The fields, separated by spaces, that do nothing for this kind of critic."""
+    unused = {"heads": "critic_lora_rank", "lora_decoder": "critic_channels"}
+    learning = "critic_learning_rate critic_adam_beta1 critic_adam_beta2"
+    return unused.get(config.critic, f"critic_channels critic_lora_rank {learning}")
+
+
+def critic_optim(config: CriticConfig, student: OptimConfig) -> OptimConfig:
+    """How the critic learns."""
+    return replace(
+        student,
+        learning_rate=config.critic_learning_rate,
+        adam_beta1=config.critic_adam_beta1,
+        adam_beta2=config.critic_adam_beta2,
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        lr_cooldown_steps=0,
+    )
+
+
+def make_critic(nets: Networks, config: CriticConfig) -> nn.Module | None:
+    """The critic of a distillation, from its teacher; None if there shall be none.
+
+    Args:
+        nets: As `make_networks` gives them. The teacher may be the student without its adapters, or in half precision.
+
+    Raises:
+        ValueError: The teacher's network does not read text where the critic looks at it.
+    """
+    if config.critic == "none":
+        return None
+    own = isinstance(nets.teacher, UNet2DConditionModel)
+    unet = nets.teacher if own else nets.student
+    if config.critic == "heads":
+        return TeacherFeatureCritic(nets.teacher, unet, config.critic_channels)
+    if config.critic == "lora_decoder":
+        return LoRADecoderCritic(unet, config.critic_lora_rank)
+    raise ValueError(f"Unknown --critic {config.critic!r}; one of heads, lora_decoder, none.")
+
+
+class TeacherFeatureCritic(nn.Module):
+    """Heads on the frozen teacher's last two down blocks and its mid block.
+
+    The teacher is called, not owned: it costs no memory, and is neither trained nor saved with the critic.
+
+    Args:
+        teacher: What to call, as a UNet.
+        unet: The network inside it, whose blocks are looked at.
+        channels: Width of the heads.
+    """
+
+    def __init__(self, teacher: nn.Module, unet: UNet2DConditionModel, channels: int) -> None:
+        super().__init__()
+        down, widths = list(unet.down_blocks)[-2:], list(unet.config.block_out_channels)[-2:]
+        mid = [] if unet.mid_block is None else [unet.mid_block]
+        _require_text([*unet.down_blocks, *mid], "down and mid blocks")
+        self._teacher, self._unet, self._blocks = [teacher], [unet], [*down, *mid]  # lists: not registered
+        self.heads = nn.ModuleList(_head(width, channels) for width in [*widths, *widths[-1:] * len(mid)])
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """Logits `(B, N)` of x `(B, C, H, W)` at times t `(B,)`, zero at first."""
+        features = self.features(x, t, cond)
+        logits = [head(feature).flatten(1) for head, feature in zip(self.heads, features, strict=True)]
+        return torch.cat(logits, dim=1).float()
+
+    @torch.compiler.disable
+    def features(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> list[Tensor]:
+        """What the blocks answer `(B, C', H', W')` each, in float32. The teacher stops after the last of them."""
+        found: list[Tensor] = []
+
+        def look(block: nn.Module, _: object, output: Tensor | tuple) -> None:
+            found.append((output[0] if isinstance(output, tuple) else output).float())
+            if block is self._blocks[-1]:
+                raise _EnoughSeen
+
+        hooks = [block.register_forward_hook(look) for block in self._blocks]
+        try:  # a compiled teacher would not see the hooks
+            with torch.compiler.set_stance("force_eager"), _activations_kept(self._unet[0]):
+                self._teacher[0](x, t, **unet_arguments(cond), return_dict=False)
+        except _EnoughSeen:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+
+class LoRADecoderCritic(nn.Module):
+    """A copy of the teacher that trains adapters in its decoder and a new end: one logit per latent pixel (2403.01505).
+
+    Args:
+        unet: The network to copy, without its adapters if it has any.
+        rank: Of the adapters, on the layers LCM-LoRA adapts.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
+        super().__init__()
+        self.unet = frozen_copy(unet).eval()
+        _require_text([*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks], "blocks")
+        if hasattr(self.unet, "peft_config"):
+            self.unet.unload_lora()
+        names = "|".join(name.replace(".", r"\.") for name in LCM_LORA_TARGETS)
+        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=rf"up_blocks\.(.*\.)?({names})"))
+        width, groups = self.unet.config.block_out_channels[0], self.unet.config.norm_num_groups
+        self.unet.conv_norm_out, self.unet.conv_act = nn.GroupNorm(groups, width), nn.SiLU()
+        self.unet.conv_out = _zero_convolution(width)
+        cast_training_params(self.unet, torch.float32)
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """Logits `(B, H W)` of x `(B, C, H, W)` at times t `(B,)`, zero at first."""
+        return self.unet(x, t, **unet_arguments(cond), return_dict=False)[0].flatten(1).float()
+
+
+class _EnoughSeen(Exception):
+    """Ends a teacher's pass whose rest nobody needs."""
+
+
+def _head(width: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        _norm(width),
+        nn.Conv2d(width, channels, 3, stride=2, padding=1),
+        _norm(channels),
+        nn.SiLU(),
+        _zero_convolution(channels),
+    )
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(next(n for n in (32, 16, 8, 4, 2, 1) if channels % n == 0), channels)
+
+
+def _zero_convolution(width: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(width, 1, 1)
+    nn.init.zeros_(convolution.weight)
+    nn.init.zeros_(convolution.bias)
+    return convolution
+
+
+def _require_text(blocks: list[nn.Module | None], where: str) -> None:
+    if not any(getattr(block, "has_cross_attention", False) for block in blocks):
+        kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks if block is not None))
+        raise ValueError(
+            f"The critic would judge images without their text: the teacher's {where} have no cross-attention ({kinds}); "
+            "take another teacher, or --critic none."
+        )
+
+
+@contextmanager
+def _activations_kept(unet: nn.Module) -> Iterator[None]:
+    """No gradient checkpointing inside the block: recomputed later, the student's adapters would be on again."""
+    modules = [module for module in unet.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True

@@ -1,0 +1,190 @@
+"""Stochastic consistency distillation: SCott (2403.01505), a student of stochastic teacher steps with a critic."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.adversarial import ADVERSARIAL_LOSSES, accuracy, approximate_r1, detour
+from cm_diffusers.distances import DISTANCES
+from cm_diffusers.guidance import guidance_embedding, guide
+from cm_diffusers.networks import as_denoiser
+from cm_diffusers.preconditioning import lcm_scalings
+from cm_diffusers.process import DiscreteVP, append_dims, diffuse
+from cm_diffusers.rng import rewind_rng
+from cm_diffusers.solvers import NOISE_SCALES, ddim_sde, er_sde
+from cm_diffusers.types import Batch, Loss, Networks, Progress
+
+
+ADVERSARIAL_FLAGS = (  # those that need a critic
+    "adversarial_weight adversarial_start adversarial_ramp adversarial_loss critic_inputs real_source r1_weight"
+)
+R1_NOISE = 0.1  # standard deviation of the disturbance, in units of the latents
+
+
+@dataclass
+class SCottConfig:
+    """How the consistency target is formed, and what the critic does. Sec. 4 of the paper and its Tables 5 to 7."""
+
+    num_ddim_timesteps: int = HfArg(default=50, help="Points of the sampler's time grid; trained is every time.")
+    solver_interval: int = HfArg(default=24, help="Timesteps from t to s, which the teacher crosses for each target.")
+    solver_steps: int = HfArg(default=3, help="Its steps h on the way, two passes each.")
+    sde: Literal["er_sde", "ddim"] = HfArg(default="er_sde", help="Family of the stochastic steps.")
+    noise_scale: Literal["ode", "sde", "sde_5"] = HfArg(default="sde_5", help="Noise of er_sde; ode adds none.")
+    solver_order: Literal[1, 2] = HfArg(default=2, help="Order of er_sde.")
+    eta: float = HfArg(default=0.2, help="Noise of ddim: 0 is the ODE, 1 DDPM; more noise, less variety.")
+    w_min: float = HfArg(default=2.0, help="Least guidance w; w = guidance_scale - 1, so 0 means none.")
+    w_max: float = HfArg(default=14.0, help="Greatest guidance w.")
+    loss_type: Literal["l2", "huber"] = HfArg(default="l2", help="Distance between student and target.")
+    timestep_scaling_factor: float = HfArg(default=10.0, help="Scale of t in the boundary scalings.")
+    adversarial_weight: float = HfArg(default=0.1, help="Weight of the adversarial term; 0.4 in the paper.")
+    adversarial_start: int = HfArg(default=1000, help="First step with a critic; before, distillation alone.")
+    adversarial_ramp: int = HfArg(default=1000, help="Steps from there in which its weight grows from 0.")
+    adversarial_loss: Literal["hinge", "lsgan"] = HfArg(default="hinge", help="What critic and student play for.")
+    critic_inputs: Literal["renoised", "clean"] = HfArg(
+        default="renoised",
+        help="renoised: real and fake with one random amount of noise. clean: as they are (the paper); the time that the "
+        "critic is told then gives them away.",
+    )
+    real_source: Literal["data", "target"] = HfArg(
+        default="data", help="What is real: the data, or the student's own target, at the price of another one."
+    )
+    r1_weight: float = HfArg(default=0.0, help="Weight of the critic's approximate R1 penalty, e.g. 100.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"--eta is {self.eta} but must lie between 0 (no noise) and 1 (that of DDPM).")
+        for name, least in (("solver_steps", 1), ("solver_interval", 1), ("adversarial_start", 0), ("adversarial_ramp", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, but it is {getattr(self, name)}.")
+        if self.w_min > self.w_max:
+            raise ValueError(f"--w_min {self.w_min} is above --w_max {self.w_max}; swap them.")
+        choices = {"noise_scale": NOISE_SCALES, "sde": ("er_sde", "ddim"), "solver_order": (1, 2)}
+        choices |= {"loss_type": DISTANCES, "adversarial_loss": ADVERSARIAL_LOSSES}
+        choices |= {"critic_inputs": ("renoised", "clean"), "real_source": ("data", "target")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(map(str, known))}.")
+
+
+class SCottObjective:
+    """A jump from t agrees with the target's jump from where stochastic, guided teacher steps get; a critic judges it.
+
+    With squared loss the student learns the mean of what the noise makes of x_t: a floor of the loss, and less variance
+    the more noise there is. The critic is what brings it back.
+
+    Args:
+        config: See `SCottConfig`.
+        process: The teacher's noising process.
+        prediction_type: What teacher and student predict.
+        guidance_embedding_dim: Size of the student's guidance embedding, or None where it has none (LoRA).
+        critic: Whether there is one, in `Networks.critic`: (x `(B, ...)`, t `(B,)`, cond) -> logits `(B, N)`.
+    """
+
+    def __init__(
+        self,
+        config: SCottConfig,
+        process: DiscreteVP,
+        prediction_type: str,
+        guidance_embedding_dim: int | None,
+        critic: bool,
+    ) -> None:
+        if process.alphas_cumprod.min() <= 0 and (prediction_type == "epsilon" or config.sde != "ddim"):
+            raise ValueError(
+                "The teacher has zero terminal SNR: its last timestep holds no signal, which needs a v-prediction or sample "
+                f"teacher and --sde ddim; this is {prediction_type} with {config.sde}."
+            )
+        self.config, self.process, self.prediction_type = config, process, prediction_type
+        self.guidance_embedding_dim, self.adversarial = (
+            guidance_embedding_dim,
+            ADVERSARIAL_LOSSES[config.adversarial_loss],
+        )
+        self.players = {"student": self} | ({"critic": self.judge} if critic else {})
+
+    def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
+        x_t, t, w = self.draw(batch)
+        target = self.target(nets, batch, x_t, t, w)  # first: its activations are gone before the student's are kept
+        online = self.consistency(nets.student, x_t, t, batch.cond, w)
+        value = DISTANCES[self.config.loss_type](online, target).mean()  # Eq. 1 with weight 1
+        logs, weight = {"w": w.mean(), "consistency": value.detach()}, self.weight(progress)
+        if weight == 0:
+            return Loss(value, logs)
+
+        def persuade(fake: Tensor) -> Tensor:
+            x, times = self.shown([fake], [t])
+            return self.adversarial.generator(nets.critic(x, times, batch.cond))
+
+        adversarial, pull = detour(persuade, online)
+        (hold,) = torch.autograd.grad(value, online, retain_graph=True)
+        logs |= {"adversarial": adversarial.detach(), "adversarial_weight": torch.tensor(weight, device=value.device)}
+        logs["gradient_ratio"] = weight * pull.norm() / hold.norm().clamp(min=1e-12)  # at the student's output
+        return Loss(value + weight * adversarial, logs)
+
+    def judge(self, nets: Networks, batch: Batch, progress: Progress) -> Loss | None:
+        """The critic's turn (Eq. 6): it does not move before its term counts."""
+        if progress.step < self.config.adversarial_start:
+            return None
+        x_t, t, w = self.draw(batch)
+        with torch.no_grad():
+            fake = self.consistency(nets.student, x_t, t, batch.cond, w)
+        real = batch.x0 if self.config.real_source == "data" else self.target(nets, batch, x_t, t, w)
+        x, times = self.shown([real, fake], [torch.zeros_like(t), t])
+        if self.config.r1_weight:
+            near = x[: len(t)] + R1_NOISE * torch.randn_like(real)
+            x, times = torch.cat([x, near]), torch.cat([times, times[: len(t)]])
+        copies = len(x) // len(t)
+        cond = {name: torch.cat([value] * copies) for name, value in batch.cond.items()}
+        on_real, on_fake, *on_near = nets.critic(x, times, cond).chunk(copies)  # one call: DDP counts them
+        value = self.adversarial.critic(on_real, on_fake)
+        if on_near:
+            value = value + self.config.r1_weight * approximate_r1(on_real, on_near[0])
+        right = accuracy(on_real, on_fake, self.adversarial.boundary)
+        found = {"loss": value, "accuracy": right, "real": on_real.mean(), "fake": on_fake.mean()}
+        return Loss(value, {f"critic/{name}": number.detach() for name, number in found.items()})
+
+    def weight(self, progress: Progress) -> float:
+        """Of the adversarial term: 0, then a ramp, then `adversarial_weight`."""
+        done = progress.step - self.config.adversarial_start
+        if done < 0 or "critic" not in self.players:
+            return 0.0
+        ramp = self.config.adversarial_ramp
+        return self.config.adversarial_weight * (min(1.0, done / ramp) if ramp else 1.0)
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy data `(B, ...)`, its times `(B,)`, any but 0, and guidance strengths `(B,)`."""
+        size, device = len(batch.x0), batch.x0.device
+        t = torch.randint(1, self.process.num_train_timesteps, (size,), device=device)
+        w = torch.empty(size, device=device).uniform_(self.config.w_min, self.config.w_max)
+        return diffuse(self.process, batch.x0, torch.randn_like(batch.x0), t), t, w
+
+    @torch.no_grad()
+    def target(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, w: Tensor) -> Tensor:
+        """The target's jump from where the guided teacher gets in h stochastic steps (Eq. 2 to 5), `(B, ...)`."""
+        config, s = self.config, (t - self.config.solver_interval).clamp(min=0)
+        denoise = as_denoiser(nets.teacher, self.process, self.prediction_type)
+        way = guide(denoise, batch.cond, batch.uncond, w), self.process, x_t, t, s, config.solver_steps
+        x_s = (
+            ddim_sde(*way, config.eta)
+            if config.sde == "ddim"
+            else er_sde(*way, config.noise_scale, config.solver_order)
+        )
+        with rewind_rng(x_t.device):  # the student draws the same dropout masks
+            return self.consistency(nets.target or nets.student, x_s, s, batch.cond, w)
+
+    def shown(self, samples: list[Tensor], times: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the critic sees `(N B, ...)` and the times `(N B,)` it is told, of N times B samples."""
+        if self.config.critic_inputs == "clean":
+            return torch.cat(samples), torch.cat(times)
+        s = torch.randint_like(times[0], self.process.num_train_timesteps)
+        noise = torch.randn_like(samples[0])
+        return torch.cat([diffuse(self.process, x, noise, s) for x in samples]), s.repeat(len(samples))
+
+    def consistency(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], w: Tensor) -> Tensor:
+        """f(x_t, t) = c_skip x_t + c_out x0, `(B, ...)`, as `LCMScheduler.step` computes it."""
+        if self.guidance_embedding_dim is not None:
+            cond = cond | {"timestep_cond": guidance_embedding(w, self.guidance_embedding_dim)}
+        x0 = as_denoiser(network, self.process, self.prediction_type)(x_t, t, cond).x0
+        c_skip, c_out = lcm_scalings(t, self.config.timestep_scaling_factor)
+        return append_dims(c_skip, x_t) * x_t + append_dims(c_out, x_t) * x0

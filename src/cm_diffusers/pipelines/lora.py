@@ -1,0 +1,98 @@
+"""Whether a LoRA can be read, and fits."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from torch import Tensor, nn
+
+
+Source = str | os.PathLike
+SAFE = (".safetensors",)
+OTHERS = (".bin", ".pt", ".ckpt")
+
+
+def check_weights(source: Source, kwargs: dict[str, Any]) -> None:
+    """A local LoRA is there, and none but safetensors are read unless the caller says otherwise.
+
+    Raises:
+        ValueError: It is not there, or could hold code.
+    """
+    path, name, safe = Path(source), kwargs.get("weight_name"), kwargs.get("use_safetensors")
+    file = name or (path.name if path.is_file() else None)
+    if safe and file and not str(file).endswith(SAFE):
+        raise ValueError(
+            f"{file!r} is no safetensors file, and others can hold code that loading would run; get it in that format, or "
+            "say use_safetensors=False if you trust it."
+        )
+    if not path.exists():
+        if _is_local(path):
+            raise ValueError(f"There is no LoRA {str(source)!r}: neither such a folder nor such a file is here.")
+        return
+    folder, suffixes = path / (kwargs.get("subfolder") or ""), SAFE if safe else (*SAFE, *OTHERS)
+    found = (folder / name).is_file() if name else any(file.suffix in suffixes for file in folder.glob("*"))
+    if path.is_dir() and not found:
+        raise ValueError(
+            f"There is no {name or 'safetensors file'} in {str(folder)!r}; say where it is with subfolder and weight_name."
+        )
+
+
+def check_fits_unet(state_dict: dict[str, Tensor], unet: nn.Module) -> None:
+    """Every LoRA layer for the UNet has its place there, of the right width.
+
+    Raises:
+        ValueError: One has not, or nothing is for the UNet or a text encoder.
+    """
+    layers = _of(state_dict, "unet")
+    if not layers and not any(key.startswith("text_encoder") for key in state_dict):
+        raise ValueError(
+            f"This LoRA has no layer for a UNet or a text encoder; its layers are like {next(iter(state_dict), None)!r}."
+        )
+    if not any(".lora_A." in key for key in layers):
+        layers = convert_unet_state_dict_to_peft(layers)
+    _check_layers(layers, unet, "UNet")
+
+
+def check_fits_text_encoder(state_dict: dict[str, Tensor], text_encoder: nn.Module, prefix: str) -> None:
+    """Every LoRA layer whose name begins with `prefix` has its place in the text encoder, of the right width.
+
+    Raises:
+        ValueError: One has not.
+    """
+    layers = convert_state_dict_to_peft(convert_state_dict_to_diffusers(_of(state_dict, prefix)))
+    if not hasattr(text_encoder, "text_model"):  # transformers 5.6 made CLIPTextModel flat
+        layers = {key.removeprefix("text_model."): value for key, value in layers.items()}
+    _check_layers(layers, text_encoder, prefix)
+
+
+def _of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{prefix}."): value for k, value in state_dict.items() if k.startswith(f"{prefix}.")}
+
+
+def _check_layers(layers: dict[str, Tensor], model: nn.Module, name: str) -> None:
+    modules = dict(model.named_modules())
+    for key, value in layers.items():
+        path, _, part = key.rpartition(".lora_")
+        if part in ("A.weight", "B.weight"):
+            _check_layer(path, part[0], value, modules.get(path), name)
+
+
+def _check_layer(path: str, part: str, weight: Tensor, module: nn.Module | None, name: str) -> None:
+    if module is None:
+        raise ValueError(f"This LoRA is for another architecture: the {name} has no layer {path!r}.")
+    found, wanted = (weight.shape[1], module.weight.shape[1]) if part == "A" else (len(weight), len(module.weight))
+    if found != wanted:
+        side = "reads" if part == "A" else "gives"
+        raise ValueError(
+            f"This LoRA is for another architecture: its layer {path!r} {side} {found} features, the {name}'s {wanted}."
+        )
+
+
+def _is_local(path: Path) -> bool:
+    """Whether it can be no Hub id."""
+    return path.is_absolute() or len(path.parts) > 2 or path.parts[0] in ("..", "~") or path.suffix in (*SAFE, *OTHERS)

@@ -1,0 +1,71 @@
+"""Distil a Stable Diffusion teacher into a 1-4 step student with stochastic teacher steps and a critic: SCott."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.data.generated import GenerationConfig, training_batches
+from cm_diffusers.data.sources import DataConfig, refuse_changed, source_name
+from cm_diffusers.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.models.critics import CriticConfig, critic_optim, make_critic, unused_flags
+from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks, require_autocast
+from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig, SCottObjective
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.process import DiscreteVP
+from cm_diffusers.provenance import describe_run
+from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
+from cm_diffusers.rng import seed_everything
+from cm_diffusers.trainer import TrainConfig, Trainer
+
+
+CONFIGS = (
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, SCottConfig, CriticConfig, OptimConfig, TrainConfig,
+    ValidationConfig, HubConfig,
+)  # fmt: skip
+
+
+def main() -> None:
+    configs = parse_configs(CONFIGS, __doc__)
+    source, student, data, generation, method, judge, optim, train, validation, hub = configs
+    refuse_changed(method, "eta" if method.sde == "er_sde" else "noise_scale solver_order", f"with --sde {method.sde}")
+    refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
+    refuse_changed(method, ADVERSARIAL_FLAGS if judge.critic == "none" else "", "with --critic none")
+    seed_everything(train.seed)
+    require_autocast(student, train.mixed_precision)
+    repo_id = check_hub(hub, train.output_dir, train.report_to)
+    teacher = load_teacher(source)
+    embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
+    process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
+    objective = SCottObjective(method, process, prediction_type, embedding_dim, judge.critic != "none")
+    scheduler = lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
+
+    def make_pipeline(unet):
+        return lcm_pipeline(teacher, unet, scheduler)
+
+    scale = 1.0 if student.lora else validation.validation_guidance_scale
+    nets = make_networks(teacher.unet, student)
+    nets.critic = make_critic(nets, judge)
+    optims = {"student": optim, "critic": critic_optim(judge, optim)}
+    settings, grid = [source, student, data, generation, judge], sample_grid(validation, make_pipeline, teacher, scale)
+    trainer = Trainer(train, nets, objective, optims, settings, callbacks=[grid])
+    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
+    trainer.fit(training_batches(data, generation, teacher, train.seed, rank, ranks, device))
+    if trainer.accelerator.is_main_process:
+        guidance, base = "distilled" if student.lora else "embedded", source.pretrained_teacher_model
+        record = replace(lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler), method="scott")
+        folder = Path(train.output_dir) / ("lora" if student.lora else "pipeline")
+        name, data_name = repo_id or str(folder), source_name(data) or generation.prompts_file
+        provenance = describe_run(configs, teacher, base, data_name, name)
+        with trainer.export_weights() as unet:
+            if student.lora:
+                save_lora(unet, folder, record, provenance)
+            else:
+                save_pipeline(make_pipeline(unet), folder, student.save_fp16, record, provenance)
+        if repo_id:
+            print(push_folder(folder, repo_id, hub))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)
