@@ -52,11 +52,17 @@ def test_takes_the_defaults_of_the_record(portable) -> None:
     assert (portable.num_timesteps, portable.guidance_scale) == (2, 1.5)
 
 
-@pytest.mark.parametrize("asked", [{"negative_prompt": "blurry"}, {"gamma": 1.5}])
-def test_refuses_what_cannot_be_done(portable, asked: dict) -> None:
-    with pytest.raises(
-        ValueError, match="cannot act; leave it out" if "negative_prompt" in asked else "gamma must be"
-    ):
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"negative_prompt": "blurry"}, "cannot act; leave it out"),
+        ({"gamma": 1.5}, "gamma must be"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1, got 0"),
+        ({"num_inference_steps": 2.5}, "at least 1, got 2.5"),
+    ],
+)
+def test_refuses_what_cannot_be_done(portable, asked: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         portable(PROMPT, **asked)
 
 

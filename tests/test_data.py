@@ -14,6 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from pyarrow import parquet
+from tiny import tiny_pipeline
+from tiny_xl import tiny_xl_pipeline
 from transformers import HfArgumentParser
 
 from cm_diffusers.data.cache import Vae, cached_posteriors, folder_fingerprint, module_fingerprint
@@ -229,6 +231,25 @@ def test_rotated_and_grey_images_are_upright_rgb():
     assert image.getpixel((0, 0)) == (9, 9, 9)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_sixteen_bits_are_scaled_down(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    levels = np.array([[0, 256, 32768], [65535, 255, 511]], dtype=np.uint16)
+    Image.fromarray(levels).save(buffer := io.BytesIO(), format="PNG", exif=exif)
+    found = np.asarray(decode_image({"bytes": buffer.getvalue(), "path": None}))[..., 0]
+    expected = np.array([[0, 1, 128], [255, 0, 1]])
+    assert found.tolist() == (expected if orientation == 1 else np.rot90(expected, -1)).tolist()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(mode):
+    pixels = np.array([[[100, 100, 100, 0], [100, 100, 100, 255]]], dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(buffer := io.BytesIO(), format="PNG")
+    image = decode_image({"bytes": buffer.getvalue(), "path": None})
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (100,) * 3]
+
+
 # ---- sources
 
 
@@ -237,6 +258,34 @@ def test_no_source_and_two_sources(config):
         load_image_text(replace(config, train_data_dir=None))
     with pytest.raises(ValueError, match="exactly one is needed and --dataset_name and --train_data_dir"):
         load_image_text(replace(config, dataset_name="some/set"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bucket_step": 32}, "--bucket_step has no effect without --aspect_ratio_buckets"),
+        ({"bucket_max_ratio": 3.0}, "--bucket_max_ratio has no effect without --aspect_ratio_buckets"),
+        ({"num_crops": 2}, "--num_crops has no effect with --center_crop"),
+        ({"dataset_config_name": "x"}, "--dataset_config_name has no effect without --dataset_name"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0, but it is -1"),
+    ],
+)
+def test_flags_without_effect_or_out_of_range(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_text(replace(config, **changes))
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "0.txt"])
+def test_damaged_captions_name_the_file(config, tmp_path, name):
+    write_images(tmp_path / "folder")
+    (tmp_path / "folder" / name).write_bytes(
+        b'{"file_name": "0.png"' if name != "0.txt" else "caf\xe9".encode("latin-1")
+    )
+    if name == "metadata.csv":
+        (tmp_path / "folder" / name).write_bytes(b"a,b\n1\n2,3,4\n")
+    with pytest.raises(ValueError, match=rf"^--train_data_dir: the file .*{name} cannot be read: .*\.$") as error:
+        load_image_text(replace(config, train_data_dir=str(tmp_path / "folder")))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -530,6 +579,40 @@ def test_fingerprints_follow_the_weights(model, tmp_path):
     assert folder_fingerprint(tmp_path / "one") != folder_fingerprint(tmp_path / "two")
     with pytest.raises(ValueError, match=r"must hold config\.json and \.safetensors weights"):
         folder_fingerprint(tmp_path)
+
+
+def test_fingerprints_follow_the_configuration(model):
+    """Of what neither the weights nor the printed module show, and of nothing that saving adds."""
+    before = module_fingerprint(model)
+    other = AutoencoderKL.from_config({**model.config, "scaling_factor": 0.7})
+    other.load_state_dict(model.state_dict())
+    assert module_fingerprint(other) != before
+    other.register_to_config(scaling_factor=model.config.scaling_factor, _name_or_path="elsewhere")
+    assert module_fingerprint(other) == before
+
+
+def test_encoders_are_told_apart_by_all_that_acts_on_a_prompt(tmp_path):
+    def fingerprint(change=lambda pipe: None, make=tiny_pipeline):
+        change(pipe := make())
+        return Encoders.from_pipeline(pipe).fingerprint
+
+    changes = [
+        lambda pipe: None,
+        lambda pipe: setattr(pipe.tokenizer, "model_max_length", 8),
+        lambda pipe: setattr(pipe.tokenizer, "pad_token", "a</w>"),
+        lambda pipe: setattr(pipe.text_encoder.config, "eos_token_id", 2),
+        lambda pipe: setattr(pipe.text_encoder.config, "num_attention_heads", 2),
+        lambda pipe: pipe.tokenizer.add_tokens(["zebra"]),
+    ]
+    assert len({fingerprint(change) for change in changes}) == len(changes)
+    of_xl = [*changes[:3], lambda pipe: setattr(pipe.tokenizer_2, "pad_token", "a</w>")]
+    assert len({fingerprint(change, tiny_xl_pipeline) for change in of_xl}) == len(of_xl)
+    for make in (tiny_pipeline, tiny_xl_pipeline):
+        pipe = make()
+        pipe.save_pretrained(tmp_path / make.__name__)
+        again = type(pipe).from_pretrained(tmp_path / make.__name__)
+        Encoders.from_pipeline(again).encode_prompts(["a coat"])
+        assert fingerprint(make=lambda again=again: again) == fingerprint(make=make)
 
 
 def test_encoding_leaves_the_callers_vae_alone(config, model, vae):

@@ -197,12 +197,14 @@ def test_kinds_of_prompt_files(tmp_path, kind):
         ("none.txt", None, "but there is no such file"),
         ("prompts.md", "x", r"but it ends in \.md"),
         ("prompts.txt", " \n\n", "holds no prompt: found 2 rows, all empty"),
+        ("prompts.txt", "caf\xe9", "prompts.txt cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+        ("prompts.jsonl", "{broken", "prompts.jsonl cannot be read: JSON parse error"),
         ("prompts.jsonl", '{"caption": "x"}', "has no column text: name one of caption by --caption_column"),
     ],
 )
 def test_wrong_prompt_files(tmp_path, name, content, message):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, "latin-1")
     with pytest.raises(ValueError, match=message):
         read_prompts(str(tmp_path / name), "text")
 
@@ -217,13 +219,17 @@ def test_wrong_prompt_files(tmp_path, name, content, message):
         ({"proportion_empty_prompts": 2.0}, "must lie between 0 and 1"),
         ({"generated_samples": 0}, "--generated_samples must be at least 1"),
         ({"generation_steps": 0}, "--generation_steps must be at least 1"),
+        ({"generation_steps": 1001}, "--generation_steps is 1001, but the teacher has 1000 timesteps"),
+        ({"generation_guidance_scale": -3.0}, "--generation_guidance_scale must be at least 0, but it is -3"),
+        ({"caption_column": "prompt"}, "--caption_column has no effect with a .txt file of prompts"),
     ],
 )
 def test_wrong_settings(data, ask, changes, message):
+    teacher = tiny_pipeline()
     of_ask = {name: value for name, value in changes.items() if hasattr(ask, name)}
     of_data = {name: value for name, value in changes.items() if name not in of_ask}
     with pytest.raises(ValueError, match=message):
-        generated_batches(replace(data, **of_data), replace(ask, **of_ask), None, None, 0)
+        generated_batches(replace(data, **of_data), replace(ask, **of_ask), None, teacher, 0)
 
 
 def test_flags_of_generation_need_prompts(data):

@@ -103,6 +103,26 @@ def test_forms_of_an_image(form) -> None:
     np.testing.assert_allclose(images(pipe, image=form(x), num_inference_steps=1), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "L", "LA", "P", "1"])
+def test_pil_images_of_any_mode_are_read_as_rgb(mode: str) -> None:
+    image = PIL.Image.fromarray((picture()[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)).convert(mode)
+    pipe, white = ConsistencyImg2ImgPipeline.from_pretrained(STUDENT), PIL.Image.new("L", (32, 32), 255)
+    expected = images(pipe, image=image.convert("RGB"), num_inference_steps=1)
+    np.testing.assert_array_equal(images(pipe, image=image, num_inference_steps=1), expected)
+    inpaint = ConsistencyInpaintPipeline.from_pipe(pipe)
+    results = [images(inpaint, image=x, mask_image=white, strength=0.5) for x in (image, image.convert("RGB"))]
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: x.permute(0, 2, 3, 1).numpy(), list], ids=["t", "np", "list"])
+def test_bytes_count_to_255(form) -> None:
+    """Stock takes them for fractions, so all is white."""
+    pipe, x = ConsistencyImg2ImgPipeline.from_pretrained(STUDENT), (picture() * 255).byte()
+    options = {"strength": 0.2, "num_inference_steps": 2}
+    expected = images(pipe, image=x.float() / 255, **options)
+    np.testing.assert_allclose(images(pipe, image=form(x), **options), expected, atol=1e-5)
+
+
 def test_latents_are_images_too() -> None:
     pipe = ConsistencyImg2ImgPipeline.from_pretrained(STUDENT)
     clean = torch.randn(1, 4, 8, 8)
@@ -181,9 +201,12 @@ def test_the_known_part_is_noised_like_the_sample_between_steps() -> None:
         half_mask()[0],
         half_mask()[0, 0],
         half_mask()[0, 0].numpy(),
+        half_mask().bool(),
+        half_mask()[0, 0].bool().numpy(),
+        (half_mask() * 255).byte(),
         PIL.Image.fromarray(half_mask()[0, 0].byte().numpy() * 255),
     ],
-    ids=["CHW", "HW", "array", "pil"],
+    ids=["CHW", "HW", "array", "bool", "bool array", "bytes", "pil"],
 )
 def test_forms_of_a_mask(mask) -> None:
     pipe = ConsistencyInpaintPipeline.from_pretrained(STUDENT)
@@ -203,11 +226,21 @@ def test_inpainting_does_not_depend_on_the_batch() -> None:
     [
         ({"strength": 0.0}, "strength must be above 0 .* and at most 1 .*, got 0.0"),
         ({"strength": 1.1}, "got 1.1"),
+        *(({"strength": bad}, f"strength must be above 0 .* got {bad!r}") for bad in (None, "0.5", float("nan"))),
+        ({"strength": 0.01, "num_inference_steps": 1}, "take a strength of at least 0.02 or more original"),
+        ({"image": np.zeros((32, 32, 4), np.float32)}, r"must have 3 channels, .* got \(4, 32, 32\)"),
+        (
+            {"image": torch.rand(1, 4, 32, 32)},
+            "4 channels is read as latents, here of 128 x 128 pixels; give 3 channels",
+        ),
+        ({"image": torch.rand(1, 4, 32, 32), "height": 32, "width": 32}, r"3 channels, .* got \(4, 32, 32\)"),
+        ({"image": picture().long()}, "integers must be uint8, from 0 to 255, got torch.int64"),
+        ({"image": [picture()[0], torch.rand(3, 16, 32)]}, r"of one size .*, got \[\(32, 32\), \(16, 32\)\]"),
         ({"image": None}, "An image must be a PIL image, an array, a tensor, latents or a list"),
         ({"image": picture(3)}, "3 images cannot be spread over 2 results"),
         (
             {"image": torch.randn(1, 4, 8, 8), "height": 64},
-            r"latents must have the shape \(2, 4, 16, 8\), got \(2, 4, 8, 8\)",
+            r"3 channels, or be latents of the shape \(4, 16, 8\); got \(4, 8, 8\)",
         ),
         ({"strength": 0.05}, "num_inference_steps is 4, but .* 0.05 .* 2 "),
         ({"height": 30}, "multiples of 4, got 30 and 32"),
@@ -223,6 +256,8 @@ def test_what_inpainting_cannot_do() -> None:
     pipe = ConsistencyInpaintPipeline.from_pretrained(STUDENT)
     with pytest.raises(ValueError, match="The mask is 16 x 32, the image 32 x 32; make them one size"):
         pipe(PROMPTS, image=picture(), mask_image=half_mask()[..., :16, :])
+    with pytest.raises(ValueError, match="must be of one size"):
+        pipe(PROMPTS, image=picture(2), mask_image=[half_mask()[0], half_mask()[0, :, :16]])
     inpaint = ConsistencyInpaintPipeline.from_pipe(inpainting(tiny_pipeline, 9))
     with pytest.raises(ValueError, match="needs the image itself, not its latents"):
         inpaint(PROMPTS, image=torch.randn(1, 4, 8, 8), mask_image=half_mask())

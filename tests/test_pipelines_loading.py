@@ -3,13 +3,15 @@
 import json
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoPipelineForImage2Image,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -18,6 +20,8 @@ from diffusers import (
     StableDiffusionPipeline,
     TCDScheduler,
 )
+from diffusers.pipelines import pipeline_utils
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -25,6 +29,7 @@ from test_pipelines import LORA, PROMPTS, STUDENT, TEACHER, images, seeded
 from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline, tiny_xl_unet
 
+from cm_diffusers import record as record_module
 from cm_diffusers.pipelines import ConsistencyImg2ImgPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.manners import LCM_GUIDANCE_SCALE
 from cm_diffusers.record import RECORD, Record, read_record, write_record
@@ -166,14 +171,18 @@ def test_a_scheduler_of_the_caller_is_kept(kind) -> None:
     assert ConsistencyPipeline.from_pipe(pipe, scheduler=mine).scheduler is mine
 
 
-def test_a_lora_brings_its_record_and_takes_it_away(tmp_path: Path) -> None:
-    pipe = ConsistencyPipeline.from_pretrained(STUDENT)
-    before, scheduler = pipe.record, pipe.scheduler
+@pytest.mark.parametrize("relative", [None, ConsistencyImg2ImgPipeline, AutoPipelineForImage2Image])
+@pytest.mark.parametrize("part", [lambda p: p.unload_lora_weights(), lambda p: p.delete_adapters("default_0")])
+def test_a_lora_brings_its_record_and_takes_it_away(relative, part, tmp_path: Path) -> None:
+    pipe = ConsistencyPipeline.from_pipe(tiny_pipeline())
+    before, scheduler = record(recommended_num_inference_steps=7), pipe.scheduler
+    pipe.register_to_config(record=asdict(before))
     pipe.load_lora_weights(lora_folder(tmp_path, pipe, record()))
     assert pipe.record == record()
     assert pipe.scheduler.config.original_inference_steps == 25
     assert (pipe.manners.guidance_scale, pipe.manners.num_inference_steps) == (1.2, 3)
-    pipe.unload_lora_weights()
+    pipe = pipe if relative is None else relative.from_pipe(pipe)
+    part(pipe)
     assert pipe.record == before
     assert pipe.scheduler is scheduler
     pipe.load_lora_weights(tmp_path / LORA_WEIGHTS)
@@ -187,6 +196,69 @@ def test_a_fused_lora_stays_on_record() -> None:
     pipe.unload_lora_weights()
     assert pipe.record == read_record(LORA)
     np.testing.assert_allclose(images(pipe), expected, atol=1e-4)
+
+
+def test_only_the_last_of_several_loras_takes_the_record_away() -> None:
+    pipe = ConsistencyPipeline.from_pretrained(TEACHER)
+    for name in "ab":
+        pipe.load_lora_weights(LORA, adapter_name=name)
+    pipe.delete_adapters("a")
+    assert pipe.record == read_record(LORA)
+    pipe.delete_adapters("b")
+    assert pipe.record is None
+
+
+def test_a_fused_lora_survives_another_one_and_changes_of_class() -> None:
+    pipe = ConsistencyPipeline.from_pretrained(LORA)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    sibling = ConsistencyImg2ImgPipeline.from_pipe(pipe)
+    assert sibling.num_fused_loras == 1
+    sibling.load_lora_weights(LORA, adapter_name="z")
+    sibling.unload_lora_weights()
+    assert sibling.record == read_record(LORA)
+
+
+@pytest.mark.parametrize("kind", [ConsistencyPipeline, StableDiffusionPipeline])
+def test_a_fused_lora_without_record_is_not_taken_for_a_base_model(kind) -> None:
+    pipe = kind.from_pretrained(TEACHER)
+    pipe.load_lora_weights(LORA / "comfyui")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe = ConsistencyPipeline.from_pipe(pipe)
+    relatives = [pipe, ConsistencyImg2ImgPipeline.from_pipe(pipe), AutoPipelineForImage2Image.from_pipe(pipe)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for relative, extra in zip(relatives, [{}, *[{"image": torch.rand(1, 3, 32, 32)}] * 2], strict=True):
+            relative(PROMPTS, num_inference_steps=1, **extra)
+
+
+@pytest.mark.parametrize(
+    ("width", "wrong", "guidance"),
+    [(16, "distilled", "embedded"), (16, "none", "embedded"), (None, "embedded", "distilled")],
+)
+def test_a_lora_that_contradicts_the_unet_about_guidance(width, wrong: str, guidance: str, tmp_path: Path) -> None:
+    """A "distilled" record once switched off the guidance embedding of an embedded student."""
+    pipe = ConsistencyPipeline.from_pipe(tiny_pipeline(unet=tiny_unet(time_cond_proj_dim=width)))
+    pipe.register_to_config(record=asdict(record(guidance=guidance)))
+    before, manners = pipe.record, pipe.manners
+    with pytest.warns(UserWarning, match=f"The record says that guidance is '{wrong}', but this UNet takes"):
+        pipe.load_lora_weights(lora_folder(tmp_path, pipe, record(guidance=wrong)))
+    assert (pipe.record, pipe.manners) == (before, manners)
+    pipe.register_to_config(record=asdict(record(guidance=wrong)))
+    assert pipe.manners.guidance == guidance
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_loaded_lora_is_not_saved_in_a_pipeline_folder(fuse: bool, tmp_path: Path) -> None:
+    pipe = ConsistencyPipeline.from_pretrained(LORA)
+    if fuse:
+        pipe.fuse_lora()
+    with pytest.raises(
+        ValueError, match=r"call fuse_lora\(\) and then unload_lora_weights\(\), or .* save_lora_weights"
+    ):
+        pipe.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])
@@ -218,8 +290,15 @@ def foreign_loras(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         "deeper": {key.replace("down_blocks.1", "down_blocks.7"): value for key, value in narrower.items()},
         "transformer": {key.replace("unet", "transformer"): value for key, value in narrower.items()},
         "last layer": {**_fitting(), **dict(list(narrower.items())[-2:])},
+        "text encoder": {**_fitting(), **_for_text_encoder("layers.0.self_attn.q_proj", 8)},
+        "text layer": {**_fitting(), **_for_text_encoder("layers.9.self_attn.q_proj", 32)},
         "towers": {**_fitting(), "text_encoder_2.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 24)},
     }
+
+
+def _for_text_encoder(layer: str, width: int) -> dict[str, torch.Tensor]:
+    name = f"text_encoder.text_model.encoder.{layer}.lora_"
+    return {f"{name}A.weight": torch.zeros(4, width), f"{name}B.weight": torch.zeros(width, 4)}
 
 
 def _fitting() -> dict[str, torch.Tensor]:
@@ -235,6 +314,8 @@ def _fitting() -> dict[str, torch.Tensor]:
         ("deeper", "another architecture: the UNet has no layer 'down_blocks.7"),
         ("transformer", "no layer for a UNet or a text encoder; its layers are like 'transformer"),
         ("last layer", "another architecture"),
+        ("text encoder", "its layer 'encoder.*q_proj' reads 8 features, the text_encoder's 32"),
+        ("text layer", "the text_encoder has no layer 'encoder.layers.9"),
         ("towers", "layers for text_encoder_2, which this pipeline does not have"),
     ],
 )
@@ -258,6 +339,39 @@ def test_a_broken_lora_says_so(tmp_path: Path) -> None:
     pipe = ConsistencyPipeline.from_pretrained(TEACHER)
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         pipe.load_lora_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (LORA, {"weight_name": "nope.safetensors"}, "There is no nope.safetensors in '.*fashion_lcm_lora'"),
+        (LORA, {"subfolder": "nope"}, "There is no safetensors file in '.*nope'"),
+        (LORA / "gone", {}, "There is no LoRA '.*gone': neither such a folder nor such a file"),
+        ("gone.safetensors", {}, "There is no LoRA 'gone.safetensors'"),
+        ("pickled", {"weight_name": "x.bin"}, "'x.bin' is no safetensors file.*use_safetensors=False"),
+        ("pickled/x.bin", {}, "'x.bin' is no safetensors file"),
+        ("pickled", {}, "There is no safetensors file in 'pickled'"),
+    ],
+)
+def test_a_lora_that_cannot_be_read_says_so(source, options: dict, message: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pickled").mkdir()
+    torch.save({}, "pickled/x.bin")
+    with pytest.raises(ValueError, match=message):
+        ConsistencyPipeline.from_pipe(tiny_pipeline()).load_lora_weights(source, **options)
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "beside"])
+def test_a_base_model_is_found_from_the_lora(place: str, tmp_path: Path, monkeypatch) -> None:
+    """Its record says "assets/fashion_teacher"."""
+    monkeypatch.chdir(tmp_path)
+    lora = LORA
+    if place == "beside":
+        lora = tmp_path / "moved" / "lora"
+        shutil.copytree(LORA, lora)
+        shutil.copytree(TEACHER, tmp_path / "moved" / TEACHER.name)
+    pipe = ConsistencyPipeline.from_pretrained(lora)
+    assert Path(pipe.config._name_or_path) == lora.parent / TEACHER.name
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])
@@ -289,6 +403,30 @@ def test_a_pipeline_without_record_survives_saving(make, tmp_path: Path) -> None
     np.testing.assert_array_equal(images(ConsistencyPipeline.from_pretrained(tmp_path)), expected)
 
 
+def test_the_record_is_saved_after_the_weights_and_never_a_stale_one(tmp_path: Path, monkeypatch) -> None:
+    student = ConsistencyPipeline.from_pretrained(STUDENT)
+    student.save_pretrained(tmp_path)
+    ConsistencyPipeline.from_pretrained(TEACHER).save_pretrained(tmp_path)
+    assert ConsistencyPipeline.from_pretrained(tmp_path).record is None
+    monkeypatch.setattr(student.vae, "save_pretrained", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        student.save_pretrained(tmp_path)
+    assert not [*tmp_path.glob("cm_diffusers*")]
+
+
+def test_an_upload_holds_the_record(tmp_path: Path, monkeypatch) -> None:
+    uploaded = []
+    monkeypatch.setattr(pipeline_utils, "create_repo", lambda repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(pipeline_utils, "load_or_create_model_card", lambda *args, **options: ModelCard("---\n---\n"))
+    monkeypatch.setattr(
+        ConsistencyPipeline,
+        "_upload_folder",
+        lambda self, folder, *args, **options: uploaded.append(read_record(folder)),
+    )
+    ConsistencyPipeline.from_pretrained(STUDENT).save_pretrained(str(tmp_path), push_to_hub=True)
+    assert uploaded == [read_record(STUDENT)]
+
+
 def test_from_pipe_shares_parts_record_and_dtypes() -> None:
     """In diffusers it casts every shared component to float32."""
     pipe = ConsistencyPipeline.from_pretrained(STUDENT)
@@ -297,8 +435,33 @@ def test_from_pipe_shares_parts_record_and_dtypes() -> None:
     assert sibling.unet is pipe.unet
     assert (sibling.unet.dtype, sibling.vae.dtype) == (torch.bfloat16, torch.float32)
     assert sibling.record == pipe.record
-    sibling.load_lora_weights(LORA)
-    assert sibling.record == read_record(LORA)
+
+
+def test_from_pipe_of_a_stock_pipeline_finds_the_record() -> None:
+    stock = DiffusionPipeline.from_pretrained(STUDENT)
+    pipe = ConsistencyPipeline.from_pipe(stock)
+    assert pipe.record == read_record(STUDENT)
+    expected = images(ConsistencyPipeline.from_pretrained(STUDENT), guidance_scale=None)
+    np.testing.assert_array_equal(images(pipe, guidance_scale=None), expected)
+    lora = LatentConsistencyModelPipeline.from_pipe(ConsistencyPipeline.from_pretrained(LORA))
+    assert ConsistencyPipeline.from_pipe(lora).record == read_record(LORA)  # although its folder is the base model's
+
+
+def test_from_pipe_asks_no_hub(monkeypatch) -> None:
+    stock, asked = tiny_pipeline(), []
+    stock.register_to_config(_name_or_path="someone/student")
+    monkeypatch.setattr(
+        record_module, "hf_hub_download", lambda *args, **options: asked.append(options) or LORA / RECORD
+    )
+    assert ConsistencyPipeline.from_pipe(stock).record == read_record(LORA)
+    assert [options["local_files_only"] for options in asked] == [True]
+
+
+def test_from_pipe_keeps_a_consistency_scheduler() -> None:
+    stock = DiffusionPipeline.from_pretrained(STUDENT)
+    stock.scheduler = ConsistencyScheduler.from_config(stock.scheduler.config, gamma=0.0)
+    stock.scheduler.noise_sampler = lambda shape, *where: torch.zeros(shape)
+    assert ConsistencyPipeline.from_pipe(stock).scheduler is stock.scheduler
 
 
 def test_a_sibling_made_by_hand_knows_as_much() -> None:

@@ -55,6 +55,21 @@ def warned(pipe, **options) -> list[str]:
         ({"num_inference_steps": -4}, "at least 1, got -4"),
         ({"num_inference_steps": 2.5}, "a whole number of at least 1, got 2.5"),
         ({"num_inference_steps": "four"}, "a whole number of at least 1, got 'four'"),
+        (
+            {"num_inference_steps": None, "original_inference_steps": 2.5},
+            "original_inference_steps must be a whole num",
+        ),
+        ({"num_inference_steps": None, "timesteps": [float("nan")]}, r"timesteps must be a list of whole .* \[nan\]"),
+        ({"num_inference_steps": None, "timesteps": ["a"]}, r"timesteps must be a list of whole numbers, got \['a'\]"),
+        ({"num_inference_steps": None, "timesteps": 5}, "timesteps must be a list of whole numbers, got 5"),
+        *(({"guidance_scale": bad}, f"guidance_scale must be .* got {bad!r}") for bad in ("3", float("nan"), -1)),
+        *(({"height": bad}, f"height must be a whole number of at least 1, got {bad!r}") for bad in (0, "32", 32.0)),
+        *(({"num_images_per_prompt": bad}, f"at least 1, got {bad}") for bad in (0, -1, 1.5, None)),
+        ({"clip_skip": -1}, "clip_skip must be a whole number of at least 0, got -1"),
+        ({"clip_skip": 99}, "clip_skip leaves out more than the 2 layers of a text encoder"),
+        ({"generator": 3}, "generator must be a torch.Generator or a list of them, got 3"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 16, 5)}, r"prompt_embeds must be .* 64\), got \(1, 16, 5\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 64)}, r"prompt_embeds must be .* 64\), got \(1, 64\)"),
         ({"num_inference_steps": 51}, "num_inference_steps is 51, but .* 50 "),
         ({"timesteps": [999]}, "num_inference_steps or timesteps, not both"),
         ({"num_inference_steps": None, "timesteps": [259, 999]}, "timesteps must descend"),
@@ -79,10 +94,26 @@ def test_embeddings_must_fit() -> None:
     pipe, states = ConsistencyPipeline.from_pipe(tiny_xl_pipeline()), torch.zeros(1, 16, 56)
     with pytest.raises(ValueError, match="SDXL-shaped: give pooled_prompt_embeds"):
         pipe(prompt_embeds=states, **FAST)
+    pooled = dict.fromkeys(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), torch.zeros(1, 20))
     with pytest.raises(ValueError, match="must have one shape"):
-        pipe(
-            prompt_embeds=states, negative_prompt_embeds=states[:, 1:], pooled_prompt_embeds=torch.zeros(1, 20), **FAST
-        )
+        pipe(prompt_embeds=states, negative_prompt_embeds=states[:, 1:], **pooled, **FAST)
+
+
+def test_negative_embeddings_must_fit_the_prompt(distilled) -> None:
+    for shape, message in (
+        ((1, 3, 64), "must have one shape"),
+        ((1, 16, 3), "negative_prompt_embeds must be a tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distilled(PROMPTS[0], negative_prompt_embeds=torch.zeros(shape), guidance_scale=1.5, **FAST)
+
+
+def test_a_callback_may_return_nothing(embedded) -> None:
+    results = [
+        embedded(PROMPTS, generator=seeded(), callback_on_step_end=callback, **FAST).images
+        for callback in (None, lambda *step: None)
+    ]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(("low", "high", "count"), [(1.0, 5.0, 0), (0.5, 6.0, 1)])

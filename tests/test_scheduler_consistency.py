@@ -405,6 +405,21 @@ class TestPlace:
 
 
 @pytest.mark.parametrize(
+    ("strength", "points", "first", "stock_too"),
+    [(0.58, 50, 579, False), (0.29, 50, 279, True), (0.29, 100, 289, False), (0.5, 50, 499, True)],
+)
+def test_strength_is_not_cut_by_floating_point(strength: float, points: int, first: int, stock_too: bool) -> None:
+    """50 * 0.58 is 28.999...96, of which stock makes 28."""
+    ours, stock = ConsistencyScheduler(), LCMScheduler()
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(2, strength=strength, original_inference_steps=points, device="cpu")
+    assert ours.timesteps[0] == first
+    assert bool(stock.timesteps[0] == first) == stock_too
+    ours.set_timesteps(timesteps=list(range(990, -10, -10)), strength=0.29)
+    assert ours.num_inference_steps == 29
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({}, "exactly one of num_inference_steps and timesteps"),
@@ -419,6 +434,18 @@ class TestPlace:
         ({"timesteps": [999, 499], "strength": 0.2}, "strength of 0.2 leaves none of the 2 timesteps"),
         ({"num_inference_steps": 4, "original_inference_steps": 0}, "has 0 steps"),
         ({"num_inference_steps": 4, "original_inference_steps": 1001}, "choose between 1 and 1000"),
+        (
+            {"num_inference_steps": 4, "original_inference_steps": 2.5},
+            "original_inference_steps must be a whole .* 2.5",
+        ),
+        ({"num_inference_steps": 1, "strength": 0.01}, "take a strength of at least 0.02 or more original"),
+        ({"num_inference_steps": 51}, "take fewer steps or more original"),
+        ({"num_inference_steps": 4, "strength": "0.5"}, "strength must be above 0 and at most 1, got '0.5'"),
+        ({"num_inference_steps": "4"}, "whole number of at least 1, got '4'"),
+        ({"timesteps": 5}, "timesteps must be a list of whole numbers, got 5"),
+        ({"timesteps": [float("inf")]}, r"whole numbers, got \[inf\]"),
+        ({"timesteps": [float("nan")]}, r"whole numbers, got \[nan\]"),
+        ({"timesteps": ["a"]}, r"whole numbers, got \['a'\]"),
         ({"timesteps": []}, r"from 999 down to 0, got \[\]"),
         ({"timesteps": [1000, 499]}, r"from 999 down to 0, got \[1000, 499\]"),
         ({"timesteps": [499, -1]}, r"from 999 down to 0, got \[499, -1\]"),

@@ -173,6 +173,14 @@ def with_flags(**values: object):
     return lambda flags: flags.update(values)
 
 
+def adapters(**values: object):
+    def prepare(flags: dict) -> None:
+        del flags["unet_time_cond_proj_dim"]
+        flags |= {"lora": True, **values}
+
+    return prepare
+
+
 WRONG = {
     "caption column": (
         with_flags(caption_column="words"),
@@ -211,11 +219,23 @@ WRONG = {
     "validation": (with_flags(validation_steps=0), "--validation_steps must be at least 1, but it is 0"),
     "schedule": (with_flags(lr_scheduler="wsd", lr_cooldown_steps=9), "more than the 2 steps of the run"),
     "adapters": (
-        with_flags(lora=True, lora_target_modules=["nothing"]),
+        adapters(lora_target_modules=["nothing"]),
         "--lora_target_modules names no layer of the UNet",
     ),
+    "rank": (adapters(lora_rank=0), "--lora_rank must be at least 1, but it is 0"),
+    "dropout": (adapters(lora_dropout=1.0), "--lora_dropout must be at least 0 and below 1, but it is 1.0"),
+    "no adapters": (with_flags(lora_rank=3), "--lora_rank has no effect without --lora"),
+    "no target modules": (
+        with_flags(lora_target_modules=["to_q"]),
+        "--lora_target_modules has no effect without --lora",
+    ),
+    "adapters in half": (adapters(save_fp16=True), "--save_fp16 has no effect with --lora"),
+    "embedded adapters": (with_flags(lora=True), "--unet_time_cond_proj_dim has no effect with --lora"),
+    "embedding": (with_flags(unet_time_cond_proj_dim=2), "--unet_time_cond_proj_dim must be an even number from 4 on"),
+    "odd embedding": (with_flags(unet_time_cond_proj_dim=7), "an even number from 4 on, but it is 7"),
+    "no sampling steps": (with_flags(validation_nfe=[1, 0]), "--validation_nfe must be at least 1, but it is 0"),
     "cast adapters": (
-        with_flags(lora=True, cast_teacher_unet="bf16", mixed_precision="bf16"),
+        adapters(cast_teacher_unet="bf16", mixed_precision="bf16"),
         "--cast_teacher_unet is for the full student",
     ),
     "cast teacher": (with_flags(cast_teacher_unet="bf16"), "--cast_teacher_unet bf16 needs --mixed_precision bf16"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LatentConsistencyModelPipeline, LCMScheduler
 from diffusers import StableDiffusionXLPipeline as XLPipeline
-from PIL import Image
+from PIL import Image, features
 from safetensors.torch import load_file
 from scripts import CAPTIONS, captioned_folder, data_flags, image_folder, run_script
 from tiny import tiny_pipeline, tiny_unet, tiny_vae
@@ -308,11 +308,14 @@ def test_mirrored_crops_count_from_the_other_side(tmp_path) -> None:
     assert torch.equal(ids[0::2, 3] + ids[1::2, 3], torch.full((3,), 12.0))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "MPO", "AVIF"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
 def test_sizes_come_from_headers(kind, orientation, monkeypatch) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow lacks it")
     record = {"bytes": encoded(9, 5, kind, orientation), "path": None}
     size = decode_image(record).size[::-1]
+    assert size == ((9, 5) if (orientation or 1) > 4 else (5, 9))
     if not (kind == "PNG" and orientation):
         monkeypatch.setattr(Image.Image, "load", None)
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
@@ -408,6 +411,13 @@ def test_a_teacher_without_its_first_tower(tmp_path) -> None:
 def test_a_teacher_for_inpainting(tmp_path) -> None:
     tiny_xl_pipeline(unet=tiny_xl_unet(in_channels=9)).save_pretrained(tmp_path)
     assert "takes 9 channels and its VAE makes 4; give a text-to-image pipeline" in refusal(tmp_path)
+
+
+def test_a_vae_that_normalises_channels(tmp_path) -> None:
+    pipe = tiny_xl_pipeline()
+    pipe.vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    pipe.save_pretrained(tmp_path)
+    assert "normalises every channel (latents_mean, latents_std in its config)" in refusal(tmp_path)
 
 
 def test_a_variant_that_is_not_there(home) -> None:

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.checks import check_student
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks, require_autocast
+from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.process import DiscreteVP
@@ -27,7 +28,7 @@ def main() -> None:
         CONFIGS, __doc__
     )
     seed_everything(train.seed)
-    require_autocast(student, train.mixed_precision)
+    check_student(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     teacher = load_teacher(source)
     embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
@@ -39,7 +40,7 @@ def main() -> None:
         return lcm_pipeline(teacher, unet, scheduler)
 
     guidance_scale = 1.0 if student.lora else validation.validation_guidance_scale
-    grid = sample_grid(validation, make_pipeline, teacher, guidance_scale)
+    grid = sample_grid(validation, make_pipeline, teacher, guidance_scale, data.resolution)
     nets = make_networks(teacher.unet, student)
     settings = [source, student, data, generation]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.checks import check_adapters
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig, refuse_changed, source_name
@@ -26,6 +27,7 @@ OF_TEACHERS = "validation_guidance_scale validation_teacher_steps"
 def main() -> None:
     source, data, method, optim, train, validation, hub = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
+    check_adapters(source)
     refuse_changed(validation, OF_TEACHERS, "without a teacher")
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     before, record = load_student(source)
@@ -38,7 +40,8 @@ def main() -> None:
     def make_pipeline(unet):
         return lcm_pipeline(before, unet, scheduler)
 
-    samples = sample_grid(validation, make_pipeline, guidance_scale=record.recommended_guidance_scale)
+    scale = record.recommended_guidance_scale
+    samples = sample_grid(validation, make_pipeline, guidance_scale=scale, resolution=data.resolution)
     nets = finetune_networks(before.unet, source)
     trainer = Trainer(train, nets, objective, optim, settings=[source, data], callbacks=[samples])
     rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device

@@ -33,8 +33,10 @@ class ValidationConfig:
     validation_teacher_steps: int = HfArg(default=50, help="Sampling steps of the teacher's row.")
 
     def __post_init__(self) -> None:
-        if self.validation_steps < 1:
-            raise ValueError(f"--validation_steps must be at least 1, but it is {self.validation_steps}.")
+        for name in ("validation_steps", "validation_nfe", "validation_teacher_steps"):
+            value = getattr(self, name)
+            if (least := min(value, default=1) if isinstance(value, list) else value) < 1:
+                raise ValueError(f"--{name} must be at least 1, but it is {least}.")
 
 
 def sample_grid(
@@ -42,6 +44,7 @@ def sample_grid(
     make_pipeline: Callable[[nn.Module], DiffusionPipeline],
     teacher: DiffusionPipeline | None = None,
     guidance_scale: float | None = None,
+    resolution: int | None = None,
 ) -> Callable[[Trainer, Loss], None]:
     """A callback that saves `samples/step-<n>.png` and shows it in the tracker.
 
@@ -49,13 +52,15 @@ def sample_grid(
         make_pipeline: Student network -> the pipeline it will be published in; there is no other sampling path.
         teacher: Sampled once, for the top row.
         guidance_scale: The student's, where it is not the teacher's (LoRA).
+        resolution: Side of the samples; the pipelines' own default if not given.
     """
     prompts = [prompt for prompt in config.validation_prompts or [] for _ in config.validation_seeds]
     seeds = config.validation_seeds * len(config.validation_prompts or [])
     rows: list[Tensor] = []
 
     def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> Tensor:
-        return generate(pipe.to(pipe.unet.device), prompts, seeds, steps, scale, batch_size=len(prompts))[0]
+        pipe = pipe.to(pipe.unet.device)
+        return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
 
     def callback(trainer: Trainer, loss: Loss) -> None:
         if not prompts or trainer.step % config.validation_steps or not trainer.accelerator.is_main_process:

@@ -112,12 +112,21 @@ def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
             f"The UNet of {path} takes {unet.config.in_channels} channels and its VAE makes "
             f"{pipe.vae.config.latent_channels}; give a text-to-image pipeline, not one for inpainting or editing."
         )
+    check_vae(path, pipe.vae)
     if unet.config.time_cond_proj_dim:
         raise ValueError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
     broken = [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]
     if broken:
         raise ValueError(
             f"The teacher {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew."
+        )
+
+
+def check_vae(path: str, vae: AutoencoderKL) -> None:
+    if vae.config.get("latents_mean") or vae.config.get("latents_std"):
+        raise ValueError(
+            f"The VAE of {path} normalises every channel (latents_mean, latents_std in its config), which training does "
+            "not; give a model with another VAE."
         )
 
 

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.networks import LCM_LORA_TARGETS, LOADING, add_lora, frozen_copy
+from cm_diffusers.networks import LCM_LORA_TARGETS, LOADING, add_lora, check_vae, frozen_copy
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.pipelines.manners import Manners
 from cm_diffusers.publish import lcm_record
@@ -50,6 +50,7 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     pipe = _load(path, record, config)
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise ValueError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a student of one.")
+    check_vae(path, pipe.vae)
     if record is not None and record.method not in ("lcm", "lcf"):
         raise ValueError(f"{path} was made by {record.method!r}; fine-tuning is for latent consistency models (lcm).")
     record = record or _inferred(path, pipe)

@@ -22,7 +22,7 @@ def aspect_ratio_buckets(resolution: int, step: int, max_ratio: float) -> list[S
     Raises:
         ValueError: the square itself is no multiple of the step, or the bound is below 1.
     """
-    if max_ratio < 1:
+    if not max_ratio >= 1:
         raise ValueError(f"--bucket_max_ratio must be at least 1, the square's ratio, but it is {max_ratio}.")
     if resolution % step:
         below = resolution // step * step

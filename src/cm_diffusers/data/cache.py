@@ -17,9 +17,12 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from cm_diffusers.data.framing import Framing
-from cm_diffusers.data.preprocessing import Size, decode_image, preprocess
+from cm_diffusers.data.preprocessing import PIXELS, Size, decode_image, preprocess
 from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig
+
+
+VOLATILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # of a config: what saving it may change
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ def _factors(config: dict[str, Any]) -> tuple[float, float, int]:
 
 def module_fingerprint(module: nn.Module) -> str:
     """sha256 of a module's weights, and of its class and configuration."""
-    digest = hashlib.sha256(repr(module).encode())
+    config = getattr(module, "config", {})
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    settings = {k: v for k, v in values.items() if not k.startswith("_") and k not in VOLATILE}
+    digest = hashlib.sha256(f"{module!r} {json.dumps(settings, sort_keys=True, default=repr)}".encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -187,7 +193,7 @@ def _image_key(framing: Framing, rows: list[int], variant: int, vae: Vae) -> str
     config, target = framing.config, framing.targets[framing.assigned[rows[0]]]
     size = target.height if target.height == target.width else list(target)
     settings = (size, config.interpolation_type, config.vae_dtype, *framing.crop_and_flip(variant))
-    return shard_key("posterior", vae.fingerprint, *settings, *(framing.digests[i] for i in rows))
+    return shard_key("posterior", PIXELS, vae.fingerprint, *settings, *(framing.digests[i] for i in rows))
 
 
 def _image(record: dict[str, Any], framing: Framing, row: int, variant: int) -> Tensor | None:

@@ -1,6 +1,6 @@
 """What turns the images and captions of a data set into what a teacher's network sees."""
 
-import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from cm_diffusers.data.cache import Vae, module_fingerprint
+from cm_diffusers.data.shards import shard_key
 
 
 Conditions = dict[str, Tensor]
@@ -38,13 +40,20 @@ class Encoders:
     def from_pipeline(cls, pipe: DiffusionPipeline) -> "Encoders":
         """The encoders of a Stable Diffusion or Stable Diffusion XL pipeline."""
         vae, first, second = Vae.from_model(pipe.vae), pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
-        text = module_fingerprint(first)
+        text = [module_fingerprint(first), _tokenizer_state(pipe.tokenizer)]
         if second is None:
-            return cls(vae, lambda prompts: _encode(pipe, prompts), text, towers=(first,))
+            return cls(vae, lambda prompts: _encode(pipe, prompts), shard_key(*text), towers=(first,))
         zeros = bool(pipe.config.force_zeros_for_empty_prompt)
-        parts = f"{text} {module_fingerprint(second)} {zeros}"
-        fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+        fingerprint = shard_key(*text, module_fingerprint(second), _tokenizer_state(pipe.tokenizer_2), zeros)
         return cls(vae, lambda prompts: _encode_xl(pipe, prompts, zeros), fingerprint, True, (first, second))
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
+    """All that decides the tokens of a prompt, however often the tokenizer was used before."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for last_call in ("truncation", "padding"):
+        rules.pop(last_call)
+    return [rules, tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Embeddings, cached_embeddings
 from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.errors import readable
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig, captions_of, check_values, refuse_changed
@@ -97,7 +98,7 @@ def generated_batches(
     Raises:
         ValueError: no prompt, a flag that has no effect without images, or samples that are not finite in float16.
     """
-    _check(config, generation)
+    _check(config, generation, teacher)
     texts = read_prompts(generation.prompts_file, config.caption_column)
     number = generation.generated_samples or len(texts)
     sampler = _Sampler(config, generation, teacher, [texts[i % len(texts)] for i in range(number)], seed)
@@ -121,26 +122,32 @@ def read_prompts(path: str, column: str) -> list[str]:
     if not file.is_file() or file.suffix not in (".txt", *TABLES):
         found = f"it ends in {file.suffix or 'nothing'}" if file.is_file() else "there is no such file"
         raise ValueError(f"--prompts_file {path} must be a .txt, .jsonl, .csv or .parquet file, but {found}.")
-    if file.suffix == ".txt":
-        values, where = file.read_text("utf-8").splitlines(), ""
-    else:
-        table, where = TABLES[file.suffix](file), f" in its column {column}"
-        if column not in table.column_names:
-            found = ", ".join(table.column_names)
+    with readable(f"--prompts_file {path}"):
+        content = file.read_text("utf-8").splitlines() if file.suffix == ".txt" else TABLES[file.suffix](file)
+    values, where = content, ""
+    if file.suffix != ".txt":
+        if column not in content.column_names:
+            found = ", ".join(content.column_names)
             raise ValueError(f"--prompts_file {path} has no column {column}: name one of {found} by --caption_column.")
-        values = table[column].to_pylist()
+        values, where = content[column].to_pylist(), f" in its column {column}"
     prompts = [text.strip() for value in values for text in captions_of(value, column)]
     if not prompts:
         raise ValueError(f"--prompts_file {path} holds no prompt{where}: found {len(values)} rows, all empty.")
     return prompts
 
 
-def _check(config: DataConfig, generation: GenerationConfig) -> None:
+def _check(config: DataConfig, generation: GenerationConfig, teacher: DiffusionPipeline) -> None:
     check_values(config)
     refuse_changed(config, OF_IMAGES, "with --prompts_file")
+    if Path(generation.prompts_file).suffix == ".txt":
+        refuse_changed(config, "caption_column", "with a .txt file of prompts")
     for name in ("generated_samples", "generation_steps"):
         if (value := getattr(generation, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, but it is {value}.")
+    if not 0 <= (scale := generation.generation_guidance_scale) < float("inf"):
+        raise ValueError(f"--generation_guidance_scale must be at least 0, but it is {scale}.")
+    if generation.generation_steps > (most := teacher.scheduler.config.num_train_timesteps):
+        raise ValueError(f"--generation_steps is {generation.generation_steps}, but the teacher has {most} timesteps.")
     if config.resolution % 8:
         raise ValueError(f"--resolution {config.resolution} is not a multiple of 8, as the teacher's pipeline needs.")
 

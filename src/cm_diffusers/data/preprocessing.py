@@ -16,6 +16,7 @@ from cm_diffusers.data.sources import INTERPOLATIONS, DataConfig
 
 LATE_EXIF = (b"eXIf", b"profile type exif", b"tiff:Orientation")  # may follow a PNG's pixels
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+PIXELS = 2  # in the key of what is cached: raise it when `preprocess(decode_image(...))` changes
 
 
 class Size(NamedTuple):
@@ -61,9 +62,18 @@ def decode_image(record: dict[str, Any] | None) -> Image.Image | None:
     if content is None:
         return None
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        return _to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     except Exception:  # Pillow's plugins raise nearly every kind of error on damaged files
         return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel; sixteen are scaled down, and what is transparent becomes white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def upright_size(record: dict[str, Any] | None) -> Size | None:
@@ -74,6 +84,7 @@ def upright_size(record: dict[str, Any] | None) -> Size | None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             plain = image.format == "PNG" and not any(mark in content for mark in LATE_EXIF)  # getexif would decode it
+            plain = plain or image.format == "TIFF"  # whose size Pillow gives as turned already
             turned = not plain and image.getexif().get(ORIENTATION) in QUARTER_TURNS
             return Size(*image.size) if turned else Size(image.height, image.width)
     except Exception:  # as in decode_image

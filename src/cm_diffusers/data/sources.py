@@ -1,8 +1,8 @@
 """Where images and captions come from: the Hub, image folders, parquet files; and how an image becomes a tensor."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ from PIL import Image
 from pyarrow import csv, json, parquet
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.tars import IMAGE_SUFFIXES, tar_features, tar_rows, tar_shards
+from cm_diffusers.data.errors import readable
+from cm_diffusers.data.tars import FIELDS, IMAGE_SUFFIXES, tar_features, tar_rows, tar_shards
 
 
 INTERPOLATIONS = {
@@ -21,6 +22,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
+SOURCES = ("dataset_name", "train_data_dir", "train_shards_path_or_url")
 METADATA = {
     "metadata.jsonl": json.read_json,
     "metadata.csv": csv.read_csv,
@@ -104,6 +106,8 @@ def load_image_text(config: DataConfig, columns: Sequence[str] | None = None) ->
     wanted = [config.caption_column] if columns is None else list(columns)
     if config.train_shards_path_or_url:
         dataset = _from_shards(config)
+        if columns is None and len(dataset) and not any(map(any, dataset[config.caption_column])):
+            raise ValueError(nothing_usable(config, len(dataset), set(dataset[FIELDS])))
     else:
         dataset = _from_hub(config) if config.dataset_name else _from_folder(config, wanted)
     require_columns(dataset.column_names, [config.image_column, *wanted])
@@ -136,13 +140,28 @@ def refuse_changed(config: object, names: str, where: str) -> None:
     """No flag is ignored without a word: raises ValueError for one of `names` that is not at its default."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in names.split() and value != field.default:
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name in names.split() and value != default:
             raise ValueError(f"--{field.name} has no effect {where}, but it was given ({value}): leave it out.")
+
+
+def nothing_usable(config: DataConfig, number: int, fields: Iterable[str]) -> str:
+    """The sentence for `number` samples that hold these fields, where an image and a caption are needed."""
+    found = " or ".join(f"[{names}]" for names in sorted(fields)[:3])
+    return (
+        f"None of the {number} samples of {source_name(config)} has both an image ({config.image_column}) and a "
+        f"caption ({config.caption_column}): they hold {found}; name what to read with --image_column and "
+        "--caption_column."
+    )
 
 
 def source_name(config: DataConfig) -> str | None:
     """What the data was called on the command line."""
     return config.dataset_name or config.train_data_dir or config.train_shards_path_or_url
+
+
+def source_flag(config: DataConfig) -> str:
+    return next(f"--{name} {value}" for name in SOURCES if (value := getattr(config, name)) is not None)
 
 
 def validate(config: DataConfig) -> None:
@@ -151,15 +170,20 @@ def validate(config: DataConfig) -> None:
     Raises:
         ValueError: not exactly one source, or a value out of range.
     """
-    sources = {name: getattr(config, name) for name in ("dataset_name", "train_data_dir", "train_shards_path_or_url")}
-    given = [f"--{name}" for name, value in sources.items() if value is not None]
+    given = [f"--{name}" for name in SOURCES if getattr(config, name) is not None]
     if len(given) != 1:
         raise ValueError(
-            f"Give one of {', '.join(f'--{name}' for name in sources)}: exactly one is needed and "
+            f"Give one of {', '.join(f'--{name}' for name in SOURCES)}: exactly one is needed and "
             f"{' and '.join(given) or 'none'} {'were' if given else 'was'} given."
         )
     if config.train_shards_path_or_url:
         refuse_changed(config, "dataset_split dataset_config_name", "with --train_shards_path_or_url")
+    if not config.dataset_name:
+        refuse_changed(config, "dataset_config_name", "without --dataset_name")
+    if not config.aspect_ratio_buckets:
+        refuse_changed(config, "bucket_step bucket_max_ratio", "without --aspect_ratio_buckets")
+    if config.center_crop:
+        refuse_changed(config, "num_crops", "with --center_crop")
     check_values(config)
 
 
@@ -168,22 +192,17 @@ def check_values(config: DataConfig) -> None:
     Raises:
         ValueError: a value is out of range.
     """
-    for name in (
-        "resolution",
-        "bucket_step",
-        "train_batch_size",
-        "encode_batch_size",
-        "num_crops",
-        "max_train_samples",
-        "shuffle_buffer_size",
-    ):
+    counts = (
+        "resolution bucket_step train_batch_size encode_batch_size num_crops max_train_samples shuffle_buffer_size"
+    )
+    for name in counts.split():
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, but it is {value}.")
-    if not 0 <= config.proportion_empty_prompts <= 1:
-        raise ValueError(
-            f"--proportion_empty_prompts must lie between 0 and 1, but it is {config.proportion_empty_prompts}."
-        )
+    if config.dataloader_num_workers < 0:
+        raise ValueError(f"--dataloader_num_workers must be at least 0, but it is {config.dataloader_num_workers}.")
+    if not 0 <= (share := config.proportion_empty_prompts) <= 1:
+        raise ValueError(f"--proportion_empty_prompts must lie between 0 and 1, but it is {share}.")
     if config.interpolation_type not in INTERPOLATIONS:
         raise ValueError(
             f"--interpolation_type must be one of {', '.join(INTERPOLATIONS)}, but it is {config.interpolation_type}."
@@ -194,19 +213,34 @@ def _from_shards(config: DataConfig) -> datasets.Dataset:
     shards, columns = tar_shards(config.train_shards_path_or_url), (config.image_column, config.caption_column)
     stats = [Path(shard).stat() for shard in shards if Path(shard).is_file()]  # a changed file is read anew
     stamps = [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats]
-    return datasets.Dataset.from_generator(
-        tar_rows,
-        features=tar_features(*columns),
-        gen_kwargs={"shards": shards, "image_column": columns[0], "caption_column": columns[1]},
-        cache_dir=config.cache_dir,
-        fingerprint=hashlib.sha256(repr([shards, stamps, columns]).encode()).hexdigest()[:16],
-    )
+    with readable(source_flag(config)):
+        return datasets.Dataset.from_generator(
+            tar_rows,
+            features=tar_features(*columns),
+            gen_kwargs={"shards": shards, "image_column": columns[0], "caption_column": columns[1]},
+            cache_dir=config.cache_dir,
+            fingerprint=hashlib.sha256(repr([shards, stamps, columns]).encode()).hexdigest()[:16],
+        )
 
 
 def _from_hub(config: DataConfig) -> datasets.Dataset:
-    return datasets.load_dataset(
-        config.dataset_name, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
-    )
+    with readable(source_flag(config)):
+        return datasets.load_dataset(
+            config.dataset_name, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
+        )
+
+
+def parquet_files(folder: Path) -> list[str]:
+    """All that are in the folder.
+
+    Raises:
+        ValueError: one of them is damaged.
+    """
+    found = sorted(map(str, folder.rglob("*.parquet")))
+    for path in found:
+        with readable(f"--train_data_dir: the file {path}"):
+            parquet.read_schema(path)  # its end, which a truncated file lacks
+    return found
 
 
 def _from_folder(config: DataConfig, wanted: list[str]) -> datasets.Dataset:
@@ -219,10 +253,10 @@ def _from_folder(config: DataConfig, wanted: list[str]) -> datasets.Dataset:
         metadata = _metadata_file(folder)
     if metadata is not None:
         return _from_metadata(metadata, config)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if tables := [str(path) for path in files if path.suffix == ".parquet"]:
-        return datasets.Dataset.from_parquet(tables, cache_dir=config.cache_dir)
-    return _from_text_files(folder, files, config, wanted)
+    if tables := parquet_files(folder):
+        with readable(source_flag(config)):
+            return datasets.Dataset.from_parquet(tables, cache_dir=config.cache_dir)
+    return _from_text_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()), config, wanted)
 
 
 def _metadata_file(folder: Path) -> Path | None:
@@ -230,7 +264,8 @@ def _metadata_file(folder: Path) -> Path | None:
 
 
 def _from_metadata(path: Path, config: DataConfig) -> datasets.Dataset:
-    table = METADATA[path.name](path)
+    with readable(f"--train_data_dir: the file {path}"):
+        table = METADATA[path.name](path)
     if "file_name" not in table.column_names:
         found = ", ".join(table.column_names)
         raise ValueError(f"{path} needs a column file_name with the image paths; the columns found: {found}.")
@@ -254,7 +289,11 @@ def _from_text_files(folder: Path, files: list[Path], config: DataConfig, wanted
                 "with the columns file_name and text, or a .txt file beside each image."
             )
         columns[config.caption_column] = [
-            path.with_suffix(".txt").read_text("utf-8").strip() if path.with_suffix("") in texts else ""
-            for path in images
+            _caption(path.with_suffix(".txt")) if path.with_suffix("") in texts else "" for path in images
         ]
     return datasets.Dataset.from_dict(columns)
+
+
+def _caption(path: Path) -> str:
+    with readable(f"--train_data_dir: the file {path}"):
+        return path.read_text("utf-8").strip()

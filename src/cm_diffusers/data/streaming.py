@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -21,15 +20,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.errors import readable
 from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
 from cm_diffusers.data.sampler import SHUFFLE, Position, batch_generator
-from cm_diffusers.data.sources import DataConfig, captions_of, refuse_changed, require_columns, source_name, validate
+from cm_diffusers.data.sources import (
+    DataConfig,
+    captions_of,
+    nothing_usable,
+    parquet_files,
+    refuse_changed,
+    require_columns,
+    source_flag,
+    source_name,
+    validate,
+)
 from cm_diffusers.data.tars import FIELDS, tar_features, tar_rows, tar_shards
 from cm_diffusers.types import Batch
 
 
 logger = logging.getLogger(__name__)
-CACHED_ONLY = "aspect_ratio_buckets bucket_step bucket_max_ratio max_train_samples num_crops latent_cache_dir"
+CACHED_ONLY = (
+    "aspect_ratio_buckets bucket_step bucket_max_ratio max_train_samples num_crops cache_latents latent_cache_dir"
+)
 
 
 def streaming_batches(
@@ -99,18 +111,21 @@ def _open(config: DataConfig) -> datasets.IterableDataset:
             tar_rows, features=tar_features(image, caption), gen_kwargs=arguments
         )
     load = partial(datasets.load_dataset, cache_dir=config.cache_dir, streaming=True)
-    if config.dataset_name:
-        dataset = load(config.dataset_name, config.dataset_config_name, split=config.dataset_split)
-    else:
-        dataset = load("parquet", data_files=_parquet_files(config), split="train")
-    require_columns(dataset.column_names or list(next(iter(dataset), {})), [image, caption])
+    files = None if config.dataset_name else _parquet_files(config)
+    with readable(source_flag(config)):
+        if files:
+            dataset = load("parquet", data_files=files, split="train")
+        else:
+            dataset = load(config.dataset_name, config.dataset_config_name, split=config.dataset_split)
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+    require_columns(columns, [image, caption])
     return dataset.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
 
 
 def _parquet_files(config: DataConfig) -> list[str]:
     folder = Path(config.train_data_dir).expanduser()
     split = folder / config.dataset_split
-    found = sorted(map(str, (split if split.is_dir() else folder).rglob("*.parquet")))
+    found = parquet_files(split if split.is_dir() else folder)
     if not found:
         raise ValueError(
             f"--streaming reads parquet files from --train_data_dir, but {folder} holds none; leave --streaming out, "
@@ -161,8 +176,8 @@ class _Reader:
                 held = list(islice(samples, size))
                 if not held:
                     break
-                order = np.random.default_rng([self.position.seed, SHUFFLE, epoch, block]).permutation(len(held))
-                yield from (held[i] for i in order)
+                generator = np.random.default_rng([self.position.seed, SHUFFLE, epoch, 1 + block])
+                yield from (held[i] for i in generator.permutation(len(held)))
 
     def skip(self, reason: str) -> None:
         """Counts what cannot be used; says so the 1st, 10th, 100th ... time."""
@@ -183,26 +198,23 @@ class _Reader:
                 fields.add(row.get(FIELDS) or ", ".join(name for name, value in row.items() if value is not None))
                 self.skip("without a caption" if record else "without an image")
         if not usable:
-            raise ValueError(_nothing_usable(self.config, sum(self.skipped.values()), sorted(fields)))
+            raise ValueError(self._unusable(fields))
 
-    def _rows(self, epoch: int) -> datasets.IterableDataset:
-        seed, rank, world_size = self.position.seed, self.position.rank, self.position.world_size
-        state = np.random.SeedSequence([seed, SHUFFLE, epoch]).generate_state(1)
-        files_shuffled = self.dataset.shuffle(seed=int(state[0]), buffer_size=1)
-        return split_dataset_by_node(files_shuffled, rank, world_size) if world_size > 1 else files_shuffled
+    def _unusable(self, fields: set[str]) -> str:
+        if number := sum(self.skipped.values()):
+            return nothing_usable(self.config, number, fields)
+        name = source_name(self.config)
+        return f"{name} gave this process no sample: it is empty, or has fewer than there are processes."
 
-
-def _nothing_usable(config: DataConfig, number: int, fields: list[str]) -> str:
-    if not number:
-        return (
-            f"{source_name(config)} gave this process no sample: it is empty, or has fewer than there are processes."
-        )
-    found = " or ".join(f"[{names}]" for names in fields[:3])
-    return (
-        f"None of the {number} samples of {source_name(config)} has both an image ({config.image_column}) and a "
-        f"caption ({config.caption_column}): they hold {found}; name what to read with --image_column and "
-        "--caption_column."
-    )
+    def _rows(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """Of this rank: its share of the shuffled files, or of the rows where the files do not divide."""
+        rank, ranks, files = self.position.rank, self.position.world_size, self.dataset.num_shards
+        order = np.random.default_rng([self.position.seed, SHUFFLE, epoch, 0]).permutation(files).tolist()
+        divides = files % ranks == 0
+        mine = order[rank::ranks] if divides else order
+        rows = chain.from_iterable(self.dataset.shard(files, i) for i in mine)
+        with readable(source_flag(self.config)):
+            yield from rows if divides else islice(rows, rank, None, ranks)
 
 
 class _Window:

@@ -71,16 +71,19 @@ def generate(
     num_inference_steps: int,
     guidance_scale: float,
     batch_size: int,
+    resolution: int | None = None,
 ) -> tuple[Tensor, float]:
     """One image for each prompt, from its own seed: an image does not depend on the others in its batch.
 
     Args:
-        pipe: Any pipeline with the arguments `prompt`, `generator`, `num_inference_steps`, `guidance_scale`.
+        pipe: Any pipeline with the arguments `prompt`, `generator`, `num_inference_steps`, `guidance_scale`, `height`,
+            `width`.
         prompts: N prompts.
         seeds: N seeds, of CPU generators, so that they mean the same on every device.
         num_inference_steps: Steps of the pipeline's scheduler.
         guidance_scale: In the pipeline's own convention.
         batch_size: Images drawn at once.
+        resolution: Height and width in pixels; None: the pipeline's default.
 
     Returns:
         Images (N, 3, H, W) in [0, 1], rounded to 8 bits and on the CPU, and the seconds they took after a warm-up.
@@ -89,6 +92,8 @@ def generate(
     def draw(rows: slice, steps: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
         arguments = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+        if resolution is not None:
+            arguments |= {"height": resolution, "width": resolution}
         images = pipe(prompt=list(prompts[rows]), generator=generators, **arguments).images
         return (images.float() * 255).round().cpu() / 255
 

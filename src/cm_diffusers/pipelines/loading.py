@@ -143,11 +143,11 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         """As `DiffusionPipeline.save_pretrained`, with the record beside the weights.
 
         Raises:
-            ValueError: A LoRA is loaded, and not in the weights.
+            ValueError: A LoRA is on the UNet, and not in its weights; text encoders save theirs.
         """
-        if self._adapters():
+        if "unet" in self.get_list_adapters():
             raise ValueError(
-                "A LoRA is loaded, which the folder of a pipeline cannot hold; call fuse_lora() and then "
+                "A LoRA is on the UNet, which the folder of a pipeline cannot hold; call fuse_lora() and then "
                 "unload_lora_weights(), or save it alone with save_lora_weights()."
             )
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -67,10 +67,19 @@ class FromImage(FromNoise):
         self.image, self.strength = readable(image), strength
 
     def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-        """By default the image's size, rounded down to what the VAE can take."""
-        factor = pipe.vae_scale_factor
-        own = (side - side % factor for side in image_size(self.image, factor, pipe.vae.config.latent_channels))
-        size = sided((height, width), own)
+        """By default the image's size, rounded down to what the VAE can take.
+
+        Raises:
+            ValueError: A tensor would be latents of an image that much larger than in training: it must be pixels.
+        """
+        factor, channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
+        raw, own = image_size(self.image, factor, -1), image_size(self.image, factor, channels)
+        if raw != own and None in (height, width) and min(raw) >= min(super().size(pipe, None, None)):
+            raise ValueError(
+                f"An image of {channels} channels is read as latents, here of {own[0]} x {own[1]} pixels; give 3 channels if "
+                "these are pixels, or height and width if they are latents."
+            )
+        size = sided((height, width), (side - side % factor for side in own))
         check_size(*size, factor)
         return size
 
