@@ -120,6 +120,9 @@ def test_checkpointing_and_a_half_teacher(home) -> None:
         ({"sde": "ddim", "noise_scale": "sde"}, "--noise_scale has no effect with --sde ddim"),
         ({"critic_lora_rank": 4}, "--critic_lora_rank has no effect with --critic heads"),
         ({"critic": "none", "adversarial_weight": 0.4}, "--adversarial_weight has no effect with --critic none"),
+        ({"critic_channels": 0}, "--critic_channels must be at least 1, but it is 0"),
+        ({"critic_learning_rate": -1.0}, "--critic_learning_rate must be at least 0, but it is -1.0"),
+        ({"lora_rank": 8}, "--lora_rank has no effect without --lora"),
         ({"solver_steps": 0}, "--solver_steps must be at least 1, but it is 0"),
     ],
 )

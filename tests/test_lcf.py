@@ -357,10 +357,16 @@ def test_students_that_cannot_be_finetuned(home, tmp_path):
         load_student(FinetuneConfig(str(tmp_path / "nothing")))
     folder = save_student(tmp_path / "student")
     content = json.loads((folder / RECORD).read_text())
-    (folder / RECORD).write_text(json.dumps(content | {"method": "scott"}))
-    with pytest.raises(ValueError, match="was made by 'scott'; fine-tuning is for latent consistency models"):
+    (folder / RECORD).write_text(json.dumps(content | {"method": "boot"}))
+    with pytest.raises(ValueError, match="was made by 'boot'; fine-tuning is for latent consistency models"):
         load_student(FinetuneConfig(str(folder)))
     write_record(replace(read_record(folder), method="lcm"), folder)
+    config = folder / "vae" / "config.json"
+    content = config.read_text()
+    config.write_text(json.dumps(json.loads(content) | {"latents_std": [2.0] * 4}))
+    with pytest.raises(ValueError, match="normalises every channel"):
+        load_student(FinetuneConfig(str(folder)))
+    config.write_text(content)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     broken = load_file(weights)
     broken["conv_in.bias"][0] = float("nan")
@@ -374,6 +380,9 @@ def test_students_that_cannot_be_finetuned(home, tmp_path):
     [
         ({"prompts_file": "prompts.txt"}, "--prompts_file prompts.txt: this script has no such flag"),
         ({"validation_guidance_scale": 3.0}, "--validation_guidance_scale has no effect without a teacher"),
+        ({"lora_rank": 3}, "--lora_rank has no effect without --lora"),
+        ({"lora": True, "save_fp16": True}, "--save_fp16 has no effect with --lora"),
+        ({"lora": True, "lora_rank": 0}, "--lora_rank must be at least 1, but it is 0"),
     ],
 )
 def test_flags_that_cannot_act(home, values, message):

@@ -15,6 +15,7 @@ from scripts import CAPTIONS, captioned_folder, data_flags, image_folder, run_sc
 from tiny import tiny_pipeline, tiny_unet, tiny_vae
 from tiny_xl import tiny_xl_pipeline, tiny_xl_unet
 
+from cm_diffusers import callbacks
 from cm_diffusers.data.encoders import Encoders, placed
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.preprocessing import decode_image, preprocess, upright_size
@@ -153,6 +154,22 @@ def test_both_towers_are_frozen(teacher) -> None:
     parts = [part for part in teacher.components.values() if isinstance(part, torch.nn.Module)]
     assert len(parts) == 4
     assert not any(p.requires_grad or part.training for part in parts for p in part.parameters())
+
+
+@pytest.mark.parametrize("script", ["distill_lcm", "finetune_lcf"])
+def test_validation_has_the_training_resolution(home, tmp_path, monkeypatch, script) -> None:
+    """Not the teacher's default, 32 x 32."""
+    shown = []
+    monkeypatch.setattr(callbacks, "image_grid", lambda rows, *_: shown.extend(rows) or Image.new("RGB", (8, 8)))
+    flags = data_flags(home / "data", tmp_path / "cache") | {"resolution": 16, "max_train_steps": 1}
+    start = {"pretrained_teacher_model": home / "teacher", "lora": True, "lora_rank": 2, "validation_teacher_steps": 2}
+    if script == "finetune_lcf":
+        teacher = load_teacher(TeacherConfig(str(home / "teacher")))
+        lcm_pipeline(teacher, teacher.unet, lcm_scheduler(teacher, 20, 10.0)).save_pretrained(tmp_path / "student")
+        start = {"pretrained_student_model": tmp_path / "student"}
+    grid = {"validation_prompts": ["a coat"], "validation_steps": 1, "validation_nfe": [1], "validation_seeds": [0]}
+    run_script(script, **flags | start | grid, output_dir=tmp_path / "run")
+    assert [tuple(images.shape) for images in shown] == [(1, 3, 16, 16)] * (2 if script == "distill_lcm" else 1)
 
 
 @pytest.mark.parametrize("zeros", [True, False])

@@ -310,9 +310,9 @@ def test_tars_load_without_streaming_and_follow_the_files(tmp_path, config):
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "no tar", "cut gzip"])
 def test_damaged_shards(tmp_path, config, encoders, damage, streaming):
-    path = write_tar(tmp_path / "x.tar", {f"{i}.png": bytes(3000) for i in range(9)})
+    path = write_tar(tmp_path / "x.tar", {f"{i}.png": np.random.bytes(3000) for i in range(9)})
     whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:9999], "no tar": b"<html>" * 999, "cut gzip": gzip.compress(whole)[:99]}[damage])
+    path.write_bytes({"cut": whole[:9999], "no tar": b"<html>" * 999, "cut gzip": gzip.compress(whole)[:9999]}[damage])
     config = replace(config, train_shards_path_or_url=str(path), streaming=streaming, shuffle_buffer_size=1000)
     with pytest.raises(
         ValueError, match=r"^--train_shards_path_or_url .*: The shard .*x\.tar cannot be read as a tar file"

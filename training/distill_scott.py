@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.checks import check_student
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, refuse_changed, source_name
 from cm_diffusers.hub import HubConfig, check_hub, push_folder
 from cm_diffusers.models.critics import CriticConfig, critic_optim, make_critic, unused_flags
-from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks, require_autocast
+from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
 from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig, SCottObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.process import DiscreteVP
@@ -32,7 +33,7 @@ def main() -> None:
     refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
     refuse_changed(method, ADVERSARIAL_FLAGS if judge.critic == "none" else "", "with --critic none")
     seed_everything(train.seed)
-    require_autocast(student, train.mixed_precision)
+    check_student(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     teacher = load_teacher(source)
     embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
@@ -47,7 +48,8 @@ def main() -> None:
     nets = make_networks(teacher.unet, student)
     nets.critic = make_critic(nets, judge)
     optims = {"student": optim, "critic": critic_optim(judge, optim)}
-    settings, grid = [source, student, data, generation, judge], sample_grid(validation, make_pipeline, teacher, scale)
+    grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
+    settings = [source, student, data, generation, judge]
     trainer = Trainer(train, nets, objective, optims, settings, callbacks=[grid])
     rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
     trainer.fit(training_batches(data, generation, teacher, train.seed, rank, ranks, device))

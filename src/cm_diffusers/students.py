@@ -11,7 +11,7 @@ from cm_diffusers.networks import LCM_LORA_TARGETS, LOADING, add_lora, check_vae
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.pipelines.manners import Manners
 from cm_diffusers.publish import lcm_record
-from cm_diffusers.record import Record, read_record
+from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.types import Networks
 
 
@@ -51,7 +51,7 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise ValueError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a student of one.")
     check_vae(path, pipe.vae)
-    if record is not None and record.method not in ("lcm", "lcf"):
+    if record is not None and record.method not in ("lcm", "lcf", "scott"):
         raise ValueError(f"{path} was made by {record.method!r}; fine-tuning is for latent consistency models (lcm).")
     record = record or _inferred(path, pipe)
     if broken := [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]:
@@ -76,7 +76,7 @@ def _load(path: str, record: Record | None, config: FinetuneConfig) -> Diffusion
     try:
         if not lora:
             return DiffusionPipeline.from_pretrained(path, revision=revision, **options)
-        pipe = DiffusionPipeline.from_pretrained(record.base_model, **options)
+        pipe = DiffusionPipeline.from_pretrained(base_model_of(record, path), **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         what = f"{record.base_model}, which the LoRA {path} belongs on," if lora else path

@@ -176,6 +176,7 @@ def validate(config: DataConfig) -> None:
             f"Give one of {', '.join(f'--{name}' for name in SOURCES)}: exactly one is needed and "
             f"{' and '.join(given) or 'none'} {'were' if given else 'was'} given."
         )
+    check_values(config)
     if config.train_shards_path_or_url:
         refuse_changed(config, "dataset_split dataset_config_name", "with --train_shards_path_or_url")
     if not config.dataset_name:
@@ -184,7 +185,6 @@ def validate(config: DataConfig) -> None:
         refuse_changed(config, "bucket_step bucket_max_ratio", "without --aspect_ratio_buckets")
     if config.center_crop:
         refuse_changed(config, "num_crops", "with --center_crop")
-    check_values(config)
 
 
 def check_values(config: DataConfig) -> None:

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cm_diffusers.record import RECORD, read_record
+from cm_diffusers.record import RECORD, base_model_of, read_record
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -52,7 +52,7 @@ def _base_model(folder: Path) -> str:
     record = read_record(folder)
     if record is None:
         raise ValueError(f"The LoRA in {str(folder)!r} does not name its base model: {RECORD} is missing beside it.")
-    return record.base_model
+    return base_model_of(record, folder)
 
 
 def _apply_lora(pipe: DiffusionPipeline, lora: str) -> None:

@@ -32,6 +32,12 @@ class CriticConfig:
     critic_adam_beta1: float = HfArg(default=0.0, help="Decay of its first moment.")
     critic_adam_beta2: float = HfArg(default=0.99, help="Decay of its second moment.")
 
+    def __post_init__(self) -> None:
+        for name in ("critic_channels", "critic_lora_rank", "critic_learning_rate"):
+            least = 0 if name == "critic_learning_rate" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, but it is {getattr(self, name)}.")
+
 
 def unused_flags(config: CriticConfig) -> str:
     """The fields, separated by spaces, that do nothing for this kind of critic."""
