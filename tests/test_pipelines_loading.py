@@ -314,8 +314,8 @@ def _fitting() -> dict[str, torch.Tensor]:
         ("deeper", "another architecture: the UNet has no layer 'down_blocks.7"),
         ("transformer", "no layer for a UNet or a text encoder; its layers are like 'transformer"),
         ("last layer", "another architecture"),
-        ("text encoder", "its layer 'encoder.*q_proj' reads 8 features, the text_encoder's 32"),
-        ("text layer", "the text_encoder has no layer 'encoder.layers.9"),
+        ("text encoder", "its layer '(text_model.)?encoder.*q_proj' reads 8 features, the text_encoder's 32"),
+        ("text layer", "the text_encoder has no layer '(text_model.)?encoder.layers.9"),
         ("towers", "layers for text_encoder_2, which this pipeline does not have"),
     ],
 )
