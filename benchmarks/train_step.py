@@ -1,4 +1,4 @@
-"""Time and memory of an LCM training step: against the network passes it needs, and against the example in diffusers.
+"""Time and memory of a training step of LCM and of SCott: against the network passes it needs, and against the example in diffusers.
 
 Every round measures each thing once, so that all of them see the same machine; the medians are reported.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from lcm_distillation import Action, BenchmarkConfig, Distillation, the_teacher
+from distillation import Action, BenchmarkConfig, Distillation, the_teacher
 from reference_lcm_step import ReferenceLCM, pixel_batches
 from reporting import interleaved, write_report
 
@@ -21,8 +21,8 @@ from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.optimizers import OptimConfig
 
 
-PASSES = ("student", "target", "teacher")
-KINDS = ("full", "lora")
+PASSES = ("student", "target", "teacher", "critic")
+KINDS = ("full", "lora", "scott")
 CONFIGS = (BenchmarkConfig,)
 
 
@@ -40,20 +40,24 @@ def measure_times(config: BenchmarkConfig, workdir: Path) -> dict[str, list[tupl
 
     def clear_gradients() -> None:
         for one in distillations.values():
-            one.trainer.student.zero_grad(set_to_none=True)
+            for _, network in one.trainer.nets.items():
+                network.zero_grad(set_to_none=True)
 
     return interleaved(actions, config.repeats, clear_gradients)
 
 
 def ratios(times: dict[str, list[tuple[float, float]]], clock: int) -> dict[str, float]:
-    """Medians over the rounds of step / passes (at most 1.15 is wanted) and of reference / step (at least 1.3)."""
+    """Medians over the rounds: of step / passes (at most 1.15 is wanted), of the reference and of SCott against LCM."""
     rounds = {name: [pair[clock] for pair in values] for name, values in times.items()}
     found = {}
     for kind in KINDS:
-        passes = [sum(parts) for parts in zip(*(rounds[f"{kind}/{name}"] for name in PASSES), strict=True)]
+        own = [rounds[f"{kind}/{name}"] for name in PASSES if f"{kind}/{name}" in rounds]
+        passes = [sum(parts) for parts in zip(*own, strict=True)]
         found[f"{kind} step / passes"] = median(a / b for a, b in zip(rounds[f"{kind}/step"], passes, strict=True))
-    pairs = zip(rounds["reference/step"], rounds["full/step"], strict=True)
-    return found | {"full images/s / reference images/s": median(a / b for a, b in pairs)}
+    for name, other in (("full images/s / reference images/s", "reference"), ("scott step / full step", "scott")):
+        pairs = zip(rounds[f"{other}/step"], rounds["full/step"], strict=True)
+        found[name] = median(a / b for a, b in pairs)
+    return found
 
 
 def peak_memory(config: BenchmarkConfig, kind: str, workdir: Path) -> float:
@@ -72,7 +76,7 @@ def peak_memory(config: BenchmarkConfig, kind: str, workdir: Path) -> float:
 
 
 def measure_memory(config: BenchmarkConfig, workdir: Path) -> dict[str, float]:
-    """`peak_memory` of "idle", "full" and "lora", each in a new process."""
+    """`peak_memory` of "idle" and of each kind, each in a new process."""
     found = {}
     for kind in ("idle", *KINDS):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
@@ -84,7 +88,7 @@ def as_table(config: BenchmarkConfig, times: dict, memory: dict[str, float]) -> 
     """Markdown: one row of medians per loop, then the ratios and the setting."""
     milliseconds = {name: 1000 * median(wall for wall, _ in values) for name, values in times.items()}
     columns = ("step", *PASSES)
-    lines = [["", *(f"{name}, ms" for name in columns), "images/s", "MiB above idle"], ["---", *["---:"] * 6]]
+    lines = [["", *(f"{name}, ms" for name in columns), "images/s", "MiB above idle"], ["---", *["---:"] * 7]]
     for loop in (*KINDS, "reference"):
         cells = [milliseconds.get(f"{loop}/{name}") for name in columns]
         speed = 1000 * config.train_batch_size / milliseconds[f"{loop}/step"]

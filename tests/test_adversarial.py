@@ -7,7 +7,7 @@ from tiny import tiny_unet
 from tiny_xl import tiny_xl_unet
 from torch import nn
 
-from cm_diffusers.adversarial import ADVERSARIAL_LOSSES, accuracy, approximate_r1, detour
+from cm_diffusers.adversarial import ADVERSARIAL_LOSSES, accuracy, adaptive_weight, approximate_r1, detour
 from cm_diffusers.models.critics import CriticConfig, LoRADecoderCritic, TeacherFeatureCritic, make_critic
 from cm_diffusers.networks import StudentConfig, make_networks, unet_arguments
 from cm_diffusers.types import Networks
@@ -70,6 +70,14 @@ def test_at_first_there_is_no_opinion(kind, name, critic, generator):
     assert loss.critic(logits[:1], logits[1:]).item() == critic
     assert loss.generator(logits).item() == generator
     assert accuracy(logits[:1], logits[1:], 0.0) == 0.5
+
+
+def test_adaptive_weight_has_bounds_and_no_gradient():
+    hold, pull = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 2.0], requires_grad=True)
+    found = [adaptive_weight(hold * scale, pull) for scale in (1.0, 1e-4, 1e4)]
+    assert [value.item() for value in found] == [2.5, pytest.approx(0.01), 10]
+    assert not any(value.requires_grad for value in found)
+    assert adaptive_weight(hold, 0 * pull) == 10
 
 
 def test_a_detour_leads_to_the_same_gradient():

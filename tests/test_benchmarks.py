@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import train_step  # noqa: E402
-from lcm_distillation import BenchmarkConfig, Distillation, the_teacher  # noqa: E402
+from distillation import BenchmarkConfig, Distillation, the_teacher  # noqa: E402
 from reference_lcm_step import ReferenceLCM, pixel_batches  # noqa: E402
 
 from cm_diffusers.objectives.lcm import LCMConfig  # noqa: E402
@@ -84,6 +84,23 @@ def test_lora_step_makes_the_passes_that_are_measured(config: BenchmarkConfig, t
     assert sorted(student) == sorted([GRAD, (False, 2 * B), FREE] * 2)
 
 
+def test_scott_step_makes_the_passes_that_are_measured(config: BenchmarkConfig, tmp_path: Path) -> None:
+    one = Distillation(config, "scott", tmp_path)
+    nets = one.trainer.nets
+    seen = []
+    nets.critic.register_forward_pre_hook(lambda _, args: seen.append((args[0].requires_grad, len(args[0]))))
+    student, target, teacher = count_calls(nets.student), count_calls(nets.target), count_calls(nets.teacher)
+    one.step()
+    assert (sorted(student), target, sorted(seen)) == ([FREE, GRAD], [FREE], [(False, 2 * B), GRAD])
+    solver, judged = [(False, 2 * B)] * 3, [(True, B), (True, 2 * B)]
+    assert sorted(teacher) == sorted(solver + judged)
+    for action in one.passes().values():
+        action()
+    assert (sorted(student), target) == (sorted([FREE, GRAD] * 2), [FREE] * 2)
+    assert sorted(seen) == sorted([(False, 2 * B), GRAD] * 2)
+    assert sorted(teacher) == sorted((solver + judged) * 2)
+
+
 def test_reference_encodes_every_step_and_guides_in_two_passes(config: BenchmarkConfig, tmp_path: Path) -> None:
     reference = make_reference(config, Distillation(config, "full", tmp_path))
     pipe = reference.pipe
@@ -108,25 +125,29 @@ def test_reference_has_the_loss_of_the_objective(config: BenchmarkConfig, tmp_pa
 
 
 def test_ratios_are_medians_over_rounds() -> None:
-    times = {f"{kind}/{name}": [(1.0, 2.0)] * 3 for kind in train_step.KINDS for name in train_step.PASSES}
+    times = {f"{kind}/{name}": [(1.0, 2.0)] * 3 for kind in ("full", "lora") for name in train_step.PASSES[:3]}
+    times |= {f"scott/{name}": [(2.0, 2.0)] * 3 for name in train_step.PASSES}
     times["full/step"] = [(3.3, 9.0), (3.6, 9.0), (30.0, 9.0)]
     times["lora/step"] = [(6.0, 6.0)] * 3
+    times["scott/step"] = [(9.9, 9.0), (7.2, 9.0), (60.0, 9.0)]
     times["reference/step"] = [(6.6, 18.0), (5.4, 18.0), (60.0, 18.0)]
-    names = ["full step / passes", "lora step / passes", "full images/s / reference images/s"]
-    assert train_step.ratios(times, 0) == pytest.approx(dict(zip(names, (1.2, 2.0, 2.0), strict=True)))
-    assert train_step.ratios(times, 1) == pytest.approx(dict(zip(names, (1.5, 1.0, 2.0), strict=True)))
+    names = [f"{kind} step / passes" for kind in train_step.KINDS]
+    names += ["full images/s / reference images/s", "scott step / full step"]
+    wall, cpu = (1.2, 2.0, 9.9 / 8, 2.0, 2.0), (3.0 / 2, 1.0, 9.0 / 8, 2.0, 1.0)
+    assert train_step.ratios(times, 0) == pytest.approx(dict(zip(names, wall, strict=True)))
+    assert train_step.ratios(times, 1) == pytest.approx(dict(zip(names, cpu, strict=True)))
 
 
 def test_table_of_a_tiny_run(config: BenchmarkConfig, tmp_path: Path) -> None:
     times = train_step.measure_times(config, tmp_path)
-    loops = {f"{kind}/{name}" for kind in train_step.KINDS for name in ("step", *train_step.PASSES)}
-    assert times.keys() == loops | {"reference/step"}
+    loops = {f"{kind}/{name}" for kind in train_step.KINDS for name in ("step", *train_step.PASSES[:3])}
+    assert times.keys() == loops | {"reference/step", "scott/critic"}
     assert {len(values) for values in times.values()} == {2}
-    table = train_step.as_table(config, times, {"idle": 100.0, "full": 130.0, "lora": 112.4})
+    table = train_step.as_table(config, times, {"idle": 100.0, "full": 130.0, "lora": 112.4, "scott": 150.0})
     rows = {cells[0]: cells for cells in ([c.strip(" |") for c in line.split(" | ")] for line in table.splitlines())}
     assert rows["full"][-1] == "30"
     assert rows["lora"][-1] == "12"
-    assert rows["reference"][2:5] == ["–"] * 3
+    assert rows["reference"][2:6] == ["–"] * 4
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from cm_diffusers import publish
 from cm_diffusers.evaluation import metrics
-from cm_diffusers.evaluation.features import load_extractor
+from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.reference import ReferenceConfig, in_turns, load_reference
+from cm_diffusers.evaluation.reference import ReferenceConfig, in_turns, load_reference, load_references
 from cm_diffusers.evaluation.report import Setting, markdown_table
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
 from cm_diffusers.models.classifier import ImageClassifier
@@ -92,6 +92,7 @@ def test_vendi_counts_distinct_samples() -> None:
     assert metrics.vendi_score(torch.eye(2).repeat(5, 1)) == pytest.approx(2)
     features = torch.cat([torch.eye(2), torch.ones(2, 2), torch.ones(1, 2)])
     assert metrics.prompt_vendi_score(features, ["a", "a", "b", "b", "c"], 2) == pytest.approx(1.5)
+    assert metrics.prompt_vendi_score(features[[0, 1, 2, 3, 0]], ["a"] * 5, 2) == pytest.approx(1.5)  # two groups
     assert metrics.prompt_vendi_score(features, list("vwxyz"), 2) is None
 
 
@@ -212,6 +213,16 @@ def test_reference_takes_classes_in_turn(tmp_path: Path) -> None:
         load_reference(config, 5)
 
 
+def test_references_are_disjoint(tmp_path: Path) -> None:
+    write_reference(tmp_path, [2, 2, 0, 6, 0])
+    config = ReferenceConfig(train_data_dir=str(tmp_path), label_column="label", resolution=32)
+    one, two = load_references(config, 2, 3)
+    assert (one.prompts, two.prompts) == (["a t-shirt", "a pullover"], ["a shirt", "a t-shirt"])
+    assert two.labels == [6, 0]
+    torch.testing.assert_close(two.images.mean((1, 2, 3)), torch.tensor([3.0, 4.0]) * 20 / 255)
+    assert len(load_references(config, 2, 1)) == len(load_references(config, 3, 2)) == 1
+
+
 def write_reference(folder: Path, labels: list[int]) -> None:
     """Grey images, 20 levels brighter from row to row."""
     rows = {"image": [], "text": [[f"a {FASHION_LABELS[label]}", "other"] for label in labels], "label": labels}
@@ -306,6 +317,25 @@ def test_evaluate_end_to_end(parts: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert grid.height > 13 * 96
         assert plot.size == (900, 600)
     assert sorted(p.name for p in (parts / "out").iterdir()) == ["fid.png", "grid.png", "table.json", "table.md"]
+
+
+def test_real_images_are_measured_where_there_are_enough(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (parts / "more").mkdir()
+    write_reference(parts / "more", list(range(10)) + list(range(6)))
+    evaluate(
+        parts, monkeypatch, train_data_dir=f"{parts / 'more'}", num_inference_steps="1", output_dir=f"{parts / 'r'}"
+    )
+    real, student = json.loads((parts / "r" / "table.json").read_text("utf-8"))["rows"]
+    assert (real["pipeline"], real["num_inference_steps"], real["guidance_scale"]) == ("other real images", None, None)
+    extractor = load_extractor(str(parts / "net"), torch.device("cpu"))
+    config = ReferenceConfig(train_data_dir=str(parts / "more"), label_column="label", resolution=32)
+    images = load_reference(config).images
+    reference, other = (extract_features(extractor, images[part]) for part in (slice(0, 8), slice(8, 16)))
+    assert real["fid"] == pytest.approx(metrics.frechet_distance(reference, other))
+    assert {"recall", "coverage", "agreement"} <= {key for key, value in real.items() if value is not None}
+    assert student["fid"] != real["fid"]
+    first = (parts / "r" / "table.md").read_text("utf-8").splitlines()[2]
+    assert first.startswith("| other real images | – | – | ")
 
 
 @pytest.mark.parametrize(

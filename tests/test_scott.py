@@ -226,6 +226,32 @@ def test_the_student_s_turn_shows_only_fakes():
     assert loss.value.item() == pytest.approx((loss.logs["consistency"] + 0.1 * loss.logs["adversarial"]).item())
 
 
+def test_a_balanced_weight_counts_gradients_and_gets_none():
+    """At a weight of 0.5 the critic then pulls half as much as the distillation holds, however steep it is."""
+    nets = Networks(Linear(torch.full((1000,), 0.4)), teacher=OracleNet(VP, "sample", Gaussian(0, 1)))
+    batch, losses = Batch(torch.randn(500, 1)), {}
+    for slope in (1.0, 10.0, 1e9):
+        nets.critic = Recorder(lambda x, t, slope=slope: slope * x.tanh())
+        torch.manual_seed(0)
+        losses[slope] = scott(adversarial_balance="adaptive", adversarial_weight=0.5)(nets, batch, Progress(0, 1))
+    ratios = {slope: loss.logs["gradient_ratio"].item() for slope, loss in losses.items()}
+    assert [ratios[1.0], ratios[10.0]] == pytest.approx([0.5, 0.5], rel=1e-4)
+    assert ratios[1e9] > 1e4  # no less than 0.01 of the weight
+    assert losses[1e9].logs["adversarial_weight"].item() == pytest.approx(0.005)
+    weights = [losses[slope].logs["adversarial_weight"].item() for slope in (1.0, 10.0)]
+    assert weights[0] == pytest.approx(10 * weights[1], rel=1e-4)
+    assert not losses[1.0].logs["adversarial_weight"].requires_grad
+
+
+def test_noise_stays_below_what_is_asked_for():
+    nets = Networks(Linear(torch.zeros(1000)), critic=Recorder())
+    scott(renoise_below=40).judge(nets, Batch(torch.randn(4000, 1)), Progress(0, 1))
+    ((_, times, _),) = nets.critic.calls
+    assert (times.min(), times.max()) == (0, 39)
+    with pytest.raises(ValueError, match=r"--renoise_below is 1001, but the teacher has 1000 timesteps\."):
+        scott(renoise_below=1001)
+
+
 def test_the_target_may_be_what_is_real():
     """With a target network that answers 5 everywhere but at t = 0."""
     gain = Linear(torch.zeros(1000))
@@ -397,6 +423,8 @@ def test_resume_is_bit_exact(tmp_path, micro_batches, checkpoint):
         ({"eta": -0.1}, "--eta is -0.1 but must lie between 0 (no noise) and 1 (that of DDPM)."),
         ({"solver_steps": 0}, "--solver_steps must be at least 1, but it is 0."),
         ({"solver_interval": 0}, "--solver_interval must be at least 1, but it is 0."),
+        ({"renoise_below": 0}, "--renoise_below must be at least 1, but it is 0."),
+        ({"adversarial_balance": "none"}, "Unknown --adversarial_balance 'none'; one of fixed, adaptive."),
         ({"adversarial_start": -1}, "--adversarial_start must be at least 0, but it is -1."),
         ({"noise_scale": "sde_6"}, "Unknown --noise_scale 'sde_6'; one of ode, sde, sde_5."),
         ({"sde": "euler"}, "Unknown --sde 'euler'; one of er_sde, ddim."),

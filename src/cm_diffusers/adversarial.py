@@ -61,6 +61,15 @@ def approximate_r1(logits: Tensor, disturbed: Tensor) -> Tensor:
     return (logits - disturbed).square().mean()
 
 
+def adaptive_weight(hold: Tensor, pull: Tensor) -> Tensor:
+    """How much stronger the gradient `hold` is than `pull`: the weight that makes them equal, at least 0.01, at most 10.
+
+    2012.09841, Eq. 7, with the bounds of 2310.02279; here of gradients at the sample `(B, ...)`, which every student has,
+    adapters or not.
+    """
+    return (hold.norm() / pull.norm().clamp(min=1e-12)).clamp(0.01, 10).detach()
+
+
 def detour(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """loss(x) and its gradient at x, the same shape as x.
 

@@ -11,11 +11,13 @@ from huggingface_hub import EvalResult
 FOLDER = "evaluation"
 TABLE, GRID = "table.json", "grid.png"
 TEACHER = "teacher"  # the name of its rows
+REAL = "other real images"  # the name of their row: what no pipeline of the same law would be beyond, but for chance
+BASELINES = (REAL, TEACHER)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The rows of a student and of its teacher, and what they depend on.
+    """The rows of a student, of its teacher and of other real images, and what they depend on.
 
     Attributes:
         setting: Number of images, seed, feature extractor, reference images, hardware ... by name.
@@ -28,7 +30,7 @@ class Measured:
     def results(self) -> Iterator[EvalResult]:
         """The student's numbers for the Hub, each named as it was computed, with its protocol."""
         for row in self.rows:
-            if row["pipeline"] != TEACHER:
+            if row["pipeline"] not in BASELINES:
                 for metric, (kind, words) in self._metrics().items():
                     if row.get(metric) is not None:
                         yield self._result(row, metric, kind, words)
@@ -66,7 +68,7 @@ def read_measured(folder: Path, name: str | None = None) -> Measured:
     """The rows of one student in the folder of an evaluation.
 
     Args:
-        name: The student's in the table; not needed if it is the only one beside the teacher.
+        name: The student's in the table; not needed if it is the only one beside the baselines.
 
     Raises:
         ValueError: No evaluation, or no such student in it, or several and no name.
@@ -75,9 +77,9 @@ def read_measured(folder: Path, name: str | None = None) -> Measured:
     if not path.is_file():
         raise ValueError(f"{folder} holds no {TABLE}; give the --output_dir of training/evaluate.py.")
     content = json.loads(path.read_text("utf-8"))
-    names = list(dict.fromkeys(row["pipeline"] for row in content["rows"] if row["pipeline"] != TEACHER))
+    names = list(dict.fromkeys(row["pipeline"] for row in content["rows"] if row["pipeline"] not in BASELINES))
     wanted = names[0] if name is None and len(names) == 1 else name
     if wanted not in names:
         found = "no --evaluation_name is given" if name is None else f"--evaluation_name is {name!r}"
         raise ValueError(f"{path} measured {', '.join(names) or 'no student'}, but {found}; give one of them.")
-    return Measured(content["setting"], [row for row in content["rows"] if row["pipeline"] in (TEACHER, wanted)])
+    return Measured(content["setting"], [row for row in content["rows"] if row["pipeline"] in (*BASELINES, wanted)])

@@ -14,9 +14,10 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_reference
+from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Row, Setting, hardware
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
+from cm_diffusers.measured import REAL, TEACHER
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.record import read_record
 
@@ -61,11 +62,11 @@ class Comparison:
         _validate(config)
         self.config, self.device = config, PartialState().device
         self.extractor = load_extractor(config.feature_extractor, self.device)
-        self.reference = load_reference(data, config.num_images)
+        self.reference, *others = load_references(data, config.num_images, 2)
         self.labels = wanted_labels(self.extractor, self.reference)
         self.real = extract_features(self.extractor, self.reference.images)
         self.teacher: dict[float, Tensor] = {}
-        self.rows: list[Row] = []
+        self.rows = [self._ceiling(other) for other in others]
         self.strips: list[tuple[str, Tensor]] = [("real", self.reference.images[:GRID_COLUMNS])]
         count = config.num_images
         self.setting = Setting(
@@ -84,9 +85,9 @@ class Comparison:
         config = self.config
         if config.teacher is not None:
             steps = [config.reference_steps, *(n for n in config.num_inference_steps if n != config.reference_steps)]
-            self._measure_pipeline(config.teacher, "teacher", steps)
+            self.measure(config.teacher, TEACHER, steps)
         for source, name in zip(config.pipelines, _names(config), strict=True):
-            self._measure_pipeline(source, name, config.num_inference_steps)
+            self.measure(source, name, config.num_inference_steps)
         return self.rows
 
     def grid(self) -> Image.Image:
@@ -94,7 +95,8 @@ class Comparison:
         labels, strips = zip(*self.strips, strict=True)
         return image_grid(strips, labels, self.reference.prompts[:GRID_COLUMNS])
 
-    def _measure_pipeline(self, source: str, name: str, steps: list[int]) -> None:
+    def measure(self, source: str, name: str, steps: list[int]) -> None:
+        """Rows and strips of one pipeline, at every guidance scale that it has not of its own."""
         pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device)
         record = read_record(source)
         own = record is not None and record.guidance == "distilled"
@@ -115,30 +117,42 @@ class Comparison:
                 "pipeline": name,
                 "num_inference_steps": steps,
                 "guidance_scale": guidance,
-                **self._quality(images, features, guidance),
+                **self._quality(features, prompts, self.labels),
+                "fid_teacher": self._to_teacher(features, guidance),
+                "clip_score": self._clip_score(images),
                 "images_per_second": len(images) / seconds,
                 "ms_per_image": 1000 * seconds / len(images),
             }
         )
         self.strips.append((f"{name}, {steps} steps, {guidance:g}", images[:GRID_COLUMNS]))
 
-    def _quality(self, images: Tensor, features: Tensor, guidance: float) -> Row:
-        """The teacher's samples are those of the same guidance scale, or of its first where it has not that one."""
+    def _ceiling(self, other: Reference) -> Row:
+        """Real images measured as if a pipeline had drawn them: what chance alone leaves of each number."""
+        features = extract_features(self.extractor, other.images)
+        quality = self._quality(features, other.prompts, wanted_labels(self.extractor, other))
+        return {"pipeline": REAL, "num_inference_steps": None, "guidance_scale": None, **quality}
+
+    def _quality(self, features: Tensor, prompts: list[str], labels: list[int | None]) -> Row:
         kid, kid_std = metrics.kernel_distance(self.real, features)
-        teacher = self.teacher.get(guidance, next(iter(self.teacher.values()), None))
         logits = classify(self.extractor, features)
-        prompts, clip_model = self.reference.prompts, self.config.clip_model
-        differs = teacher is not None and teacher is not features
         return {
             "fid": metrics.frechet_distance(self.real, features),
-            "fid_teacher": metrics.frechet_distance(teacher, features) if differs else None,
             "kid": kid,
             "kid_std": kid_std,
             **metrics.neighbour_metrics(self.real, features),
             "vendi": metrics.prompt_vendi_score(features, prompts),
-            "agreement": None if logits is None else metrics.prompt_agreement(logits, self.labels),
-            "clip_score": metrics.clip_score(images.to(self.device), prompts, clip_model) if clip_model else None,
+            "agreement": None if logits is None else metrics.prompt_agreement(logits, labels),
         }
+
+    def _to_teacher(self, features: Tensor, guidance: float) -> float | None:
+        """The teacher's samples are those of the same guidance scale, or of its first where it has not that one."""
+        teacher = self.teacher.get(guidance, next(iter(self.teacher.values()), None))
+        differs = teacher is not None and teacher is not features
+        return metrics.frechet_distance(teacher, features) if differs else None
+
+    def _clip_score(self, images: Tensor) -> float | None:
+        model = self.config.clip_model
+        return metrics.clip_score(images.to(self.device), self.reference.prompts, model) if model else None
 
 
 def wanted_labels(extractor: torch.nn.Module, reference: Reference) -> list[int | None]:

@@ -102,12 +102,12 @@ def vendi_score(features: Tensor) -> float:
 
 
 def prompt_vendi_score(features: Tensor, prompts: Sequence[str], images_per_prompt: int = 10) -> float | None:
-    """Mean Vendi score of the first `images_per_prompt` images of each prompt; None if no prompt has so many."""
+    """Mean Vendi score of groups of `images_per_prompt` images of one prompt, in their order; None if there is none."""
     scores = []
     for prompt in dict.fromkeys(prompts):
-        rows = [i for i, other in enumerate(prompts) if other == prompt][:images_per_prompt]
-        if len(rows) == images_per_prompt:
-            scores.append(vendi_score(features[rows]))
+        rows = [i for i, other in enumerate(prompts) if other == prompt]
+        groups = [features[rows[i : i + images_per_prompt]] for i in range(0, len(rows), images_per_prompt)]
+        scores += [vendi_score(group) for group in groups if len(group) == images_per_prompt]
     return sum(scores) / len(scores) if scores else None
 
 

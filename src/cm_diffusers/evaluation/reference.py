@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
@@ -57,18 +58,32 @@ def load_reference(config: ReferenceConfig, num_images: int | None = None) -> Re
     Raises:
         ValueError: if there are fewer rows, or an image cannot be read.
     """
+    return load_references(config, num_images, 1)[0]
+
+
+def load_references(config: ReferenceConfig, num_images: int | None, most: int) -> list[Reference]:
+    """Up to `most` disjoint sets of `num_images` rows, as `load_reference` takes the first; as many as there are rows for.
+
+    Raises:
+        ValueError: if there is no set, or an image cannot be read.
+    """
     label = config.label_column
     data = DataConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"})
     rows = load_image_text(data, [config.caption_column, *([label] if label else [])])
-    if num_images is not None and num_images > len(rows):
+    size = num_images or len(rows)
+    if size > len(rows):
         raise ValueError(f"--num_images is {num_images} but the reference set holds {len(rows)} rows: ask for fewer.")
-    labels = rows[label][:] if label else [None] * len(rows)
-    order = in_turns(labels)[:num_images]
-    chosen = rows.select(order)
+    order = in_turns(rows[label][:] if label else [None] * len(rows))
+    count = min(most, len(rows) // size)
+    return [_take(rows, order[i * size : (i + 1) * size], config, data) for i in range(count)]
+
+
+def _take(rows: Dataset, order: list[int], config: ReferenceConfig, data: DataConfig) -> Reference:
+    label, chosen = config.label_column, rows.select(order)
     images = [_pixels(row[config.image_column], data, i) for i, row in zip(order, chosen, strict=True)]
     prompts = [value if isinstance(value, str) else value[0] for value in chosen[config.caption_column]]
     names = getattr(rows.features[label], "names", None) if label else None
-    return Reference(torch.stack(images), prompts, [labels[i] for i in order], names)
+    return Reference(torch.stack(images), prompts, chosen[label][:] if label else [None] * len(order), names)
 
 
 def in_turns(labels: Sequence[int | None]) -> list[int]:

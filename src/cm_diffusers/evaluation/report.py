@@ -22,6 +22,8 @@ COLUMNS = {  # key of a row -> heading and format
     "fid_teacher": ("FID to teacher", "{:.2f}"),
     "agreement": ("agreement", "{:.3f}"),
     "coverage": ("coverage", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "vendi": ("Vendi", "{:.2f}"),
     "clip_score": ("CLIP score", "{:.2f}"),
     "images_per_second": ("images/s", "{:.1f}"),
     "ms_per_image": ("ms/image", "{:.1f}"),
@@ -78,12 +80,15 @@ def plot_fid(rows: list[Row]) -> Figure:
     axes = figure.subplots()
     lines: dict[tuple, list[Row]] = {}
     for row in rows:
-        lines.setdefault((row["pipeline"], row["guidance_scale"]), []).append(row)
+        if row["num_inference_steps"] is None:
+            axes.axhline(row["fid"], linestyle=":", color="grey", label=row["pipeline"])
+        else:
+            lines.setdefault((row["pipeline"], row["guidance_scale"]), []).append(row)
     for (name, guidance), points in lines.items():
         points = sorted(points, key=lambda row: row["num_inference_steps"])
         steps = [row["num_inference_steps"] for row in points]
         axes.plot(steps, [row["fid"] for row in points], marker="o", label=f"{name}, guidance {guidance:g}")
-    ticks = sorted({row["num_inference_steps"] for row in rows})
+    ticks = sorted({row["num_inference_steps"] for points in lines.values() for row in points})
     axes.set(xscale="log", yscale="log", xlabel="NFE (steps)", ylabel="FID to data")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.adversarial import ADVERSARIAL_LOSSES, accuracy, approximate_r1, detour
+from cm_diffusers.adversarial import ADVERSARIAL_LOSSES, accuracy, adaptive_weight, approximate_r1, detour
 from cm_diffusers.distances import DISTANCES
 from cm_diffusers.guidance import guidance_embedding, guide
 from cm_diffusers.networks import as_denoiser
@@ -19,7 +19,8 @@ from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
 ADVERSARIAL_FLAGS = (  # those that need a critic
-    "adversarial_weight adversarial_start adversarial_ramp adversarial_loss critic_inputs real_source r1_weight"
+    "adversarial_weight adversarial_balance adversarial_start adversarial_ramp adversarial_loss critic_inputs "
+    "renoise_below real_source r1_weight"
 )
 R1_NOISE = 0.1  # standard deviation of the disturbance, in units of the latents
 
@@ -40,6 +41,11 @@ class SCottConfig:
     loss_type: Literal["l2", "huber"] = HfArg(default="l2", help="Distance between student and target.")
     timestep_scaling_factor: float = HfArg(default=10.0, help="Scale of t in the boundary scalings.")
     adversarial_weight: float = HfArg(default=0.1, help="Weight of the adversarial term; 0.4 in the paper.")
+    adversarial_balance: Literal["fixed", "adaptive"] = HfArg(
+        default="fixed",
+        help="adaptive: the weight is in units of the distillation's gradient at the samples over the critic's, at least "
+        "0.01 and at most 10 of it.",
+    )
     adversarial_start: int = HfArg(default=1000, help="First step with a critic; before, distillation alone.")
     adversarial_ramp: int = HfArg(default=1000, help="Steps from there in which its weight grows from 0.")
     adversarial_loss: Literal["hinge", "lsgan"] = HfArg(default="hinge", help="What critic and student play for.")
@@ -47,6 +53,11 @@ class SCottConfig:
         default="renoised",
         help="renoised: real and fake with one random amount of noise. clean: as they are (the paper); the time that the "
         "critic is told then gives them away.",
+    )
+    renoise_below: int = HfArg(
+        default=1000,
+        help="Real and fake are re-noised to times below it. The smaller the latents, the less noise it takes to hide all "
+        "difference: watch critic/accuracy.",
     )
     real_source: Literal["data", "target"] = HfArg(
         default="data", help="What is real: the data, or the student's own target, at the price of another one."
@@ -56,13 +67,15 @@ class SCottConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"--eta is {self.eta} but must lie between 0 (no noise) and 1 (that of DDPM).")
-        for name, least in (("solver_steps", 1), ("solver_interval", 1), ("adversarial_start", 0), ("adversarial_ramp", 0)):  # fmt: skip
+        counts = dict.fromkeys(("solver_steps", "solver_interval", "renoise_below"), 1)
+        for name, least in (counts | {"adversarial_start": 0, "adversarial_ramp": 0}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, but it is {getattr(self, name)}.")
         if self.w_min > self.w_max:
             raise ValueError(f"--w_min {self.w_min} is above --w_max {self.w_max}; swap them.")
         choices = {"noise_scale": NOISE_SCALES, "sde": ("er_sde", "ddim"), "solver_order": (1, 2)}
         choices |= {"loss_type": DISTANCES, "adversarial_loss": ADVERSARIAL_LOSSES}
+        choices |= {"adversarial_balance": ("fixed", "adaptive")}
         choices |= {"critic_inputs": ("renoised", "clean"), "real_source": ("data", "target")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -96,6 +109,10 @@ class SCottObjective:
                 "The teacher has zero terminal SNR: its last timestep holds no signal, which needs a v-prediction or sample "
                 f"teacher and --sde ddim; this is {prediction_type} with {config.sde}."
             )
+        if config.renoise_below > process.num_train_timesteps:
+            raise ValueError(
+                f"--renoise_below is {config.renoise_below}, but the teacher has {process.num_train_timesteps} timesteps."
+            )
         self.config, self.process, self.prediction_type = config, process, prediction_type
         self.guidance_embedding_dim, self.adversarial = (
             guidance_embedding_dim,
@@ -118,7 +135,9 @@ class SCottObjective:
 
         adversarial, pull = detour(persuade, online)
         (hold,) = torch.autograd.grad(value, online, retain_graph=True)
-        logs |= {"adversarial": adversarial.detach(), "adversarial_weight": torch.tensor(weight, device=value.device)}
+        balance = adaptive_weight(hold, pull) if self.config.adversarial_balance == "adaptive" else value.new_ones(())
+        weight = weight * balance
+        logs |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
         logs["gradient_ratio"] = weight * pull.norm() / hold.norm().clamp(min=1e-12)  # at the student's output
         return Loss(value + weight * adversarial, logs)
 
@@ -177,7 +196,7 @@ class SCottObjective:
         """What the critic sees `(N B, ...)` and the times `(N B,)` it is told, of N times B samples."""
         if self.config.critic_inputs == "clean":
             return torch.cat(samples), torch.cat(times)
-        s = torch.randint_like(times[0], self.process.num_train_timesteps)
+        s = torch.randint_like(times[0], self.config.renoise_below)
         noise = torch.randn_like(samples[0])
         return torch.cat([diffuse(self.process, x, noise, s) for x in samples]), s.repeat(len(samples))
 

@@ -1,4 +1,4 @@
-"""LCM distillation as `training/distill_lcm.py` sets it up, to be run one step at a time."""
+"""LCM and SCott as their training scripts set them up, to be run one step at a time."""
 
 import tempfile
 from collections.abc import Callable
@@ -15,8 +15,10 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.guidance import guidance_embedding
+from cm_diffusers.models.critics import CriticConfig, critic_optim, make_critic
 from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.process import DiscreteVP
 from cm_diffusers.trainer import TrainConfig, Trainer
@@ -50,7 +52,7 @@ class Distillation:
     """One run of it.
 
     Args:
-        kind: "full" or "lora".
+        kind: "full" or "lora", of LCM, or "scott", full with its default critic.
         workdir: Temporary folder, for the latents too.
     """
 
@@ -59,15 +61,24 @@ class Distillation:
         student.cast_teacher_unet = "no" if student.lora else config.mixed_precision
         self.dim = None if student.lora else student.unet_time_cond_proj_dim
         self.data, teacher = data_config(config, workdir), the_teacher(config)
-        process = DiscreteVP.from_scheduler(teacher.scheduler)
-        objective = LCMObjective(LCMConfig(), process, teacher.scheduler.config.prediction_type, self.dim)
         train = TrainConfig(output_dir=tempfile.mkdtemp(dir=workdir), report_to="none", seed=config.seed)
         train.mixed_precision, train.compile = config.mixed_precision, config.compile
-        self.trainer = Trainer(train, make_networks(teacher.unet, student), objective, OptimConfig())
+        nets, optims = make_networks(teacher.unet, student), {"student": OptimConfig()}
+        if kind == "scott":
+            nets.critic = make_critic(nets, CriticConfig())
+            optims["critic"] = critic_optim(CriticConfig(), optims["student"])
+        self.trainer = Trainer(train, nets, self.objective(kind, teacher), optims)
         batches = text_image_batches(
             self.data, Encoders.from_pipeline(teacher), config.seed, device=self.trainer.device
         )
         self.stream = batches(0)
+
+    def objective(self, kind: str, teacher: DiffusionPipeline) -> LCMObjective | SCottObjective:
+        process, predicted = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
+        if kind != "scott":
+            return LCMObjective(LCMConfig(), process, predicted, self.dim)
+        config = SCottConfig(adversarial_start=0, adversarial_ramp=0)  # the critic is there from the first step
+        return SCottObjective(config, process, predicted, self.dim, critic=True)
 
     def step(self) -> None:
         self.trainer.training_step(self.stream)
@@ -82,16 +93,31 @@ class Distillation:
         twice = torch.cat([x_t, x_t]), torch.cat([t, t])
         both = {name: torch.cat([batch.cond[name], batch.uncond[name]]) for name in batch.cond}
         autocast = self.trainer.accelerator.autocast
+
+        def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+            with autocast():
+                return network(x_t, t, **cond, return_dict=False)[0].float()
+
+        @torch.no_grad()
+        def ask_teacher() -> None:
+            for _ in range(SCottConfig().solver_steps if nets.critic else 1):
+                call(nets.teacher, *twice, both)
+
+        def judge() -> None:
+            """The critic's turn, which draws fakes of its own, and its answer to the student's."""
+            with torch.no_grad():
+                call(nets.student, x_t, t, cond)
+            same = {name: torch.cat([value, value]) for name, value in batch.cond.items()}
+            with autocast():
+                nets.critic(*twice, same).mean().backward()
+                x = x_t.clone().requires_grad_()
+                torch.autograd.grad(nets.critic(x, t, batch.cond).mean(), x)
+
         return {
-            "student": lambda: autocast_call(autocast, nets.student, x_t, t, cond).backward(x_t),
-            "target": torch.no_grad()(lambda: autocast_call(autocast, nets.target or nets.student, x_t, t, cond)),
-            "teacher": torch.no_grad()(lambda: autocast_call(autocast, nets.teacher, *twice, both)),
-        }
-
-
-def autocast_call(autocast: Callable, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    with autocast():
-        return network(x_t, t, **cond, return_dict=False)[0].float()
+            "student": lambda: call(nets.student, x_t, t, cond).backward(x_t),
+            "target": torch.no_grad()(lambda: call(nets.target or nets.student, x_t, t, cond)),
+            "teacher": ask_teacher,
+        } | ({"critic": judge} if nets.critic else {})
 
 
 def the_teacher(config: BenchmarkConfig) -> DiffusionPipeline:

@@ -1,0 +1,141 @@
+"""Tables and plots of a study: every number the mean over the seeds, with half its range."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cm_diffusers.evaluation.report import COLUMNS, Row, Setting
+from cm_diffusers.measured import BASELINES, REAL, TEACHER
+
+
+METRICS = ("fid", "fid_teacher", "agreement", "precision", "coverage", "recall", "vendi")
+HEADINGS = {name: COLUMNS[name][0] for name in METRICS if name in COLUMNS} | {"precision": "precision"}
+PLOTTED = ("fid", "coverage", "recall", "vendi")
+Rows = list[Row]
+
+
+def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Setting) -> str:
+    """Writes NAME.md and NAME.png for each table, and all rows as rows.json; returns the tables.
+
+    Args:
+        tables: By name: `variants`, `num_inference_steps`, and whether the `plot` is over "steps" or "variants".
+        rows: Of all pipelines and seeds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = []
+    for name, table in tables.items():
+        chosen = [row for row in rows if _belongs(row, table)]
+        texts.append(markdown(chosen, setting))
+        plot = {"steps": plot_over_steps, "variants": plot_over_variants}[table["plot"]](chosen)
+        _replace(folder / f"{name}.md", lambda path, text=texts[-1]: path.write_text(text, "utf-8"))
+        _replace(folder / f"{name}.png", lambda path, plot=plot: plot.savefig(path, dpi=120, format="png"))
+    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    _replace(folder / "rows.json", lambda path: path.write_text(numbers, "utf-8"))
+    return "\n".join(texts)
+
+
+def _belongs(row: Row, table: dict) -> bool:
+    if row["pipeline"] in BASELINES:
+        return True
+    return row["pipeline"] in table["variants"] and row["num_inference_steps"] in table["num_inference_steps"]
+
+
+def grouped(rows: Rows, *keys: str) -> dict[tuple, Rows]:
+    """Rows with equal values of `keys`, in the order of their first."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return dict(groups)
+
+
+def spread(rows: Rows, metric: str) -> tuple[float, float] | None:
+    """Mean and half the range; None if no row has the number."""
+    values = [row[metric] for row in rows if row.get(metric) is not None]
+    return (mean(values), (max(values) - min(values)) / 2) if values else None
+
+
+def markdown(rows: Rows, setting: Setting) -> str:
+    heads = ["", "seeds", "CPU minutes", "NFE", "guidance", *HEADINGS.values()]
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    for (name, steps, guidance), group in grouped(rows, "pipeline", "num_inference_steps", "guidance_scale").items():
+        seeds = "–" if name in BASELINES else str(len(group))
+        plain = ["–" if value is None else f"{value:g}" for value in (steps, guidance)]
+        cost = _cell(spread(group, "cpu_minutes"), "{:.0f}", False)
+        several = len(group) > 1
+        cells = [_cell(spread(group, key), COLUMNS.get(key, ("", "{:.3f}"))[1], several) for key in HEADINGS]
+        lines.append([name, seeds, cost, *plain, *cells])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"{table}\n\nMean over the seeds ± half the range. {setting.num_images} images a row, all pipelines from the same "
+        f"noise; extractor {setting.extractor}, reference {setting.reference}. Coverage of real by real images, expected: "
+        f"{setting.coverage_ceiling:.3f}. Vendi: of 10 images of one prompt. CPU minutes: of the training, on {setting.hardware}.\n"
+    )
+
+
+def _cell(found: tuple[float, float] | None, form: str, several: bool) -> str:
+    if found is None:
+        return "–"
+    return form.format(found[0]) + (f" ±{form.format(found[1])}" if several else "")
+
+
+def plot_over_steps(rows: Rows) -> Figure:
+    """One panel for each metric, one line for each variant."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, metric in zip(figure.subplots(2, 2).flat, PLOTTED, strict=True):
+        for (name,), group in grouped(_of_variants(rows), "pipeline").items():
+            shown = _spreads(sorted(group, key=lambda row: row["num_inference_steps"]), "num_inference_steps", metric)
+            means, ranges = zip(*shown.values(), strict=True)
+            axes.errorbar([str(steps) for steps in shown], means, ranges, marker="o", capsize=3, label=name)
+        _finish(axes, metric, rows, axes.axhline)
+        axes.set_xlabel("NFE (steps)")
+    return figure
+
+
+def plot_over_variants(rows: Rows) -> Figure:
+    """One panel for each metric, one line of dots for each variant, one colour for each number of steps."""
+    height = 1.2 + 0.3 * len(grouped(_of_variants(rows), "pipeline"))
+    figure = Figure(figsize=(12, height), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(PLOTTED), sharey=True), PLOTTED, strict=True):
+        for (steps,), group in grouped(_of_variants(rows), "num_inference_steps").items():
+            shown = _spreads(group, "pipeline", metric)
+            means, ranges = zip(*shown.values(), strict=True)
+            axes.errorbar(means, list(shown), xerr=ranges, fmt="o", capsize=3, label=f"{steps} NFE")
+        _finish(axes, metric, rows, axes.axvline)
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
+def _of_variants(rows: Rows) -> Rows:
+    return [row for row in rows if row["pipeline"] not in BASELINES]
+
+
+def _spreads(rows: Rows, key: str, metric: str) -> dict[object, tuple[float, float]]:
+    return {value: spread(group, metric) for (value,), group in grouped(rows, key).items()}
+
+
+def _finish(axes: Axes, metric: str, rows: Rows, line: Callable[..., object]) -> None:
+    """Real images and the teacher's best effort as lines; the legend once."""
+    for row in rows:
+        if row["pipeline"] == REAL:
+            line(row[metric], color="grey", linestyle=":", label=REAL)
+    teacher = [row for row in rows if row["pipeline"] == TEACHER]
+    if teacher:
+        longest = max(teacher, key=lambda row: row["num_inference_steps"])
+        line(longest[metric], color="grey", linestyle="--", label=f"{TEACHER}, {longest['num_inference_steps']} steps")
+    axes.set_title(HEADINGS[metric])
+    axes.grid(alpha=0.3)
+    if axes is axes.figure.axes[0]:
+        axes.legend(fontsize="small")
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    write(aside)
+    os.replace(aside, path)
