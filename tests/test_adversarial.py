@@ -232,7 +232,7 @@ def test_a_critic_that_cannot_read_is_refused(kind):
 
 
 def test_an_unknown_critic_is_refused():
-    with pytest.raises(ValueError, match="Unknown --critic 'dino'; one of heads, lora_decoder, none"):
+    with pytest.raises(ValueError, match="Unknown --critic 'dino'; one of heads, lora_decoder, vision, none"):
         make_critic(networks(), CriticConfig("dino"))
 
 

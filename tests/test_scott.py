@@ -459,6 +459,6 @@ def test_the_critic_learns_by_its_own_settings():
     optim = critic_optim(CriticConfig(critic_learning_rate=2e-5), student)
     assert (optim.learning_rate, optim.adam_beta1, optim.adam_beta2) == (2e-5, 0.0, 0.99)
     assert (optim.optimizer, optim.lr_scheduler, optim.lr_cooldown_steps) == ("radam", "constant", 0)
-    assert unused_flags(CriticConfig("heads")) == "critic_lora_rank"
-    assert unused_flags(CriticConfig("lora_decoder")) == "critic_channels"
+    assert unused_flags(CriticConfig("heads")) == "critic_lora_rank critic_backbone"
+    assert unused_flags(CriticConfig("lora_decoder")) == "critic_channels critic_backbone"
     assert "critic_learning_rate" in unused_flags(CriticConfig("none"))

@@ -32,6 +32,8 @@ def main() -> None:
     refuse_changed(method, "eta" if method.sde == "er_sde" else "noise_scale solver_order", f"with --sde {method.sde}")
     refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
     refuse_changed(method, ADVERSARIAL_FLAGS if judge.critic == "none" else "", "with --critic none")
+    if judge.critic == "vision" and method.critic_inputs != "clean":
+        raise ValueError("--critic vision judges images without noise: give it --critic_inputs clean.")
     seed_everything(train.seed)
     check_student(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
@@ -46,7 +48,7 @@ def main() -> None:
 
     scale = 1.0 if student.lora else validation.validation_guidance_scale
     nets = make_networks(teacher.unet, student)
-    nets.critic = make_critic(nets, judge)
+    nets.critic = make_critic(nets, judge, teacher.vae)
     optims = {"student": optim, "critic": critic_optim(judge, optim)}
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [source, student, data, generation, judge]

@@ -1,4 +1,4 @@
-"""Critics of latents: what tells real from generated, given text and time. They start without an opinion."""
+"""Critics: what tells real from generated, given text and time. They start without an opinion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.models.heads import head_body, zeroed
+from cm_diffusers.models.vision_critic import VisionCritic, load_backbone
 from cm_diffusers.networks import LCM_LORA_TARGETS, frozen_copy, unet_arguments
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.types import Networks
@@ -21,12 +23,20 @@ from cm_diffusers.types import Networks
 class CriticConfig:
     """The network that judges, and how it learns; for the rest as the student does, at a constant rate."""
 
-    critic: Literal["heads", "lora_decoder", "none"] = HfArg(
+    critic: Literal["heads", "lora_decoder", "vision", "none"] = HfArg(
         default="heads",
         help="heads: small heads on features of the frozen teacher. lora_decoder: a copy of the teacher with adapters in "
-        "its decoder (the paper's). none: no adversarial term.",
+        "its decoder (the paper's). vision: heads on features of the decoded images, by --critic_backbone; needs "
+        "--critic_inputs clean. none: no adversarial term.",
     )
     critic_channels: int = HfArg(default=128, help="Width of each head.")
+    critic_backbone: str = HfArg(
+        default="facebook/dinov2-small",
+        help="Frozen network of --critic vision, as safetensors: folder or Hub id of a backbone of transformers (dinov2, "
+        "convnext, resnet, swin ...) or, with timm installed, of timm (timm/resnet50.a1_in1k). It sees the images in "
+        "the size and with the mean and standard deviation saved beside its weights; ImageNet's if there are none. "
+        "training/rank_critics.py helps to choose.",
+    )
     critic_lora_rank: int = HfArg(default=48, help="Rank of the decoder's adapters; 48 trains 3.5 percent of SD 1.5.")
     critic_learning_rate: float = HfArg(default=1e-5, help="Learning rate of the critic.")
     critic_adam_beta1: float = HfArg(default=0.0, help="Decay of its first moment.")
@@ -41,9 +51,13 @@ class CriticConfig:
 
 def unused_flags(config: CriticConfig) -> str:
     """The fields, separated by spaces, that do nothing for this kind of critic."""
-    unused = {"heads": "critic_lora_rank", "lora_decoder": "critic_channels"}
+    unused = {
+        "heads": "critic_lora_rank critic_backbone",
+        "lora_decoder": "critic_channels critic_backbone",
+        "vision": "critic_lora_rank",
+    }
     learning = "critic_learning_rate critic_adam_beta1 critic_adam_beta2"
-    return unused.get(config.critic, f"critic_channels critic_lora_rank {learning}")
+    return unused.get(config.critic, f"critic_channels critic_lora_rank critic_backbone {learning}")
 
 
 def critic_optim(config: CriticConfig, student: OptimConfig) -> OptimConfig:
@@ -59,14 +73,15 @@ def critic_optim(config: CriticConfig, student: OptimConfig) -> OptimConfig:
     )
 
 
-def make_critic(nets: Networks, config: CriticConfig) -> nn.Module | None:
+def make_critic(nets: Networks, config: CriticConfig, vae: AutoencoderKL | None = None) -> nn.Module | None:
     """The critic of a distillation, from its teacher; None if there shall be none.
 
     Args:
         nets: As `make_networks` gives them. The teacher may be the student without its adapters, or in half precision.
+        vae: The teacher's, for the vision critic.
 
     Raises:
-        ValueError: The teacher's network does not read text where the critic looks at it.
+        ValueError: The teacher's network does not read text where the critic looks at it, or the backbone does not load.
     """
     if config.critic == "none":
         return None
@@ -76,7 +91,10 @@ def make_critic(nets: Networks, config: CriticConfig) -> nn.Module | None:
         return TeacherFeatureCritic(nets.teacher, unet, config.critic_channels)
     if config.critic == "lora_decoder":
         return LoRADecoderCritic(unet, config.critic_lora_rank)
-    raise ValueError(f"Unknown --critic {config.critic!r}; one of heads, lora_decoder, none.")
+    if config.critic == "vision":
+        backbone, text_width = load_backbone(config.critic_backbone), unet.config.cross_attention_dim
+        return VisionCritic(vae, backbone, config.critic_channels, text_width)
+    raise ValueError(f"Unknown --critic {config.critic!r}; one of heads, lora_decoder, vision, none.")
 
 
 class TeacherFeatureCritic(nn.Module):
@@ -144,7 +162,7 @@ class LoRADecoderCritic(nn.Module):
         self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=rf"up_blocks\.(.*\.)?({names})"))
         width, groups = self.unet.config.block_out_channels[0], self.unet.config.norm_num_groups
         self.unet.conv_norm_out, self.unet.conv_act = nn.GroupNorm(groups, width), nn.SiLU()
-        self.unet.conv_out = _zero_convolution(width)
+        self.unet.conv_out = zeroed(nn.Conv2d(width, 1, 1))
         cast_training_params(self.unet, torch.float32)
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -157,24 +175,7 @@ class _EnoughSeen(Exception):
 
 
 def _head(width: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        _norm(width),
-        nn.Conv2d(width, channels, 3, stride=2, padding=1),
-        _norm(channels),
-        nn.SiLU(),
-        _zero_convolution(channels),
-    )
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(next(n for n in (32, 16, 8, 4, 2, 1) if channels % n == 0), channels)
-
-
-def _zero_convolution(width: int) -> nn.Conv2d:
-    convolution = nn.Conv2d(width, 1, 1)
-    nn.init.zeros_(convolution.weight)
-    nn.init.zeros_(convolution.bias)
-    return convolution
+    return nn.Sequential(*head_body(width, channels), zeroed(nn.Conv2d(channels, 1, 1)))
 
 
 def _require_text(blocks: list[nn.Module | None], where: str) -> None:
