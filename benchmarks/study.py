@@ -28,7 +28,7 @@ ROWS, COST = "rows.json", "cost.json"  # what is found beside a finished trainin
 class StudyConfig:
     """Which study, and how much of it."""
 
-    study: str = HfArg(help="TOML file: an evaluation's flags, the variants' commands, and the tables they stand in.")
+    study: str = HfArg(help="TOML file: an evaluation's flags, the variants' commands, and the tables they are in.")
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1], help="Seeds that each variant is trained with.")
     only: list[str] | None = HfArg(default=None, help="Train only these variants; all that is finished is reported.")
     work_dir: str = HfArg(default="runs/studies", help="Where trainings go, in a folder named after the study.")
@@ -41,15 +41,15 @@ def train(command: str, seed: int, folder: Path) -> None:
         return
     resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoint-*")) else []
     flags = ["--seed", str(seed), "--output_dir", str(folder), *resume]
-    spent = json.loads((folder / COST).read_text("utf-8"))["cpu_minutes"] if resume else 0.0
+    spent = cpu_minutes(folder) if resume else 0.0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
         subprocess.run([sys.executable, *shlex.split(command), *flags], check=True)
     finally:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent += (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
-        if folder.is_dir():
-            _write(folder / COST, {"cpu_minutes": spent})
+        more = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
+        if folder.is_dir() and spent is not None:
+            _write(folder / COST, {"cpu_minutes": spent + more})
 
 
 def measure(comparison: Comparison, name: str, seed: int, folder: Path) -> None:
@@ -58,8 +58,13 @@ def measure(comparison: Comparison, name: str, seed: int, folder: Path) -> None:
         return
     before = len(comparison.rows)
     comparison.measure(str(folder / "pipeline"), name, comparison.config.num_inference_steps)
-    cost = json.loads((folder / COST).read_text("utf-8"))
-    _write(folder / ROWS, [row | {"seed": seed} | cost for row in comparison.rows[before:]])
+    more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)}
+    _write(folder / ROWS, [row | more for row in comparison.rows[before:]])
+
+
+def cpu_minutes(folder: Path) -> float | None:
+    """Of a training; None if one of its processes was killed before it could be counted."""
+    return json.loads((folder / COST).read_text("utf-8"))["cpu_minutes"] if (folder / COST).is_file() else None
 
 
 def _write(path: Path, content: object) -> None:
@@ -82,6 +87,7 @@ def main() -> None:
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:
         for name, command in study["variants"].items():
+            command = command.format(**study["pieces"])
             folder = folders[name, seed] = work / f"{name.replace(' ', '_')}-{seed}"
             if config.only is None or name in config.only:
                 train(command, seed, folder)

@@ -88,4 +88,6 @@ def test_a_training_is_taken_up_and_done_once(tmp_path):
     both = json.loads((folder / "cost.json").read_text())["cpu_minutes"]
     assert both > 1.3 * first > 0
     study.train(command, 7, folder)
+    (folder / "cost.json").unlink()
+    assert study.cpu_minutes(folder) is None
     assert (folder / "calls.txt").read_text().splitlines() == ["7 None", "7 latest"]

@@ -32,6 +32,7 @@ def main() -> None:
     refuse_changed(method, "eta" if method.sde == "er_sde" else "noise_scale solver_order", f"with --sde {method.sde}")
     refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
     refuse_changed(method, ADVERSARIAL_FLAGS if judge.critic == "none" else "", "with --critic none")
+    refuse_changed(method, "renoise_below" * (method.critic_inputs == "clean"), "with --critic_inputs clean")
     if judge.critic == "vision" and method.critic_inputs != "clean":
         raise ValueError("--critic vision judges images without noise: give it --critic_inputs clean.")
     seed_everything(train.seed)
