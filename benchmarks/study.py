@@ -39,10 +39,12 @@ def train(command: str, seed: int, folder: Path) -> None:
     """Runs a training script, or goes on with it, and counts the CPU time it takes."""
     if (folder / "pipeline").is_dir():
         return
-    resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoint-*")) else []
-    flags = ["--seed", str(seed), "--output_dir", str(folder), *resume]
-    spent = cpu_minutes(folder) if resume else 0.0
+    resumed = bool(list(folder.glob("checkpoint-*")))
+    how = ["--resume_from_checkpoint", "latest"] if resumed else ["--overwrite_output_dir"]
+    spent = cpu_minutes(folder) if resumed else 0.0
+    (folder / COST).unlink(missing_ok=True)  # it comes back when all is counted
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    flags = ["--seed", str(seed), "--output_dir", str(folder), *how]
     try:
         subprocess.run([sys.executable, *shlex.split(command), *flags], check=True)
     finally:
@@ -52,19 +54,35 @@ def train(command: str, seed: int, folder: Path) -> None:
             _write(folder / COST, {"cpu_minutes": spent + more})
 
 
-def measure(comparison: Comparison, name: str, seed: int, folder: Path) -> None:
-    """The rows of one training, kept beside it."""
+def cpu_minutes(folder: Path) -> float | None:
+    """Of a training; None if one of its processes was killed before it could be counted."""
+    return json.loads((folder / COST).read_text("utf-8"))["cpu_minutes"] if (folder / COST).is_file() else None
+
+
+def measure(comparison: Comparison, name: str, seed: int, folder: Path, origin: dict[str, str]) -> None:
+    """The rows of one training, kept beside it with their origin."""
     if (folder / ROWS).is_file():
         return
     before = len(comparison.rows)
     comparison.measure(str(folder / "pipeline"), name, comparison.config.num_inference_steps)
     more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)}
-    _write(folder / ROWS, [row | more for row in comparison.rows[before:]])
+    _write(folder / ROWS, {"origin": origin, "rows": [row | more for row in comparison.rows[before:]]})
 
 
-def cpu_minutes(folder: Path) -> float | None:
-    """Of a training; None if one of its processes was killed before it could be counted."""
-    return json.loads((folder / COST).read_text("utf-8"))["cpu_minutes"] if (folder / COST).is_file() else None
+def read_rows(folder: Path, origin: dict[str, str]) -> list[dict]:
+    """Those of a finished training; none if it is not finished.
+
+    Raises:
+        ValueError: They were made by another command or evaluation than the study now names.
+    """
+    if not (folder / ROWS).is_file():
+        return []
+    found = json.loads((folder / ROWS).read_text("utf-8"))
+    if found["origin"] != origin:
+        raise ValueError(
+            f"{folder} was made by {found['origin']}, but the study now says {origin}: delete the folder."
+        )
+    return found["rows"]
 
 
 def _write(path: Path, content: object) -> None:
@@ -73,28 +91,38 @@ def _write(path: Path, content: object) -> None:
     os.replace(aside, path)
 
 
-def main() -> None:
-    (config,) = parse_configs((StudyConfig,), __doc__)
-    path = Path(config.study)
+def read_study(path: Path, only: list[str] | None) -> tuple[dict[str, str], dict, str]:
+    """Commands of the variants by name, tables by name, and flags of the evaluation.
+
+    Raises:
+        ValueError: There is no such file, or it has not all variants that are named.
+    """
     if not path.is_file():
         raise ValueError(f"--study {path}: there is no such file; studies lie in benchmarks/studies.")
     study = tomllib.loads(path.read_text("utf-8"))
-    if unknown := set(config.only or ()) - set(study["variants"]):
-        raise ValueError(f"--only {' '.join(sorted(unknown))}: {path} has {', '.join(study['variants'])}.")
-    work, folders = Path(config.work_dir) / path.stem, {}
-    evaluation = parse_configs((EvaluationConfig, ReferenceConfig), __doc__, shlex.split(study["evaluation"]))
-    comparison = Comparison(*evaluation)
+    commands = {name: " ".join(text.format(**study["pieces"]).split()) for name, text in study["variants"].items()}
+    named = {name for table in study["tables"].values() for name in table["variants"]} | set(only or ())
+    if unknown := sorted(named - set(commands)):
+        raise ValueError(f"{path} has no variant {', '.join(unknown)}: it has {', '.join(commands)}.")
+    return commands, study["tables"], " ".join(study["evaluation"].split())
+
+
+def main() -> None:
+    (config,) = parse_configs((StudyConfig,), __doc__)
+    path = Path(config.study)
+    commands, tables, evaluation = read_study(path, config.only)
+    comparison = Comparison(*parse_configs((EvaluationConfig, ReferenceConfig), __doc__, shlex.split(evaluation)))
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:
-        for name, command in study["variants"].items():
-            command = command.format(**study["pieces"])
-            folder = folders[name, seed] = work / f"{name.replace(' ', '_')}-{seed}"
-            if config.only is None or name in config.only:
+        for name, command in commands.items():
+            folder = Path(config.work_dir) / path.stem / f"{name.replace(' ', '_')}-{seed}"
+            origin = {"command": command, "evaluation": evaluation}
+            known = read_rows(folder, origin)
+            if not known and (config.only is None or name in config.only):
                 train(command, seed, folder)
-                measure(comparison, name, seed, folder)
-    done = [folder / ROWS for folder in folders.values() if (folder / ROWS).is_file()]
-    rows += [row for file in done for row in json.loads(file.read_text("utf-8"))]
-    print(write_study(Path(config.output_dir) / path.stem, study["tables"], rows, comparison.setting))
+                measure(comparison, name, seed, folder, origin)
+            rows += known or read_rows(folder, origin)
+    print(write_study(Path(config.output_dir) / path.stem, tables, rows, comparison.setting))
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ def plot_over_steps(rows: Rows) -> Figure:
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, metric in zip(figure.subplots(2, 2).flat, PLOTTED, strict=True):
         for (name,), group in grouped(_of_variants(rows), "pipeline").items():
-            shown = _spreads(sorted(group, key=lambda row: row["num_inference_steps"]), "num_inference_steps", metric)
-            means, ranges = zip(*shown.values(), strict=True)
-            axes.errorbar([str(steps) for steps in shown], means, ranges, marker="o", capsize=3, label=name)
+            found = _spreads(sorted(group, key=lambda row: row["num_inference_steps"]), "num_inference_steps", metric)
+            means, ranges = _split(found)
+            axes.errorbar([str(steps) for steps in found], means, ranges, marker="o", capsize=3, label=name)
         _finish(axes, metric, rows, axes.axhline)
         axes.set_xlabel("NFE (steps)")
     return figure
@@ -104,9 +104,9 @@ def plot_over_variants(rows: Rows) -> Figure:
     figure = Figure(figsize=(12, height), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(PLOTTED), sharey=True), PLOTTED, strict=True):
         for (steps,), group in grouped(_of_variants(rows), "num_inference_steps").items():
-            shown = _spreads(group, "pipeline", metric)
-            means, ranges = zip(*shown.values(), strict=True)
-            axes.errorbar(means, list(shown), xerr=ranges, fmt="o", capsize=3, label=f"{steps} NFE")
+            found = _spreads(group, "pipeline", metric)
+            means, ranges = _split(found)
+            axes.errorbar(means, list(found), xerr=ranges, fmt="o", capsize=3, label=f"{steps} NFE")
         _finish(axes, metric, rows, axes.axvline)
     figure.axes[0].invert_yaxis()
     return figure
@@ -117,18 +117,22 @@ def _of_variants(rows: Rows) -> Rows:
 
 
 def _spreads(rows: Rows, key: str, metric: str) -> dict[object, tuple[float, float]]:
-    return {value: spread(group, metric) for (value,), group in grouped(rows, key).items()}
+    found = {value: spread(group, metric) for (value,), group in grouped(rows, key).items()}
+    return {value: numbers for value, numbers in found.items() if numbers is not None}
+
+
+def _split(found: dict[object, tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [mean for mean, _ in found.values()], [half for _, half in found.values()]
 
 
 def _finish(axes: Axes, metric: str, rows: Rows, line: Callable[..., object]) -> None:
     """Real images and the teacher's best effort as lines; the legend once."""
-    for row in rows:
-        if row["pipeline"] == REAL:
-            line(row[metric], color="grey", linestyle=":", label=REAL)
-    teacher = [row for row in rows if row["pipeline"] == TEACHER]
-    if teacher:
-        longest = max(teacher, key=lambda row: row["num_inference_steps"])
-        line(longest[metric], color="grey", linestyle="--", label=f"{TEACHER}, {longest['num_inference_steps']} steps")
+    teacher = sorted((row for row in rows if row["pipeline"] == TEACHER), key=lambda row: row["num_inference_steps"])
+    for row in [row for row in rows if row["pipeline"] == REAL] + teacher[-1:]:
+        steps = row["num_inference_steps"]
+        if row[metric] is not None:
+            style, label = ("--", f"{TEACHER}, {steps} steps") if steps else (":", REAL)
+            line(row[metric], color="grey", linestyle=style, label=label)
     axes.set_title(HEADINGS[metric])
     axes.grid(alpha=0.3)
     if axes is axes.figure.axes[0]:

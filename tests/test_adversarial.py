@@ -1,5 +1,7 @@
 """Adversarial losses by hand, and the critics of latents on tiny networks."""
 
+import math
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -70,6 +72,17 @@ def test_at_first_there_is_no_opinion(kind, name, critic, generator):
     assert loss.critic(logits[:1], logits[1:]).item() == critic
     assert loss.generator(logits).item() == generator
     assert accuracy(logits[:1], logits[1:], 0.0) == 0.5
+
+
+def test_a_gradient_that_overflows_leaves_the_value_alone():
+    """In half precision the scaler then skips the step; a value that is not finite would end the run."""
+    x = torch.zeros(3, requires_grad=True)
+    value, gradient = detour(lambda y: (y.sum() + 5) + (y * 1e38).sum() * 1e3, x)
+    assert value == 5
+    assert not gradient.isfinite().any()
+    value.backward()
+    assert not x.grad.isfinite().any()
+    assert adaptive_weight(torch.ones(2), torch.tensor([math.nan, 1.0])) == pytest.approx(0.01)
 
 
 def test_adaptive_weight_has_bounds_and_no_gradient():

@@ -1,7 +1,7 @@
 """SCott against data whose solution is known exactly, and the play of student and critic."""
 
 import math
-from itertools import count, pairwise
+from itertools import count, pairwise, product
 
 import pytest
 import torch
@@ -94,21 +94,42 @@ def mean_gains(step_gain, interval):
     return torch.tensor(gains, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_the_floor_is_the_variance_of_the_noise(eta):
-    """E ||f(x_t) - f(x_s)||^2 = g(s)^2 std^2 per dimension where f is the mean, and more elsewhere (one step, h = 1)."""
+def moments(t, s, settings, variance):
+    """Gain of x `(T,)` and variance of the noise `(T,)` from t to s, for N(0, variance): all steps are affine."""
+    gain, spread, steps = torch.ones(len(t)).double(), torch.zeros(len(t)).double(), settings["solver_steps"]
+    for now, end in pairwise([(t + (s - t) * k / steps).round().long() for k in range(steps + 1)]):
+        (a, b), (a_end, b_end) = ((VP.alpha(time), VP.sigma(time)) for time in (now, end))
+        x0 = a * variance / (a**2 * variance + b**2)
+        if settings["sde"] == "ddim":
+            std = ddim_noise(VP, now, end, settings["eta"])
+            move = a_end * x0 + (b_end**2 - std**2).sqrt() * (1 - a * x0) / b
+        else:
+            lam, lam_end = b / a, b_end / a_end
+            ratio = lam_end * (torch.exp(lam_end**0.3) + 10) / (lam * (torch.exp(lam**0.3) + 10))
+            std = a_end * (lam_end**2 - (lam * ratio) ** 2).clamp(min=0).sqrt()
+            move = a_end / a * ratio + a_end * (1 - ratio) * x0
+        move, std = torch.where(now == end, 1.0, move), torch.where(now == end, 0.0, std)
+        gain, spread = gain * move, spread * move**2 + std**2
+    return gain, spread
+
+
+FLOORS = [{"sde": "ddim", "eta": eta, "solver_steps": h} for eta, h in ((0.0, 1), (0.3, 1), (1.0, 1), (0.3, 3))]
+FLOORS += [{"sde": "er_sde", "noise_scale": "sde_5", "solver_order": 1, "solver_steps": 3}]
+
+
+@pytest.mark.parametrize("settings", FLOORS, ids=lambda s: "-".join(map(str, s.values())))
+def test_the_floor_is_the_variance_of_the_noise(settings):
+    """E ||f(x_t) - f(x_s)||^2 = g(s)^2 std^2 per dimension where f is the mean, and more elsewhere."""
     t = torch.arange(1000)
-    s, v = (t - 24).clamp(min=0), 0.25
-    (a_t, a_s), (b_t, b_s) = (VP.alpha(t), VP.alpha(s)), (VP.sigma(t), VP.sigma(s))
-    std = torch.where(t == s, 0, ddim_noise(VP, t, s, eta))
-    along = (b_s**2 - std**2).sqrt()
-    student = Linear(mean_gains((a_s * a_t * v + along * b_t) / (a_t**2 * v + b_t**2), 24)).double()
-    floor = (student.gain[s] * std).square()[1:].mean().item()
+    s = (t - 24).clamp(min=0)
+    step_gain, variance = moments(t, s, settings, 0.25)
+    student = Linear(mean_gains(step_gain, 24)).double()
+    floor = (student.gain[s].square() * variance)[1:].mean().item()
 
     def loss(network):
         torch.manual_seed(3)
         nets = Networks(network, target=student, teacher=OracleNet(VP, "sample", Gaussian(0.0, 0.5)))
-        objective = scott(critic=False, sde="ddim", eta=eta, solver_steps=1)
+        objective = scott(critic=False, **settings)
         return objective(nets, Batch(draw(Gaussian(0.0, 0.5), 40_000, 8)), Progress(0, 1)).value.item()
 
     assert loss(student) == pytest.approx(floor, rel=0.02, abs=1e-12)
@@ -176,7 +197,127 @@ def test_training_converges_to_the_product_of_means(eta):
     assert student.bias[times].tolist() == pytest.approx([0] * 3, abs=0.02)
 
 
+COND, UNCOND = Gaussian(0.7, 0.5), Gaussian(-0.4, 0.5)
+LABELS = {"label": torch.ones(64)}, {"label": torch.zeros(64)}
+
+
+def way_by_hand(sde, x, t, s, w):
+    """Three guided steps over whole times, in the words of the papers; and the noise of torch's generator."""
+    times = [t + (s - t) * k / 3 for k in range(4)]
+    times, before = [time.round().long() for time in times], None
+    for now, end in pairwise(times):
+        (a, b), (a_end, b_end) = ((VP.alpha(time)[:, None], VP.sigma(time)[:, None]) for time in (now, end))
+        cond, uncond = (data.predict(VP, x, now) for data in (COND, UNCOND))
+        x0 = (1 + w[:, None]) * cond.x0 - w[:, None] * uncond.x0
+        if sde == "ddim":  # 2010.02502, Eq. 12 and 16
+            std = 0.3 * b_end / b * (1 - (a / a_end) ** 2).sqrt()
+            x = a_end * x0 + (b_end**2 - std**2).sqrt() * (x - a * x0) / b + std * torch.randn_like(x)
+            continue
+        lam, lam_end = b / a, b_end / a_end  # 2309.06169, Alg. 2
+        phi = (lambda v: v**2) if sde == "sde" else (lambda v: v * (torch.exp(v**0.3) + 10))
+        ratio = phi(lam_end) / phi(lam)
+        y = a_end / a * ratio * x + a_end * (1 - ratio) * x0
+        if before is not None and sde == "sde_5":
+            grid = lam_end + (lam - lam_end) * torch.linspace(0, 1, 4001)
+            integral = torch.trapezoid(1 / phi(grid), grid, dim=1)[:, None]
+            y = y + a_end * (lam_end - lam + phi(lam_end) * integral) * (x0 - before[0]) / (lam - before[1])
+        x, before = y + a_end * (lam_end**2 - (lam * ratio) ** 2).sqrt() * torch.randn_like(x), (x0, lam)
+    return x
+
+
+@pytest.mark.parametrize("sde", ["ddim", "sde", "sde_5"])
+def test_the_target_is_where_three_guided_noisy_steps_get(sde):
+    """Every sample with a strength of its own; the target network sees the condition, and no guidance in it."""
+    flags = {"ddim": {"sde": "ddim", "eta": 0.3}, "sde": {"noise_scale": "sde", "solver_order": 1}, "sde_5": {}}
+    objective = scott(critic=False, timestep_scaling_factor=0.01, **flags[sde])
+    target = OracleNet(VP, "sample", Gaussian(2.0, 0.1), Gaussian(-2.0, 0.1))
+    nets = Networks(Linear(), target=target, teacher=OracleNet(VP, "sample", COND, UNCOND))
+    x_t, t, w = draw(Gaussian(0.0, 1.0), 64, 4), torch.randint(24, 1000, (64,)), torch.linspace(0.0, 6.0, 64).double()
+    torch.manual_seed(5)
+    found = objective.target(nets, Batch(x_t, *LABELS), x_t, t, w)
+    torch.manual_seed(5)
+    x_s, s = way_by_hand(sde, x_t, t, t - 24, w), t - 24
+    c_skip, c_out = (c[:, None] for c in lcm_scalings(s, 0.01))
+    torch.testing.assert_close(
+        found, c_skip * x_s + c_out * Gaussian(2.0, 0.1).predict(VP, x_s, s).x0, rtol=1e-5, atol=1e-6
+    )
+
+
+class Witness(nn.Module):
+    """Answers 0, and keeps what it was asked and the state of the generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.calls = nn.Parameter(torch.zeros(())), []
+
+    def forward(self, x_t, t, label=None, timestep_cond=None, return_dict=True):
+        self.calls.append((x_t, t, label, timestep_cond, torch.get_rng_state()))
+        return (self.scale * x_t,)
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "huber"])
+def test_the_student_is_told_text_and_strength_and_compared_as_asked(loss_type):
+    settings = {"w_min": 1.0, "w_max": 5.0, "timestep_scaling_factor": 0.02, "loss_type": loss_type}
+    objective, student, target = scott(critic=False, dim=16, **settings), Witness(), Witness()
+    nets = Networks(student, target=target, teacher=OracleNet(VP, "sample", COND, UNCOND).float())
+    batch = Batch(draw(COND, 64, 4).float(), *LABELS)
+    loss = objective(nets, batch, Progress(0, 1))
+    ((x_s, s, label_s, strength_s, before),), ((x_t, t, label, strength, after),) = target.calls, student.calls
+    assert (label == 1).all()
+    assert (label_s == 1).all()
+    assert torch.equal(before, after)  # the same dropout masks
+    assert torch.equal(strength, strength_s)
+    assert torch.equal((t - s).clamp(max=24), t.clamp(max=24))
+    w = 10 * strength[:, 7].asin()  # the slowest wave is sin(1000 w / 10000)
+    assert w.min() >= 1.0
+    assert w.max() <= 5.0
+    assert w.max() - w.min() > 3
+    assert loss.logs["w"].item() == pytest.approx(w.mean().item(), abs=1e-3)
+    skip_t, skip_s = (lcm_scalings(time, 0.02)[0][:, None] for time in (t, s))
+    gap = skip_t * x_t - skip_s * x_s
+    by_hand = {"l2": gap.square().mean(), "huber": ((gap.square() + 1e-6).sqrt() - 1e-3).mean()}
+    assert loss.value.item() == pytest.approx(by_hand[loss_type].item(), rel=1e-5)
+
+
 # ---- the critic
+
+
+def test_every_sample_is_judged_with_its_own_text():
+    size = 1000
+    signs = torch.where(torch.arange(size) % 3 == 0, -1.0, 1.0)
+    batch = Batch(1e6 * signs[:, None], {"label": signs}, {"label": torch.full((size,), 7.0)})
+    nets = Networks(
+        Linear(), target=Linear(), teacher=OracleNet(VP, "sample", COND, UNCOND).float(), critic=Recorder()
+    )
+    objective = scott(critic_inputs="clean", r1_weight=1.0)
+    for player in ("critic", "student"):
+        objective.players[player](nets, batch, Progress(0, 1))
+    (judged, _, texts), (persuading, _, text) = nets.critic.calls
+    assert (len(judged), len(persuading)) == (3 * size, size)
+    assert torch.equal(judged[:, 0].sign(), texts["label"])
+    assert torch.equal(persuading[:, 0].sign(), text["label"])
+
+
+def test_r1_disturbs_what_is_real():
+    """A critic that changes near the real 2 alone pays; one that changes near the fake 0 does not."""
+    nets, objective = Networks(Linear(torch.zeros(1000))), scott(critic_inputs="clean", r1_weight=100.0)
+    found = []
+    for where in (2.0, 0.0):
+        nets.critic = Recorder(lambda x, t, where=where: torch.where((x - where).abs() < 0.7, x - where, 0.0))
+        found.append(objective.judge(nets, Batch(torch.full((4000, 1), 2.0)), Progress(0, 1)).value.item())
+    assert found == [pytest.approx(3.0, rel=0.1), pytest.approx(2.0, abs=1e-3)]
+
+
+def test_least_squares_has_its_own_boundary():
+    nets = Networks(Linear(torch.zeros(1000)), teacher=OracleNet(VP, "sample", Gaussian(0, 1)).float())
+    nets.critic = Recorder(lambda x, t: torch.where(x > 1, 0.8, 0.3))  # real are 2, fake 0
+    objective, batch = scott(critic_inputs="clean", adversarial_loss="lsgan"), Batch(torch.full((50, 1), 2.0))
+    judged = objective.judge(nets, batch, Progress(0, 1))
+    assert judged.logs["critic/accuracy"] == 1
+    assert judged.value.item() == pytest.approx((0.2**2 + 0.3**2) / 2)
+    nets.critic = Recorder(lambda x, t: 0 * x + 0.3)
+    persuaded = objective(nets, batch, Progress(0, 1))
+    assert persuaded.logs["adversarial"].item() == pytest.approx(0.7**2 / 2)
 
 
 def shown(objective, nets=None, x0=None, player="critic"):
@@ -346,27 +487,33 @@ def play(folder, critic=True, eta=1.0, max_train_steps=300, **config):
     return toy_trainer(folder, nets, objective, optims, max_train_steps=max_train_steps, ema_decay=0.9, **config)
 
 
-def spread(trainer):
-    """Standard deviation of what the student makes of noise in one step; 1 in the data."""
+def one_step_samples(trainer):
+    """What the trained student makes of noise `(4000, 2)` in one step."""
     steps, stream = trainer.config.max_train_steps, corners(0)
     for _ in range(steps):
         trainer.training_step(stream)
     with torch.no_grad():
         t = torch.full((4000,), 999)
-        return (
-            trainer.objective.consistency(trainer.student, torch.randn(4000, 2), t, {}, torch.zeros(4000)).std().item()
-        )
+        return trainer.objective.consistency(trainer.student, torch.randn(4000, 2), t, {}, torch.zeros(4000))
+
+
+def shares(samples):
+    """Of samples near each of the four clouds."""
+    near = [(samples - torch.tensor(corner)).norm(dim=1) < 0.7 for corner in product((-1.0, 1.0), repeat=2)]
+    return [share.float().mean().item() for share in near]
 
 
 def test_noise_collapses_the_student_and_the_critic_restores_it(tmp_path):
     """The reason for the critic: with full noise and no critic the one-step samples are the mean of the four clouds."""
     ode, collapsed, restored = (
-        spread(play(tmp_path / name, critic, eta))
+        one_step_samples(play(tmp_path / name, critic, eta))
         for name, critic, eta in (("ode", False, 0.0), ("sde", False, 1.0), ("scott", True, 1.0))
     )
-    assert ode > 0.8
-    assert collapsed < 0.15
-    assert restored > 2 * collapsed
+    assert ode.std(dim=0).min() > 0.8
+    assert min(shares(ode)) > 0.12  # a quarter each, less what lies between the clouds
+    assert collapsed.std(dim=0).max() < 0.15
+    assert max(shares(collapsed)) < 0.01
+    assert restored.std(dim=0).min() > 0.3
 
 
 def test_before_its_time_the_critic_rests(tmp_path):
@@ -423,6 +570,12 @@ def test_resume_is_bit_exact(tmp_path, micro_batches, checkpoint):
         ({"eta": -0.1}, "--eta is -0.1 but must lie between 0 (no noise) and 1 (that of DDPM)."),
         ({"solver_steps": 0}, "--solver_steps must be at least 1, but it is 0."),
         ({"solver_interval": 0}, "--solver_interval must be at least 1, but it is 0."),
+        ({"adversarial_weight": -1.0}, "--adversarial_weight must be above 0, but it is -1.0."),
+        ({"adversarial_weight": math.nan}, "--adversarial_weight must be above 0, but it is nan."),
+        ({"timestep_scaling_factor": 0.0}, "--timestep_scaling_factor must be above 0, but it is 0.0."),
+        ({"r1_weight": -5.0}, "--r1_weight must be at least 0, but it is -5.0."),
+        ({"w_min": -9.0}, "--w_min must be at least -1, but it is -9.0."),
+        ({"w_min": math.nan}, "--w_min must be at least -1, but it is nan."),
         ({"renoise_below": 0}, "--renoise_below must be at least 1, but it is 0."),
         ({"adversarial_balance": "none"}, "Unknown --adversarial_balance 'none'; one of fixed, adaptive."),
         ({"adversarial_start": -1}, "--adversarial_start must be at least 0, but it is -1."),
@@ -440,6 +593,11 @@ def test_wrong_settings(settings, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared
         scott(**settings)
     assert str(error.value) == message
+
+
+def test_the_grid_of_the_sampler_must_exist():
+    with pytest.raises(ValueError, match="The grid has 5000 steps"):
+        scott(num_ddim_timesteps=5000)
 
 
 def test_zero_terminal_snr_needs_ddim_and_no_epsilon():

@@ -93,6 +93,30 @@ def test_full_noise_is_the_posterior_of_ddpm(solve, t):
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=5e-6)
 
 
+def test_a_step_without_way_is_as_if_it_were_not_there():
+    """From 2 to 0 in three whole steps is 2, 1, 1, 0: the second order still looks back to 2."""
+    assert sub_times(torch.tensor([2]), torch.tensor([0]), 3).flatten().tolist() == [2, 1, 1, 0]
+    x, t, s, data = normal(1, 3), torch.tensor([2]), torch.tensor([0]), denoiser(Gaussian(0.3, 0.5))
+    three, two = (er_sde(data, VP, x, t, s, steps, "sde_5", 2, seeded()) for steps in (3, 2))
+    ode = [er_sde(data, VP, x, t, s, steps, "ode", 2) for steps in (3, 2)]
+    torch.testing.assert_close(*ode, rtol=1e-13, atol=1e-13)
+    assert (ode[0] - er_sde(data, VP, x, t, s, 3, "ode", 1)).abs().max() > 1e-6
+    assert not torch.equal(three, two)  # a draw of noise more
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda *where: ddim_sde(*where, eta=1.5), "eta is 1.5 but must lie between 0"),
+        (lambda *where: er_sde(*where, order=3), "Unknown order 3; one of 1, 2."),
+        (lambda *where: er_sde(*where, noise_scale="sde_6"), "Unknown noise_scale 'sde_6'; one of ode, sde, sde_5."),
+    ],
+)
+def test_wrong_settings(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(denoiser(Gaussian(0.3, 0.5)), VP, normal(6, 3), SPREAD, below(SPREAD, 24))
+
+
 # ---- one family
 
 

@@ -1,10 +1,13 @@
 """Studies: variants trained once each, and tables that are means over seeds."""
 
 import json
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -16,6 +19,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 import study_report  # noqa: E402
 
+from cm_diffusers.cli import parse_configs  # noqa: E402
+from cm_diffusers.evaluation.comparison import EvaluationConfig  # noqa: E402
+from cm_diffusers.evaluation.reference import ReferenceConfig  # noqa: E402
 from cm_diffusers.evaluation.report import Setting  # noqa: E402
 
 
@@ -64,15 +70,21 @@ def test_report_holds_the_tables_asked_for(tmp_path):
 TRAINING = """
 import argparse, pathlib
 flags = argparse.ArgumentParser()
-for name in ("--seed", "--output_dir", "--fail", "--resume_from_checkpoint"):
+for name in ("--seed", "--output_dir", "--resume_from_checkpoint"):
     flags.add_argument(name)
+flags.add_argument("--overwrite_output_dir", action="store_true")
 flags = flags.parse_args()
 folder = pathlib.Path(flags.output_dir)
-(folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+folder.mkdir(parents=True, exist_ok=True)
 sum(range(10_000_000))
-with open(folder / "calls.txt", "a") as file:
-    print(flags.seed, flags.resume_from_checkpoint, file=file)
-if flags.fail and not flags.resume_from_checkpoint:
+calls = folder.parent / "calls.txt"
+with open(calls, "a") as file:
+    print(flags.seed, flags.resume_from_checkpoint, flags.overwrite_output_dir, file=file)
+times = len(calls.read_text().splitlines())
+if times == 1:
+    raise SystemExit(1)  # before its first checkpoint
+(folder / "checkpoint-1").mkdir(exist_ok=True)
+if times == 2:
     raise SystemExit(1)
 (folder / "pipeline").mkdir()
 """
@@ -80,14 +92,71 @@ if flags.fail and not flags.resume_from_checkpoint:
 
 def test_a_training_is_taken_up_and_done_once(tmp_path):
     (tmp_path / "script.py").write_text(TRAINING)
-    command, folder = f"{shlex.quote(str(tmp_path / 'script.py'))} --fail yes", tmp_path / "run"
-    with pytest.raises(subprocess.CalledProcessError):
-        study.train(command, 7, folder)
-    first = json.loads((folder / "cost.json").read_text())["cpu_minutes"]
-    study.train(command, 7, folder)
-    both = json.loads((folder / "cost.json").read_text())["cpu_minutes"]
-    assert both > 1.3 * first > 0
-    study.train(command, 7, folder)
-    (folder / "cost.json").unlink()
-    assert study.cpu_minutes(folder) is None
-    assert (folder / "calls.txt").read_text().splitlines() == ["7 None", "7 latest"]
+    command, folder, costs = shlex.quote(str(tmp_path / "script.py")), tmp_path / "run", []
+    for fails in (True, True, False, False):
+        with pytest.raises(subprocess.CalledProcessError) if fails else nullcontext():
+            study.train(command, 7, folder)
+        costs.append(study.cpu_minutes(folder))
+    assert (tmp_path / "calls.txt").read_text().splitlines() == ["7 None True", "7 None True", "7 latest False"]
+    assert 0 < costs[1] < 0.7 * costs[2]  # what came before the first checkpoint was done again
+    assert costs[2] == costs[3]
+
+
+def test_a_killed_training_has_no_cost(tmp_path):
+    (tmp_path / "script.py").write_text(TRAINING)
+    (tmp_path / "calls.txt").write_text("one\ntwo\n")
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    study.train(shlex.quote(str(tmp_path / "script.py")), 7, tmp_path / "run")
+    assert study.cpu_minutes(tmp_path / "run") is None
+
+
+class Measuring:
+    """In place of a `Comparison`: one row of what it is asked for."""
+
+    def __init__(self):
+        self.rows, self.config = [{"pipeline": "before"}], SimpleNamespace(num_inference_steps=[1, 2])
+
+    def measure(self, source, name, steps):
+        self.rows.append({"pipeline": name, "source": source, "steps": steps})
+
+
+def test_rows_stay_with_what_made_them(tmp_path):
+    comparison, origin = Measuring(), {"command": "train", "evaluation": "flags"}
+    assert study.read_rows(tmp_path, origin) == []
+    for _ in range(2):
+        study.measure(comparison, "ours", 3, tmp_path, origin)
+    row = {"pipeline": "ours", "source": str(tmp_path / "pipeline"), "steps": [1, 2], "seed": 3, "cpu_minutes": None}
+    assert study.read_rows(tmp_path, origin) == [row]
+    assert len(comparison.rows) == 2
+    with pytest.raises(ValueError, match=r"was made by .*'command': 'train'.* now says .*'train --fast'"):
+        study.read_rows(tmp_path, origin | {"command": "train --fast"})
+
+
+def test_every_study_names_what_it_has(tmp_path):
+    for path in (ROOT / "benchmarks" / "studies").glob("*.toml"):
+        commands, tables, evaluation = study.read_study(path, None)
+        assert all(command.split()[0].startswith("training/") and "{" not in command for command in commands.values())
+        parse_configs((EvaluationConfig, ReferenceConfig), "", shlex.split(evaluation))
+    (tmp_path / "a.toml").write_text(
+        'evaluation = ""\n[pieces]\n[variants]\none = "x"\n[tables.t]\nvariants = ["two"]\n'
+    )
+    with pytest.raises(ValueError, match="has no variant three, two: it has one"):
+        study.read_study(tmp_path / "a.toml", ["three"])
+    with pytest.raises(ValueError, match="there is no such file; studies lie in"):
+        study.read_study(tmp_path / "b.toml", None)
+
+
+def test_a_study_is_read_flag_by_flag():
+    """Its commands parse with their scripts."""
+    commands, _, _ = study.read_study(ROOT / "benchmarks" / "studies" / "scott.toml", None)
+    for command in commands.values():
+        script, *flags = shlex.split(command)
+        content = runpy.run_path(str(ROOT / script))
+        parse_configs(content["CONFIGS"], "", flags)
+
+
+def test_metrics_that_nobody_has_are_left_out(tmp_path):
+    rows = [row | {"vendi": None} for row in ROWS]
+    tables = {name: {"variants": ["ours"], "num_inference_steps": [1], "plot": name} for name in ("steps", "variants")}
+    study_report.write_study(tmp_path, tables, rows, SETTING)
+    assert (tmp_path / "variants.png").stat().st_size > 10_000

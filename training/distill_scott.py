@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
-from cm_diffusers.checks import check_student
+from cm_diffusers.checks import check_scott, check_student
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.generated import GenerationConfig, training_batches
-from cm_diffusers.data.sources import DataConfig, refuse_changed, source_name
+from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.models.critics import CriticConfig, critic_optim, make_critic, unused_flags
+from cm_diffusers.models.critics import CriticConfig, critic_optim, make_critic
 from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
-from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig, SCottObjective
+from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.process import DiscreteVP
 from cm_diffusers.provenance import describe_run
@@ -29,12 +29,7 @@ CONFIGS = (
 def main() -> None:
     configs = parse_configs(CONFIGS, __doc__)
     source, student, data, generation, method, judge, optim, train, validation, hub = configs
-    refuse_changed(method, "eta" if method.sde == "er_sde" else "noise_scale solver_order", f"with --sde {method.sde}")
-    refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
-    refuse_changed(method, ADVERSARIAL_FLAGS if judge.critic == "none" else "", "with --critic none")
-    refuse_changed(method, "renoise_below" * (method.critic_inputs == "clean"), "with --critic_inputs clean")
-    if judge.critic == "vision" and method.critic_inputs != "clean":
-        raise ValueError("--critic vision judges images without noise: give it --critic_inputs clean.")
+    check_scott(method, judge, train.max_train_steps)
     seed_everything(train.seed)
     check_student(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import relu
 
 
@@ -67,7 +68,7 @@ def adaptive_weight(hold: Tensor, pull: Tensor) -> Tensor:
     2012.09841, Eq. 7, with the bounds of 2310.02279; here of gradients at the sample `(B, ...)`, which every student has,
     adapters or not.
     """
-    return (hold.norm() / pull.norm().clamp(min=1e-12)).clamp(0.01, 10).detach()
+    return (hold.norm() / pull.norm().clamp(min=1e-12)).nan_to_num(0.0).clamp(0.01, 10).detach()
 
 
 def detour(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,5 +80,17 @@ def detour(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]
     leaf = x.detach().requires_grad_()
     value = loss(leaf)
     gradient = torch.autograd.grad(value * FP16_SCALE, leaf)[0] / FP16_SCALE
-    linear = (gradient * x).sum()
-    return value.detach() + linear - linear.detach(), gradient
+    return _Known.apply(x, value.detach(), gradient), gradient
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradient is known already; if that overflowed, the value is not touched by it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor, None, None]:
+        return scale * ctx.saved_tensors[0], None, None

@@ -1,9 +1,11 @@
-"""Checks of a student's flags that need no network."""
+"""Checks of flags that need no network."""
 
 from typing import Any
 
 from cm_diffusers.data.sources import refuse_changed
+from cm_diffusers.models.critics import CriticConfig, unused_flags
 from cm_diffusers.networks import StudentConfig, require_autocast
+from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
 
 OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
@@ -30,3 +32,23 @@ def check_adapters(config: Any) -> None:
         raise ValueError(f"--lora_rank must be at least 1, but it is {config.lora_rank}.")
     if not 0 <= config.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be at least 0 and below 1, but it is {config.lora_dropout}.")
+
+
+def check_scott(method: SCottConfig, judge: CriticConfig, max_train_steps: int) -> None:
+    """
+    Raises:
+        ValueError: A flag that would have no effect, or a critic that could not play.
+    """
+    refuse_changed(method, "eta" if method.sde == "er_sde" else "noise_scale solver_order", f"with --sde {method.sde}")
+    refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
+    if judge.critic == "none":
+        refuse_changed(method, ADVERSARIAL_FLAGS, "with --critic none")
+        return
+    refuse_changed(method, "renoise_below" * (method.critic_inputs == "clean"), "with --critic_inputs clean")
+    if judge.critic == "vision" and method.critic_inputs != "clean":
+        raise ValueError("--critic vision judges images without noise: give it --critic_inputs clean.")
+    if method.adversarial_start >= max_train_steps:
+        raise ValueError(
+            f"The critic would start at step {method.adversarial_start} (--adversarial_start) of {max_train_steps}: give "
+            "it an earlier step, or --critic none."
+        )

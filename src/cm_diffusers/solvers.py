@@ -76,7 +76,12 @@ def ddim_sde(
     Args:
         eta: 0 is the ODE and draws no noise, 1 the posterior of DDPM.
         generator: Where noise is drawn from; torch's own if None.
+
+    Raises:
+        ValueError: eta is not between 0 and 1.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta} but must lie between 0 (no noise) and 1 (that of DDPM).")
     x = x_t
     for now, end in pairwise(sub_times(t, s, steps)):
         x0, noise = denoise(x, now)
@@ -114,9 +119,16 @@ def er_sde(
 
     Args:
         noise_scale: One of `NOISE_SCALES`; "ode" draws no noise.
+        s: Where there is noise left: the order-2 term has no value at sigma = 0.
         order: 2 follows the change of x0 over the last step, from the second step on; 1 does not.
         generator: Where noise is drawn from; torch's own if None.
+
+    Raises:
+        ValueError: An unknown noise scale or order.
     """
+    for name, value, known in (("noise_scale", noise_scale, NOISE_SCALES), ("order", order, (1, 2))):
+        if value not in known:
+            raise ValueError(f"Unknown {name} {value!r}; one of {', '.join(map(str, known))}.")
     phi, x, last = NOISE_SCALES[noise_scale], x_t, None
     for now, end in pairwise(sub_times(t, s, steps)):
         x0, alpha = denoise(x, now).x0, process.alpha(end)
@@ -128,8 +140,13 @@ def er_sde(
         if noise_scale != "ode":
             std = alpha * (lam_end**2 - (lam * shrink) ** 2).clamp(min=0).sqrt()
             y = y + append_dims(std, x) * _normal(x, generator)
-        x, last = _moved(now, end, x, y), (x0, lam)
+        x, last = _moved(now, end, x, y), _latest(now, end, (x0, lam), last)
     return x
+
+
+def _latest(now: Tensor, end: Tensor, new: tuple[Tensor, Tensor], old: tuple | None) -> tuple[Tensor, Tensor]:
+    """What the last step that went anywhere found: a step without way would hide it."""
+    return new if old is None else tuple(_moved(now, end, o, n) for o, n in zip(old, new, strict=True))
 
 
 def _slope_weight(phi: Callable[[Tensor], Tensor], lam: Tensor, lam_end: Tensor, lam_before: Tensor) -> Tensor:

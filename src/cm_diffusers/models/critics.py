@@ -1,5 +1,6 @@
 """Critics: what tells real from generated, given text and time. They start without an opinion."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from cm_diffusers.models.vision_critic import VisionCritic, load_backbone
 from cm_diffusers.networks import LCM_LORA_TARGETS, frozen_copy, unet_arguments
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.types import Networks
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,8 +49,11 @@ class CriticConfig:
     def __post_init__(self) -> None:
         for name in ("critic_channels", "critic_lora_rank", "critic_learning_rate"):
             least = 0 if name == "critic_learning_rate" else 1
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"--{name} must be at least {least}, but it is {getattr(self, name)}.")
+        for name in ("critic_adam_beta1", "critic_adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 0 and below 1, but it is {getattr(self, name)}.")
 
 
 def unused_flags(config: CriticConfig) -> str:
@@ -86,7 +93,16 @@ def make_critic(nets: Networks, config: CriticConfig, vae: AutoencoderKL | None 
     if config.critic == "none":
         return None
     own = isinstance(nets.teacher, UNet2DConditionModel)
-    unet = nets.teacher if own else nets.student
+    critic = _critic(config, nets, nets.teacher if own else nets.student, vae)
+    numbers = [p.numel() for p in critic.parameters()]
+    training = sum(p.numel() for p in critic.parameters() if p.requires_grad)
+    logger.info(
+        "The critic trains %d of its %d parameters (%.2f %%)", training, sum(numbers), 100 * training / sum(numbers)
+    )
+    return critic
+
+
+def _critic(config: CriticConfig, nets: Networks, unet: UNet2DConditionModel, vae: AutoencoderKL | None) -> nn.Module:
     if config.critic == "heads":
         return TeacherFeatureCritic(nets.teacher, unet, config.critic_channels)
     if config.critic == "lora_decoder":

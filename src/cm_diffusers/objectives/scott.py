@@ -15,6 +15,7 @@ from cm_diffusers.preconditioning import lcm_scalings
 from cm_diffusers.process import DiscreteVP, append_dims, diffuse
 from cm_diffusers.rng import rewind_rng
 from cm_diffusers.solvers import NOISE_SCALES, ddim_sde, er_sde
+from cm_diffusers.times import solver_grid
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -44,10 +45,10 @@ class SCottConfig:
     adversarial_balance: Literal["fixed", "adaptive"] = HfArg(
         default="fixed",
         help="adaptive: the weight is in units of the distillation's gradient at the samples over the critic's, at least "
-        "0.01 and at most 10 of it.",
+        "0.01 and at most 10 of it, of each process and micro-batch.",
     )
-    adversarial_start: int = HfArg(default=1000, help="First step with a critic; before, distillation alone.")
-    adversarial_ramp: int = HfArg(default=1000, help="Steps from there in which its weight grows from 0.")
+    adversarial_start: int = HfArg(default=250, help="First step with a critic; before, distillation alone.")
+    adversarial_ramp: int = HfArg(default=250, help="Steps from there in which its weight grows from 0.")
     adversarial_loss: Literal["hinge", "lsgan"] = HfArg(default="hinge", help="What critic and student play for.")
     critic_inputs: Literal["renoised", "clean"] = HfArg(
         default="renoised",
@@ -67,11 +68,15 @@ class SCottConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"--eta is {self.eta} but must lie between 0 (no noise) and 1 (that of DDPM).")
-        counts = dict.fromkeys(("solver_steps", "solver_interval", "renoise_below"), 1)
-        for name, least in (counts | {"adversarial_start": 0, "adversarial_ramp": 0}).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, but it is {getattr(self, name)}.")
-        if self.w_min > self.w_max:
+        least = dict.fromkeys(("solver_steps", "solver_interval", "renoise_below"), 1)
+        least |= dict.fromkeys(("adversarial_start", "adversarial_ramp", "r1_weight"), 0) | {"w_min": -1}
+        for name, number in least.items():
+            if not getattr(self, name) >= number:  # not a number is refused, too
+                raise ValueError(f"--{name} must be at least {number}, but it is {getattr(self, name)}.")
+        for name in ("adversarial_weight", "timestep_scaling_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, but it is {getattr(self, name)}.")
+        if not self.w_min <= self.w_max:
             raise ValueError(f"--w_min {self.w_min} is above --w_max {self.w_max}; swap them.")
         choices = {"noise_scale": NOISE_SCALES, "sde": ("er_sde", "ddim"), "solver_order": (1, 2)}
         choices |= {"loss_type": DISTANCES, "adversarial_loss": ADVERSARIAL_LOSSES}
@@ -118,6 +123,7 @@ class SCottObjective:
             guidance_embedding_dim,
             ADVERSARIAL_LOSSES[config.adversarial_loss],
         )
+        solver_grid(process.num_train_timesteps, config.num_ddim_timesteps)  # that of the sampler: an error is for now
         self.players = {"student": self} | ({"critic": self.judge} if critic else {})
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
