@@ -480,10 +480,11 @@ def play(folder, critic=True, eta=1.0, max_train_steps=300, **config):
         solver_interval=333,
         solver_steps=6,
         adversarial_weight=4.0,
+        renoise_below=500,
         adversarial_start=3 if max_train_steps < 10 else 100,
         adversarial_ramp=2 if max_train_steps < 10 else 100,
     )
-    optims = {name: OptimConfig(learning_rate=2e-3, adam_beta1=b) for name, b in (("student", 0.9), ("critic", 0.0))}
+    optims = {"student": OptimConfig(learning_rate=2e-3), "critic": OptimConfig(learning_rate=5e-3, adam_beta1=0.0)}
     return toy_trainer(folder, nets, objective, optims, max_train_steps=max_train_steps, ema_decay=0.9, **config)
 
 
@@ -513,7 +514,8 @@ def test_noise_collapses_the_student_and_the_critic_restores_it(tmp_path):
     assert min(shares(ode)) > 0.12  # a quarter each, less what lies between the clouds
     assert collapsed.std(dim=0).max() < 0.15
     assert max(shares(collapsed)) < 0.01
-    assert restored.std(dim=0).min() > 0.3
+    assert restored.std(dim=0).min() > 0.4
+    assert sum(shares(restored)) > 0.2
 
 
 def test_before_its_time_the_critic_rests(tmp_path):
