@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cm_diffusers.preconditioning import lcm_scalings
-from cm_diffusers.process import Prediction, append_dims
+from cm_diffusers.preconditioning import cm_scalings, edm_scalings, lcm_scalings
+from cm_diffusers.process import EDM, Prediction, append_dims
 
 
 def rates(process, x, t):
@@ -142,3 +142,63 @@ class ConsistencyNet(nn.Module):
         x0 = torch.where(c_out == 0, x_t, x0)  # the boundary: f = x whatever the network says
         prediction = Prediction(x0, (x_t - alpha * x0) / sigma)
         return (self.gain * as_output(self.process, prediction, x_t, t, self.prediction_type),)
+
+
+LN_SIGMA = {"edm": 4.0, "adm": 1 / 250}  # times c_noise
+
+
+class EDMNet(nn.Module):
+    """A network in EDM's coordinates (2206.00364, Eq. 7): its F makes c_skip x + c_out F equal to `answer(x, sigma)`.
+
+    `scalings(sigma)` are those around it. Where condition `class_labels` `(B,)` is 0, `other` answers. `calls` holds the
+    batch size of every call.
+    """
+
+    def __init__(self, answer, scalings, sigma_data=0.5, noise_conditioning="edm", other=None):
+        super().__init__()
+        self.answer, self.scalings, self.other = answer, scalings, other or answer
+        self.sigma_data, self.noise_conditioning = sigma_data, noise_conditioning
+        self.gain = nn.Parameter(torch.ones((), dtype=torch.float64))  # something to train, or to keep from training
+        self.calls = []
+
+    def forward(self, shown, told, class_labels=None, return_dict=True):
+        self.calls.append(len(shown))
+        shown, sigma = shown.double(), torch.exp(LN_SIGMA[self.noise_conditioning] * told.double())
+        x = shown * append_dims((sigma**2 + self.sigma_data**2).sqrt(), shown)
+        answer = self.answer(x, sigma)
+        if class_labels is not None:
+            answer = torch.where(append_dims(class_labels, x) != 0, answer, self.other(x, sigma))
+        c_skip, c_out = (append_dims(c, x) for c in self.scalings(sigma))
+        inside = c_out.abs() > 1e-6  # at the boundary F does not matter
+        return (self.gain * torch.where(inside, (answer - c_skip * x) / torch.where(inside, c_out, 1), 0),)
+
+
+def edm_teacher(data, uncond=None, **settings):
+    """The perfect EDM denoiser of `data`."""
+    answers = [lambda x, sigma, data=data: data.predict(EDM(), x, sigma).x0 for data in (data, uncond or data)]
+    return EDMNet(
+        answers[0], lambda sigma: edm_scalings(sigma, settings.get("sigma_data", 0.5)), other=answers[1], **settings
+    )
+
+
+def edm_student(data, sigma_min=0.002, **settings):
+    """The perfect consistency model of `data`, down to sigma_min."""
+
+    def answer(x, sigma):
+        return data.flow(EDM(), x, sigma, torch.full_like(sigma, sigma_min))
+
+    scalings = lambda sigma: cm_scalings(sigma, sigma_min, settings.get("sigma_data", 0.5))  # noqa: E731
+    return EDMNet(answer, scalings, **settings)
+
+
+class GridLinear(nn.Module):
+    """A network in EDM's coordinates, F = gain[i] shown + bias[i]: every sigma of the grid has its own."""
+
+    def __init__(self, grid):
+        super().__init__()
+        self.register_buffer("grid", grid)
+        self.gain, self.bias = nn.Parameter(torch.zeros(len(grid))), nn.Parameter(torch.zeros(len(grid)))
+
+    def forward(self, shown, told, return_dict=True):
+        index = (4 * told.double()[:, None] - self.grid.log()).abs().argmin(1)
+        return (self.gain[index][:, None] * shown + self.bias[index][:, None],)

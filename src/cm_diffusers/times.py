@@ -1,7 +1,14 @@
-"""Which times a method trains at: pure functions, no state."""
+"""Which times a method trains at: pure functions, no state.
+
+Curricula depend on `Progress` alone, so every rank and a resumed run are at the same place. Grids ascend.
+"""
+
+import math
 
 import torch
 from torch import Tensor
+
+from cm_diffusers.types import Progress
 
 
 def solver_grid(num_train_timesteps: int, num_solver_steps: int) -> Tensor:
@@ -21,3 +28,78 @@ def sample_solver_pairs(batch_size: int, grid: Tensor, device: torch.device) -> 
     t = grid.to(device)[index]
     skip = int(grid[0]) + 1
     return t, (t - skip).clamp(min=0)
+
+
+def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """`(points,)` ascending sigmas of EDM (2206.00364, Eq. 5), float64: even in sigma^(1 / rho), with exact ends."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    grid = torch.linspace(low, high, points, dtype=torch.float64) ** rho
+    grid[0], grid[-1] = sigma_min, sigma_max
+    return grid
+
+
+def sample_neighbours(
+    batch_size: int, grid: Tensor, device: torch.device, probabilities: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Times t = grid[i + 1] and s = grid[i], each `(B,)`.
+
+    Args:
+        probabilities: Of the interval i `(points - 1,)`; uniform if None.
+    """
+    if probabilities is None:
+        index = torch.randint(len(grid) - 1, (batch_size,), device=device)
+    else:
+        index = torch.multinomial(probabilities.to(device), batch_size, replacement=True)
+    grid = grid.to(device)
+    return grid[index + 1], grid[index]
+
+
+def square_root_intervals(progress: Progress, first: int, last: int) -> int:
+    """How many intervals the grid of consistency training has (2303.01469, Appendix C; the paper's N is one more)."""
+    grown = (last + 1) ** 2 - first**2
+    return max(1, math.ceil(math.sqrt(progress.step * grown / progress.max_steps + first**2) - 1))
+
+
+def square_root_decay(progress: Progress, first: int, last: int, first_decay: float) -> float:
+    """Rate of the EMA target beside `square_root_intervals`, exp(s0 ln mu0 / intervals) (2303.01469, Appendix C).
+
+    As the authors' code has it, first_decay^2 at first; the paper divides by one more.
+    """
+    return math.exp(first * math.log(first_decay) / square_root_intervals(progress, first, last))
+
+
+def doubling_intervals(progress: Progress, first: int, last: int) -> int:
+    """How many intervals the grid of improved consistency training has (2310.14189, Sec. 3.4; N(k) is one more).
+
+    Doubled from `first` to `last` in stages of equal length.
+    """
+    length = max(1, int(progress.max_steps / (math.log2(last // first) + 1)))
+    return min(first * 2 ** (progress.step // length), last)
+
+
+def lognormal_probabilities(grid: Tensor, mean: float, std: float) -> Tensor:
+    """Of the intervals of an ascending grid `(points - 1,)`: the mass of ln sigma ~ N(mean, std^2) in each.
+
+    Rescaled to a sum of 1 (2310.14189, Sec. 3.5).
+    """
+    mass = torch.erf((grid.log() - mean) / (math.sqrt(2) * std)).diff()
+    return mass / mass.sum()
+
+
+def sample_lognormal(
+    batch_size: int, mean: float, std: float, sigma_min: float, sigma_max: float, device: torch.device
+) -> Tensor:
+    """Times `(B,)` in float64 with ln t ~ N(mean, std^2), given that they lie between sigma_min and sigma_max."""
+    ends = (torch.tensor([sigma_min, sigma_max], dtype=torch.float64, device=device).log() - mean) / std
+    low, high = torch.special.ndtr(ends)
+    share = torch.rand(batch_size, dtype=torch.float64, device=device)
+    return torch.exp(mean + std * torch.special.ndtri(torch.lerp(low, high, share))).clamp(sigma_min, sigma_max)
+
+
+def easy_ratio(t: Tensor, stage: int, q: float, k: float, b: float) -> Tensor:
+    """r / t `(B,)` of easy consistency tuning (2406.14548): 1 - (1 + k sigmoid(-b t)) / q^(stage + 1), at least 0.
+
+    It is 0 at first, where the loss is diffusion's, and goes to 1; but not beyond 0.999, as in 2410.14895: float32 must
+    tell the pair apart. k = 0 gives the same ratio at all times.
+    """
+    return (1 - (1 + k * torch.sigmoid(-b * t.double())) * q ** -(stage + 1)).clamp(0, 0.999)

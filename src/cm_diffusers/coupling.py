@@ -1,0 +1,39 @@
+"""Which noise goes with which data: minibatch optimal transport (2302.00482), so that fewer of their lines cross."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def load_pot() -> ModuleType:
+    """
+    Raises:
+        ValueError: The package POT is missing.
+    """
+    try:
+        import ot
+    except ImportError as error:
+        raise ValueError(
+            "--coupling ot needs the package POT: pip install pot; or give --coupling independent."
+        ) from error
+    return ot
+
+
+def transport(x0: Tensor, noise: Tensor) -> Tensor:
+    """The rows of `noise` `(B, ...)` in the order in which they are, together, nearest to the rows of x0 `(B, ...)`.
+
+    The exact plan between as many points of equal mass is a permutation: every noise is used once, and data keeps its
+    conditions. Costs are squared distances.
+
+    Raises:
+        ValueError: There is one sample only, or POT is missing.
+    """
+    if len(x0) < 2:
+        raise ValueError(
+            f"Optimal transport matches samples within a batch, but this one has {len(x0)}; give --train_batch_size 2 "
+            "or more, or --coupling independent."
+        )
+    cost = torch.cdist(x0.flatten(1).double(), noise.flatten(1).double()).square()
+    plan = load_pot().emd([], [], cost.cpu().numpy())
+    return noise[torch.from_numpy(plan.argmax(1)).to(noise.device)]

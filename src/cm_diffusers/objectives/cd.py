@@ -1,0 +1,84 @@
+"""Consistency distillation of a diffusion teacher in EDM's coordinates (2303.01469, Alg. 2)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.distances import l1, l2, load_lpips, perceptual
+from cm_diffusers.guidance import Denoiser, guide
+from cm_diffusers.preconditioning import cm_scalings
+from cm_diffusers.process import EDM, append_dims
+from cm_diffusers.rng import rewind_rng
+from cm_diffusers.sigma_views import View, check_sigmas, edm_denoiser
+from cm_diffusers.solvers import heun_step
+from cm_diffusers.times import karras_grid, sample_neighbours
+from cm_diffusers.types import Batch, Loss, Networks, Progress
+
+
+@dataclass
+class CDConfig:
+    """How the consistency target is formed. Defaults are those of CIFAR-10."""
+
+    sigma_min: float = HfArg(default=0.002, help="Least noise, where the student is the identity.")
+    sigma_max: float = HfArg(default=80.0, help="Most noise, where sampling starts.")
+    rho: float = HfArg(default=7.0, help="Curvature of the grid: the greater, the more of it at little noise.")
+    num_scales: int = HfArg(default=18, help="Points N of the grid, both ends included.")
+    loss_type: Literal["l2", "l1", "lpips"] = HfArg(
+        default="l2", help="Distance between student and target; lpips is for images."
+    )
+    w: float = HfArg(default=0.0, help="Guidance of the teacher; w = guidance_scale - 1, so 0 means none.")
+
+    def __post_init__(self) -> None:
+        if self.num_scales < 2:
+            raise ValueError(f"--num_scales must be at least 2, but it is {self.num_scales}.")
+        if self.rho <= 0:
+            raise ValueError(f"--rho must be positive, but it is {self.rho}.")
+        if self.loss_type not in ("l2", "l1", "lpips"):
+            raise ValueError(f"Unknown --loss_type {self.loss_type!r}; one of l2, l1, lpips.")
+
+
+class CDObjective:
+    """A jump from t agrees with the target's jump from where the teacher gets in one Heun step.
+
+    Args:
+        config: See `CDConfig`.
+        view: How student and teacher are called.
+        lpips: For lpips, what compares images, see `perceptual`; the package lpips if None.
+    """
+
+    def __init__(self, config: CDConfig, view: View, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        check_sigmas(view, config.sigma_min, config.sigma_max)
+        self.config, self.view = config, view
+        self.grid = karras_grid(config.num_scales, config.sigma_min, config.sigma_max, config.rho)
+        plain = {"l2": l2, "l1": l1}
+        self.distance = plain.get(config.loss_type) or perceptual(lpips or load_lpips())
+        self.players = {"student": self}
+
+    def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
+        x0, device = batch.x0, batch.x0.device
+        t, s = sample_neighbours(len(x0), self.grid, device)
+        x_t = x0 + append_dims(t, x0) * torch.randn_like(x0)
+        with torch.no_grad():  # first, so that its activations are gone before the student's are kept
+            x_s = heun_step(self.teacher(nets, batch), EDM(), x_t, t, s)
+            with rewind_rng(device):  # the student draws the same dropout masks
+                target = self.consistency(nets.target or nets.student, x_s, s, batch.cond)
+        online = self.consistency(nets.student, x_t, t, batch.cond)
+        return Loss(self.distance(online, target).mean(), {})  # Eq. 7 with weight 1
+
+    def teacher(self, nets: Networks, batch: Batch) -> Denoiser:
+        """The denoiser that is distilled; guided, both branches are one batch."""
+        denoise, w = edm_denoiser(self.view, nets.teacher), self.config.w
+        if w == 0:
+            return lambda x, t: denoise(x, t, batch.cond)
+        if not batch.uncond:
+            raise ValueError(f"--w {w} guides the teacher, but the data has no unconditional branch; give --w 0.")
+        return guide(denoise, batch.cond, batch.uncond, batch.x0.new_full((len(batch.x0),), w))
+
+    def consistency(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """f(x, sigma) = c_skip x + c_out F (Eq. 5), `(B, ...)`."""
+        c_skip, c_out = cm_scalings(sigma, self.config.sigma_min, self.view.sigma_data)
+        return append_dims(c_skip, x) * x + append_dims(c_out, x) * self.view(network, x, sigma, cond)

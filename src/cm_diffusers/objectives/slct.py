@@ -1,0 +1,120 @@
+"""Improved training of latent consistency models: sLCT (2502.01441), consistency training that survives outliers."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.coupling import load_pot, transport
+from cm_diffusers.distances import cauchy, cauchy_c, l2, pseudo_huber
+from cm_diffusers.preconditioning import cm_scalings
+from cm_diffusers.process import append_dims
+from cm_diffusers.rng import rewind_rng
+from cm_diffusers.sigma_views import View, check_sigmas
+from cm_diffusers.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
+from cm_diffusers.types import Batch, Loss, Networks, Progress
+
+
+@dataclass
+class SLCTConfig:
+    """How the student is compared with itself and with the data."""
+
+    sigma_min: float = HfArg(default=0.002, help="Least noise, where the student is the identity.")
+    sigma_max: float = HfArg(default=80.0, help="Most noise, where sampling starts.")
+    rho: float = HfArg(default=7.0, help="Curvature of the grid: the greater, the more of it at little noise.")
+    discretization_s_0: int = HfArg(default=10, help="s0: how many intervals the grid has at first.")
+    discretization_s_1: int = HfArg(default=640, help="s1: how many it has at the end, after doublings.")
+    p_mean: float = HfArg(default=-1.1, help="Mean of ln sigma in training.")
+    p_std: float = HfArg(default=2.0, help="Standard deviation of ln sigma in training.")
+    loss_type: Literal["cauchy", "pseudo_huber"] = HfArg(default="cauchy", help="Distance between student and target.")
+    robust_c: float | None = HfArg(
+        default=None, help="c of the distance; by default it falls with every doubling of the grid."
+    )
+    diffusion_weight: float = HfArg(default=5.0, help="Weight of the diffusion loss at little noise; 0 is none.")
+    diffusion_share: float = HfArg(default=0.25, help="Part of the grid, from the least noise, that gets it.")
+    coupling: Literal["ot", "independent"] = HfArg(
+        default="ot", help="ot: noise is matched with data within a batch by optimal transport; needs POT."
+    )
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.discretization_s_0 <= self.discretization_s_1:
+            raise ValueError(
+                f"--discretization_s_0 is {self.discretization_s_0} and --discretization_s_1 is "
+                f"{self.discretization_s_1}; give 1 <= s_0 <= s_1."
+            )
+        for name in ("rho", "p_std", *(["robust_c"] if self.robust_c is not None else [])):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, but it is {getattr(self, name)}.")
+        if self.diffusion_weight < 0:
+            raise ValueError(f"--diffusion_weight must not be negative, but it is {self.diffusion_weight}.")
+        if not 0 <= self.diffusion_share <= 1:
+            raise ValueError(f"--diffusion_share is {self.diffusion_share}; give a share between 0 and 1.")
+        for name, known in (("loss_type", ("cauchy", "pseudo_huber")), ("coupling", ("ot", "independent"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")
+
+
+class SLCTObjective:
+    """A jump from t agrees with the student's own jump from s on a line to the data that optimal transport chose.
+
+    There is no averaged target: leave `Networks.target` None. Networks are made for it by `freeze_norm_scales`.
+
+    Args:
+        config: See `SLCTConfig`.
+        view: How the student is called.
+    """
+
+    def __init__(self, config: SLCTConfig, view: View) -> None:
+        check_sigmas(view, config.sigma_min, config.sigma_max)
+        if config.coupling == "ot":
+            load_pot()  # a missing package is told before training
+        self.config, self.view = config, view
+        self.players = {"student": self}
+
+    def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
+        config, x0, device = self.config, batch.x0, batch.x0.device
+        grid = self.grid(progress)
+        probabilities = lognormal_probabilities(grid, config.p_mean, config.p_std)
+        t, s = sample_neighbours(len(x0), grid, device, probabilities)
+        noise = torch.randn_like(x0)
+        if config.coupling == "ot":
+            noise = transport(x0, noise)
+        with torch.no_grad(), rewind_rng(device):  # the student draws the same dropout masks
+            x_s = x0 + append_dims(s, x0) * noise
+            target = self.consistency(nets.target or nets.student, x_s, s, batch.cond)
+        online = self.consistency(nets.student, x0 + append_dims(t, x0) * noise, t, batch.cond)
+        c = config.robust_c or cauchy_c(x0[0].numel(), len(grid) - 1)
+        metric = {"cauchy": cauchy, "pseudo_huber": pseudo_huber}[config.loss_type]
+        consistency = (metric(online, target, c) / (t - s).to(online.dtype)).mean()
+        low = t <= grid[math.floor(config.diffusion_share * (len(grid) - 1))]
+        diffusion = l2(online, x0)[low].sum() / low.sum().clamp(min=1)
+        logs = {"consistency": consistency.detach(), "diffusion": diffusion.detach()}
+        logs |= {"num_scales": x0.new_tensor(len(grid)), "robust_c": x0.new_tensor(c)}
+        return Loss(consistency + config.diffusion_weight * diffusion, logs)
+
+    def grid(self, progress: Progress) -> Tensor:
+        """The ascending sigmas trained at."""
+        config = self.config
+        intervals = doubling_intervals(progress, config.discretization_s_0, config.discretization_s_1)
+        return karras_grid(intervals + 1, config.sigma_min, config.sigma_max, config.rho)
+
+    def consistency(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """f(x, sigma) = c_skip x + c_out F (2303.01469, Eq. 5), `(B, ...)`."""
+        c_skip, c_out = cm_scalings(sigma, self.config.sigma_min, self.view.sigma_data)
+        return append_dims(c_skip, x) * x + append_dims(c_out, x) * self.view(network, x, sigma, cond)
+
+
+@torch.no_grad()
+def freeze_norm_scales(network: nn.Module) -> None:
+    """Norm layers without a trainable scale, the paper's non-scaling norms: ones for good, a bias that starts at 0.
+
+    In place, for a network that starts from scratch. The ones stay in its state, so it loads into the stock class.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
+            module.weight.fill_(1).requires_grad_(False)
+            if module.bias is not None:
+                module.bias.zero_()
