@@ -2,17 +2,24 @@
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from cm_diffusers.pipelines import ConsistencyImg2ImgPipeline, ConsistencyInpaintPipeline, ConsistencyPipeline
+from cm_diffusers.pipelines import (
+    ConsistencyImagesPipeline,
+    ConsistencyImg2ImgPipeline,
+    ConsistencyInpaintPipeline,
+    ConsistencyPipeline,
+)
 from cm_diffusers.registration import register
-from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
 
 
 __all__ = [
+    "ConsistencyImagesPipeline",
     "ConsistencyImg2ImgPipeline",
     "ConsistencyInpaintPipeline",
     "ConsistencyPipeline",
     "ConsistencyScheduler",
     "DiffusionPipeline",  # this and the mixins: where diffusers looks for the bases of this package's classes
+    "EDMConsistencyScheduler",
     "ModelMixin",
     "SchedulerMixin",
 ]

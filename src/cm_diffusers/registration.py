@@ -6,12 +6,24 @@ from functools import cache
 
 import diffusers
 
-from cm_diffusers.pipelines import ConsistencyImg2ImgPipeline, ConsistencyInpaintPipeline, ConsistencyPipeline
-from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.pipelines import (
+    ConsistencyImagesPipeline,
+    ConsistencyImg2ImgPipeline,
+    ConsistencyInpaintPipeline,
+    ConsistencyPipeline,
+)
+from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
 
 
 NAME = "consistency"
-CLASSES = (ConsistencyPipeline, ConsistencyImg2ImgPipeline, ConsistencyInpaintPipeline, ConsistencyScheduler)
+CLASSES = (
+    ConsistencyPipeline,
+    ConsistencyImg2ImgPipeline,
+    ConsistencyInpaintPipeline,
+    ConsistencyImagesPipeline,
+    ConsistencyScheduler,
+    EDMConsistencyScheduler,
+)
 SAVE_AND_LOAD = ("save_pretrained", "from_pretrained")
 BASES = ("SchedulerMixin", "ModelMixin", "DiffusionPipeline")  # attributes of the package, where diffusers looks
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,11 +17,18 @@ from torch import Tensor, nn
 
 from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights
 from cm_diffusers.pipelines.manners import Manners, adopted_from, consistency_scheduler, contradiction
-from cm_diffusers.record import RECORD, Record, base_model_of, read_record, write_record
+from cm_diffusers.pipelines.pipeline_consistency_images import ConsistencyImagesPipeline
+from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub
+from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 
-class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
+WITHOUT_PROMPT = ("ConsistencyImagesPipeline", "ConsistencyModelPipeline")
+IN_SIGMA = ("EDMConsistencyScheduler", "CMStochasticIterativeScheduler")
+
+
+class ConsistencyLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
     """`from_pretrained`, `from_pipe`, `save_pretrained` and LoRAs of the consistency pipelines.
 
     The record of a student is part of the pipeline's config, so it survives whatever the config survives. The
@@ -49,23 +56,18 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         self.unet._merged_adapters = names
 
     @property
-    def record(self) -> Record | None:
-        """How the student was made; None where the checkpoint does not tell."""
-        entry = self.config.get("record")
-        return entry and Record(**{field.name: entry[field.name] for field in fields(Record)})
-
-    @property
     def manners(self) -> Manners:
         """What may be asked of the student, and what it is sampled with by default."""
         return Manners.of(self.record, self.unet)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Source, **kwargs: Any) -> Self:
-        """Any few-step text-to-image student, from a folder or the Hub.
+        """Any few-step student, from a folder or the Hub.
 
         That is: a student of this package; a published LCM, Stable Diffusion or SDXL; a base model on which
         `load_lora_weights` puts an LCM-LoRA; or the folder or repository of a LoRA of this package, which is put on
-        the base model that its record names.
+        the base model that its record names. `ConsistencyPipeline` answers with a `ConsistencyImagesPipeline` for a
+        student that takes no prompts.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -73,14 +75,18 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
                 `use_safetensors=None` or False. A `scheduler` among them is kept.
 
         Raises:
-            ValueError: A folder holds neither a pipeline nor a LoRA with its record, or the LoRA's base model cannot
-                be loaded.
+            ValueError: A folder holds neither a pipeline nor a LoRA with its record, the LoRA's base model cannot be
+                loaded, or the student takes no prompts and this class is not `ConsistencyPipeline`.
         """
         source = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
-        record = read_record(source, **_of_hub(kwargs))
+        record = read_record(source, **of_hub(kwargs))
         if not _is_pipeline(source, record, kwargs):
             return cls._from_lora(source, record, kwargs)
+        if (kind := _class_name(source, kwargs)) in WITHOUT_PROMPT:
+            if cls.__name__ != "ConsistencyPipeline":
+                raise ValueError(f"{str(source)!r} is a {kind}, without prompts; load it with ConsistencyPipeline.")
+            return ConsistencyImagesPipeline.from_pretrained(source, **kwargs)
         pipe = super().from_pretrained(source, **kwargs)
         if record is not None:
             pipe.register_to_config(record=asdict(record))
@@ -95,7 +101,7 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
                 f"{str(source)!r} has neither a model_index.json nor the record of a LoRA; for a LoRA without record, "
                 "load its base model and call load_lora_weights."
             )
-        hub = _of_hub(kwargs)
+        hub = of_hub(kwargs)
         kwargs.pop("revision", None)  # the LoRA's
         try:
             pipe = cls.from_pretrained(base_model_of(record, source), **kwargs)
@@ -152,14 +158,6 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def save_config(self, save_directory: Source, *args: Any, **kwargs: Any) -> None:
-        """Saves the record along, which diffusers lets happen between the weights and an upload."""
-        super().save_config(save_directory, *args, **kwargs)
-        if self.record is None:
-            (Path(save_directory) / RECORD).unlink(missing_ok=True)
-        else:
-            write_record(self.record, Path(save_directory))
-
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: Source | dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> None:
@@ -170,7 +168,7 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         """
         source = pretrained_model_name_or_path_or_dict
         kwargs.setdefault("use_safetensors", True)
-        hub = _of_hub(kwargs)
+        hub = of_hub(kwargs)
         folder = None if isinstance(source, dict) else _folder(source, kwargs.get("subfolder"))
         if folder is not None:
             check_weights(source, kwargs)
@@ -252,12 +250,14 @@ class ConsistencyLoaderMixin(StableDiffusionXLLoraLoaderMixin):
         return {name for names in self.get_list_adapters().values() for name in names}
 
     def _adopt_scheduler(self) -> None:
-        """The scheduler of the record, or else of the checkpoint, as a `ConsistencyScheduler`."""
-        if self.record is None:
-            self.scheduler = consistency_scheduler(type(self.scheduler).__name__, self.scheduler.config)
+        """The scheduler of the record, or else of the checkpoint, as one of ours."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        if self.record is not None:
+            name, config = self.record.scheduler.get("_class_name", "LCMScheduler"), self.record.scheduler
+        if name in IN_SIGMA:
+            self.scheduler = EDMConsistencyScheduler.from_config(config)
         else:
-            entry = self.record.scheduler
-            self.scheduler = consistency_scheduler(entry.get("_class_name", "LCMScheduler"), entry)
+            self.scheduler = consistency_scheduler(name, config)
 
 
 def _folder(source: Source, subfolder: str | None) -> Source:
@@ -268,12 +268,6 @@ def _folder(source: Source, subfolder: str | None) -> Source:
     return path.parent if path.is_file() else path / (subfolder or "")
 
 
-def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that say where on the Hub and in the cache a file is."""
-    names = ("token", "revision", "cache_dir", "local_files_only")
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-
-
 def _is_pipeline(source: Source, record: Record | None, kwargs: dict[str, Any]) -> bool:
     """False for what can only be a LoRA: a folder without model_index.json, or such a repository with a record."""
     if Path(source).exists():
@@ -281,6 +275,14 @@ def _is_pipeline(source: Source, record: Record | None, kwargs: dict[str, Any]) 
     if record is None:
         return True
     try:
-        return bool(hf_hub_download(str(source), "model_index.json", **_of_hub(kwargs)))
+        return bool(hf_hub_download(str(source), "model_index.json", **of_hub(kwargs)))
     except EntryNotFoundError:
         return False
+
+
+def _class_name(source: Source, kwargs: dict[str, Any]) -> str | None:
+    """The pipeline class that an index names; None where there is none to be read."""
+    try:
+        return DiffusionPipeline.load_config(source, **of_hub(kwargs)).get("_class_name")
+    except (OSError, ValueError):
+        return None
