@@ -48,7 +48,7 @@ class Duel:
 
 def state(trainer) -> dict[str, Tensor]:
     found = {"student": trainer.student.state_dict(), "target": trainer.nets.target.state_dict()}
-    found["export_ema"] = trainer.export_ema.average
+    found["export_ema"] = trainer.averages.state()["export_ema"]
     return {f"{name}/{key}": value for name, values in found.items() for key, value in values.items()}
 
 

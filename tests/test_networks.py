@@ -11,7 +11,6 @@ from torch import nn
 from cm_diffusers.guidance import guidance_embedding
 from cm_diffusers.networks import (
     LCM_LORA_TARGETS,
-    ExportEMA,
     StudentConfig,
     TeacherConfig,
     WithoutAdapters,
@@ -198,39 +197,6 @@ def test_frozen_copy():
     nn.init.zeros_(model.weight)
     assert (copied.weight == 2).all()
     assert model.weight.requires_grad
-
-
-def test_export_ema_closed_form():
-    """Rate min(decay, (1 + k) / (10 + k)) at step k: 0.1, 2 / 11, then the cap."""
-    model = layer(0.0)
-    average = ExportEMA(model, 0.2)
-    for step, value in enumerate([1.0, 2.0, 4.0]):
-        nn.init.constant_(model.weight, value)
-        average.update(step)
-    expected = (0.9 * 2 / 11 + 2 * 9 / 11) * 0.2 + 4 * 0.8
-    torch.testing.assert_close(average.average["weight"], torch.full((2, 3), expected))
-
-
-def test_export_ema_is_applied_and_taken_back():
-    model = layer(0.5)
-    average = ExportEMA(model, 0.999)
-    nn.init.normal_(model.weight)
-    live, mean = clone(model), average.average["weight"].clone()
-    with pytest.raises(KeyError), average.applied():  # noqa: PT012
-        assert torch.equal(model.weight, mean)
-        raise KeyError
-    assert torch.equal(model.weight, live["weight"])
-    assert torch.equal(average.average["weight"], mean)
-
-
-def test_export_ema_holds_trainable_weights_only_and_loads(teacher):
-    student = lora(teacher)
-    average = ExportEMA(student, 0.9)
-    assert all("lora_" in name for name in average.average)
-    saved = {name: torch.full_like(value, 0.25) for name, value in average.average.items()}
-    average.load(saved)
-    with average.applied():
-        assert all((p == 0.25).all() for p in student.parameters() if p.requires_grad)
 
 
 def refusal(path):

@@ -31,7 +31,7 @@ from toys import (
     weights,
 )
 
-import cm_diffusers.trainer as trainer_module
+from cm_diffusers import accelerator as accelerator_module
 from cm_diffusers import checkpoints
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.trainer import TrainConfig
@@ -140,14 +140,28 @@ def test_moving_averages_are_exact(tmp_path) -> None:
         target = [0.7 * a + 0.3 * b for a, b in zip(target, live, strict=True)]
         exported = [rate * a + (1 - rate) * b for a, b in zip(exported, live, strict=True)]
     torch.testing.assert_close([v.double() for v in weights(trainer.nets.target)], target, rtol=1e-6, atol=1e-7)
-    average = [value.double() for value in trainer.export_ema.average.values()]
+    average = [value.double() for value in trainer.averages.state()["export_ema"].values()]
     torch.testing.assert_close(average, exported, rtol=1e-6, atol=1e-7)
+
+
+def test_an_objective_may_set_the_target_s_rate_by_progress(tmp_path) -> None:
+    class Hurried(ToyObjective):
+        def target_decay(self, progress):
+            return progress.step / progress.max_steps
+
+    trainer = toy_trainer(tmp_path, objective=Hurried(), ema_decay=0.7)
+    target = [value.double() for value in weights(trainer.nets.target)]
+    for rate in (0, 0.25, 0.5):
+        record(trainer, 1)
+        live = [value.double() for value in weights(trainer.student)]
+        target = [rate * a + (1 - rate) * b for a, b in zip(target, live, strict=True)]
+    torch.testing.assert_close([v.double() for v in weights(trainer.nets.target)], target, rtol=1e-6, atol=1e-7)
 
 
 def test_exported_weights_are_the_average_and_leave_again(tmp_path) -> None:
     trainer = toy_trainer(tmp_path, export_ema_decay=0.9)
     record(trainer, 3)
-    before, average = weights(trainer.student), [v.clone() for v in trainer.export_ema.average.values()]
+    before, average = weights(trainer.student), [v.clone() for v in trainer.averages.state()["export_ema"].values()]
     with trainer.export_weights() as student:
         assert not student.training
         assert all(map(torch.equal, weights(student), average))
@@ -421,7 +435,7 @@ def test_compile_reaches_every_network(tmp_path, monkeypatch, asked) -> None:
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_sharded_training_is_refused(tmp_path, monkeypatch, kind) -> None:
-    monkeypatch.setattr(trainer_module, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
+    monkeypatch.setattr(accelerator_module, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
     with pytest.raises(ValueError, match=rf"Sharded training \({kind.value}\) is not supported"):
         toy_trainer(tmp_path)
 

@@ -44,22 +44,32 @@ def join_optimizer_state(tensors: dict[str, Tensor], rest: dict) -> dict:
 
 
 def write_checkpoint(output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
-    """Write `<output_dir>/checkpoint-<step>` aside and rename it, replacing one of the same step.
+    """Write `<output_dir>/checkpoint-<step>`, replacing one of the same step.
 
     Args:
         tensors: file stem -> named tensors.
         state: JSON, as `state.json`.
     """
-    final, aside = output_dir / f"{PREFIX}{step}", output_dir / f".{PREFIX}{step}.partial"
+    return write_folder(output_dir / f"{PREFIX}{step}", tensors, {"state.json": state})
+
+
+def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, dict]) -> Path:
+    """Write a folder aside and rename it, replacing what was there.
+
+    Args:
+        tensors: File stem -> named tensors.
+        texts: File name -> JSON.
+    """
+    aside, replaced = (final.with_name(f".{final.name}.{suffix}") for suffix in ("partial", "replaced"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for stem, named in tensors.items():
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, aside / f"{stem}.safetensors")
-    (aside / "state.json").write_text(json.dumps(state, indent=1))
+    for name, content in texts.items():
+        (aside / name).write_text(json.dumps(content, indent=1))
     for path in aside.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    replaced = output_dir / f".{PREFIX}{step}.replaced"
     if final.exists():
         os.replace(final, replaced)
     os.replace(aside, final)

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from diffusers import ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers import checkpoints
+from cm_diffusers.accelerator import make_accelerator
+from cm_diffusers.averages import Averages, forget_snapshots, power_of
 from cm_diffusers.interrupts import StopRequest, stop_request
-from cm_diffusers.networks import ExportEMA, ema_update
+from cm_diffusers.networks import ema_update
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.player import Player, only_trains
 from cm_diffusers.rng import seed_everything
@@ -47,6 +47,11 @@ class TrainConfig:
     export_ema_decay: float = HfArg(
         default=0.0, help="Rate of the average that is validated and published; 0 publishes the last weights."
     )
+    ema_sigma_rels: list[float] = HfArg(
+        default_factory=list,
+        help="Widths of power-function averages that every checkpoint leaves in averages/, e.g. 0.05 0.1; "
+        "training/export_average.py makes a pipeline with any other width from them.",
+    )
     checkpointing_steps: int = HfArg(default=500, help="Optimizer steps between checkpoints.")
     checkpoints_total_limit: int | None = HfArg(default=None, help="Keep only the newest so many checkpoints.")
     resume_from_checkpoint: str | None = HfArg(default=None, help='"latest", or a checkpoint folder; bit-exact.')
@@ -62,10 +67,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, but it is {value}.")
+        for sigma_rel in self.ema_sigma_rels:
+            power_of(sigma_rel)
 
 
 class Objective(Protocol):
-    """A method. `players` maps a field of `Networks` to that player's loss; None (never the first's) skips its turn."""
+    """A method. `players` maps a field of `Networks` to that player's loss; None (never the first's) skips its turn.
+
+    With a method `target_decay(progress)`, that is the rate of the EMA target instead of the config's.
+    """
 
     players: dict[str, Callable[[Networks, Batch, Progress], Loss | None]]
     config: object
@@ -98,7 +108,7 @@ class Trainer:
         self.config, self.nets, self.objective, self.callbacks = config, nets, objective, list(callbacks)
         self.output_dir, self.step = Path(config.output_dir), 0
         optims = optim if isinstance(optim, dict) else dict.fromkeys(objective.players, optim)
-        self.accelerator = _make_accelerator(config)
+        self.accelerator = make_accelerator(config.mixed_precision, config.report_to, config.output_dir)
         self.identity = run_identity(
             type(objective).__name__, self.accelerator.num_processes, config, objective.config, *settings, **optims
         )
@@ -108,7 +118,7 @@ class Trainer:
             module.to(self.device)
             if config.compile:
                 module.compile()
-        self.export_ema = ExportEMA(nets.student, config.export_ema_decay) if config.export_ema_decay else None
+        self.averages = Averages(nets.student, config.export_ema_decay, config.ema_sigma_rels)
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
         if resume_path:
             self.load(resume_path)
@@ -173,9 +183,9 @@ class Trainer:
                 logs |= loss.logs | self._update(player, loss)
         self.step += 1
         if self.nets.target is not None:
-            ema_update(self.nets.target, self.student, self.config.ema_decay)
-        if self.export_ema is not None:
-            self.export_ema.update(self.step)
+            decay = getattr(self.objective, "target_decay", lambda progress: self.config.ema_decay)
+            ema_update(self.nets.target, self.student, decay(progress))
+        self.averages.update(self.step)
         return Loss(losses[0].value, logs), sum(b.size for b in batches) * self.accelerator.num_processes
 
     def _accumulate(self, player: Player, batches: list[Batch], progress: Progress) -> Loss | None:
@@ -211,7 +221,7 @@ class Trainer:
         """The student as it would be published: with averaged weights where `export_ema_decay` is set."""
         student = self.student
         was_training = student.training
-        with self.export_ema.applied() if self.export_ema else nullcontext():
+        with self.averages.applied():
             try:
                 yield student.eval()
             finally:
@@ -220,16 +230,15 @@ class Trainer:
     def save(self) -> int:
         """Write a checkpoint (by the main process: state is equal on all ranks) and return its step."""
         if self.accelerator.is_main_process:
-            files, state = {}, {"step": self.step, "identity": self.identity, "players": {}}
+            files, state = self.averages.state(), {"step": self.step, "identity": self.identity, "players": {}}
             for player in self.players:
                 tensors, state["players"][player.name] = player.state()
                 files |= tensors
             if self.nets.target is not None:
                 files["target"] = self.nets.target.state_dict()
-            if self.export_ema is not None:
-                files["export_ema"] = self.export_ema.average
             if self.accelerator.scaler is not None:
                 state["grad_scaler"] = self.accelerator.scaler.state_dict()
+            self.averages.write_snapshots(self.output_dir, self.step)
             checkpoints.write_checkpoint(self.output_dir, self.step, files, state)
             if self.config.checkpoints_total_limit:
                 checkpoints.prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
@@ -243,11 +252,12 @@ class Trainer:
             player.load_state(files, state["players"][player.name])
         if self.nets.target is not None:
             self.nets.target.load_state_dict(files["target"])
-        if self.export_ema is not None:
-            self.export_ema.load(files["export_ema"])
+        self.averages.load(files)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.step = state["step"]
+        if self.accelerator.is_main_process:
+            forget_snapshots(self.output_dir, after=self.step)
         logger.info("Resumed from %s at step %d", path, self.step)
 
     def _make_player(self, name: str, optim: OptimConfig) -> Player:
@@ -281,18 +291,3 @@ class Trainer:
             values = {name: value.item() for name, value in loss.logs.items()}
             values |= {"loss": loss.value.item(), "images_per_second": images_per_second}
             self.accelerator.log(values, step=self.step)
-
-
-def _make_accelerator(config: TrainConfig) -> Accelerator:
-    tracker = None if config.report_to == "none" else config.report_to
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir)
-    if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
-        raise ValueError(
-            f"--report_to {tracker}: the package is not installed; pip install {tracker}, or give another tracker."
-        )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"Sharded training ({accelerator.distributed_type.value}) is not supported: checkpoints and moving averages need "
-            "whole weights on every rank. Run `accelerate config` and choose multi-GPU without sharding."
-        )
-    return accelerator

@@ -1,0 +1,43 @@
+"""Make a pipeline of a run's weights averaged over another window, from what --ema_sigma_rels left behind."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.averages import rebuild
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.provenance import read_provenance
+from cm_diffusers.publish import save_pipeline
+from cm_diffusers.record import read_record
+
+
+@dataclass
+class ExportConfig:
+    """Which average (2312.02696, Sec. 3.2), and of which run."""
+
+    run_dir: str = HfArg(help="Output folder of a finished training with --ema_sigma_rels.")
+    sigma_rel: float = HfArg(help="Width: standard deviation of the average over steps, as a share of all.")
+    step: int | None = HfArg(default=None, help="Of which checkpoint; the last if not given.")
+    output_dir: str = HfArg(default="runs/average", help="Where the pipeline goes.")
+    save_fp16: bool = HfArg(default=False, help="Store UNet and VAE in half precision.")
+
+
+def main() -> None:
+    (config,) = parse_configs((ExportConfig,), __doc__)
+    average, step = rebuild(Path(config.run_dir), config.sigma_rel, config.step)
+    source = Path(config.run_dir) / "pipeline"
+    if not (source / "model_index.json").is_file():
+        raise ValueError(f"{config.run_dir} has no folder pipeline: the training has not ended, or it made a LoRA.")
+    provenance = read_provenance(source)
+    settings = provenance.settings | {"sigma_rel": config.sigma_rel, "average_of_step": step}
+    pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    pipe.unet.load_state_dict(pipe.unet.state_dict() | average)
+    record, provenance = read_record(source), replace(provenance, settings=settings)
+    save_pipeline(pipe, Path(config.output_dir), config.save_fp16, record, provenance)
+
+
+if __name__ == "__main__":
+    run(main)
