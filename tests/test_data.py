@@ -141,8 +141,8 @@ def test_batch_is_a_pure_function_of_its_number(config, vae, workers):
 def test_pixels_and_labels_are_those_of_the_files(config):
     batches = image_batches(replace(config, train_batch_size=ROWS), 0, label_column="label")
     batch = first(batches)[0]
-    assert sorted(batch.cond["labels"].tolist()) == list(range(ROWS))
-    for pixels, label in zip(batch.x0, batch.cond["labels"], strict=True):
+    assert sorted(batch.cond["class_labels"].tolist()) == list(range(ROWS))
+    for pixels, label in zip(batch.x0, batch.cond["class_labels"], strict=True):
         expected = np.asarray(picture(int(label)))[:, 2:10].transpose(2, 0, 1) / 127.5 - 1
         torch.testing.assert_close(pixels, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0)
 
@@ -157,10 +157,10 @@ def test_image_batches_resume_and_differ_by_epoch(config):
 def test_random_flip_mirrors_about_half(config):
     batches = image_batches(replace(config, random_flip=True, train_batch_size=200), 0, label_column="label")
     plain = image_batches(replace(config, train_batch_size=ROWS), 0, label_column="label")
-    originals = dict(zip(*(first(plain)[0].cond["labels"].tolist(), first(plain)[0].x0), strict=True))
+    originals = dict(zip(*(first(plain)[0].cond["class_labels"].tolist(), first(plain)[0].x0), strict=True))
     batch = first(batches)[0]
     kinds = Counter()
-    for pixels, label in zip(batch.x0, batch.cond["labels"].tolist(), strict=True):
+    for pixels, label in zip(batch.x0, batch.cond["class_labels"].tolist(), strict=True):
         same, mirrored = torch.equal(pixels, originals[label]), torch.equal(pixels.flip(-1), originals[label])
         assert same or mirrored
         kinds[mirrored] += 1
@@ -172,7 +172,7 @@ def test_random_crops_reach_both_edges(config):
     batch = first(batches)[0]
     whole = {i: torch.from_numpy(np.asarray(picture(i)).transpose(2, 0, 1) / 127.5 - 1).float() for i in range(ROWS)}
     offsets = set()
-    for pixels, label in zip(batch.x0, batch.cond["labels"].tolist(), strict=True):
+    for pixels, label in zip(batch.x0, batch.cond["class_labels"].tolist(), strict=True):
         found = [o for o in range(5) if torch.allclose(pixels, whole[label][:, :, o : o + 8], atol=1e-6)]
         assert len(found) == 1
         offsets.update(found)
@@ -195,7 +195,7 @@ def test_unreadable_images_are_counted_and_skipped(config, tmp_path, caplog, mon
     with caplog.at_level(logging.WARNING):
         batches = image_batches(config, 0, label_column="label")
     assert caplog.messages == ["Skipped 3 of 5 rows: the image cannot be read."]
-    seen = torch.cat([batch.cond["labels"] for batch in first(batches, 3)])
+    seen = torch.cat([batch.cond["class_labels"] for batch in first(batches, 3)])
     assert set(seen.tolist()) == {0, 4}
 
 

@@ -1,5 +1,6 @@
 """Metrics against closed forms; sampling and tables on the tiny pipeline."""
 
+import functools
 import importlib.util
 import io
 import json
@@ -9,19 +10,27 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LCMScheduler,
+    UNet2DModel,
+)
 from peft import LoraConfig
 from PIL import Image
 from tiny import FASHION_LABELS, tiny_pipeline, tiny_text_encoder, tiny_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from cm_diffusers import publish
+from cm_diffusers import ConsistencyImagesPipeline, EDMConsistencyScheduler, publish
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.reference import ReferenceConfig, in_turns, load_reference, load_references
 from cm_diffusers.evaluation.report import Setting, markdown_table
-from cm_diffusers.evaluation.sampling import generate, load_pipeline
+from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
 from cm_diffusers.record import RECORD
@@ -149,7 +158,7 @@ class Constant(torch.nn.Module):
 
 
 def test_classification_loss_by_hand() -> None:
-    batch = Batch(-torch.ones(4, 3, 2, 2), {"labels": torch.tensor([0, 0, 0, 1])})
+    batch = Batch(-torch.ones(4, 3, 2, 2), {"class_labels": torch.tensor([0, 0, 0, 1])})
     objective = ClassificationObjective(ClassificationConfig(label_smoothing=0.0))
     loss = objective(Networks(Constant()), batch, Progress(0, 1))
     probabilities = torch.tensor([0.75, 0.75, 0.75, 0.25])
@@ -374,3 +383,183 @@ def test_inception_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(ValueError, match="pip install torch-fidelity"):
         load_extractor("inception")
+
+
+# ---- without prompts
+
+
+def image_unet(**config) -> UNet2DModel:
+    """Of 16x16 images."""
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return UNet2DModel(sample_size=16, layers_per_block=1, norm_num_groups=4, **blocks, **config).eval()
+
+
+def image_pipelines() -> dict[str, DiffusionPipeline]:
+    return {
+        "plain": ConsistencyImagesPipeline(image_unet(), EDMConsistencyScheduler(recommended_sigmas=[80.0, 0.5])),
+        "classes": ConsistencyModelPipeline(image_unet(num_class_embeds=10), CMStochasticIterativeScheduler()),
+        "diffusion": DDIMPipeline(image_unet(), DDIMScheduler()),
+    }
+
+
+@pytest.fixture(scope="module")
+def image_folders(parts: Path) -> Path:
+    """Beside the parts: three pipelines, and real images without captions, with classes and, in `bare`, without."""
+    for name, pipe in image_pipelines().items():
+        pipe.save_pretrained(parts / name)
+    images = datasets.Dataset.from_parquet(str(parts / "data" / "rows.parquet"))
+    for name, dropped in {"captionless": ["text"], "bare": ["text", "label"]}.items():
+        (parts / name).mkdir()
+        datasets.concatenate_datasets([images.remove_columns(dropped)] * 2).to_parquet(parts / name / "rows.parquet")
+    return parts
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("name", ["plain", "classes", "diffusion"])
+def test_unprompted_images_do_not_depend_on_the_batch(name: str) -> None:
+    pipe = image_pipelines()[name]
+    pipe.set_progress_bar_config(disable=True)
+    labels = [3, 1, 4, 1, 5] if name == "classes" else None
+    alone, _ = generate_unprompted(pipe, range(5), 3, 1, labels)
+    together, seconds = generate_unprompted(pipe, range(5), 3, 4, labels)
+    assert (alone - together).abs().max() <= 1 / 255 + 1e-6  # what rounding may do
+    assert alone.shape == (5, 3, 16, 16)
+    assert seconds > 0
+    last, _ = generate_unprompted(pipe, [4], 3, 1, labels and [5])
+    assert torch.equal(last[0], alone[4])
+    assert not torch.equal(alone[3], alone[4])
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked"),
+    [(1, {"sigmas": [80.0]}), (2, {"sigmas": [80.0, 0.5]}), (4, {"num_inference_steps": 4})],
+)
+def test_recommended_noise_levels_are_taken_where_they_are_so_many(steps: int, asked: dict) -> None:
+    pipe = image_pipelines()["plain"]
+    pipe.set_progress_bar_config(disable=True)
+    found, _ = generate_unprompted(pipe, [7, 8], steps, 2)
+    expected = pipe(generator=seeded(7, 8), output_type="pt", **asked).images
+    assert torch.equal(found, (expected * 255).round() / 255)
+    others = pipe(generator=seeded(7, 8), output_type="pt", num_inference_steps=2).images
+    assert (found - others).abs().max() > 0.05
+
+
+def test_grey_images_get_three_channels() -> None:
+    unet = image_unet(in_channels=1, out_channels=1)
+    pipe = ConsistencyImagesPipeline(unet, EDMConsistencyScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    found, _ = generate_unprompted(pipe, range(3), 1, 2)
+    assert found.shape == (3, 3, 16, 16)
+    assert torch.equal(found[:, 0], found[:, 2])
+
+
+def test_published_consistency_models_are_loaded_as_ours(image_folders: Path) -> None:
+    for name, steps in {"plain": [80.0, 0.5], "classes": None}.items():
+        pipe = load_pipeline(str(image_folders / name))
+        assert type(pipe) is ConsistencyImagesPipeline
+        assert isinstance(pipe.scheduler, EDMConsistencyScheduler)
+        assert pipe.scheduler.config.recommended_sigmas == steps
+    assert type(load_pipeline(str(image_folders / "diffusion"))) is DDIMPipeline
+
+
+def rows_of(folder: Path) -> dict[tuple, dict]:
+    rows = json.loads((folder / "table.json").read_text("utf-8"))["rows"]
+    return {(row["pipeline"], row["num_inference_steps"]): row for row in rows}
+
+
+def test_evaluate_without_prompts(image_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = image_folders / "unprompted"
+    flags = {"train_data_dir": f"{image_folders / 'captionless'}", "num_images": "10", "output_dir": f"{out}"}
+    flags |= {"teacher": f"{image_folders / 'diffusion'}", "num_inference_steps": "1 2", "reference_steps": "3"}
+    evaluate(image_folders, monkeypatch, pipelines=f"{image_folders / 'plain'} {image_folders / 'classes'}", **flags)
+    rows = rows_of(out)
+    teacher = [("teacher", n) for n in (3, 1, 2)]
+    students = [(name, n) for name in ("plain", "classes") for n in (1, 2)]
+    assert list(rows) == [("other real images", None), *teacher, *students]
+    assert {row["guidance_scale"] for row in rows.values()} == {None}
+    for key in [*teacher, *students[:2]]:
+        assert (rows[key]["vendi"], rows[key]["agreement"], rows[key]["clip_score"]) == (None, None, None)
+        assert rows[key]["fid"] > 0
+    assert rows["plain", 1]["fid_teacher"] > 0
+    assert rows["teacher", 3]["fid_teacher"] is None
+
+    extractor = load_extractor(str(image_folders / "net"))
+    drawn, _ = generate_unprompted(load_pipeline(str(image_folders / "classes")), range(10), 2, 8, list(range(10)))
+    features = extract_features(extractor, drawn)
+    data = ReferenceConfig(train_data_dir=str(image_folders / "captionless"), label_column="label", resolution=32)
+    real = extract_features(extractor, load_reference(data, 10).images)
+    row = rows["classes", 2]
+    assert row["fid"] == pytest.approx(metrics.frechet_distance(real, features))
+    agreed = (extractor.head(features).argmax(1) == torch.arange(10)).float().mean().item()
+    assert row["agreement"] == pytest.approx(agreed)
+    table = (out / "table.md").read_text("utf-8").splitlines()
+    assert "guidance" not in table[0]
+    assert table[4].startswith("| teacher | 1 | ")
+    assert " | – | " in table[4]
+
+
+def test_classes_are_those_of_the_real_images(image_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(ConsistencyImagesPipeline, "__call__", spy(ConsistencyImagesPipeline.__call__, asked))
+    folder, out = image_folders / "repeated", image_folders / "few"
+    folder.mkdir()
+    write_reference(folder, [2, 2, 0, 6, 0, 6, 2])
+    flags = {"train_data_dir": f"{folder}", "num_images": "7", "num_inference_steps": "1", "output_dir": f"{out}"}
+    evaluate(image_folders, monkeypatch, pipelines=f"{image_folders / 'classes'}", **flags)
+    assert [call["class_labels"] for call in asked[1:]] == [[0, 2, 6, 0, 2, 6, 2]]  # each in turn; the first warms up
+
+
+def spy(call, asked: list[dict]):
+    @functools.wraps(call)
+    def wrapped(self, **arguments):
+        asked.append(arguments)
+        return call(self, **arguments)
+
+    return wrapped
+
+
+def test_variety_is_measured_within_a_class(image_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = image_folders / "two", image_folders / "variety"
+    folder.mkdir()
+    write_reference(folder, [3] * 10 + [8] * 10)
+    flags = {"num_images": "20", "num_inference_steps": "1", "output_dir": f"{out}", "train_data_dir": f"{folder}"}
+    evaluate(image_folders, monkeypatch, pipelines=f"{image_folders / 'classes'}", **flags)
+    drawn, _ = generate_unprompted(load_pipeline(str(image_folders / "classes")), range(20), 1, 8, [3, 8] * 10)
+    features = extract_features(load_extractor(str(image_folders / "net")), drawn)
+    expected = (metrics.vendi_score(features[::2]) + metrics.vendi_score(features[1::2])) / 2
+    assert rows_of(out)["classes", 1]["vendi"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"pipelines": "{parts}/classes", "label_column": ""}, "classes draws classes, but the reference names none"),
+        ({"pipelines": "{parts}/teacher"}, "The data has no column named text: choose from the columns found: image"),
+        (
+            {"train_data_dir": "{parts}/bare"},
+            "The data has no column named label: choose from the columns found: image",
+        ),
+    ],
+)
+def test_a_reference_that_lacks_what_is_asked_gets_one_sentence(
+    image_folders: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], message: str
+) -> None:
+    flags = {"train_data_dir": "{parts}/captionless", "num_inference_steps": "1", **flags}
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(
+            image_folders, monkeypatch, **{name: value.format(parts=image_folders) for name, value in flags.items()}
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_neither_captions_nor_classes(image_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = image_folders / "nothing"
+    flags = {"train_data_dir": f"{image_folders / 'bare'}", "label_column": "", "output_dir": f"{out}"}
+    evaluate(image_folders, monkeypatch, pipelines=f"{image_folders / 'plain'}", num_inference_steps="1", **flags)
+    rows = rows_of(out)
+    assert list(rows) == [("other real images", None), ("plain", 1)]
+    assert {(row["vendi"], row["agreement"]) for row in rows.values()} == {(None, None)}

@@ -1,4 +1,4 @@
-"""Compare text-to-image pipelines: quality against real images and a teacher, prompt agreement, and speed."""
+"""Compare pipelines: quality against real images and a teacher, prompt agreement where they read prompts, and speed."""
 
 from pathlib import Path
 

@@ -112,7 +112,7 @@ class _Source:
         indices, generator = self.order(k), batch_generator(k, self.position)
         numbers = self.rows.numbers[indices]
         variants = generator.integers(self.rows.framing.variants, size=len(indices))
-        x0 = self._latents(numbers, variants, generator)
+        x0 = drawn_latents(self.vae, self.rows.posteriors[numbers, variants], generator)
         captions = [self.rows.captions[i][generator.integers(len(self.rows.captions[i]))] for i in indices]
         dropped = generator.random(len(indices)) < self.config.proportion_empty_prompts
         cond = self._conditions(np.where(dropped, EMPTY, captions))
@@ -121,14 +121,16 @@ class _Source:
         ids = {"time_ids": self.rows.framing.time_ids(numbers, variants)} if self.micro_conditioning else {}
         return x0, cond | ids, uncond | ids
 
-    def _latents(self, numbers: np.ndarray, variants: np.ndarray, generator: np.random.Generator) -> Tensor:
-        mean, std = self.rows.posteriors[numbers, variants]
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(generator.integers(2**63))))
-        return (mean.float() + std.float() * noise - self.vae.shift_factor) * self.vae.scaling_factor
-
     def _conditions(self, numbers: np.ndarray) -> dict[str, Tensor]:
         rows = self.table[numbers]
         return {name: value.float() if value.is_floating_point() else value for name, value in rows.items()}
+
+
+def drawn_latents(vae: Vae, posterior: tuple[Tensor, Tensor], generator: np.random.Generator) -> Tensor:
+    """One draw (B, C, h, w) from each posterior, mean and std as the cache has them; scaled as the network wants it."""
+    mean, std = posterior
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(generator.integers(2**63))))
+    return (mean.float() + std.float() * noise - vae.shift_factor) * vae.scaling_factor
 
 
 def _load(config: DataConfig, vae: Vae, sized: bool, device: torch.device | str) -> tuple[_Rows, list[str]]:

@@ -1,4 +1,4 @@
-"""Several pipelines on the same prompts and seeds, measured against the same real images and the same teacher."""
+"""Several pipelines on the same prompts or classes and seeds, measured against the same real images and teacher."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,13 @@ from cm_diffusers.evaluation.features import classify, extract_features, load_ex
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Row, Setting, hardware
-from cm_diffusers.evaluation.sampling import generate, load_pipeline
+from cm_diffusers.evaluation.sampling import (
+    generate,
+    generate_unprompted,
+    load_pipeline,
+    reads_prompts,
+    takes_classes,
+)
 from cm_diffusers.measured import REAL, TEACHER
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.record import read_record
@@ -40,19 +46,27 @@ class EvaluationConfig:
     reference_steps: int = HfArg(default=50, help="Steps of the teacher's reference samples.")
     guidance_scales: list[float] = HfArg(
         default_factory=lambda: [8.0],
-        help="Guidance scales; a student whose guidance is distilled into its weights has its own.",
+        help="Guidance scales; a student whose guidance is distilled into its weights has its own, and one without "
+        "prompts none.",
     )
-    num_images: int = HfArg(default=1000, help="Images per row of the table, each for the caption of one real image.")
+    num_images: int = HfArg(
+        default=1000, help="Images per row of the table, each for the caption or class of one real image."
+    )
     seed: int = HfArg(default=0, help="Image i of every pipeline starts from seed + i.")
     eval_batch_size: int = HfArg(default=32, help="Images drawn at once.")
     dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="Precision of the pipelines.")
     feature_extractor: str = HfArg(default="inception", help='"inception", or the folder of a saved ImageClassifier.')
-    clip_model: str | None = HfArg(default=None, help="CLIP model for the CLIP score, a Hub id or a folder.")
+    clip_model: str | None = HfArg(
+        default=None, help="CLIP model for the CLIP score of pipelines that read prompts, a Hub id or a folder."
+    )
     output_dir: str = HfArg(default="runs/evaluation", help="Where table.md, table.json, grid.png and fid.png go.")
 
 
 class Comparison:
     """Samples pipelines and measures them; `rows` and `strips` (of the grid) grow in the order of measurement.
+
+    Pipelines that read prompts get the captions of the reference, class-conditional ones its labels, others nothing.
+    Images may have any size: the extractor brings them to its own.
 
     Raises:
         ValueError: wrong configuration; too few reference images; an extractor that cannot be loaded.
@@ -65,7 +79,7 @@ class Comparison:
         self.reference, *others = load_references(data, config.num_images, 2)
         self.labels = wanted_labels(self.extractor, self.reference)
         self.real = extract_features(self.extractor, self.reference.images)
-        self.teacher: dict[float, Tensor] = {}
+        self.teacher: dict[float | None, Tensor] = {}
         self.rows = [self._ceiling(other) for other in others]
         self.strips: list[tuple[str, Tensor]] = [("real", self.reference.images[:GRID_COLUMNS])]
         count = config.num_images
@@ -93,22 +107,36 @@ class Comparison:
     def grid(self) -> Image.Image:
         """The first images of the reference and of every row."""
         labels, strips = zip(*self.strips, strict=True)
-        return image_grid(strips, labels, self.reference.prompts[:GRID_COLUMNS])
+        heads = self.reference.captions or ["" if label is None else str(label) for label in self.reference.labels]
+        return image_grid(strips, labels, heads[:GRID_COLUMNS])
 
     def measure(self, source: str, name: str, steps: list[int]) -> None:
-        """Rows and strips of one pipeline, at every guidance scale that it has not of its own."""
+        """Rows and strips of one pipeline, at every guidance scale that it has not of its own.
+
+        Raises:
+            ValueError: The reference has not the captions or labels that the pipeline needs.
+        """
         pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device)
         record = read_record(source)
-        own = record is not None and record.guidance == "distilled"
-        for guidance in [record.recommended_guidance_scale] if own else self.config.guidance_scales:
+        scales: list[float | None] = list(self.config.guidance_scales)
+        if not reads_prompts(pipe):
+            scales = [None]
+        elif record is not None and record.guidance == "distilled":
+            scales = [record.recommended_guidance_scale]
+        for guidance in scales:
             for count in steps:
                 is_reference = source == self.config.teacher and count == self.config.reference_steps
                 self._measure(pipe, name, count, guidance, is_reference)
 
-    def _measure(self, pipe: DiffusionPipeline, name: str, steps: int, guidance: float, is_reference: bool) -> None:
-        config, prompts = self.config, self.reference.prompts
+    def _measure(
+        self, pipe: DiffusionPipeline, name: str, steps: int, guidance: float | None, is_reference: bool
+    ) -> None:
+        config, asked, prompted = self.config, self._asked(pipe, name), reads_prompts(pipe)
         seeds = range(config.seed, config.seed + config.num_images)
-        images, seconds = generate(pipe, prompts, seeds, steps, guidance, config.eval_batch_size)
+        if prompted:
+            images, seconds = generate(pipe, asked, seeds, steps, guidance, config.eval_batch_size)
+        else:
+            images, seconds = generate_unprompted(pipe, seeds, steps, config.eval_batch_size, asked)
         features = extract_features(self.extractor, images)
         if is_reference:
             self.teacher[guidance] = features
@@ -117,34 +145,47 @@ class Comparison:
                 "pipeline": name,
                 "num_inference_steps": steps,
                 "guidance_scale": guidance,
-                **self._quality(features, prompts, self.labels),
+                **self._quality(features, asked, self.labels),
                 "fid_teacher": self._to_teacher(features, guidance),
-                "clip_score": self._clip_score(images),
+                "clip_score": self._clip_score(images) if prompted else None,
                 "images_per_second": len(images) / seconds,
                 "ms_per_image": 1000 * seconds / len(images),
             }
         )
-        self.strips.append((f"{name}, {steps} steps, {guidance:g}", images[:GRID_COLUMNS]))
+        scale = "" if guidance is None else f", {guidance:g}"
+        self.strips.append((f"{name}, {steps} steps{scale}", images[:GRID_COLUMNS]))
+
+    def _asked(self, pipe: DiffusionPipeline, name: str) -> list[str] | list[int] | None:
+        """What each image is asked to show: a caption, a class or nothing."""
+        if reads_prompts(pipe):
+            return self.reference.prompts
+        if not takes_classes(pipe):
+            return None
+        if None in self.reference.labels:
+            raise ValueError(f"{name} draws classes, but the reference names none: give --label_column.")
+        return self.reference.labels
 
     def _ceiling(self, other: Reference) -> Row:
         """Real images measured as if a pipeline had drawn them: what chance alone leaves of each number."""
         features = extract_features(self.extractor, other.images)
-        quality = self._quality(features, other.prompts, wanted_labels(self.extractor, other))
+        asked = other.captions or (None if None in other.labels else other.labels)
+        quality = self._quality(features, asked, wanted_labels(self.extractor, other))
         return {"pipeline": REAL, "num_inference_steps": None, "guidance_scale": None, **quality}
 
-    def _quality(self, features: Tensor, prompts: list[str], labels: list[int | None]) -> Row:
+    def _quality(self, features: Tensor, asked: list[str] | list[int] | None, labels: list[int | None]) -> Row:
+        """Of images that were asked to show something, also how varied they are for each, and whether they do."""
         kid, kid_std = metrics.kernel_distance(self.real, features)
-        logits = classify(self.extractor, features)
+        logits = None if asked is None else classify(self.extractor, features)
         return {
             "fid": metrics.frechet_distance(self.real, features),
             "kid": kid,
             "kid_std": kid_std,
             **metrics.neighbour_metrics(self.real, features),
-            "vendi": metrics.prompt_vendi_score(features, prompts),
+            "vendi": None if asked is None else metrics.prompt_vendi_score(features, list(map(str, asked))),
             "agreement": None if logits is None else metrics.prompt_agreement(logits, labels),
         }
 
-    def _to_teacher(self, features: Tensor, guidance: float) -> float | None:
+    def _to_teacher(self, features: Tensor, guidance: float | None) -> float | None:
         """The teacher's samples are those of the same guidance scale, or of its first where it has not that one."""
         teacher = self.teacher.get(guidance, next(iter(self.teacher.values()), None))
         differs = teacher is not None and teacher is not features
@@ -162,13 +203,15 @@ def wanted_labels(extractor: torch.nn.Module, reference: Reference) -> list[int 
         ValueError: if classifier and reference name the classes differently.
     """
     if not isinstance(extractor, ImageClassifier):
-        return [None] * len(reference.prompts)
+        return [None] * len(reference.labels)
     names = reference.class_names
     if names is not None and names != extractor.labels:
         raise ValueError(f"The classifier's labels {extractor.labels} are not those of --label_column: {names}.")
     if names is not None:
         return reference.labels
-    return [metrics.label_in_prompt(prompt, extractor.labels) for prompt in reference.prompts]
+    if reference.captions is None:
+        return [None] * len(reference.labels)
+    return [metrics.label_in_prompt(prompt, extractor.labels) for prompt in reference.captions]
 
 
 def _names(config: EvaluationConfig) -> list[str]:

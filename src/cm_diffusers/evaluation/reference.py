@@ -15,7 +15,7 @@ from cm_diffusers.data.sources import DataConfig, load_image_text
 
 @dataclass
 class ReferenceConfig:
-    """Real images with captions; resized and cropped at the centre."""
+    """Real images, with captions where a pipeline reads them; resized and cropped at the centre."""
 
     dataset_name: str | None = HfArg(default=None, help="Dataset id on the Hub.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
@@ -26,7 +26,9 @@ class ReferenceConfig:
         default="text", help="Column with a caption, or a list of captions: the first is used."
     )
     label_column: str | None = HfArg(
-        default=None, help="Integer column; images are then taken from each class in turn."
+        default=None,
+        help="Integer column; images are then taken from each class in turn, and a class-conditional pipeline is asked "
+        "for these classes.",
     )
     resolution: int = HfArg(default=512, help="Side of the square reference images, in pixels.")
     interpolation_type: Literal["bilinear", "bicubic", "lanczos", "nearest"] = HfArg(
@@ -41,15 +43,28 @@ class Reference:
 
     Attributes:
         images: (N, 3, R, R) in [0, 1].
-        prompts: One caption per image.
+        captions: One per image; None where the data has none.
         labels: Class of each image; all None without a label column.
         class_names: Names of the classes, where the label column has them.
+        without_captions: Why there are none, and what to do.
     """
 
     images: Tensor
-    prompts: list[str]
+    captions: list[str] | None
     labels: list[int | None]
     class_names: list[str] | None = None
+    without_captions: str | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The captions.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.captions is None:
+            raise ValueError(self.without_captions)
+        return self.captions
 
 
 def load_reference(config: ReferenceConfig, num_images: int | None = None) -> Reference:
@@ -69,21 +84,30 @@ def load_references(config: ReferenceConfig, num_images: int | None, most: int) 
     """
     label = config.label_column
     data = DataConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"})
-    rows = load_image_text(data, [config.caption_column, *([label] if label else [])])
+    columns, missing = [label] if label else [], None
+    try:
+        rows = load_image_text(data, [config.caption_column, *columns])
+    except ValueError as error:  # what has no captions is a reference of pipelines that read none
+        rows, missing = load_image_text(data, columns), str(error)
     size = num_images or len(rows)
     if size > len(rows):
         raise ValueError(f"--num_images is {num_images} but the reference set holds {len(rows)} rows: ask for fewer.")
     order = in_turns(rows[label][:] if label else [None] * len(rows))
     count = min(most, len(rows) // size)
-    return [_take(rows, order[i * size : (i + 1) * size], config, data) for i in range(count)]
+    return [_take(rows, order[i * size : (i + 1) * size], config, data, missing) for i in range(count)]
 
 
-def _take(rows: Dataset, order: list[int], config: ReferenceConfig, data: DataConfig) -> Reference:
+def _take(
+    rows: Dataset, order: list[int], config: ReferenceConfig, data: DataConfig, missing: str | None
+) -> Reference:
     label, chosen = config.label_column, rows.select(order)
     images = [_pixels(row[config.image_column], data, i) for i, row in zip(order, chosen, strict=True)]
-    prompts = [value if isinstance(value, str) else value[0] for value in chosen[config.caption_column]]
+    captions = None
+    if missing is None:
+        captions = [value if isinstance(value, str) else value[0] for value in chosen[config.caption_column]]
     names = getattr(rows.features[label], "names", None) if label else None
-    return Reference(torch.stack(images), prompts, chosen[label][:] if label else [None] * len(order), names)
+    labels = chosen[label][:] if label else [None] * len(order)
+    return Reference(torch.stack(images), captions, labels, names, missing)
 
 
 def in_turns(labels: Sequence[int | None]) -> list[int]:

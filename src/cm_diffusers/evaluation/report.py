@@ -87,7 +87,8 @@ def plot_fid(rows: list[Row]) -> Figure:
     for (name, guidance), points in lines.items():
         points = sorted(points, key=lambda row: row["num_inference_steps"])
         steps = [row["num_inference_steps"] for row in points]
-        axes.plot(steps, [row["fid"] for row in points], marker="o", label=f"{name}, guidance {guidance:g}")
+        label = name if guidance is None else f"{name}, guidance {guidance:g}"
+        axes.plot(steps, [row["fid"] for row in points], marker="o", label=label)
     ticks = sorted({row["num_inference_steps"] for points in lines.values() for row in points})
     axes.set(xscale="log", yscale="log", xlabel="NFE (steps)", ylabel="FID to data")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

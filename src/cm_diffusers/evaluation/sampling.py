@@ -1,8 +1,10 @@
-"""Loading any text-to-image pipeline and drawing reproducible images from it."""
+"""Loading any pipeline, with prompts or without, and drawing reproducible images from it."""
 
+import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -10,6 +12,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.record import RECORD, base_model_of, read_record
 
 
@@ -19,7 +23,9 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 def load_pipeline(
     source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", lora: str | None = None
 ) -> DiffusionPipeline:
-    """A silent text-to-image pipeline without safety checker, which would black out images that are to be measured.
+    """A silent pipeline without safety checker, which would black out images that are to be measured.
+
+    A consistency model without prompts, ours or a published one, is a `ConsistencyImagesPipeline`.
 
     Args:
         source: Pipeline folder or Hub id; or the folder of a LoRA, which is put on the base model of its record.
@@ -34,7 +40,9 @@ def load_pipeline(
     if folder.exists() and not (folder / "model_index.json").is_file():
         return load_pipeline(_base_model(folder), dtype, device, lora=source)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        kind = DiffusionPipeline.load_config(source).get("_class_name")
+        loader = ConsistencyPipeline if kind in WITHOUT_PROMPT else DiffusionPipeline
+        pipe = loader.from_pretrained(source, dtype=dtype)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{source!r} is neither a pipeline folder here nor a Hub id in reach: {reason}") from error
@@ -63,7 +71,15 @@ def _apply_lora(pipe: DiffusionPipeline, lora: str) -> None:
     pipe.scheduler = scheduler_class.from_config({**pipe.scheduler.config, **scheduler})
 
 
-@torch.no_grad()
+def reads_prompts(pipe: DiffusionPipeline) -> bool:
+    return "prompt" in inspect.signature(pipe.__call__).parameters
+
+
+def takes_classes(pipe: DiffusionPipeline) -> bool:
+    told = "class_labels" in inspect.signature(pipe.__call__).parameters
+    return told and pipe.unet.config.num_class_embeds is not None
+
+
 def generate(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
@@ -89,16 +105,59 @@ def generate(
         Images (N, 3, H, W) in [0, 1], rounded to 8 bits and on the CPU, and the seconds they took after a warm-up.
     """
 
-    def draw(rows: slice, steps: int) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-        arguments = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+    def ask(rows: slice, steps: int) -> dict[str, Any]:
+        arguments = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         if resolution is not None:
             arguments |= {"height": resolution, "width": resolution}
-        images = pipe(prompt=list(prompts[rows]), generator=generators, **arguments).images
+        return {"prompt": list(prompts[rows]), **arguments}
+
+    return _drawn(pipe, ask, seeds, num_inference_steps, batch_size)
+
+
+def generate_unprompted(
+    pipe: DiffusionPipeline,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    batch_size: int,
+    class_labels: Sequence[int] | None = None,
+) -> tuple[Tensor, float]:
+    """As `generate`, from a pipeline without prompts; grey images are given three equal channels.
+
+    Args:
+        pipe: Any pipeline with the arguments `batch_size`, `generator`, `num_inference_steps`.
+        seeds: N seeds.
+        num_inference_steps: The scheduler's `recommended_sigmas` are taken if they are so many.
+        batch_size: Images drawn at once.
+        class_labels: N classes, for a network that takes them.
+    """
+    recommended = pipe.scheduler.config.get("recommended_sigmas") or []
+
+    def ask(rows: slice, steps: int) -> dict[str, Any]:
+        schedule = {"sigmas": recommended} if len(recommended) == steps else {"num_inference_steps": steps}
+        labels = {} if class_labels is None else {"class_labels": list(class_labels[rows])}
+        return {"batch_size": len(seeds[rows]), **schedule, **labels}
+
+    images, seconds = _drawn(pipe, ask, seeds, num_inference_steps, batch_size)
+    return images.expand(-1, 3, -1, -1), seconds
+
+
+@torch.no_grad()
+def _drawn(
+    pipe: DiffusionPipeline,
+    ask: Callable[[slice, int], dict[str, Any]],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    batch_size: int,
+) -> tuple[Tensor, float]:
+    """Images and seconds; `ask` makes the pipeline's arguments of the rows of a batch and a number of steps."""
+
+    def draw(rows: slice, steps: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+        images = pipe(generator=generators, output_type="pt", **ask(rows, steps)).images
         return (images.float() * 255).round().cpu() / 255
 
     draw(slice(0, batch_size), min(2, num_inference_steps))
     started, parts = time.perf_counter(), []
-    for start in tqdm(range(0, len(prompts), batch_size), desc=f"{num_inference_steps} steps", leave=False):
+    for start in tqdm(range(0, len(seeds), batch_size), desc=f"{num_inference_steps} steps", leave=False):
         parts.append(draw(slice(start, start + batch_size), num_inference_steps))
     return torch.cat(parts), time.perf_counter() - started

@@ -16,7 +16,7 @@ class ClassificationConfig:
 
 
 class ClassificationObjective:
-    """Cross entropy between `student(images)` (B, K) and `batch.cond["labels"]` (B,).
+    """Cross entropy between `student(images)` (B, K) and `batch.cond["class_labels"]` (B,).
 
     `batch.x0` holds pixels (B, 3, H, W) in [-1, 1]; the student sees them in [0, 1].
     """
@@ -26,7 +26,7 @@ class ClassificationObjective:
         self.players = {"student": self}
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
-        labels = batch.cond["labels"]
+        labels = batch.cond["class_labels"]
         logits = nets.student((batch.x0 + 1) / 2).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         accuracy = (logits.argmax(1) == labels).float().mean()
