@@ -71,7 +71,7 @@ def warned(pipe, **options) -> list[str]:
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 16, 5)}, r"prompt_embeds must be .* 64\), got \(1, 16, 5\)"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 64)}, r"prompt_embeds must be .* 64\), got \(1, 64\)"),
         ({"num_inference_steps": 51}, "num_inference_steps is 51, but .* 50 "),
-        ({"timesteps": [999]}, "num_inference_steps or timesteps, not both"),
+        ({"timesteps": [999]}, "num_inference_steps, timesteps or sigmas, not more than one"),
         ({"num_inference_steps": None, "timesteps": [259, 999]}, "timesteps must descend"),
         ({"height": 30}, "multiples of 4, got 30 and 32"),
         ({"width": 2}, "multiples of 4, got 32 and 2"),

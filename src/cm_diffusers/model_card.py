@@ -4,7 +4,19 @@ from textwrap import dedent
 
 from huggingface_hub import ModelCardData
 
-from cm_diffusers.measured import Measured
+from cm_diffusers.image_card import (
+    EDM_METHODS,
+    PACKAGE_NEEDED,
+    TASK,
+    classes,
+    count,
+    image_results,
+    image_usage,
+    is_stock,
+    kind_tags,
+    without_guidance,
+)
+from cm_diffusers.measured import TEACHER, Measured
 from cm_diffusers.provenance import Provenance, public
 from cm_diffusers.record import Record
 
@@ -19,6 +31,7 @@ METHODS = {  # method of the record, with "-lora" where that is so -> title, how
     "scott-lora": ("Stochastic consistency distillation (SCott, LoRA)", "distilled from", f"{SCOTT}, {LCM_LORA}"),
     "lcf": ("Latent consistency fine-tuning", "fine-tuned from", LCM),
     "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
+    **EDM_METHODS,
 }
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "pipeline.py"  # as diffusers looks for it where custom_pipeline is a folder or Hub id
@@ -38,20 +51,22 @@ def model_card(
         grid: Where a sample grid lies, seen from the card: the evaluation's, or the training's last.
         single_file: Whether `PIPELINE_FILE` lies beside the weights.
     """
-    lora = bool(provenance.settings.get("lora"))
+    lora, text = bool(provenance.settings.get("lora")), provenance.family is not None
     title, how, paper = METHODS[f"{record.method}-lora" if lora else record.method]
     base = public(record.base_model)
+    origin = f"{how} {_link(base, provenance)} with cm_diffusers, after {paper}, and trained on {provenance.data}"
+    alone = f"trained on {provenance.data} with cm_diffusers, after {paper}"
     parts = [
         f"---\n{_front(record, provenance, lora, measured).to_yaml()}\n---",
-        f"# {title} of {base}",
-        f"Makes images in about {record.recommended_num_inference_steps} steps. It was {how} {_link(base, provenance)} "
-        f"with cm_diffusers, after {paper}, and trained on {provenance.data}.",
-        _guidance(record),
-        _license(provenance),
+        f"# {title} of {base or provenance.data}",
+        f"Makes images in about {count(record.recommended_num_inference_steps)}. It was {origin if base else alone}.",
+        *([_guidance(record)] if text else classes(provenance)),
+        _license(provenance, bool(base)),
         "## Use",
-        *_usage(record, provenance, base, lora, single_file),
-        *(_measurements(measured) if measured else []),
-        *([f"## Samples\n\n{CAPTION[measured is None]}\n\n![Sample grid]({grid})"] if grid else []),
+        *(_usage(record, provenance, base, lora) if text else image_usage(record, provenance)),
+        *(_beside(record, provenance) if single_file else []),
+        *(_measurements(measured if text else without_guidance(measured)) if measured else []),
+        *([f"## Samples\n\n{CAPTION[text, measured is None]}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
         f"Code: cm_diffusers at `{provenance.commit}`.\n\n```bash\n{provenance.command}\n```",
         "\n".join(["| setting | value |", "|---|---|", *_rows(provenance.settings)]),
@@ -60,23 +75,25 @@ def model_card(
 
 
 def _front(record: Record, provenance: Provenance, lora: bool, measured: Measured | None) -> ModelCardData:
-    tags = ["text-to-image", "diffusers", "diffusers-training", "cm_diffusers", "lcm", record.method]
-    tags += ["lora", "template:sd-lora", provenance.family] if lora else [provenance.family]
+    task = TASK if provenance.family is None else "text-to-image"
+    tags = [task, "diffusers", "diffusers-training", "cm_diffusers", *kind_tags(record.method)]
+    tags += ["lora", "template:sd-lora"] if lora else []
     prompts = provenance.settings.get("validation_prompts") or []
     dataset = provenance.settings.get("dataset_name") or ""
+    results = image_results if provenance.family is None else Measured.results
     optional = {
         "base_model": provenance.base_id,
         "base_model_relation": provenance.base_id and ("adapter" if lora else "finetune"),
         "datasets": dataset if dataset.count("/") == 1 else None,
         "widget": [{"text": prompt} for prompt in prompts],
         "model_name": provenance.name if measured else None,
-        "eval_results": list(measured.results()) if measured else None,
+        "eval_results": list(results(measured)) if measured else None,
     }
     return ModelCardData(
         **provenance.license,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=list(dict.fromkeys(tags)),
+        pipeline_tag=task,
+        tags=list(dict.fromkeys([*tags, *([provenance.family] if provenance.family else [])])),
         **{name: value for name, value in optional.items() if value},
     )
 
@@ -85,12 +102,13 @@ def _link(base: str, provenance: Provenance) -> str:
     return f"[{base}](https://huggingface.co/{base})" if provenance.base_id else f"`{base}`"
 
 
-def _license(provenance: Provenance) -> str:
+def _license(provenance: Provenance, made_from_model: bool) -> str:
     name = provenance.license.get("license_name") or provenance.license.get("license")
     if name is None:
-        return "The model it was made from states no licence where this was trained; whatever its licence is binds this model too."
+        return UNSTATED[made_from_model]
     link = provenance.license.get("license_link")
-    return f"Licence: {f'[{name}]({link})' if link else name}, that of the model it was made from."
+    source = "model it was made from" if made_from_model else "data it was trained on"
+    return f"Licence: {f'[{name}]({link})' if link else name}, that of the {source}."
 
 
 def _guidance(record: Record) -> str:
@@ -101,6 +119,11 @@ def _guidance(record: Record) -> str:
             f"Guidance is an input of the network, trained on `guidance_scale` {low:g} to {high:g} ({best:g} is a good "
             "value): it costs no second pass, and there is no negative prompt."
         )
+    if record.guidance == "distilled" and record.w_max == 0:
+        return (
+            f"Trained without guidance: sample with `guidance_scale` {best:g}. Up to about 2 is possible, at two passes a "
+            "step, and makes a negative prompt work."
+        )
     if record.guidance == "distilled":
         trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         return (
@@ -110,7 +133,7 @@ def _guidance(record: Record) -> str:
     return "This student cannot be guided: `guidance_scale` has no effect, and there is no negative prompt."
 
 
-def _usage(record: Record, provenance: Provenance, base: str, lora: bool, single_file: bool) -> list[str]:
+def _usage(record: Record, provenance: Provenance, base: str, lora: bool) -> list[str]:
     values = {
         "name": provenance.name,
         "base": base,
@@ -121,10 +144,8 @@ def _usage(record: Record, provenance: Provenance, base: str, lora: bool, single
         "scaling": record.scheduler.get("timestep_scaling", 10.0),
     }
     package = "With the package; scheduler, steps and guidance come from the record beside the weights:"
-    stock = "With diffusers alone:"
-    parts = [package, _code(WITH_PACKAGE, values), stock, _code(LORA_ALONE if lora else PIPELINE_ALONE, values)]
-    if single_file:
-        parts += [SINGLE_FILE, _code(PIPELINE_BESIDE, values)]
+    stock = ["With diffusers alone:", _code(LORA_ALONE if lora else PIPELINE_ALONE, values)]
+    parts = [package, _code(WITH_PACKAGE, values), *(stock if is_stock(record) else [PACKAGE_NEEDED])]
     if lora and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if lora:
@@ -135,6 +156,17 @@ def _usage(record: Record, provenance: Provenance, base: str, lora: bool, single
     return parts
 
 
+def _beside(record: Record, provenance: Provenance) -> list[str]:
+    """How the single file is loaded; one that takes a prompt is also called."""
+    template = PIPELINE_BESIDE if provenance.family is None else PIPELINE_BESIDE + CALL
+    values = {
+        "name": provenance.name,
+        "steps": record.recommended_num_inference_steps,
+        "scale": float(record.recommended_guidance_scale),
+    }
+    return [SINGLE_FILE, _code(template, values)]
+
+
 def _code(template: str, values: dict[str, object]) -> str:
     return f"```python\n{dedent(template).strip().format(**values)}\n```"
 
@@ -143,20 +175,36 @@ def _measurements(measured: Measured) -> list[str]:
     from cm_diffusers.evaluation.report import Setting, markdown_table  # matplotlib
 
     table = markdown_table(measured.rows, Setting(**measured.setting)).strip()
-    only = "" if measured.setting["extractor"] == "inception" else EXTRACTOR.format(**measured.setting)
-    return ["## Measured", f"The teacher's rows are the baseline.{only}", table]
+    said = [BASELINE] if any(row["pipeline"] == TEACHER for row in measured.rows) else []
+    said += [] if measured.setting["extractor"] == "inception" else [EXTRACTOR.format(**measured.setting)]
+    return ["## Measured", *([" ".join(said)] if said else []), table]
 
 
 def _rows(settings: dict[str, object]) -> list[str]:
     return [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
 
 
-CAPTION = {
-    True: "The validation prompts at the end of training: the teacher's row, then this student's at different steps.",
-    False: "Real images, and samples of the evaluated pipelines for the same prompts and seeds.",
+CAPTION = {  # of a student with prompts or not; of the training or the evaluation
+    (
+        True,
+        True,
+    ): "The validation prompts at the end of training: the teacher's row, then this student's at different steps.",
+    (True, False): "Real images, and samples of the evaluated pipelines for the same prompts and seeds.",
+    (False, True): "Samples at the end of training.",
+    (False, False): "Real images, and samples of the evaluated pipelines for the same seeds.",
 }
 
-EXTRACTOR = " FID is computed on the features of `{extractor}` and compares only with itself."
+UNSTATED = {
+    True: "The model it was made from states no licence where this was trained; whatever its licence is binds this model too.",
+    False: "The data it was trained on states no licence where this was trained; look for it before you use this model.",
+}
+
+BASELINE = "The teacher's rows are the baseline."
+EXTRACTOR = "FID is computed on the features of `{extractor}` and compares only with itself."
+
+CALL = """\
+    image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]
+"""
 
 WITH_PACKAGE = """
     from cm_diffusers import ConsistencyPipeline
@@ -181,7 +229,6 @@ PIPELINE_BESIDE = """
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
-    image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]
 """
 
 LORA_ALONE = """

@@ -38,53 +38,65 @@ class Provenance:
     Attributes:
         name: Hub id or folder the card's examples load.
         base_id: Hub id of the teacher; None if it was a folder of the machine.
-        family: "stable-diffusion" or "stable-diffusion-xl".
+        family: "stable-diffusion" or "stable-diffusion-xl"; None for a network without text.
         data: What the student was trained on, in words or as a Hub id.
-        license: The teacher's `license`, and `license_name` and `license_link` where it has them; empty if unknown.
+        license: The `license` of the teacher, or of the data where there is none, and `license_name` and
+            `license_link` where it has them; empty if unknown.
         command: The command line, without paths of the machine.
         commit: Of the code.
         settings: Flags and their values, without paths of the machine and without anything about the Hub.
+        num_classes: Of a network that takes `class_labels`.
     """
 
     name: str
     base_id: str | None
-    family: str
+    family: str | None
     data: str
     license: dict[str, str]
     command: str
     commit: str
     settings: dict[str, object]
+    num_classes: int | None = None
 
 
 def describe_run(
     configs: Sequence[object],
-    teacher: DiffusionPipeline,
-    source: str,
+    teacher: DiffusionPipeline | None,
+    source: str | None,
     data: str,
     name: str,
     left_out: Collection[str] = (),
+    num_classes: int | None = None,
 ) -> Provenance:
     """The provenance of a training script's result.
 
     Args:
         configs: The script's dataclasses.
-        teacher: The teacher's pipeline.
-        source: Folder or Hub id it came from, where its licence stands.
+        teacher: The teacher's pipeline; None if the network was trained from data alone.
+        source: Folder or Hub id it came from, where its licence stands; None without a teacher.
         data: Hub id or folder of the data, or words.
         name: Hub id or folder of the result.
         left_out: Settings that do not act in this script.
+        num_classes: Of a network that takes `class_labels`.
     """
     settings = {key: public(value) for config in configs for key, value in asdict(config).items()}
     return Provenance(
         name=public(name),
-        base_id=None if is_path(source) else source,
-        family="stable-diffusion-xl" if is_xl(teacher.unet) else "stable-diffusion",
+        base_id=None if source is None or is_path(source) else source,
+        family=_family(teacher),
         data=public(data),
-        license=read_license(source),
+        license=read_license(data, "dataset") if source is None else read_license(source),
         command=_command(configs),
         commit=_commit(),
         settings={key: value for key, value in settings.items() if key not in {*PRIVATE, *left_out}},
+        num_classes=num_classes,
     )
+
+
+def _family(teacher: DiffusionPipeline | None) -> str | None:
+    if getattr(teacher, "text_encoder", None) is None:
+        return None
+    return "stable-diffusion-xl" if is_xl(teacher.unet) else "stable-diffusion"
 
 
 def public(value: object) -> object:
@@ -110,7 +122,8 @@ def _public_place(text: str) -> str:
 
 def is_path(source: str) -> bool:
     """Whether a model is named by a folder of this machine instead of a Hub id."""
-    return source.startswith(".") or bool(LOCAL.match(source)) or source.count("/") > 1 or Path(source).exists()
+    local = source.startswith(".") or bool(LOCAL.match(source)) or source.count("/") > 1
+    return local or (source != "" and Path(source).exists())  # Path("") is the working folder
 
 
 def write_provenance(provenance: Provenance, folder: Path) -> None:
@@ -125,23 +138,26 @@ def read_provenance(folder: Path) -> Provenance:
     path = folder / PROVENANCE
     try:
         content = json.loads(path.read_text("utf-8"))
-        return Provenance(**{field.name: content[field.name] for field in fields(Provenance)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Provenance(**{field.name: content[field.name] for field in fields(Provenance) if field.name in content})
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} does not tell how the student was trained ({error!r}); give a folder that a training script wrote."
         ) from error
 
 
-def read_license(source: str) -> dict[str, str]:
-    """The licence fields in the front matter of a model's README, in a folder or on the Hub; {} if unknown."""
-    path = Path(source) / "README.md"
-    if not Path(source).exists():
-        try:
-            path = Path(hf_hub_download(source, "README.md"))
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-            return {}
+def read_license(source: str, repo_type: str = "model") -> dict[str, str]:
+    """The licence fields in the front matter of a README, in a folder or on the Hub; {} if unknown."""
+    try:
+        here = Path(source).exists()
+        path = Path(source, "README.md") if here else Path(hf_hub_download(source, "README.md", repo_type=repo_type))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return {}
     metadata = (metadata_load(path) if path.is_file() else None) or {}
-    return {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
+    found = {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
+    listed = found.get("license")
+    if isinstance(listed, list):  # as data sets have it; of several, none is that of everything
+        return {**found, "license": listed[0]} if len(listed) == 1 else {}
+    return found
 
 
 def _command(configs: Iterable[object]) -> str:

@@ -29,7 +29,7 @@ class Record:
 
     Attributes:
         method: Objective it was trained with, e.g. "lcm".
-        base_model: Folder or Hub id of the teacher; a LoRA is put on it.
+        base_model: Folder or Hub id of the teacher; a LoRA is put on it. "" for a network trained from data alone.
         guidance: "embedded": the pipeline's guidance_scale goes in as w = guidance_scale - 1, within [w_min, w_max].
             "distilled": guidance from w_min to w_max is in the weights, sample with guidance_scale 1; a little
             classifier-free guidance on top, and with it a negative prompt, is possible.

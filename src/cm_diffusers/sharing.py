@@ -32,7 +32,8 @@ class ShareConfig:
         default=None, help="Hub id of the teacher, where the training used a local copy of it."
     )
     teacher_license: str | None = HfArg(
-        default=None, help='Licence of the teacher where its own card gives none, e.g. "openrail++".'
+        default=None,
+        help='Licence of the teacher, or of the data if there was none, where its own card gives none, e.g. "openrail++".',
     )
     pipeline_file: str | None = HfArg(
         default=None,
@@ -54,8 +55,8 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
         name: Hub id it will be loaded by; None keeps the present name.
 
     Raises:
-        ValueError: The folder holds no result of a training script, or the evaluation none of this student; or
-            the single file is no pipeline, or for a LoRA.
+        ValueError: The folder holds no result of a training script, or the evaluation none of this student; a teacher
+            is named where there was none; or the single file is no pipeline for this folder.
     """
     folder = Path(config.folder)
     record = read_record(folder) if folder.is_dir() else None
@@ -65,6 +66,8 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
             "such as runs/NAME/pipeline or runs/NAME/lora."
         )
     provenance = read_provenance(folder)
+    if config.base_model and not record.base_model:
+        raise ValueError(f"{folder} was trained from data alone, so --base_model names nothing; leave it out.")
     if config.base_model:
         record = replace(record, base_model=config.base_model)
         provenance = replace(provenance, base_id=config.base_model)
@@ -94,15 +97,25 @@ def _check_pipeline_file(path: Path, folder: Path) -> None:
     """Runs the file: diffusers must find exactly one pipeline class in it."""
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"--pipeline_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    if any(isinstance(entry, list) and str(entry[0]).startswith("cm_diffusers") for entry in index.values()):
+        raise ValueError(
+            f"--pipeline_file is for diffusers without this package, which cannot load the scheduler of {folder}; leave "
+            "it out."
+        )
     found = _pipeline_classes(path)
     if len(found) != 1:
         raise ValueError(
             f"--pipeline_file {path} must hold exactly one subclass of DiffusionPipeline, but it holds "
-            f"{', '.join(found) or 'none'}; give a file such as pipelines/consistency_text_to_image.py."
+            f"{', '.join(cls.__name__ for cls in found) or 'none'}; give a file such as "
+            "pipelines/consistency_text_to_image.py."
         )
+    modules, _ = found[0]._get_signature_keys(found[0])
+    if lacking := sorted(set(modules) - set(found[0]._optional_components) - set(index)):
+        raise ValueError(f"--pipeline_file {path} needs {', '.join(lacking)}, which {folder} has not; leave it out.")
 
 
-def _pipeline_classes(path: Path) -> list[str]:
+def _pipeline_classes(path: Path) -> list[type[DiffusionPipeline]]:
     """Those that the file itself defines."""
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"--pipeline_file {path} is not a Python file that exists; give one.")
@@ -112,16 +125,18 @@ def _pipeline_classes(path: Path) -> list[str]:
     except Exception as error:  # whatever the file does
         raise ValueError(f"--pipeline_file {path} does not run: {error!r}; give one that does.") from error
     own = [value for value in content.values() if isinstance(value, type) and value.__module__ == name]
-    return [value.__name__ for value in own if issubclass(value, DiffusionPipeline)]
+    return [value for value in own if issubclass(value, DiffusionPipeline)]
 
 
 def _with_license(provenance: Provenance, config: ShareConfig, record: Record) -> Provenance:
-    """The licence that the teacher's card gives; else, as now stated there, or by the flag."""
-    known = provenance.license or read_license(record.base_model)
+    """The licence that the card of teacher or data gives; else, as now stated there, or by the flag."""
+    where = (record.base_model,) if record.base_model else (provenance.data, "dataset")
+    known = provenance.license or read_license(*where)
     given = config.teacher_license
     if given and known.get("license", given) != given:
         raise ValueError(
-            f"--teacher_license {given} contradicts the teacher's card, which gives {known['license']!r}; leave it out."
+            f"--teacher_license {given} contradicts the {'teacher' if record.base_model else 'data'}'s card, which gives "
+            f"{known['license']!r}; leave it out."
         )
     return replace(provenance, license=known or ({"license": given} if given else {}))
 

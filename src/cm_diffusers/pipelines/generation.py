@@ -55,6 +55,7 @@ class Request:
     target_size: Size | None
     callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None
     callback_on_step_end_tensor_inputs: list[str]
+    sigmas: list[float] | None = None
 
     @property
     def batch(self) -> int:
@@ -116,8 +117,8 @@ def _check(pipe: DiffusionPipeline, start: FromNoise, ask: Request) -> Size:
     checks.check_prompts({name: getattr(ask, name) for name in names}, ask.prompt_embeds)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     checks.check_embeddings({name: getattr(ask, name) for name in names}, pipe.is_xl, _width(pipe))
-    if ask.timesteps is not None and ask.num_inference_steps is not None:
-        raise ValueError("Give num_inference_steps or timesteps, not both.")
+    if sum(way is not None for way in (ask.num_inference_steps, ask.timesteps, ask.sigmas)) > 1:
+        raise ValueError("Give num_inference_steps, timesteps or sigmas, not more than one of them.")
     checks.check_output(ask.output_type, ask.callback_inputs, pipe._callback_tensor_inputs)
     checks.check_generators(ask.generator, ask.batch)
     checks.check_ip_adapter(pipe, ask.ip_adapter_image, ask.ip_adapter_image_embeds)
@@ -160,19 +161,20 @@ def _encode_prompt(pipe: DiffusionPipeline, ask: Request, device: torch.device) 
 
 
 def _schedule(pipe: DiffusionPipeline, start: FromNoise, ask: Request, device: torch.device) -> Tensor:
-    """The timesteps: asked for, or by default as many as the student recommends."""
-    steps = ask.num_inference_steps
-    if ask.timesteps is None and steps is None:
-        steps = pipe.manners.num_inference_steps
+    """The timesteps: asked for, or by default those, or as many as, the student recommends."""
+    ways = {"num_inference_steps": ask.num_inference_steps, "timesteps": ask.timesteps, "sigmas": ask.sigmas}
+    if all(way is None for way in ways.values()) and not pipe.scheduler.config.get("recommended_sigmas"):
+        ways["num_inference_steps"] = pipe.manners.num_inference_steps
     options = {
-        "num_inference_steps": steps,
-        "timesteps": ask.timesteps,
+        **ways,
         "original_inference_steps": ask.original_inference_steps,
         "strength": start.strength if start.strength < 1 else None,
     }
     options = {name: value for name, value in options.items() if value is not None}
     if refused := sorted(set(options) - set(inspect.signature(pipe.scheduler.set_timesteps).parameters)):
-        raise ValueError(f"{type(pipe.scheduler).__name__} takes no {', '.join(refused)}; use ConsistencyScheduler.")
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} takes no {', '.join(refused)}; leave it out, or use another scheduler."
+        )
     pipe.scheduler.set_timesteps(**options, device=device)
     if hasattr(pipe.scheduler, "set_begin_index"):
         pipe.scheduler.set_begin_index(0)

@@ -11,7 +11,7 @@ from cm_diffusers.record import Record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 
 
-FEW_STEP_SCHEDULERS = ("ConsistencyScheduler", "LCMScheduler", "TCDScheduler")
+FEW_STEP_SCHEDULERS = ("ConsistencyScheduler", "EDMConsistencyScheduler", "LCMScheduler", "TCDScheduler")
 GRID_FIELDS = (
     "prediction_type",
     "num_train_timesteps",
@@ -22,6 +22,11 @@ GRID_FIELDS = (
     "rescale_betas_zero_snr",
     "original_inference_steps",
     "timestep_scaling",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "boundary_scalings",
+    "network",
 )
 TCD_GAMMA = 0.3  # TCDScheduler's own default (2402.19159)
 LCM_GUIDANCE_SCALE = 8.0  # the LCM paper's evaluations (2310.04378)

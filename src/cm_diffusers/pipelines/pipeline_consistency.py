@@ -228,6 +228,7 @@ class ConsistencyPipeline(
         target_size: Size | None = None,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
+        sigmas: list[float] | None = None,
     ) -> StableDiffusionPipelineOutput | tuple:
         """Images for prompts.
 
@@ -253,6 +254,7 @@ class ConsistencyPipeline(
             original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, (height, width) or (top, left).
             callback_on_step_end: (pipe, step, timestep, tensors) -> tensors to replace, or None.
             callback_on_step_end_tensor_inputs: Which ones it is given; "denoised" is a preview of the result.
+            sigmas: Noise levels instead of a number of steps, descending, for students of CD and ECT.
 
         Raises:
             ValueError: The request is malformed, or the student cannot fulfil it.
