@@ -2,15 +2,19 @@
 
 import os
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 from toys import ToyConfig, ToyObjective, source, toy_network, toy_networks, toy_trainer
 
+from cm_diffusers.objectives.ct import CTConfig, CTObjective
 from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.types import Loss, Networks
+from cm_diffusers.sigma_views import EDMView
+from cm_diffusers.types import Batch, Loss, Networks
 
 
 SETTINGS = {"checkpointing_steps": 2, "export_ema_decay": 0.9, "gradient_accumulation_steps": 2}
@@ -91,10 +95,38 @@ def two_players(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
     return {f"duel/{name}": value for name, value in nets.critic.state_dict().items()}
 
 
+class ToItself(CTObjective):
+    """Consistency of a point with itself: the loss is 0 exactly, if both sides draw the same dropout masks."""
+
+    def grid(self, progress) -> Tensor:
+        return torch.ones(2, dtype=torch.float64)
+
+
+def shared_masks(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(
+        8, 1, 1, block_out_channels=(8, 8), norm_num_groups=4, dropout=0.5, add_attention=False, **blocks
+    )
+    losses = []
+    trainer = toy_trainer(
+        folder / "masks",
+        Networks(unet.train()),
+        ToItself(CTConfig(), EDMView(0.5, "adm")),
+        OPTIM,
+        callbacks=[lambda trainer, loss: losses.append(loss.value)],
+        max_train_steps=2,
+        gradient_checkpointing=True,
+    )
+    trainer.fit(lambda start: (Batch(torch.randn(4, 1, 8, 8)) for _ in count(start)))
+    with torch.no_grad():
+        outputs = [unet.train()(torch.ones(1, 1, 8, 8), 0.0).sample for _ in range(2)]
+    return {"masks/loss": torch.stack(losses), "masks/differ": (outputs[0] != outputs[1]).any()}
+
+
 def main() -> None:
     folder, rank, ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {}
-    for run in (full_run, resumed_run, half_batches, two_players):
+    for run in (full_run, resumed_run, half_batches, two_players, shared_masks):
         found |= run(folder, rank, ranks)
     save_file({name: value.detach().clone() for name, value in found.items()}, folder / f"rank-{rank}.safetensors")
     torch.distributed.destroy_process_group()

@@ -54,6 +54,13 @@ def test_ranks_hold_the_same_weights(ranks, name) -> None:
     assert_same(part(ranks[1], name), part(ranks[0], name))
 
 
+def test_student_and_target_draw_the_same_dropout_masks(ranks) -> None:
+    """On every rank, with gradient checkpointing; and without rewinding two passes differ."""
+    for found in ranks:
+        assert found["masks/loss"].tolist() == [0.0, 0.0]
+        assert found["masks/differ"].item()
+
+
 def test_ranks_share_the_data(ranks) -> None:
     """4 steps of 2 micro-batches of 4 rows each: batch k of all ranks is rows 8k to 8k + 7."""
     for rank, found in enumerate(ranks):

@@ -25,8 +25,11 @@ class ExportConfig:
     save_fp16: bool = HfArg(default=False, help="Store UNet and VAE in half precision.")
 
 
+CONFIGS = (ExportConfig,)
+
+
 def main() -> None:
-    (config,) = parse_configs((ExportConfig,), __doc__)
+    (config,) = parse_configs(CONFIGS, __doc__)
     average, step = rebuild(Path(config.run_dir), config.sigma_rel, config.step)
     source = Path(config.run_dir) / "pipeline"
     if not (source / "model_index.json").is_file():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.sampling import generate
+from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.networks import adapter_layers, adapters_off
 from cm_diffusers.trainer import Trainer
 from cm_diffusers.types import Loss
@@ -77,6 +77,49 @@ def sample_grid(
             samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
         grid = image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
         _publish_grid(trainer, grid)
+
+    return callback
+
+
+@dataclass
+class ImageValidationConfig:
+    """Grids of samples while training: fixed seeds, a row for each number of steps."""
+
+    validation_images: int = HfArg(default=8, help="Images in a row; 0, no grids.")
+    validation_prompts: list[str] | None = HfArg(
+        default=None, help="Prompts of a model that reads text, one after the other; none, no grids of it."
+    )
+    validation_steps: int = HfArg(default=500, help="Optimizer steps between grids.")
+    validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2], help="Sampling steps, a row of the grid each.")
+
+    def __post_init__(self) -> None:
+        for name, value in {"steps": self.validation_steps, "nfe": min(self.validation_nfe, default=1)}.items():
+            if value < 1:
+                raise ValueError(f"--validation_{name} must be at least 1, but it is {value}.")
+
+
+def image_grids(
+    config: ImageValidationConfig, make_pipeline: Callable[[nn.Module], DiffusionPipeline], reads_text: bool
+) -> Callable[[Trainer, Loss], None]:
+    """As `sample_grid`, for models in EDM's coordinates, which most often take no prompts."""
+    count, prompts = config.validation_images, config.validation_prompts or []
+    captions = [prompts[i % len(prompts)] for i in range(count)] if prompts else [f"seed {i}" for i in range(count)]
+
+    def sample(pipe: DiffusionPipeline, steps: int) -> Tensor:
+        pipe.to(pipe.unet.device)
+        if reads_text:
+            return generate(pipe, captions, range(count), steps, 1.0, count)[0]
+        return generate_unprompted(pipe, range(count), steps, count)[0]
+
+    def callback(trainer: Trainer, loss: Loss) -> None:
+        due = trainer.step % config.validation_steps == 0 and trainer.accelerator.is_main_process
+        if not due or not count or (reads_text and not prompts):
+            return
+        with trainer.export_weights() as student:
+            pipe = make_pipeline(student)
+            samples = [sample(pipe, steps) for steps in config.validation_nfe]
+        names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
+        _publish_grid(trainer, image_grid(samples, names, captions))
 
     return callback
 

@@ -1,0 +1,30 @@
+"""Distil a diffusion model into a consistency model: CD (2303.01469), of images alone, of classes or of text."""
+
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.image_models import DropoutConfig, StartConfig, load_image_model
+from cm_diffusers.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images, trainable_copy
+from cm_diffusers.networks import frozen_copy
+from cm_diffusers.objectives.cd import CDConfig, CDObjective
+from cm_diffusers.rng import seed_everything
+from cm_diffusers.trainer import TrainConfig
+from cm_diffusers.types import Networks
+
+
+CONFIGS = (StartConfig, CDConfig, *SHARED_CONFIGS)
+
+
+def main() -> None:
+    configs = parse_configs(CONFIGS, __doc__)
+    given = dict(zip(CONFIGS, configs, strict=True))
+    method = given[CDConfig]
+    seed_everything(given[TrainConfig].seed)
+    model = load_image_model(given[StartConfig])
+    objective = CDObjective(method, model.view)
+    student = trainable_copy(model.unet, given[DropoutConfig])
+    nets = Networks(student, target=frozen_copy(student), teacher=model.unet)
+    scheduler = student_scheduler(model, method, given[ResultConfig], "cm", method.num_scales)
+    train_images("cd", model, nets, objective, scheduler, configs, method.w)
+
+
+if __name__ == "__main__":
+    run(main)
