@@ -1,6 +1,7 @@
 """Train the variants that a study lists, each with several seeds; measure all of them alike; write tables and plots.
 
-What is finished is not done again: a study can be stopped, taken up, and given more variants.
+A variant's command may name another one's result, of the same seed, as <ITS NAME>, such as a model to start from; that
+one stands before it. What is finished is not done again: a study can be stopped, taken up, and given more variants.
 """
 
 import json
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +61,18 @@ def cpu_minutes(folder: Path) -> float | None:
     return json.loads((folder / COST).read_text("utf-8"))["cpu_minutes"] if (folder / COST).is_file() else None
 
 
-def measure(comparison: Comparison, name: str, seed: int, folder: Path, origin: dict[str, str]) -> None:
-    """The rows of one training, kept beside it with their origin."""
+def measure(
+    comparison: Comparison, name: str, seed: int, folder: Path, origin: dict[str, str], starts: list[Path]
+) -> None:
+    """The rows of one training, kept beside it with their origin; `starts` are the folders it started from."""
     if (folder / ROWS).is_file():
         return
     before = len(comparison.rows)
     comparison.measure(str(folder / "pipeline"), name, comparison.config.num_inference_steps)
     more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)}
+    if starts:
+        costs = [cpu_minutes(start) for start in starts]
+        more["start_minutes"] = None if None in costs else sum(costs)
     _write(folder / ROWS, {"origin": origin, "rows": [row | more for row in comparison.rows[before:]]})
 
 
@@ -91,6 +98,11 @@ def _write(path: Path, content: object) -> None:
     os.replace(aside, path)
 
 
+def started_from(command: str, names: Iterable[str]) -> list[str]:
+    """The variants whose results a command names."""
+    return [name for name in names if f"<{name}>" in command]
+
+
 def read_study(path: Path, only: list[str] | None) -> tuple[dict[str, str], dict, str]:
     """Commands of the variants by name, tables by name, and flags of the evaluation.
 
@@ -104,6 +116,9 @@ def read_study(path: Path, only: list[str] | None) -> tuple[dict[str, str], dict
     named = {name for table in study["tables"].values() for name in table["variants"]} | set(only or ())
     if unknown := sorted(named - set(commands)):
         raise ValueError(f"{path} has no variant {', '.join(unknown)}: it has {', '.join(commands)}.")
+    for place, (name, command) in enumerate(commands.items()):
+        if late := started_from(command, list(commands)[place:]):
+            raise ValueError(f"{path}: {name} starts from {late[0]}, which must stand before it.")
     return commands, study["tables"], " ".join(study["evaluation"].split())
 
 
@@ -114,13 +129,16 @@ def main() -> None:
     comparison = Comparison(*parse_configs((EvaluationConfig, ReferenceConfig), __doc__, shlex.split(evaluation)))
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:
+        folders = {name: Path(config.work_dir) / path.stem / f"{name.replace(' ', '_')}-{seed}" for name in commands}
         for name, command in commands.items():
-            folder = Path(config.work_dir) / path.stem / f"{name.replace(' ', '_')}-{seed}"
-            origin = {"command": command, "evaluation": evaluation}
+            folder, origin = folders[name], {"command": command, "evaluation": evaluation}
+            starts = [folders[other] for other in started_from(command, commands)]
             known = read_rows(folder, origin)
             if not known and (config.only is None or name in config.only):
+                for other, place in folders.items():
+                    command = command.replace(f"<{other}>", shlex.quote(str(place / "pipeline")))
                 train(command, seed, folder)
-                measure(comparison, name, seed, folder, origin)
+                measure(comparison, name, seed, folder, origin, starts)
             rows += known or read_rows(folder, origin)
     print(write_study(Path(config.output_dir) / path.stem, tables, rows, comparison.setting))
 

@@ -25,7 +25,7 @@ def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Sett
     """Writes NAME.md and NAME.png for each table, and all rows as rows.json; returns the tables.
 
     Args:
-        tables: By name: `variants`, `num_inference_steps`, and whether the `plot` is over "steps" or "variants".
+        tables: By name: `variants`, `num_inference_steps`, and what the `plot` is over: "steps", "variants" or "cost".
         rows: Of all pipelines and seeds.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Sett
     for name, table in tables.items():
         chosen = [row for row in rows if _belongs(row, table)]
         texts.append(markdown(chosen, setting))
-        plot = {"steps": plot_over_steps, "variants": plot_over_variants}[table["plot"]](chosen)
+        plot = PLOTS[table["plot"]](chosen)
         _replace(folder / f"{name}.md", lambda path, text=texts[-1]: path.write_text(text, "utf-8"))
         _replace(folder / f"{name}.png", lambda path, plot=plot: plot.savefig(path, dpi=120, format="png"))
     numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
@@ -62,15 +62,17 @@ def spread(rows: Rows, metric: str) -> tuple[float, float] | None:
 
 
 def markdown(rows: Rows, setting: Setting) -> str:
-    heads = ["", "seeds", "CPU minutes", "NFE", "guidance", *HEADINGS.values()]
+    started = any("start_minutes" in row for row in rows)
+    heads = ["", "seeds", "CPU minutes", *["of its start"] * started, "NFE", "guidance", *HEADINGS.values()]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for (name, steps, guidance), group in grouped(rows, "pipeline", "num_inference_steps", "guidance_scale").items():
         seeds = "–" if name in BASELINES else str(len(group))
         plain = ["–" if value is None else f"{value:g}" for value in (steps, guidance)]
-        cost = _cell(spread(group, "cpu_minutes"), "{:.0f}", False)
+        costs = ["cpu_minutes", *["start_minutes"] * started]
         several = len(group) > 1
         cells = [_cell(spread(group, key), COLUMNS.get(key, ("", "{:.3f}"))[1], several) for key in HEADINGS]
-        lines.append([name, seeds, cost, *plain, *cells])
+        minutes = [_cell(spread(group, cost), "{:.0f}", False) for cost in costs]
+        lines.append([name, seeds, *minutes, *plain, *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"{table}\n\nMean over the seeds ± half the range. {setting.num_images} images a row, all pipelines from the same "
@@ -112,6 +114,29 @@ def plot_over_variants(rows: Rows) -> Figure:
     return figure
 
 
+def plot_over_cost(rows: Rows) -> Figure:
+    """One panel for each metric, a point for each variant; those named alike up to a comma are joined by a line.
+
+    The cost is that of the training and of what it started from.
+    """
+    figure, ours = Figure(figsize=(12, 9), layout="constrained"), _of_variants(rows)
+    ours = [
+        row | {"total": row["cpu_minutes"] + (row.get("start_minutes") or 0)} for row in ours if row["cpu_minutes"]
+    ]
+    ours = [row | {"method": row["pipeline"].partition(", ")[0]} for row in ours]
+    for axes, metric in zip(figure.subplots(2, 2).flat, PLOTTED, strict=True):
+        for (steps,), of_steps in grouped(ours, "num_inference_steps").items():
+            for place, ((method,), group) in enumerate(grouped(of_steps, "method").items()):
+                found = [(spread(one, "total"), spread(one, metric)) for one in grouped(group, "pipeline").values()]
+                points = sorted((cost[0], *value) for cost, value in found if cost and value)
+                style = {"color": f"C{place}", "linestyle": "-" if steps == 1 else "--", "capsize": 3, "marker": "o"}
+                x, y, half = zip(*points, strict=True) if points else ((), (), ())
+                axes.errorbar(x, y, half, label=f"{method}, {steps} NFE", **style)
+        _finish(axes, metric, rows, axes.axhline)
+        axes.set_xlabel("CPU minutes of training, with those of its start")
+    return figure
+
+
 def _of_variants(rows: Rows) -> Rows:
     return [row for row in rows if row["pipeline"] not in BASELINES]
 
@@ -137,6 +162,9 @@ def _finish(axes: Axes, metric: str, rows: Rows, line: Callable[..., object]) ->
     axes.grid(alpha=0.3)
     if axes is axes.figure.axes[0]:
         axes.legend(fontsize="small")
+
+
+PLOTS = {"steps": plot_over_steps, "variants": plot_over_variants, "cost": plot_over_cost}
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

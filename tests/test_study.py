@@ -25,6 +25,7 @@ from cm_diffusers.evaluation.reference import ReferenceConfig  # noqa: E402
 from cm_diffusers.evaluation.report import Setting  # noqa: E402
 
 
+STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.toml"))
 SETTING = Setting(8, 3, "net", "data", "a machine", "float32", 4, 0.9693)
 METRICS = dict.fromkeys(study_report.METRICS, 0.5)
 
@@ -124,7 +125,7 @@ def test_rows_stay_with_what_made_them(tmp_path):
     comparison, origin = Measuring(), {"command": "train", "evaluation": "flags"}
     assert study.read_rows(tmp_path, origin) == []
     for _ in range(2):
-        study.measure(comparison, "ours", 3, tmp_path, origin)
+        study.measure(comparison, "ours", 3, tmp_path, origin, [])
     row = {"pipeline": "ours", "source": str(tmp_path / "pipeline"), "steps": [1, 2], "seed": 3, "cpu_minutes": None}
     assert study.read_rows(tmp_path, origin) == [row]
     assert len(comparison.rows) == 2
@@ -133,7 +134,7 @@ def test_rows_stay_with_what_made_them(tmp_path):
 
 
 def test_every_study_names_what_it_has(tmp_path):
-    for path in (ROOT / "benchmarks" / "studies").glob("*.toml"):
+    for path in STUDIES:
         commands, tables, evaluation = study.read_study(path, None)
         assert all(command.split()[0].startswith("training/") and "{" not in command for command in commands.values())
         parse_configs((EvaluationConfig, ReferenceConfig), "", shlex.split(evaluation))
@@ -146,17 +147,41 @@ def test_every_study_names_what_it_has(tmp_path):
         study.read_study(tmp_path / "b.toml", None)
 
 
-def test_a_study_is_read_flag_by_flag():
-    """Its commands parse with their scripts."""
-    commands, _, _ = study.read_study(ROOT / "benchmarks" / "studies" / "scott.toml", None)
-    for command in commands.values():
+def test_studies_are_read_flag_by_flag():
+    """Their commands parse with their scripts."""
+    for command in [c for path in STUDIES for c in study.read_study(path, None)[0].values()]:
         script, *flags = shlex.split(command)
         content = runpy.run_path(str(ROOT / script))
         parse_configs(content["CONFIGS"], "", flags)
 
 
+def test_a_variant_starts_from_another_s_result(tmp_path):
+    text = 'evaluation = ""\n[pieces]\n[variants]\n"a b" = "x"\ntwo = "y --start <a b>"\n[tables]\n'
+    (tmp_path / "a.toml").write_text(text)
+    commands, _, _ = study.read_study(tmp_path / "a.toml", None)
+    assert study.started_from(commands["two"], commands) == ["a b"]
+    (tmp_path / "b.toml").write_text(text.replace('"x"', '"x <two>"'))
+    with pytest.raises(ValueError, match="a b starts from two, which must stand before it"):
+        study.read_study(tmp_path / "b.toml", None)
+
+
+def test_the_start_s_cost_counts(tmp_path):
+    for name, minutes in {"start": 5.0, "tuned": 1.0}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / study.COST).write_text(json.dumps({"cpu_minutes": minutes}))
+    comparison = Measuring()
+    study.measure(comparison, "tuned", 0, tmp_path / "tuned", {}, [tmp_path / "start"])
+    (found,) = study.read_rows(tmp_path / "tuned", {})
+    assert (found["cpu_minutes"], found["start_minutes"]) == (1.0, 5.0)
+    rows = [row("ours", 0, 1, 2.0, 10.0), row("tuned", 0, 1, 3.0, 1.0) | {"start_minutes": 5.0}]
+    lines = study_report.markdown(rows, SETTING).splitlines()
+    assert [line.split(" | ")[1:4] for line in lines[2:4]] == [["1", "10", "–"], ["1", "1", "5"]]
+    axes = study_report.plot_over_cost(rows).axes[0]
+    assert [line.get_xdata().tolist() for line in axes.get_lines() if line.get_marker() == "o"] == [[10.0], [6.0]]
+
+
 def test_metrics_that_nobody_has_are_left_out(tmp_path):
     rows = [row | {"vendi": None} for row in ROWS]
-    tables = {name: {"variants": ["ours"], "num_inference_steps": [1], "plot": name} for name in ("steps", "variants")}
+    tables = {name: {"variants": ["ours"], "num_inference_steps": [1], "plot": name} for name in study_report.PLOTS}
     study_report.write_study(tmp_path, tables, rows, SETTING)
     assert (tmp_path / "variants.png").stat().st_size > 10_000
