@@ -102,7 +102,7 @@ def train_images(
     given = {type(config): config for config in configs}
     classes, data, optim, train, validation, result, hub = (given[kind] for kind in SHARED_CONFIGS[1:])
     if nets.target is None or hasattr(objective, "target_decay"):
-        refuse_changed(train, "ema_decay", f"with {name}, which has no target of its own rate")
+        refuse_changed(train, "ema_decay", f"with {name}: it has no averaged target, or one on a schedule")
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     grids = image_grids(validation, lambda unet: model.sampler(unet, scheduler), reads_text=model.pipe is not None)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline
 
 from cm_diffusers import (
+    ConsistencyImagesPipeline,
     ConsistencyImg2ImgPipeline,
     ConsistencyInpaintPipeline,
     ConsistencyPipeline,
+    EDMConsistencyScheduler,
 )
 
 from ..pipelines import pipeline_params as params
@@ -97,6 +100,24 @@ class Inpaint(Img2Img):
         return super().get_dummy_inputs() | {"mask_image": mask}
 
 
+class Images(BasePipelineTesterConfig):
+    pipeline_class = reading_pickles(ConsistencyImagesPipeline)
+    required_input_params_in_call_signature = params.UNCONDITIONAL_IMAGE_GENERATION_PARAMS
+    batch_input_params = params.UNCONDITIONAL_IMAGE_GENERATION_BATCH_PARAMS
+    optional_input_params = BasePipelineTesterConfig.optional_input_params - {"num_images_per_prompt"}
+    output_shape = (3, 16, 16)
+    has_unconditional_branch = False
+
+    def get_dummy_components(self):
+        torch.manual_seed(0)
+        blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+        unet = UNet2DModel(16, 3, 3, block_out_channels=(8, 8), norm_num_groups=4, add_attention=False, **blocks)
+        return {"unet": unet, "scheduler": EDMConsistencyScheduler(), "vae": None}
+
+    def get_dummy_inputs(self):
+        return {"num_inference_steps": 2, "generator": self.get_generator(), "output_type": "pt"}
+
+
 class Suite(PipelineTesterMixin):
     """Overrides are the exceptions of CONTRIBUTING.md."""
 
@@ -151,4 +172,8 @@ class TestLora(Config, LoraSuite):
 
 
 class TestXLLora(XL, LoraSuite):
+    pass
+
+
+class TestImages(Images, PipelineTesterMixin):
     pass

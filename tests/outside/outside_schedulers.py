@@ -1,9 +1,10 @@
-"""diffusers' own scheduler suites on `ConsistencyScheduler`; `run.py` puts this file into a copy of diffusers' tests."""
+"""diffusers' own scheduler suites on our schedulers; `run.py` puts this file into a copy of diffusers' tests."""
 
 import pytest
 
-from cm_diffusers import ConsistencyScheduler
+from cm_diffusers import ConsistencyScheduler, EDMConsistencyScheduler
 
+from ..schedulers import test_scheduler_consistency_model as cm
 from ..schedulers import test_scheduler_lcm as lcm
 from ..schedulers import test_scheduler_tcd as tcd
 
@@ -35,3 +36,17 @@ class TestAsTCD(tcd.TCDSchedulerTest):
 
     def test_custom_timesteps(self):
         pytest.skip(NO_SUCH_METHOD)
+
+
+class TestAsCM(cm.CMStochasticIterativeSchedulerTest):
+    """Including its sums over its full loops, to 1e-3."""
+
+    scheduler_classes = (EDMConsistencyScheduler,)
+
+    def check_over_configs(self, time_step=0, **config):
+        """From sigma_max, as the suite has it for the stock class by name."""
+        first = EDMConsistencyScheduler(**self.get_scheduler_config(**config)).timesteps[0]
+        super().check_over_configs(float(first), **config)
+
+    def test_trained_betas(self):
+        pytest.skip("the suite leaves the stock class out, too: it has no betas")

@@ -102,6 +102,11 @@ class ConsistencyImagesPipeline(RecordedMixin, DiffusionPipeline):
         """How many classes the network knows, None if it takes none."""
         return self.unet.config.num_class_embeds
 
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that is running, or was last."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -156,7 +161,8 @@ class ConsistencyImagesPipeline(RecordedMixin, DiffusionPipeline):
             "latents": latents.to(device, dtype) * self.scheduler.init_noise_sigma,
             "class_labels": None if labels is None else labels.to(device),
         }
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
+        self._num_timesteps = len(self.scheduler.timesteps)
+        with self.progress_bar(total=self._num_timesteps) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 output = self._predict(state["latents"], t, state["class_labels"])
                 result = self.scheduler.step(output, t, state["latents"], generator=generator)
