@@ -122,6 +122,13 @@ def test_another_average_is_rebuilt_from_two(sigma_rel):
     assert np.linalg.norm(error) < 0.05 * min(map(np.linalg.norm, others))
 
 
+def test_factors_sum_to_one_and_too_few_averages_are_refused():
+    kept = [(step, width) for step in range(250, 2001, 250) for width in (0.05, 0.1)]
+    assert rebuild_weights(kept, 2000, 0.13).sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"The 1 averages kept until step 2000 come only within 128% of the profile"):
+        rebuild_weights([(2000, 0.05)], 2000, 0.15)
+
+
 def test_snapshots_of_a_run_survive_pruning_and_rebuild(tmp_path):
     settings = {
         "max_train_steps": 6,

@@ -307,6 +307,7 @@ def test_the_package_s_network_is_frozen(monkeypatch):
     ("make", "settings", "message"),
     [
         (cd, {"num_scales": 1}, "--num_scales must be at least 2, but it is 1."),
+        (cd, {"w": float("nan")}, "--w is nan, but guidance is a number from -1 on; 0 is none."),
         (cd, {"rho": 0.0}, "--rho must be positive, but it is 0.0."),
         (cd, {"loss_type": "huber"}, "Unknown --loss_type 'huber'; one of l2, l1, lpips."),
         (cd, {"sigma_min": 3.0, "sigma_max": 2.0}, "--sigma_min 3.0 and --sigma_max 2.0 are no range; give 0 < sigma_min < sigma_max."),

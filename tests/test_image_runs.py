@@ -1,26 +1,41 @@
 """The training scripts of models in EDM's coordinates: from data or a diffusion model to a published folder."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    LDMPipeline,
+    UNet2DModel,
+    VQModel,
+)
 from safetensors.torch import load_file
-from scripts import image_folder, run_script
+from scripts import FOLDER, image_folder, run_script
 from tiny import tiny_pipeline
 from toys import assert_same, tensors
 
 from cm_diffusers import ConsistencyPipeline
-from cm_diffusers.image_models import DropoutConfig, StartConfig, load_image_model, set_dropout
+from cm_diffusers.averages import rebuild
+from cm_diffusers.dropout import DropoutConfig, set_dropout
+from cm_diffusers.evaluation.sampling import generate
+from cm_diffusers.image_models import StartConfig, load_image_model, load_vae
 from cm_diffusers.objectives.cd import CDConfig, CDObjective
 from cm_diffusers.objectives.ct import CTConfig, CTObjective
 from cm_diffusers.objectives.ect import ECTConfig, ECTObjective
 from cm_diffusers.objectives.edm import EDMConfig, EDMObjective
 from cm_diffusers.objectives.ict import ICTConfig, ICTObjective
 from cm_diffusers.objectives.slct import SLCTConfig, SLCTObjective
+from cm_diffusers.pipelines.latents import decode
+from cm_diffusers.process import DiscreteVP
 from cm_diffusers.record import read_record
-from cm_diffusers.sigma_views import EDMView, VPView
+from cm_diffusers.sigma_views import EDMView, VPView, check_sigmas
 
 
 SMALL = {
@@ -156,6 +171,9 @@ def test_a_text_student_is_sampled_as_it_was_trained(home, tmp_path, name) -> No
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     pipe("a coat", output_type="latent")
     assert pipe.scheduler.sigmas.tolist()[:3] == [14.5, 2.0, 0.5]
+    for steps, levels in {3: [14.5, 2.0, 0.5], 1: [14.5]}.items():
+        generate(pipe, ["a coat"], [0], steps, 1.0, 1)
+        assert pipe.scheduler.sigmas.tolist()[:-1] == levels
 
 
 def test_a_student_starts_as_its_diffusion_model(home, tmp_path) -> None:
@@ -201,11 +219,14 @@ def test_a_student_of_pixels_loads_without_this_package(home, tmp_path) -> None:
 def test_another_average_becomes_a_pipeline(home, tmp_path) -> None:
     settings = FROM_DATA["train_ict"] | COMMON | {"ema_sigma_rels": [0.05, 0.1]}
     run_script("train_ict", **of_data(home), **settings, output_dir=tmp_path / "run")
-    run_script("export_average", run_dir=tmp_path / "run", sigma_rel=0.1, step=4, output_dir=tmp_path / "average")
-    kept = load_file(tmp_path / "run" / "averages" / "step-4" / "0.1.safetensors")
+    run_script("export_average", run_dir=tmp_path / "run", sigma_rel=0.07, step=4, output_dir=tmp_path / "average")
+    assert f'from_pretrained("{(tmp_path / "average").name}")' in (tmp_path / "average" / "README.md").read_text()
+    rebuilt, _ = rebuild(tmp_path / "run", 0.07)
+    last = load_file(tmp_path / "run" / "averages" / "step-4" / "0.1.safetensors")
+    assert any(not torch.allclose(rebuilt[name], value, atol=1e-7) for name, value in last.items())
     found = ConsistencyPipeline.from_pretrained(tmp_path / "average").unet.state_dict()
-    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in kept.items())
-    assert "| sigma_rel | 0.1 |" in (tmp_path / "average" / "README.md").read_text()
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in rebuilt.items())
+    assert "| sigma_rel | 0.07 |" in (tmp_path / "average" / "README.md").read_text()
 
 
 def test_grids_show_the_student(home, tmp_path) -> None:
@@ -244,6 +265,10 @@ def test_norm_scales_are_frozen_for_slct_only(home, tmp_path) -> None:
         ("train_slct", {"train_batch_size": 1}, "--train_batch_size 2"),
         ("train_ict", {"ema_sigma_rels": [0.5]}, "between 0 and 0.288"),
         ("train_ict", {"recommended_sigmas": [0.8, 80]}, "descend"),
+        ("train_ict", {"validation_prompts": ["a coat"]}, "leave them out"),
+        ("train_ict", {"validation_nfe": [1, 20]}, "more than the 9 points"),
+        ("train_ict", {"validation_images": -1}, "must be at least 0"),
+        ("train_ict", {"resolution": 17}, "halves 17 to fractions"),
     ],
 )
 def test_wrong_input_ends_with_one_sentence(home, tmp_path, name, flags, sentence) -> None:
@@ -280,6 +305,20 @@ def test_models_that_cannot_be_started_from_are_refused(home, tmp_path) -> None:
     DDPMPipeline(learned, DDPMScheduler()).save_pretrained(tmp_path / "learned")
     with pytest.raises(ValueError, match="as many channels as it sees"):
         load_image_model(StartConfig(str(tmp_path / "learned")))
+    grey = UNet2DModel(sample_size=16, in_channels=1, out_channels=1, **SMALL)
+    DDPMPipeline(grey, DDPMScheduler()).save_pretrained(tmp_path / "grey")
+    with pytest.raises(ValueError, match="sees 1 channels, but images have 3"):
+        load_image_model(StartConfig(str(tmp_path / "grey")))
+    DDPMPipeline(UNet2DModel(None, 3, 3, **SMALL), DDPMScheduler()).save_pretrained(tmp_path / "any")
+    with pytest.raises(ValueError, match="no square sample_size"):
+        load_image_model(StartConfig(str(tmp_path / "any")))
+    unet, vqvae = UNet2DModel(16, 3, 3, **SMALL), VQModel(block_out_channels=(8,), norm_num_groups=4)
+    LDMPipeline(vqvae, unet, DDIMScheduler()).save_pretrained(tmp_path / "ldm")
+    with pytest.raises(ValueError, match="which also has vqvae"):
+        load_image_model(StartConfig(str(tmp_path / "ldm")))
+    run_script("train_ict", **of_data(home), **FROM_DATA["train_ict"], **COMMON, output_dir=tmp_path / "student")
+    with pytest.raises(ValueError, match="a consistency model already"):
+        load_image_model(StartConfig(str(tmp_path / "student" / "pipeline")))
 
 
 @pytest.mark.parametrize(
@@ -287,6 +326,7 @@ def test_models_that_cannot_be_started_from_are_refused(home, tmp_path) -> None:
     [
         ("ddpm", {"label_column": "label", "sigma_min": 0.011}, "takes no classes: leave out"),
         ("edm/pipeline", {"num_classes": 4}, "has 3 classes: leave out --num_classes."),
+        ("ddpm", {"resolution": 32, "sigma_min": 0.011}, "give --resolution 16"),
         ("ddpm", {}, "--sigma_min 0.002 is less noise than the network knows; give at least 0.01"),
         ("text", {"sigma_min": 0.03}, "--sigma_max 80.0 is more noise than the network knows; give at most 14.6"),
     ],
@@ -297,13 +337,50 @@ def test_what_a_start_cannot_do_is_said(home, tmp_path, model, flags, sentence) 
     assert sentence in str(ended.value)
 
 
-def test_a_vp_student_is_a_start_again(home, tmp_path) -> None:
-    """Its view is that of the diffusion model that it came from."""
-    run_script("tune_ect", **of_model(home, "ddpm"), **COMMON, sigma_min=0.011, output_dir=tmp_path / "run")
-    first = load_image_model(StartConfig(str(home / "ddpm"))).view
-    again = load_image_model(StartConfig(str(tmp_path / "run" / "pipeline"))).view
-    assert isinstance(again, VPView)
-    torch.testing.assert_close(again.process.alphas_cumprod, first.process.alphas_cumprod, rtol=0, atol=0)
+@pytest.mark.parametrize("recipe", ["cd_cifar10", "ect_cifar10"])
+def test_recipes_stay_within_what_their_start_knows(recipe) -> None:
+    """google/ddpm-cifar10-32 has diffusers' default schedule."""
+    words = shlex.split((FOLDER / "recipes" / f"{recipe}.args").read_text(), comments=True)
+    low, high = (float(words[words.index(f"--sigma_{name}") + 1]) for name in ("min", "max"))
+    check_sigmas(VPView(DiscreteVP.from_scheduler(DDPMScheduler()), "epsilon", 0.5), low, high)
+
+
+def test_a_curriculum_that_spans_the_training_keeps_its_length(home, tmp_path) -> None:
+    settings = of_data(home) | FROM_DATA["train_ict"] | COMMON
+    run_script("train_ict", **settings, output_dir=tmp_path / "run")
+    longer = settings | {"max_train_steps": 8, "resume_from_checkpoint": "latest"}
+    with pytest.raises(SystemExit, match="max_train_steps was 4, now 8"):
+        run_script("train_ict", **longer, output_dir=tmp_path / "run")
+
+
+def test_a_pipeline_is_never_exported_over_something(home, tmp_path) -> None:
+    settings = FROM_DATA["train_ict"] | COMMON | {"ema_sigma_rels": [0.1]}
+    run_script("train_ict", **of_data(home), **settings, output_dir=tmp_path / "run")
+    with pytest.raises(SystemExit, match="exists already: give a new folder"):
+        run_script("export_average", run_dir=tmp_path / "run", sigma_rel=0.1, output_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("layout", ["alone", "in a pipeline"])
+def test_a_vae_is_found_alone_and_in_a_pipeline(home, layout) -> None:
+    path = {"alone": home / "vae", "in a pipeline": home / "text"}[layout]
+    assert load_vae(str(path)).config.latent_channels == 4
+
+
+def test_a_vae_that_normalises_channels_is_refused(tmp_path) -> None:
+    vae = tiny_pipeline().vae
+    vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="normalises every channel"):
+        load_vae(str(tmp_path / "vae"))
+
+
+def test_latents_of_a_shifted_vae_come_back(home) -> None:
+    pipe = tiny_pipeline()
+    pipe.vae.register_to_config(shift_factor=0.5, scaling_factor=0.7)
+    pipe.is_xl = False
+    raw = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(decode(pipe, (raw - 0.5) * 0.7), pipe.vae.decode(raw).sample)
 
 
 def test_dropout_acts_where_it_should() -> None:

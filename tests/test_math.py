@@ -85,9 +85,13 @@ def test_distances_are_per_sample_and_symmetric(name):
     assert DISTANCES[name](x, x).tolist() == [0] * 5
 
 
-def test_rewind_rng_repeats_dropout_masks():
-    x = torch.ones(1000)
-    with rewind_rng(CPU):
+DEVICES = ["cpu", *[kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rewind_rng_repeats_dropout_masks(device):
+    x = torch.ones(1000, device=device)
+    with rewind_rng(torch.device(device)):
         first = F.dropout(x)
     second = F.dropout(x)
     assert torch.equal(first, second)

@@ -1,7 +1,8 @@
 """Distil a diffusion model into a consistency model: CD (2303.01469), of images alone, of classes or of text."""
 
 from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.image_models import DropoutConfig, StartConfig, load_image_model
+from cm_diffusers.dropout import DropoutConfig
+from cm_diffusers.image_models import StartConfig, load_image_model
 from cm_diffusers.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images, trainable_copy
 from cm_diffusers.networks import frozen_copy
 from cm_diffusers.objectives.cd import CDConfig, CDObjective

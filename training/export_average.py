@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.averages import rebuild
 from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.provenance import read_provenance
+from cm_diffusers.provenance import public, read_provenance
 from cm_diffusers.publish import save_pipeline
 from cm_diffusers.record import read_record
 
@@ -30,16 +30,18 @@ CONFIGS = (ExportConfig,)
 
 def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
+    if Path(config.output_dir).exists():
+        raise ValueError(f"--output_dir {config.output_dir} exists already: give a new folder.")
     average, step = rebuild(Path(config.run_dir), config.sigma_rel, config.step)
     source = Path(config.run_dir) / "pipeline"
     if not (source / "model_index.json").is_file():
         raise ValueError(f"{config.run_dir} has no folder pipeline: the training has not ended, or it made a LoRA.")
     provenance = read_provenance(source)
     settings = provenance.settings | {"sigma_rel": config.sigma_rel, "average_of_step": step}
+    provenance = replace(provenance, name=public(config.output_dir), settings=settings)
     pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     pipe.unet.load_state_dict(pipe.unet.state_dict() | average)
-    record, provenance = read_record(source), replace(provenance, settings=settings)
-    save_pipeline(pipe, Path(config.output_dir), config.save_fp16, record, provenance)
+    save_pipeline(pipe, Path(config.output_dir), config.save_fp16, read_record(source), provenance)
 
 
 if __name__ == "__main__":

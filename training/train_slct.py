@@ -6,6 +6,8 @@ from accelerate import PartialState
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.coupling import check_batch
+from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.image_models import NEW_MODEL_CONFIGS, NewModelConfig, new_image_model
 from cm_diffusers.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images
 from cm_diffusers.objectives.slct import SLCTConfig, SLCTObjective, freeze_norm_scales
@@ -28,6 +30,8 @@ def main() -> None:
     configs = parse_configs(CONFIGS, __doc__)
     given = dict(zip(CONFIGS, configs, strict=True))
     method = given[SLCTConfig]
+    if method.coupling == "ot":
+        check_batch(given[DataConfig].train_batch_size)
     seed_everything(given[TrainConfig].seed)
     model = new_image_model(*(given[kind] for kind in NEW_MODEL_CONFIGS), PartialState().device)
     objective = SLCTObjective(method, model.view)

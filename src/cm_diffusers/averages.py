@@ -4,6 +4,7 @@ A power-function average (2312.02696, Sec. 3.1) weighs the weights of step tau w
 the run. From a few of them, kept at every checkpoint, any other is rebuilt after training (Sec. 3.2).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from cm_diffusers.checkpoints import write_folder
 
 
+MOST_ERROR = 0.2  # of a rebuilt profile, relative, in the 2-norm
 SNAPSHOTS = "averages"  # folder of a run: step-<n>/<sigma_rel>.safetensors
 
 
@@ -148,16 +150,29 @@ def profile_product(step_a: float, gamma_a: float, step_b: float, gamma_b: float
 
 
 def rebuild_weights(kept: list[tuple[int, float]], step: int, sigma_rel: float) -> np.ndarray:
-    """Factors `(N,)` of N kept averages whose sum comes nearest to another one, in least squares of the profiles.
+    """Factors `(N,)` of N kept averages, 1 in all, whose sum comes nearest to another one in least squares of profiles.
 
     Args:
         kept: Step and sigma_rel of each.
         step, sigma_rel: Of the wanted one.
+
+    Raises:
+        ValueError: The kept ones are too few to come near it.
     """
     profiles = [(at, power_of(width)) for at, width in kept]
     gram = np.array([[profile_product(*a, *b) for b in profiles] for a in profiles])
     right = np.array([profile_product(*a, step, power_of(sigma_rel)) for a in profiles])
-    return np.linalg.lstsq(gram, right, rcond=None)[0]
+    ones = np.ones((len(kept), 1))
+    system = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])  # with a multiplier for the sum
+    weights = np.linalg.lstsq(system, np.append(right, 1), rcond=None)[0][:-1]
+    whole = profile_product(*[step, power_of(sigma_rel)] * 2)
+    error = math.sqrt(max(0, weights @ gram @ weights - 2 * weights @ right + whole) / whole)
+    if error > MOST_ERROR:
+        raise ValueError(
+            f"The {len(kept)} averages kept until step {step} come only within {error:.0%} of the profile of width "
+            f"{sigma_rel}: give a width between theirs, or keep more with a smaller --checkpointing_steps."
+        )
+    return weights
 
 
 def rebuild(run: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:

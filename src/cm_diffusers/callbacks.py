@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.networks import adapter_layers, adapters_off
+from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.trainer import Trainer
 from cm_diffusers.types import Loss
 
@@ -93,27 +94,44 @@ class ImageValidationConfig:
     validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2], help="Sampling steps, a row of the grid each.")
 
     def __post_init__(self) -> None:
-        for name, value in {"steps": self.validation_steps, "nfe": min(self.validation_nfe, default=1)}.items():
-            if value < 1:
-                raise ValueError(f"--validation_{name} must be at least 1, but it is {value}.")
+        values = {"steps": self.validation_steps, "nfe": min(self.validation_nfe, default=1)}
+        for name, value in {**values, "images": self.validation_images}.items():
+            if value < (least := int(name != "images")):
+                raise ValueError(f"--validation_{name} must be at least {least}, but it is {value}.")
 
 
 def image_grids(
-    config: ImageValidationConfig, make_pipeline: Callable[[nn.Module], DiffusionPipeline], reads_text: bool
+    config: ImageValidationConfig,
+    make_pipeline: Callable[[nn.Module], DiffusionPipeline],
+    scheduler: EDMConsistencyScheduler,
+    resolution: int | None = None,
 ) -> Callable[[Trainer, Loss], None]:
-    """As `sample_grid`, for models in EDM's coordinates, which most often take no prompts."""
+    """As `sample_grid`, for models in EDM's coordinates, which most often take no prompts.
+
+    Args:
+        scheduler: The pipeline's.
+        resolution: Of a model that reads text; None for one that does not.
+
+    Raises:
+        ValueError: The scheduler has not so many steps, or prompts are for nobody.
+    """
+    points, known = scheduler.config.num_train_timesteps, len(scheduler.config.recommended_sigmas)
+    if too_many := [steps for steps in config.validation_nfe if steps > points and steps != known]:
+        raise ValueError(f"--validation_nfe {too_many[0]} is more than the {points} points of the grid; give fewer.")
+    if config.validation_prompts and resolution is None:
+        raise ValueError("--validation_prompts are for a model that reads text: leave them out.")
     count, prompts = config.validation_images, config.validation_prompts or []
     captions = [prompts[i % len(prompts)] for i in range(count)] if prompts else [f"seed {i}" for i in range(count)]
 
     def sample(pipe: DiffusionPipeline, steps: int) -> Tensor:
         pipe.to(pipe.unet.device)
-        if reads_text:
-            return generate(pipe, captions, range(count), steps, 1.0, count)[0]
+        if resolution is not None:
+            return generate(pipe, captions, range(count), steps, 1.0, count, resolution)[0]
         return generate_unprompted(pipe, range(count), steps, count)[0]
 
     def callback(trainer: Trainer, loss: Loss) -> None:
         due = trainer.step % config.validation_steps == 0 and trainer.accelerator.is_main_process
-        if not due or not count or (reads_text and not prompts):
+        if not due or not count or (resolution is not None and not prompts):
             return
         with trainer.export_weights() as student:
             pipe = make_pipeline(student)

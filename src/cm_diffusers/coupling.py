@@ -20,6 +20,18 @@ def load_pot() -> ModuleType:
     return ot
 
 
+def check_batch(size: int) -> None:
+    """
+    Raises:
+        ValueError: There is nothing to choose from.
+    """
+    if size < 2:
+        raise ValueError(
+            f"Optimal transport matches samples within a batch, but this one has {size}; give --train_batch_size 2 or "
+            "more, or --coupling independent."
+        )
+
+
 def transport(x0: Tensor, noise: Tensor) -> Tensor:
     """The rows of `noise` `(B, ...)` in the order in which they are, together, nearest to the rows of x0 `(B, ...)`.
 
@@ -29,11 +41,7 @@ def transport(x0: Tensor, noise: Tensor) -> Tensor:
     Raises:
         ValueError: There is one sample only, or POT is missing.
     """
-    if len(x0) < 2:
-        raise ValueError(
-            f"Optimal transport matches samples within a batch, but this one has {len(x0)}; give --train_batch_size 2 "
-            "or more, or --coupling independent."
-        )
+    check_batch(len(x0))
     cost = torch.cdist(x0.flatten(1).double(), noise.flatten(1).double()).square()
     plan = load_pot().emd([], [], cost.cpu().numpy())
     return noise[torch.from_numpy(plan.argmax(1)).to(noise.device)]

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, ConsistencyModelPipeline, DiffusionPipeline, ModelMixin, UNet2DModel
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from transformers.hf_argparser import HfArg
 
@@ -21,7 +20,8 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.data.unprompted import LatentStatistics, measure_statistics, unprompted_batches
-from cm_diffusers.networks import LOADING, TeacherConfig, load_teacher
+from cm_diffusers.dropout import DropoutConfig, set_dropout
+from cm_diffusers.networks import LOADING, TeacherConfig, check_vae, load_teacher
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.process import DiscreteVP
@@ -69,24 +69,6 @@ class ClassConfig:
         default=None, help="Integer column with the class of an image; without, the network learns no classes."
     )
     num_classes: int | None = HfArg(default=None, help="Number of classes; that of the pretrained model by default.")
-
-
-@dataclass
-class DropoutConfig:
-    """Dropout of the trained network: both sides of a pair draw the same masks."""
-
-    dropout: float | None = HfArg(
-        default=None, help="Of the residual blocks; if not given, what the network's own settings say."
-    )
-    dropout_max_resolution: int | None = HfArg(
-        default=None, help="Only blocks of feature maps up to this size get --dropout, the others none."
-    )
-
-    def __post_init__(self) -> None:
-        if self.dropout is None and self.dropout_max_resolution is not None:
-            raise ValueError("--dropout_max_resolution says where --dropout acts, which is not given: give both.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout is {self.dropout}; give a probability of at least 0 and below 1.")
 
 
 NEW_MODEL_CONFIGS = (NewModelConfig, DataConfig, ClassConfig, DropoutConfig)  # what `new_image_model` takes
@@ -141,9 +123,12 @@ class ImageModel:
         if classes.num_classes not in (None, known) or (classes.label_column and known is None):
             found = "takes no classes" if known is None else f"has {known} classes"
             raise ValueError(f"The network {found}: leave out --num_classes{' and --label_column' * (known is None)}.")
-        options = {"label_column": classes.label_column, "num_classes": known}
+        options, downscale = {"label_column": classes.label_column, "num_classes": known}, 1
         if self.vae is not None:
-            options |= {"vae": Vae.from_model(self.vae), "statistics": self.statistics}
+            vae = Vae.from_model(self.vae)
+            options, downscale = options | {"vae": vae, "statistics": self.statistics}, vae.downscale
+        if (side := self.unet.config.sample_size * downscale) != data.resolution:
+            raise ValueError(f"The network is made for images of {side} pixels: give --resolution {side}.")
         return unprompted_batches(data, seed, rank, world_size, device, **options, sigma_data=self.view.sigma_data)
 
 
@@ -157,20 +142,17 @@ def load_image_model(config: StartConfig) -> ImageModel:
     index = _index(config)
     if any(name.startswith("text_encoder") for name in index):
         pipe = load_teacher(TeacherConfig(path, config.teacher_revision, config.teacher_variant))
-        view = _vp_view(pipe.scheduler, config.sigma_data or 1.0)
-        return ImageModel(pipe.unet, view, vae=pipe.vae, pipe=pipe)
-    loader = ConsistencyPipeline if index["_class_name"] in WITHOUT_PROMPT else DiffusionPipeline
+        return ImageModel(pipe.unet, _vp_view(pipe.scheduler, config.sigma_data, 1.0), vae=pipe.vae, pipe=pipe)
+    ours = index["_class_name"] in WITHOUT_PROMPT
+    loader = ConsistencyPipeline if ours else DiffusionPipeline
     pipe = loader.from_pretrained(path, revision=config.teacher_revision, variant=config.teacher_variant, **LOADING)
-    unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, UNet2DModel) or unet.config.in_channels != unet.config.out_channels:
-        raise ValueError(
-            f"{path} is a {type(pipe).__name__} with {type(unet).__name__}; give a model with a UNet2DModel that predicts "
-            "as many channels as it sees, or a Stable Diffusion pipeline."
-        )
-    unet.requires_grad_(False).eval()
-    if loader is DiffusionPipeline:
-        return ImageModel(unet, _vp_view(pipe.scheduler, config.sigma_data or 0.5))
-    return _of_images(path, pipe, config.sigma_data)
+    _check_start(path, pipe, ours)
+    pipe.unet.requires_grad_(False).eval()
+    return (
+        _edm_model(path, pipe, config.sigma_data)
+        if ours
+        else ImageModel(pipe.unet, _vp_view(pipe.scheduler, config.sigma_data, 0.5))
+    )
 
 
 def _index(config: StartConfig) -> dict:
@@ -182,44 +164,42 @@ def _index(config: StartConfig) -> dict:
         raise ValueError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
 
 
-def _vp_view(scheduler: object, sigma_data: float) -> VPView:
-    return VPView(DiscreteVP.from_scheduler(scheduler), scheduler.config.prediction_type, sigma_data)
+def _check_start(path: str, pipe: DiffusionPipeline, ours: bool) -> None:
+    unet, kind = getattr(pipe, "unet", None), type(pipe).__name__
+    if not isinstance(unet, UNet2DModel) or unet.config.in_channels != unet.config.out_channels:
+        raise ValueError(
+            f"{path} is a {kind} with {type(unet).__name__}; give a model with a UNet2DModel that predicts as many channels "
+            "as it sees, or a Stable Diffusion pipeline."
+        )
+    if not isinstance(unet.config.sample_size, int):
+        raise ValueError(f"The network of {path} has no square sample_size in its config; write it there.")
+    if ours and (pipe.scheduler.config.boundary_scalings, pipe.scheduler.gamma) != ("edm", 0):
+        raise ValueError(f"{path} is a consistency model already; give the diffusion model that it came from.")
+    if not ours and set(pipe.components) != {"unet", "scheduler"}:
+        found = ", ".join(sorted(set(pipe.components) - {"unet", "scheduler"}))
+        raise ValueError(
+            f"{path} is a {kind}, which also has {found}; give a model of pixels, or one of train_edm.py."
+        )
+    if getattr(pipe, "vae", None) is None and unet.config.in_channels != 3:
+        raise ValueError(f"The network of {path} sees {unet.config.in_channels} channels, but images have 3 here.")
 
 
-def _of_images(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> ImageModel:
-    """A model of this package."""
+def _vp_view(scheduler: object, sigma_data: float | None, default: float) -> VPView:
+    process = DiscreteVP.from_scheduler(scheduler)
+    return VPView(process, scheduler.config.prediction_type, default if sigma_data is None else sigma_data)
+
+
+def _edm_model(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> ImageModel:
+    """A diffusion model of this package."""
     settings = pipe.scheduler.config
     if sigma_data is not None and sigma_data != settings.sigma_data:
         raise ValueError(
             f"--sigma_data is {sigma_data}, but {path} was trained with {settings.sigma_data}: leave it out."
         )
-    view = EDMView(settings.sigma_data, settings.noise_conditioning)
-    if settings.network == "vp":
-        view = _vp_view(pipe.scheduler, settings.sigma_data)
     mean, std = pipe.config.get("latents_mean"), pipe.config.get("latents_std")
+    statistics = None if std is None else LatentStatistics(mean, std)
     vae = None if pipe.vae is None else pipe.vae.requires_grad_(False).eval()
-    return ImageModel(pipe.unet, view, vae=vae, statistics=None if std is None else LatentStatistics(mean, std))
-
-
-def set_dropout(unet: ModelMixin, config: DropoutConfig) -> None:
-    """Sets the dropout of the residual blocks, in place.
-
-    Raises:
-        ValueError: No block is as small as the config says.
-    """
-    if config.dropout is None:
-        return
-    side, lowest = unet.config.sample_size, len(unet.down_blocks) - 1
-    most = side if config.dropout_max_resolution is None else config.dropout_max_resolution
-    if (least := side >> lowest) > most:
-        raise ValueError(
-            f"--dropout_max_resolution is {most}, but no block is smaller than {least}: give at least that."
-        )
-    levels = [*enumerate(unet.down_blocks), *enumerate(reversed(unet.up_blocks)), (lowest, unet.mid_block)]
-    for level, block in levels:
-        for module in block.modules() if block is not None else ():
-            if isinstance(module, ResnetBlock2D):
-                module.dropout.p = config.dropout if side >> level <= most else 0.0
+    return ImageModel(pipe.unet, EDMView(settings.sigma_data, settings.noise_conditioning), vae, statistics)
 
 
 def new_image_model(
@@ -239,7 +219,7 @@ def new_image_model(
     vae = statistics = None
     size, channels = data.resolution, 3
     if config.pretrained_vae is not None:
-        vae = _load_vae(config.pretrained_vae)
+        vae = load_vae(config.pretrained_vae)
         encoder = Vae.from_model(vae)
         statistics = measure_statistics(data, encoder, device)
         size, channels = size // encoder.downscale, vae.config.latent_channels
@@ -248,12 +228,17 @@ def new_image_model(
     return ImageModel(unet.train(), EDMView(config.sigma_data, config.noise_conditioning), vae, statistics)
 
 
-def _load_vae(path: str) -> AutoencoderKL:
-    folder = "vae" if (Path(path) / "vae").is_dir() or not Path(path).exists() else None
+def load_vae(path: str) -> AutoencoderKL:
+    """Of a folder or repository of its own, or of a pipeline's."""
     try:
-        return AutoencoderKL.from_pretrained(path, subfolder=folder, **LOADING).requires_grad_(False).eval()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--pretrained_vae {path} does not load: {str(error).splitlines()[0]}") from error
+        vae = AutoencoderKL.from_pretrained(path, **LOADING)
+    except (OSError, ValueError) as alone:
+        try:
+            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **LOADING)
+        except (OSError, ValueError):
+            raise ValueError(f"--pretrained_vae {path} does not load: {str(alone).splitlines()[0]}") from alone
+    check_vae(path, vae)
+    return vae.requires_grad_(False).eval()
 
 
 def _new_unet(path: str, size: int, channels: int, num_classes: int | None) -> UNet2DModel:
@@ -265,6 +250,15 @@ def _new_unet(path: str, size: int, channels: int, num_classes: int | None) -> U
     if clash := sorted(settings.keys() & derived.keys()):
         raise ValueError(f"--unet_config {path} sets {', '.join(clash)}, which follow from the data: leave them out.")
     try:
-        return UNet2DModel(**settings, **derived)
+        unet = UNet2DModel(**settings, **derived)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--unet_config {path} is no UNet2DModel: {error}") from error
+    if size % (factor := 2 ** (len(unet.down_blocks) - 1)):
+        raise ValueError(
+            f"The network of --unet_config {path} halves {size} to fractions: give it a multiple of {factor}."
+        )
+    if unet.config.time_embedding_type != "positional":
+        raise ValueError(
+            f"--unet_config {path}: time_embedding_type must be positional, for noise is told as a logarithm."
+        )
+    return unet

@@ -13,8 +13,9 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.callbacks import ImageValidationConfig, image_grids
 from cm_diffusers.data.sources import DataConfig, refuse_changed, source_name
+from cm_diffusers.dropout import DropoutConfig, set_dropout
 from cm_diffusers.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.image_models import ClassConfig, DropoutConfig, ImageModel, NewModelConfig, StartConfig, set_dropout
+from cm_diffusers.image_models import ClassConfig, ImageModel, NewModelConfig, StartConfig
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.provenance import describe_run
 from cm_diffusers.publish import save_pipeline
@@ -104,7 +105,8 @@ def train_images(
     if nets.target is None or hasattr(objective, "target_decay"):
         refuse_changed(train, "ema_decay", f"with {name}: it has no averaged target, or one on a schedule")
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    grids = image_grids(validation, lambda unet: model.sampler(unet, scheduler), reads_text=model.pipe is not None)
+    resolution = None if model.pipe is None else data.resolution
+    grids = image_grids(validation, lambda unet: model.sampler(unet, scheduler), scheduler, resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
     rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device

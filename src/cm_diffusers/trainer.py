@@ -74,7 +74,8 @@ class TrainConfig:
 class Objective(Protocol):
     """A method. `players` maps a field of `Networks` to that player's loss; None (never the first's) skips its turn.
 
-    With a method `target_decay(progress)`, that is the rate of the EMA target instead of the config's.
+    With a method `target_decay(progress)`, that is the rate of the EMA target instead of the config's. With
+    `spans_training` true, its curriculum spans the training, whose length a resume must not change then.
     """
 
     players: dict[str, Callable[[Networks, Batch, Progress], Loss | None]]
@@ -112,6 +113,8 @@ class Trainer:
         self.identity = run_identity(
             type(objective).__name__, self.accelerator.num_processes, config, objective.config, *settings, **optims
         )
+        if getattr(objective, "spans_training", False):
+            self.identity["max_train_steps"] = config.max_train_steps
         resume_path = self._open_folder()
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         for _, module in nets.items():

@@ -96,7 +96,7 @@ def generate(
             `width`.
         prompts: N prompts.
         seeds: N seeds, of CPU generators, so that they mean the same on every device.
-        num_inference_steps: Steps of the pipeline's scheduler.
+        num_inference_steps: Steps; the scheduler's `recommended_sigmas` are taken if they are so many.
         guidance_scale: In the pipeline's own convention.
         batch_size: Images drawn at once.
         resolution: Height and width in pixels; None: the pipeline's default.
@@ -106,7 +106,7 @@ def generate(
     """
 
     def ask(rows: slice, steps: int) -> dict[str, Any]:
-        arguments = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        arguments = {**_schedule(pipe, steps), "guidance_scale": guidance_scale}
         if resolution is not None:
             arguments |= {"height": resolution, "width": resolution}
         return {"prompt": list(prompts[rows]), **arguments}
@@ -130,15 +130,18 @@ def generate_unprompted(
         batch_size: Images drawn at once.
         class_labels: N classes, for a network that takes them.
     """
-    recommended = pipe.scheduler.config.get("recommended_sigmas") or []
 
     def ask(rows: slice, steps: int) -> dict[str, Any]:
-        schedule = {"sigmas": recommended} if len(recommended) == steps else {"num_inference_steps": steps}
         labels = {} if class_labels is None else {"class_labels": list(class_labels[rows])}
-        return {"batch_size": len(seeds[rows]), **schedule, **labels}
+        return {"batch_size": len(seeds[rows]), **_schedule(pipe, steps), **labels}
 
     images, seconds = _drawn(pipe, ask, seeds, num_inference_steps, batch_size)
     return images.expand(-1, 3, -1, -1), seconds
+
+
+def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
+    recommended = pipe.scheduler.config.get("recommended_sigmas") or []
+    return {"sigmas": recommended} if len(recommended) == steps else {"num_inference_steps": steps}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Consistency distillation of a diffusion teacher in EDM's coordinates (2303.01469, Alg. 2)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +38,8 @@ class CDConfig:
             raise ValueError(f"--num_scales must be at least 2, but it is {self.num_scales}.")
         if self.rho <= 0:
             raise ValueError(f"--rho must be positive, but it is {self.rho}.")
+        if not -1 <= self.w < math.inf:
+            raise ValueError(f"--w is {self.w}, but guidance is a number from -1 on; 0 is none.")
         if self.loss_type not in ("l2", "l1", "lpips"):
             raise ValueError(f"Unknown --loss_type {self.loss_type!r}; one of l2, l1, lpips.")
 

@@ -54,6 +54,8 @@ class CTObjective:
         lpips: For lpips, what compares images, see `perceptual`; the package lpips if None.
     """
 
+    spans_training = True
+
     def __init__(self, config: CTConfig, view: View, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view = config, view

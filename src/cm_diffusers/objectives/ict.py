@@ -51,6 +51,8 @@ class ICTObjective:
         view: How the student is called.
     """
 
+    spans_training = True
+
     def __init__(self, config: ICTConfig, view: View) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view = config, view

@@ -67,6 +67,8 @@ class SLCTObjective:
         view: How the student is called.
     """
 
+    spans_training = True
+
     def __init__(self, config: SLCTConfig, view: View) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         if config.coupling == "ot":

@@ -40,7 +40,7 @@ def _affine(vae: ModelMixin, like: Tensor) -> tuple[float | Tensor, float | Tens
     """Scale and mean (1, C, 1, 1) by which latents differ from what the VAE computes."""
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
-        return vae.config.scaling_factor, 0.0
+        return vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
     mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (mean, std))
     return vae.config.scaling_factor / std, mean
 

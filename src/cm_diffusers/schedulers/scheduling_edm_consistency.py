@@ -60,7 +60,6 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     Attributes:
         sigmas: The noise levels `(steps + 1,)` in float64, the last is that of the result; at first the whole grid.
         noise_sampler: As in `ConsistencyScheduler`.
-        alphas_cumprod: Of a network of kind "vp" `(num_vp_timesteps,)`.
     """
 
     _compatibles = ["CMStochasticIterativeScheduler"]
@@ -99,7 +98,6 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
             stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
-            self.alphas_cumprod = stock.alphas_cumprod
             self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod)
             self._kind.check(sigma_min, sigma_max)
         else:

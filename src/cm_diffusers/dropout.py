@@ -1,0 +1,46 @@
+"""Dropout of diffusers' UNets, after they are made."""
+
+from dataclasses import dataclass
+
+from diffusers import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from transformers.hf_argparser import HfArg
+
+
+@dataclass
+class DropoutConfig:
+    """Dropout of the trained network: both sides of a pair draw the same masks."""
+
+    dropout: float | None = HfArg(
+        default=None, help="Of the residual blocks; if not given, what the network's own settings say."
+    )
+    dropout_max_resolution: int | None = HfArg(
+        default=None, help="Only blocks of feature maps up to this size get --dropout, the others none."
+    )
+
+    def __post_init__(self) -> None:
+        if self.dropout is None and self.dropout_max_resolution is not None:
+            raise ValueError("--dropout_max_resolution says where --dropout acts, which is not given: give both.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout is {self.dropout}; give a probability of at least 0 and below 1.")
+
+
+def set_dropout(unet: ModelMixin, config: DropoutConfig) -> None:
+    """Sets the dropout of the residual blocks, in place.
+
+    Raises:
+        ValueError: No block is as small as the config says.
+    """
+    if config.dropout is None:
+        return
+    side, lowest = unet.config.sample_size, len(unet.down_blocks) - 1
+    most = side if config.dropout_max_resolution is None else config.dropout_max_resolution
+    if (least := side >> lowest) > most:
+        raise ValueError(
+            f"--dropout_max_resolution is {most}, but no block is smaller than {least}: give at least that."
+        )
+    levels = [*enumerate(unet.down_blocks), *enumerate(reversed(unet.up_blocks)), (lowest, unet.mid_block)]
+    for level, block in levels:
+        for module in block.modules() if block is not None else ():
+            if isinstance(module, ResnetBlock2D):
+                module.dropout.p = config.dropout if side >> level <= most else 0.0
