@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "model_cards/teacher-fashion.md", ROOT / "assets/fashion_teacher/README.md"]
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RESULTS = "results/students"
-STUDENTS = {"fashion_lcm": ("lcm-fashion", "LCM"), "fashion_lcm_lora": ("lcm-lora-fashion", "LCM-LoRA")}
+STUDENTS = {
+    "fashion_lcm": ("lcm-fashion", "LCM"),
+    "fashion_lcm_lora": ("lcm-lora-fashion", "LCM-LoRA"),
+    "fashion_scott": ("scott-fashion", "SCott"),
+}
 
 
 def with_tables(text: str) -> str:
