@@ -1,7 +1,7 @@
 """A student's own defaults, and sampling between re-noising and determinism, without installing cm_diffusers.
 
 A single file for `custom_pipeline`. It needs diffusers alone and serves Stable Diffusion shaped students of cm_diffusers
-and published LCMs (what Stable Diffusion XL shaped ones need, the stock pipeline does). Put it beside the weights as
+and published LCMs (what LCMs of Stable Diffusion XL's shape need, the stock pipeline does). Put it beside the weights as
 `pipeline.py`, or name it:
 
     from diffusers import DiffusionPipeline
@@ -12,18 +12,23 @@ and published LCMs (what Stable Diffusion XL shaped ones need, the stock pipelin
     image = pipe("a photo of a bag").images[0]  # steps and guidance as the student wants them
     image = pipe("a photo of a bag", gamma=0.0).images[0]  # deterministic
 
-What the stock pipelines lack: they neither read `cm_diffusers.json` nor refuse a negative prompt that cannot act, and
-LatentConsistencyModelPipeline cannot sample with TCD's stochasticity.
+What the stock pipelines lack: they neither read `cm_diffusers.json` nor refuse a negative prompt that cannot act,
+LatentConsistencyModelPipeline cannot sample with TCD's stochasticity, and none samples students of CD and ECT, whose noise
+levels `sigmas` names.
 """
 
 import json
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import ConfigMixin, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
@@ -82,6 +87,146 @@ class StochasticLCMScheduler(LCMScheduler):
         return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
 
 
+class StudentScheduler(SchedulerMixin, ConfigMixin):
+    """Consistency sampling (2303.01469, Algorithm 1) in x = x0 + sigma noise, by all that the scheduler's config says.
+
+    Such students are saved with `CMStochasticIterativeScheduler`, which reads a part of the fields and keeps the others.
+    They mean what they mean to `EDMConsistencyScheduler` of cm_diffusers, whose steps these are.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 40,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        s_noise: float = 1.0,
+        rho: float = 7.0,
+        clip_denoised: bool = True,
+        boundary_scalings: str = "cm",
+        noise_conditioning: str = "adm",
+        gamma: float = 1.0,
+        network: str = "edm",
+        prediction_type: str = "epsilon",
+        num_vp_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        recommended_sigmas: list[float] | None = None,
+    ) -> None:
+        ends = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+        grid = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** rho
+        grid[0], grid[-1] = sigma_min, sigma_max
+        self.grid = grid.flip(0).tolist()
+        self.floor = sigma_min if boundary_scalings == "cm" else 0.0  # the noise level of f
+        if network == "vp":
+            betas = (beta_start, beta_end, beta_schedule, trained_betas)
+            stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
+            signal = stock.alphas_cumprod[stock.alphas_cumprod > 0].double()
+            self.log_sigmas = -torch.logit(signal).numpy() / 2
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, **changes: Any) -> "StudentScheduler":
+        """Samples by the config of a scheduler."""
+        fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        return cls.from_config(fields, **changes)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the noise levels: some of the grid, its places counted from the end, these, or the recommended ones."""
+        points = len(self.grid)
+        if num_inference_steps is None and timesteps is None and sigmas is None:
+            sigmas = self.config.recommended_sigmas
+        if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("Give exactly one of num_inference_steps, timesteps and sigmas.")
+        if num_inference_steps is not None:
+            if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= points:
+                raise ValueError(
+                    f"num_inference_steps must be a whole number from 1 to {points}, got {num_inference_steps!r}."
+                )
+            sigmas = self.grid[:: points // num_inference_steps][:num_inference_steps]
+        elif timesteps is not None:
+            if not all(isinstance(place, Integral) and 0 <= place < points for place in timesteps):
+                raise ValueError(f"timesteps must be whole numbers from {points - 1} down to 0, got {timesteps}.")
+            sigmas = [self.grid[place] for place in reversed(timesteps)]
+        levels, low, high = [float(sigma) for sigma in sigmas], self.config.sigma_min, self.config.sigma_max
+        known = bool(levels) and all(low <= level <= high for level in levels)
+        if not known or any(a <= b for a, b in pairwise(levels)):
+            raise ValueError(f"Noise levels must descend, from at most {high} to at least {low}; got {levels}.")
+        self.sigmas = torch.tensor([*levels, self.floor], dtype=torch.float64)
+        times = self._told(self.sigmas[:-1])
+        self.timesteps = times.to(device, torch.float32) if str(device).startswith("mps") else times.to(device)
+        self.init_noise_sigma, self.num_inference_steps, self.done = levels[0], len(levels), 0
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """What the network is shown `(B, ...)`."""
+        std = 1.0 if self.config.network == "vp" else self.config.sigma_data
+        return sample * float(1 / (self.sigmas[self.done] ** 2 + std**2).sqrt())
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
+        """The next step of the schedule; all tensors `(B, ...)`: f = c_skip x + c_out F, and noise to the level after it."""
+        sigma, following = self.sigmas[self.done], self.sigmas[self.done + 1]
+        x = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
+        denoised = result = self._consistency(model_output.to(x.dtype), sigma, x)
+        self.done += 1
+        if self.done < self.num_inference_steps:
+            gamma = self.config.gamma
+            above, level = ((float(one) ** 2 - self.floor**2) ** 0.5 for one in (sigma, following))
+            if gamma < 1:
+                result = result + level * (1 - gamma) / above * (x - denoised)
+            if gamma > 0:
+                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+                result = result + level * (1 - (1 - gamma) ** 2) ** 0.5 * self.config.s_noise * noise.to(x.dtype)
+        output = LCMSchedulerOutput(result.to(sample.dtype), denoised.to(sample.dtype))
+        return output if return_dict else output.to_tuple()
+
+    def _told(self, sigmas: Tensor) -> Tensor:
+        """What the network is told of noise levels `(N,)`: its own time, or a logarithm."""
+        if self.config.network == "vp":
+            times = np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
+            return torch.as_tensor(times)
+        return sigmas.log() / 4 if self.config.noise_conditioning == "edm" else 1000 * torch.log(sigmas + 1e-44) / 4
+
+    def _consistency(self, output: Tensor, sigma: Tensor, x: Tensor) -> Tensor:
+        """f(x, sigma), exactly x at sigma = floor."""
+        std, shifted = self.config.sigma_data, sigma - self.floor
+        c_skip = 1 / (1 + (shifted / std) ** 2)
+        c_out = shifted * std * (1 / (sigma**2 + std**2).sqrt())
+        on_x, on_output = map(float, self._as_edm(sigma))
+        c_skip, c_out = float(c_skip), float(c_out)
+        f = (c_skip + c_out * on_x) * x + c_out * on_output * output
+        return f.clamp(-1, 1) if self.config.clip_denoised else f
+
+    def _as_edm(self, sigma: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """on_x and on_output with F = on_x x + on_output output, where the network is one of EDM or not."""
+        if self.config.network == "edm":
+            return 0.0, 1.0
+        std = self.config.sigma_data
+        edm, vp = (sigma**2 + std**2).sqrt(), (1 + sigma**2).sqrt()
+        if self.config.prediction_type == "epsilon":
+            return sigma / (std * edm), -edm / std
+        if self.config.prediction_type == "v_prediction":
+            return sigma * (1 - std**2) / (std * vp**2 * edm), -edm / (std * vp)
+        return -std / (sigma * edm), edm / (sigma * std)
+
+
 class PortableConsistencyPipeline(StableDiffusionPipeline):
     """`StableDiffusionPipeline` that reads how its student was made."""
 
@@ -98,21 +243,24 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
         prompt: str | list[str] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        gamma: float = 1.0,
+        gamma: float | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Images from prompts.
 
         Args:
             num_inference_steps, guidance_scale: By default what the student's record recommends.
-            gamma: Share of fresh noise in each step.
+            gamma: Share of fresh noise in each step; by default 1, or what the scheduler says.
+            timesteps, sigmas: Instead of a number of steps, descending; sigmas are noise levels, for students of CD and ECT.
             kwargs: The other arguments of `StableDiffusionPipeline.__call__`.
 
         Raises:
             ValueError: A negative prompt for a student that has no unconditional branch, or gamma or the number of steps is
                 out of range.
         """
-        if not 0 <= gamma <= 1:
+        if gamma is not None and not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
         embedded = self.unet.config.time_cond_proj_dim is not None
         if embedded and kwargs.get("negative_prompt") is not None:
@@ -120,18 +268,35 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
                 "This student has no unconditional branch, so a negative prompt cannot act; leave it out."
             )
         defaults = PAPER | ({} if embedded else {"recommended_guidance_scale": 1.0}) | self.record
+        if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) > 1:
+            raise ValueError("Give num_inference_steps, timesteps or sigmas, not more than one of them.")
         steps = defaults["recommended_num_inference_steps"] if num_inference_steps is None else num_inference_steps
         if not isinstance(steps, Integral) or steps < 1:
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}.")
-        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
-        self.scheduler = StochasticLCMScheduler.from_config(config)
-        self.scheduler.gamma = gamma
-        return super().__call__(
-            prompt,
-            num_inference_steps=steps,
-            guidance_scale=defaults["recommended_guidance_scale"] if guidance_scale is None else guidance_scale,
-            **kwargs,
-        )
+        if num_inference_steps is None and timesteps is None and sigmas is None:
+            sigmas = self.scheduler.config.get("recommended_sigmas")
+        stock, self.scheduler = self.scheduler, _sampler(self.scheduler, gamma)
+        try:
+            return super().__call__(
+                prompt,
+                num_inference_steps=steps,
+                timesteps=timesteps,
+                sigmas=sigmas,
+                guidance_scale=defaults["recommended_guidance_scale"] if guidance_scale is None else guidance_scale,
+                **kwargs,
+            )
+        finally:
+            self.scheduler = stock
+
+
+def _sampler(scheduler: SchedulerMixin, gamma: float | None) -> StudentScheduler | StochasticLCMScheduler:
+    """For students of CD and ECT, whose scheduler says how the network is told of noise, or for LCMs."""
+    if "network" in scheduler.config:
+        return StudentScheduler.of(scheduler, **({} if gamma is None else {"gamma": gamma}))
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    sampler = StochasticLCMScheduler.from_config(config)
+    sampler.gamma = 1.0 if gamma is None else gamma
+    return sampler
 
 
 def _read(source: str) -> dict[str, Any]:

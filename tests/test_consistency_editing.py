@@ -284,8 +284,8 @@ def test_refuses_what_cannot_be_done(editor: DiffusionPipeline, arguments: tuple
 
 
 def test_refuses_other_requests(editor: DiffusionPipeline, module) -> None:
-    with pytest.raises(ValueError, match="takes no sigmas; give timesteps"):
-        editor("inpainting", images(), mask(), sigmas=[80.0])
+    with pytest.raises(ValueError, match="Noise levels must descend"):
+        editor("inpainting", images(), mask(), sigmas=[0.8, 80.0])
     with pytest.raises(ValueError, match="Found 1 generators for 2 images"):
         editor("inpainting", images(), mask(), generator=[torch.Generator()], **PLACES)
     with pytest.raises(ValueError, match="network of 4 channels sees none"):

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from test_model_card import PROVENANCE_OF_IT, SETTING, SomeConfig
 from test_publish_images import CLASSES, saved, scheduler_of, student, unet2d, vp_view
 from tiny import tiny_pipeline, tiny_unet
+from tiny_xl import tiny_xl_pipeline, tiny_xl_unet
 
 from cm_diffusers import hub
 from cm_diffusers import provenance as module
@@ -314,12 +315,72 @@ class TestSharing:
         with pytest.raises(ValueError, match=message):
             prepare(ShareConfig(str(stock), pipeline_file=str(PIPELINES / "consistency_text_to_image.py")))
 
-    def test_none_replaces_the_package(self, tmp_path: Path) -> None:
-        pipe = text_pipeline(tiny_pipeline(), tiny_unet(), scheduler_of(vp_view()))
+    @staticmethod
+    def text(folder: Path, pipe=None) -> Path:
+        pipe = pipe or text_pipeline(tiny_pipeline(), tiny_unet(), scheduler_of(vp_view()))
         record = images_record("cd", "ada/teacher", "distilled", 0.0, pipe.scheduler, 1)
-        save_pipeline(pipe, tmp_path / "text", False, record, PROVENANCE_OF_IT)
-        file = str(PIPELINES / "consistency_text_to_image.py")
-        for folder in (self.finished("latents", tmp_path), tmp_path / "text"):
-            with pytest.raises(ValueError, match="without this package, which cannot load the scheduler of"):
-                prepare(ShareConfig(str(folder), pipeline_file=file))
-            assert not (folder / "pipeline.py").exists()
+        xl = getattr(pipe, "text_encoder_2", None) is not None
+        provenance = replace(PROVENANCE_OF_IT, family="stable-diffusion-xl" if xl else "stable-diffusion")
+        save_pipeline(pipe, folder, False, record, provenance)
+        return folder
+
+    @pytest.mark.parametrize("kind", ["latents", "text"])
+    def test_one_that_replaces_the_package(self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = self.text(tmp_path / "text") if kind == "text" else self.finished(kind, tmp_path)
+        file = {"latents": "consistency_images.py", "text": "consistency_text_to_image.py"}[kind]
+        monkeypatch.chdir(folder.parent)
+        name = "diffusers_modules.local.pipeline"  # diffusers runs every pipeline.py in the same module
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        prepare(ShareConfig(folder.name, pipeline_file=str(PIPELINES / file)), folder.name)
+        card = (folder / "README.md").read_text()
+        assert PACKAGE_NEEDED not in card
+        package, beside = codes(card)
+        assert "cm_diffusers" in package
+        names = {}
+        exec(beside, names)
+        assert type(names["pipe"]).__name__.startswith("Portable")
+        images = [names["image"]] if kind == "text" else names["images"]
+        assert {image.size for image in images} == {(32, 32)}
+        if kind == "latents":
+            assert len(images) == 2
+
+    @pytest.mark.parametrize(
+        ("kind", "file", "message"),
+        [
+            ("latents", "editing", "leaves out vae of .*; give another"),
+            ("latents", "text_to_image", "needs text_encoder, tokenizer, which"),
+            ("text", "images", "leaves out text_encoder, tokenizer of"),
+            ("xl", "text_to_image", "leaves out text_encoder_2, tokenizer_2 of"),
+            ("epsilon", "editing", "asks for task, image, but .* needs one that samples, for diffusers alone cannot"),
+        ],
+    )
+    def test_none_that_does_not_serve(self, kind: str, file: str, message: str, tmp_path: Path) -> None:
+        if kind in ("text", "xl"):
+            xl = text_pipeline(tiny_xl_pipeline(), tiny_xl_unet(), scheduler_of(vp_view())) if kind == "xl" else None
+            folder = self.text(tmp_path / kind, xl)
+        else:
+            folder = self.finished(kind, tmp_path)
+        with pytest.raises(ValueError, match=message):
+            prepare(ShareConfig(str(folder), pipeline_file=str(PIPELINES / f"consistency_{file}.py")))
+        assert not (folder / "pipeline.py").exists()
+
+    def test_none_for_a_folder_that_names_our_scheduler(self, tmp_path: Path) -> None:
+        folder = self.text(tmp_path / "text")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["cm_diffusers.schedulers.scheduling_edm_consistency", "EDMConsistencyScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="without this package, which cannot load the scheduler of"):
+            prepare(ShareConfig(str(folder), pipeline_file=str(PIPELINES / "consistency_text_to_image.py")))
+
+    def test_what_samples_a_student_that_has_no_file(self, tmp_path: Path) -> None:
+        xl = text_pipeline(tiny_xl_pipeline(), tiny_xl_unet(), scheduler_of(vp_view()))
+        end = {
+            "latents": ", or its single file `pipelines/consistency_images.py` given as `custom_pipeline`.",
+            "text": ", or its single file `pipelines/consistency_text_to_image.py` given as `custom_pipeline`.",
+            "xl": ".",
+        }
+        latents = self.finished("latents", tmp_path)
+        prepare(ShareConfig(str(latents)))
+        folders = {"latents": latents, "text": self.text(tmp_path / "text"), "xl": self.text(tmp_path / "xl", xl)}
+        for kind, folder in folders.items():
+            assert f"\n\n{PACKAGE_NEEDED}{end[kind]}\n\n" in (folder / "README.md").read_text()

@@ -11,7 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import ConsistencyModelPipeline, DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DModel
+from diffusers import (
+    AutoPipelineForText2Image,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LCMScheduler,
+    UNet2DModel,
+)
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet, tiny_vae
 from tiny_xl import tiny_xl_pipeline, tiny_xl_unet
 
@@ -234,6 +242,75 @@ def test_a_diffusion_model_is_sampled_by_euler_steps() -> None:
         x = x + (following - sigma) * (x - denoised) / sigma
     found = pipe(latents=start, sigmas=sigmas[:-1], output_type="latent").images
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+def entries(folder: Path) -> dict[str, list]:
+    index = json.loads((folder / "model_index.json").read_text())
+    return {name: entry for name, entry in index.items() if isinstance(entry, list) and isinstance(entry[0], str)}
+
+
+def config_of(scheduler) -> dict[str, object]:
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def text_folder(folder: Path, prediction_type: str = "epsilon") -> tuple[Path, ConsistencyPipeline]:
+    teacher = tiny_pipeline(prediction_type=prediction_type)
+    scheduler = scheduler_of(vp_view(prediction_type), "edm", [14.0, 0.9])
+    pipe = text_pipeline(teacher, tiny_unet(), scheduler)
+    save_pipeline(pipe, folder, False, images_record("ect", "a/b", "distilled", 0.0, pipe.scheduler, 2))
+    return folder, pipe
+
+
+class TestEntries:
+    """Every folder names the stock scheduler; with the package, none samples with it what it would sample wrongly."""
+
+    @pytest.mark.parametrize("kind", [kind for kind in STUDENTS if kind != "pixels"])
+    def test_without_prompts(self, kind: str, tmp_path: Path) -> None:
+        pipe, _ = student(kind)
+        folder = saved(pipe, tmp_path / "student")
+        assert type(pipe.scheduler) is EDMConsistencyScheduler  # saving changes nothing here
+        assert pipe.config["scheduler"][1] == "EDMConsistencyScheduler"
+        assert {library for library, _ in entries(folder).values()} == {"diffusers"}
+        assert entries(folder)["scheduler"] == ["diffusers", "CMStochasticIterativeScheduler"]
+        stock = CMStochasticIterativeScheduler.from_pretrained(folder, subfolder="scheduler")
+        assert config_of(stock) == config_of(pipe.scheduler)
+        for loader in (DiffusionPipeline, ConsistencyPipeline, ConsistencyImagesPipeline):
+            again = loader.from_pretrained(folder)
+            assert type(again) is ConsistencyImagesPipeline
+            assert type(again.scheduler) is EDMConsistencyScheduler
+            assert config_of(again.scheduler) == config_of(pipe.scheduler)
+        again.save_pretrained(tmp_path / "again")
+        assert entries(tmp_path / "again") == entries(folder)
+
+    def test_of_text(self, tmp_path: Path) -> None:
+        folder, pipe = text_folder(tmp_path / "student")
+        assert entries(folder)["scheduler"] == ["diffusers", "CMStochasticIterativeScheduler"]
+        assert {library for library, _ in entries(folder).values()} == {"diffusers", "transformers"}
+        for loader in (DiffusionPipeline, AutoPipelineForText2Image, ConsistencyPipeline):
+            again = loader.from_pretrained(folder)
+            assert type(again) is ConsistencyPipeline
+            assert type(again.scheduler) is EDMConsistencyScheduler
+            assert config_of(again.scheduler) == config_of(pipe.scheduler)
+
+    def test_older_folders_name_our_class(self, tmp_path: Path) -> None:
+        folder, pipe = text_folder(tmp_path / "student")
+        index = json.loads((folder / "model_index.json").read_text())
+        name = "EDMConsistencyScheduler"
+        index["scheduler"] = ["cm_diffusers.schedulers.scheduling_edm_consistency", name]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        pipe.scheduler.save_pretrained(folder / "scheduler")
+        for loader in (DiffusionPipeline, ConsistencyPipeline):
+            again = loader.from_pretrained(folder).scheduler
+            assert type(again) is EDMConsistencyScheduler
+            assert config_of(again) == config_of(pipe.scheduler)
+
+    def test_a_scheduler_that_carries_nothing_is_the_callers(self, tmp_path: Path) -> None:
+        folder = saved(student("latents")[0], tmp_path / "student")
+        given = CMStochasticIterativeScheduler(sigma_max=50.0)
+        assert ConsistencyPipeline.from_pretrained(folder, scheduler=given).scheduler is given
+        assert ConsistencyImagesPipeline(unet2d(), given).scheduler is given
+        ours = EDMConsistencyScheduler(sigma_max=50.0)
+        assert ConsistencyPipeline.from_pretrained(folder, scheduler=ours).scheduler is ours
 
 
 class TestText:

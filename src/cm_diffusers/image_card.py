@@ -21,14 +21,23 @@ EDM_METHODS = {  # method of the record -> title, how, paper
     "edm": ("Diffusion model in EDM's coordinates", "tuned from", "[EDM](https://arxiv.org/abs/2206.00364)"),
 }
 SHOWN = 4  # noise levels that are named one by one
-PACKAGE_NEEDED = (
-    "Diffusers alone cannot load this folder: its scheduler is part of cm_diffusers, which must be installed."
-)
+PACKAGE_NEEDED = "Diffusers alone cannot sample this student: cm_diffusers must be installed"
+SAMPLED_BY = {  # family of the teacher -> single file of the root folder `pipelines`
+    None: "consistency_images.py",
+    "stable-diffusion": "consistency_text_to_image.py",
+}
 
 
 def is_stock(record: Record) -> bool:
-    """Whether diffusers alone has the scheduler, and so the pipeline."""
+    """Whether diffusers alone has the scheduler that samples right, and so the pipeline."""
     return record.scheduler.get("_class_name") != "EDMConsistencyScheduler"
+
+
+def needed(provenance: Provenance) -> str:
+    """What samples a student that diffusers alone cannot."""
+    file = SAMPLED_BY.get(provenance.family)
+    other = f", or its single file `pipelines/{file}` given as `custom_pipeline`" if file else ""
+    return f"{PACKAGE_NEEDED}{other}."
 
 
 def kind_tags(method: str) -> list[str]:
@@ -47,7 +56,11 @@ def classes(provenance: Provenance) -> list[str]:
     ]
 
 
-def image_usage(record: Record, provenance: Provenance) -> list[str]:
+def image_usage(record: Record, provenance: Provenance, single_file: bool) -> list[str]:
+    """
+    Args:
+        single_file: Whether a pipeline lies beside the weights.
+    """
     name = provenance.name
     parts = [
         "With the package; scheduler and noise levels come from beside the weights:",
@@ -55,11 +68,11 @@ def image_usage(record: Record, provenance: Provenance) -> list[str]:
             "from cm_diffusers import ConsistencyPipeline",
             "",
             f'pipe = ConsistencyPipeline.from_pretrained("{name}")',
-            *_calls(record, _asked(provenance)),
+            *image_calls(record, provenance),
         ),
     ]
     if not is_stock(record):
-        return [*parts, PACKAGE_NEEDED]
+        return parts if single_file else [*parts, needed(provenance)]
     labels = f"batch_size=2, {_asked(provenance)}" if provenance.num_classes else _asked(provenance)
     return [
         *parts,
@@ -77,8 +90,9 @@ def _asked(provenance: Provenance) -> str:
     return f"class_labels=[0, {provenance.num_classes - 1}]" if provenance.num_classes else "batch_size=4"
 
 
-def _calls(record: Record, asked: str) -> list[str]:
+def image_calls(record: Record, provenance: Provenance) -> list[str]:
     """As recommended, and in one step where that is something else and makes images."""
+    asked = _asked(provenance)
     sigmas = record.scheduler.get("recommended_sigmas") or []
     steps = len(sigmas) or record.recommended_num_inference_steps
     levels = f"at the noise levels {', '.join(f'{sigma:g}' for sigma in sigmas)}"

@@ -6,14 +6,15 @@ from huggingface_hub import ModelCardData
 
 from cm_diffusers.image_card import (
     EDM_METHODS,
-    PACKAGE_NEEDED,
     TASK,
     classes,
     count,
+    image_calls,
     image_results,
     image_usage,
     is_stock,
     kind_tags,
+    needed,
     without_guidance,
 )
 from cm_diffusers.measured import TEACHER, Measured
@@ -63,7 +64,11 @@ def model_card(
         *([_guidance(record)] if text else classes(provenance)),
         _license(provenance, bool(base)),
         "## Use",
-        *(_usage(record, provenance, base, lora) if text else image_usage(record, provenance)),
+        *(
+            _usage(record, provenance, base, lora, single_file)
+            if text
+            else image_usage(record, provenance, single_file)
+        ),
         *(_beside(record, provenance) if single_file else []),
         *(_measurements(measured if text else without_guidance(measured)) if measured else []),
         *([f"## Samples\n\n{CAPTION[text, measured is None]}\n\n![Sample grid]({grid})"] if grid else []),
@@ -133,7 +138,7 @@ def _guidance(record: Record) -> str:
     return "This student cannot be guided: `guidance_scale` has no effect, and there is no negative prompt."
 
 
-def _usage(record: Record, provenance: Provenance, base: str, lora: bool) -> list[str]:
+def _usage(record: Record, provenance: Provenance, base: str, lora: bool, single_file: bool) -> list[str]:
     values = {
         "name": provenance.name,
         "base": base,
@@ -145,7 +150,8 @@ def _usage(record: Record, provenance: Provenance, base: str, lora: bool) -> lis
     }
     package = "With the package; scheduler, steps and guidance come from the record beside the weights:"
     stock = ["With diffusers alone:", _code(LORA_ALONE if lora else PIPELINE_ALONE, values)]
-    parts = [package, _code(WITH_PACKAGE, values), *(stock if is_stock(record) else [PACKAGE_NEEDED])]
+    alone = stock if is_stock(record) else [] if single_file else [needed(provenance)]
+    parts = [package, _code(WITH_PACKAGE, values), *alone]
     if lora and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if lora:
@@ -157,14 +163,16 @@ def _usage(record: Record, provenance: Provenance, base: str, lora: bool) -> lis
 
 
 def _beside(record: Record, provenance: Provenance) -> list[str]:
-    """How the single file is loaded; one that takes a prompt is also called."""
-    template = PIPELINE_BESIDE if provenance.family is None else PIPELINE_BESIDE + CALL
+    """How the single file is loaded; one that takes a prompt or replaces the package is also called."""
     values = {
         "name": provenance.name,
         "steps": record.recommended_num_inference_steps,
         "scale": float(record.recommended_guidance_scale),
     }
-    return [SINGLE_FILE, _code(template, values)]
+    if is_stock(record):
+        return [SINGLE_FILE, _code(PIPELINE_BESIDE + ("" if provenance.family is None else CALL), values)]
+    calls = image_calls(record, provenance) if provenance.family is None else [CALL_AS_RECOMMENDED]
+    return [SINGLE_FILE, _code("\n".join([dedent(PIPELINE_BESIDE).rstrip(), *calls]), values)]
 
 
 def _code(template: str, values: dict[str, object]) -> str:
@@ -205,6 +213,8 @@ EXTRACTOR = "FID is computed on the features of `{extractor}` and compares only 
 CALL = """\
     image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]
 """
+
+CALL_AS_RECOMMENDED = 'image = pipe("your prompt").images[0]'
 
 WITH_PACKAGE = """
     from cm_diffusers import ConsistencyPipeline

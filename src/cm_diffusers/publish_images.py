@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cm_diffusers.image_card import EDM_METHODS
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
+from cm_diffusers.pipelines.pipeline_consistency_images import stock_scheduler
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.sigma_views import EDMView, VPView
@@ -98,14 +99,14 @@ def images_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline a student without prompts samples in: the stock one where that samples it right.
 
-    Our fields ride in the stock scheduler's config, from which `ConsistencyPipeline` has them again.
+    Both are saved with the stock scheduler. Our fields ride in its config, from which our pipelines have them again.
 
     Args:
         vae: For a student of latents.
         statistics: Of the latents, where training standardised them to the scheduler's sigma_data.
     """
     if vae is None and statistics is None and _is_stock(unet, scheduler):
-        pipe = ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler.from_config(scheduler.config))
+        pipe = ConsistencyModelPipeline(unet, stock_scheduler(scheduler))
     else:
         pipe = ConsistencyImagesPipeline(
             unet,
@@ -147,7 +148,7 @@ def images_record(
         base_model: Folder or Hub id of what it was made from; "" for a network trained from data alone.
         guidance: "none" for a student without prompts, "distilled" for one with.
         w: The guidance in its weights.
-        scheduler: The pipeline's: by its class the model card tells who can load the folder.
+        scheduler: The pipeline's: by its class, which is what samples right, the model card tells who can sample it.
         num_inference_steps: What it is best sampled with.
 
     Raises:

@@ -1,5 +1,6 @@
 """A finished folder, made ready to be shared: measurements put in, licence filled in, card written anew."""
 
+import inspect
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.image_card import is_stock
 from cm_diffusers.measured import FOLDER, GRID, TABLE, read_measured
 from cm_diffusers.model_card import LORA_WEIGHTS, PIPELINE_FILE, model_card
 from cm_diffusers.provenance import Provenance, read_license, read_provenance, write_provenance
@@ -73,7 +75,7 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
         provenance = replace(provenance, base_id=config.base_model)
     provenance = replace(_with_license(provenance, config, record), name=name or provenance.name)
     if config.pipeline_file:
-        _check_pipeline_file(Path(config.pipeline_file), folder)
+        _check_pipeline_file(Path(config.pipeline_file), folder, record)
     if config.evaluation:
         attach_evaluation(folder, Path(config.evaluation), config.evaluation_name)
     measured = read_measured(folder / FOLDER) if (folder / FOLDER).is_dir() else None
@@ -93,8 +95,11 @@ def _put(path: Path, content: bytes) -> None:
     os.replace(aside, path)
 
 
-def _check_pipeline_file(path: Path, folder: Path) -> None:
-    """Runs the file: diffusers must find exactly one pipeline class in it."""
+def _check_pipeline_file(path: Path, folder: Path, record: Record) -> None:
+    """Runs the file: diffusers must find exactly one pipeline class in it, for the parts that are in the folder.
+
+    A student that diffusers alone cannot sample needs a file that does.
+    """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"--pipeline_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
@@ -111,8 +116,23 @@ def _check_pipeline_file(path: Path, folder: Path) -> None:
             "pipelines/consistency_text_to_image.py."
         )
     modules, _ = found[0]._get_signature_keys(found[0])
-    if lacking := sorted(set(modules) - set(found[0]._optional_components) - set(index)):
+    parts = {name for name, entry in index.items() if isinstance(entry, list) and isinstance(entry[0], str)}
+    if lacking := sorted(set(modules) - set(found[0]._optional_components) - parts):
         raise ValueError(f"--pipeline_file {path} needs {', '.join(lacking)}, which {folder} has not; leave it out.")
+    if left := sorted(parts - set(modules)):
+        raise ValueError(f"--pipeline_file {path} leaves out {', '.join(left)} of {folder}; give another.")
+    if not is_stock(record) and (asked := _asked_for(found[0])):
+        raise ValueError(
+            f"--pipeline_file {path} asks for {', '.join(asked)}, but {folder} needs one that "
+            "samples, for diffusers alone cannot; give such a one."
+        )
+
+
+def _asked_for(pipeline: type[DiffusionPipeline]) -> list[str]:
+    """What a call must be given beside a prompt."""
+    _, *given = inspect.signature(pipeline.__call__).parameters.values()
+    needed = [one.name for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return [name for name in needed if name != "prompt"]
 
 
 def _pipeline_classes(path: Path) -> list[type[DiffusionPipeline]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights
 from cm_diffusers.pipelines.manners import Manners, adopted_from, consistency_scheduler, contradiction
-from cm_diffusers.pipelines.pipeline_consistency_images import ConsistencyImagesPipeline
+from cm_diffusers.pipelines.pipeline_consistency_images import CarriedSchedulerMixin, ConsistencyImagesPipeline
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
@@ -28,7 +28,7 @@ WITHOUT_PROMPT = ("ConsistencyImagesPipeline", "ConsistencyModelPipeline")
 IN_SIGMA = ("EDMConsistencyScheduler", "CMStochasticIterativeScheduler")
 
 
-class ConsistencyLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
+class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusionXLLoraLoaderMixin):
     """`from_pretrained`, `from_pipe`, `save_pretrained` and LoRAs of the consistency pipelines.
 
     The record of a student is part of the pipeline's config, so it survives whatever the config survives. The

@@ -30,6 +30,10 @@ from cm_diffusers.record import read_record
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 
+KINDS = EDMConsistencyScheduler, CMStochasticIterativeScheduler
+CARRIED = set.difference(*(set(inspect.signature(kind).parameters) for kind in KINDS))
+
+
 @dataclass
 class ConsistencyImagesPipelineOutput(ImagePipelineOutput):
     """Images, and the classes `(B,)` they show; None for a network without classes."""
@@ -37,7 +41,36 @@ class ConsistencyImagesPipelineOutput(ImagePipelineOutput):
     class_labels: Tensor | None = None
 
 
-class ConsistencyImagesPipeline(RecordedMixin, DiffusionPipeline):
+class CarriedSchedulerMixin:
+    """Samples with `EDMConsistencyScheduler`, and is saved with the stock class, which carries its fields."""
+
+    def register_modules(self, **modules: Any) -> None:
+        """As in diffusers; a stock scheduler that carries our fields would sample by its own alone, and becomes ours."""
+        scheduler = modules.get("scheduler")
+        if isinstance(scheduler, CMStochasticIterativeScheduler) and set(scheduler.config) & CARRIED:
+            modules["scheduler"] = EDMConsistencyScheduler.from_config(scheduler.config)
+        super().register_modules(**modules)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, which can load every part without this package."""
+        scheduler = self.scheduler
+        if isinstance(scheduler, EDMConsistencyScheduler):
+            self.scheduler = stock_scheduler(scheduler)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.scheduler = scheduler
+
+
+def stock_scheduler(scheduler: EDMConsistencyScheduler) -> CMStochasticIterativeScheduler:
+    """The stock class with every field in its config."""
+    fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    stock = CMStochasticIterativeScheduler(**{name: fields[name] for name in fields if name not in CARRIED})
+    stock.register_to_config(**fields)
+    return stock
+
+
+class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionPipeline):
     """Samples a student of `UNet2DModel`'s kind, in pixels or latents, with classes or without.
 
     It takes folders of this package and published ones of `ConsistencyModelPipeline`, whose images it makes, too:
@@ -224,7 +257,7 @@ class ConsistencyImagesPipeline(RecordedMixin, DiffusionPipeline):
 
 
 def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: object) -> None:
-    if not isinstance(scheduler, EDMConsistencyScheduler | CMStochasticIterativeScheduler):
+    if not isinstance(scheduler, KINDS):
         raise ValueError(
             f"{type(scheduler).__name__} does not sample consistency models without prompts; give an "
             "EDMConsistencyScheduler, or a CMStochasticIterativeScheduler."
