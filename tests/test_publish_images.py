@@ -39,6 +39,7 @@ SCHEDULES = [
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     {"beta_schedule": "linear"},
     {"beta_schedule": "squaredcos_cap_v2"},
+    {"beta_schedule": "linear", "beta_end": 0.015},
     {"beta_schedule": "linear", "rescale_betas_zero_snr": True},
 ]
 
@@ -111,7 +112,9 @@ def test_the_noise_of_a_teacher_is_kept_to_the_last_bit(config: dict, tmp_path: 
     view = VPView(DiscreteVP.from_scheduler(DDIMScheduler(1000, **config)), "epsilon", 0.5)
     images_scheduler(view, "cm", 0.1, 10.0, 7.0, 18, None, False).save_pretrained(tmp_path)
     found = EDMConsistencyScheduler.from_pretrained(tmp_path).config
-    again = LCMScheduler(found.num_vp_timesteps, trained_betas=found.trained_betas)
+    fields = {name: found[name] for name in ("beta_start", "beta_end", "beta_schedule", "trained_betas")}
+    again = LCMScheduler(found.num_vp_timesteps, **fields)
+    assert (found.trained_betas is None) == (len(config) != 2)  # beta by beta only where it must be
     ulp = 2.0**-23 if "rescale_betas_zero_snr" in config else 0.0  # where the last factors are 0.3
     torch.testing.assert_close(again.alphas_cumprod.double(), view.with_signal.alphas_cumprod, rtol=ulp, atol=0)
     assert (found.network, found.prediction_type, found.sigma_min, found.rho) == ("vp", "epsilon", 0.1, 7.0)

@@ -13,6 +13,8 @@ CONFIGS = (EvaluationConfig, ReferenceConfig)
 
 def main() -> None:
     config, data = parse_configs(CONFIGS, __doc__)
+    if not config.pipelines and config.teacher is None:
+        raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
     comparison = Comparison(config, data)
     rows = comparison.run()
     print(write_report(Path(config.output_dir), rows, comparison.setting, comparison.grid()))

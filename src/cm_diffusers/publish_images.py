@@ -3,11 +3,13 @@
 from typing import Protocol
 
 import numpy as np
+import torch
 from diffusers import (
     AutoencoderKL,
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DiffusionPipeline,
+    LCMScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -22,6 +24,13 @@ from cm_diffusers.sigma_views import EDMView, VPView
 
 
 STOCK = {"network": "edm", "noise_conditioning": "adm", "boundary_scalings": "cm", "gamma": 1.0}
+
+
+SCHEDULES = (  # of nearly all diffusion models; any other is told beta by beta
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    {"beta_schedule": "squaredcos_cap_v2"},
+)
 
 
 class Statistics(Protocol):
@@ -69,13 +78,18 @@ def images_scheduler(
 def _network(view: EDMView | VPView) -> dict[str, object]:
     if isinstance(view, EDMView):
         return {"network": "edm", "noise_conditioning": view.noise_conditioning}
-    betas = _betas(view.with_signal.alphas_cumprod)
+    alphas_cumprod = view.with_signal.alphas_cumprod
+    known = (schedule for schedule in SCHEDULES if _makes(schedule, alphas_cumprod))
     return {
         "network": "vp",
         "prediction_type": view.prediction_type,
-        "num_vp_timesteps": len(betas),
-        "trained_betas": betas,
+        "num_vp_timesteps": len(alphas_cumprod),
+        **next(known, {"trained_betas": _betas(alphas_cumprod)}),
     }
+
+
+def _makes(schedule: dict[str, object], alphas_cumprod: Tensor) -> bool:
+    return torch.equal(LCMScheduler(len(alphas_cumprod), **schedule).alphas_cumprod.double(), alphas_cumprod)
 
 
 def _betas(alphas_cumprod: Tensor) -> list[float]:

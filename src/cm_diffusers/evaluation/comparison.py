@@ -219,8 +219,6 @@ def _names(config: EvaluationConfig) -> list[str]:
 
 
 def _validate(config: EvaluationConfig) -> None:
-    if not config.pipelines and config.teacher is None:
-        raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
     if len(_names(config)) != len(config.pipelines):
         found = f"{len(config.names)} names for {len(config.pipelines)} pipelines"
         raise ValueError(f"--names gives {found}: give one each.")
