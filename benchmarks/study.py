@@ -62,13 +62,24 @@ def cpu_minutes(folder: Path) -> float | None:
 
 
 def measure(
-    comparison: Comparison, name: str, seed: int, folder: Path, origin: dict[str, str], starts: list[Path]
+    comparison: Comparison,
+    name: str,
+    seed: int,
+    folder: Path,
+    origin: dict[str, object],
+    starts: list[Path],
+    steps: list[int] | None = None,
 ) -> None:
-    """The rows of one training, kept beside it with their origin; `starts` are the folders it started from."""
+    """The rows of one training, kept beside it with their origin.
+
+    Args:
+        starts: Folders of what it started from.
+        steps: To sample with, instead of the evaluation's.
+    """
     if (folder / ROWS).is_file():
         return
     before = len(comparison.rows)
-    comparison.measure(str(folder / "pipeline"), name, comparison.config.num_inference_steps)
+    comparison.measure(str(folder / "pipeline"), name, steps or comparison.config.num_inference_steps)
     more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)}
     if starts:
         costs = [cpu_minutes(start) for start in starts]
@@ -76,7 +87,7 @@ def measure(
     _write(folder / ROWS, {"origin": origin, "rows": [row | more for row in comparison.rows[before:]]})
 
 
-def read_rows(folder: Path, origin: dict[str, str]) -> list[dict]:
+def read_rows(folder: Path, origin: dict[str, object]) -> list[dict]:
     """Those of a finished training; none if it is not finished.
 
     Raises:
@@ -103,8 +114,8 @@ def started_from(command: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if f"<{name}>" in command]
 
 
-def read_study(path: Path, only: list[str] | None) -> tuple[dict[str, str], dict, str]:
-    """Commands of the variants by name, tables by name, and flags of the evaluation.
+def read_study(path: Path, only: list[str] | None) -> tuple[dict[str, str], dict, str, dict[str, list[int]]]:
+    """Commands of the variants by name, tables by name, flags of the evaluation, and steps of variants with their own.
 
     Raises:
         ValueError: There is no such file, or it has not all variants that are named.
@@ -119,26 +130,27 @@ def read_study(path: Path, only: list[str] | None) -> tuple[dict[str, str], dict
     for place, (name, command) in enumerate(commands.items()):
         if late := started_from(command, list(commands)[place:]):
             raise ValueError(f"{path}: {name} starts from {late[0]}, which must stand before it.")
-    return commands, study["tables"], " ".join(study["evaluation"].split())
+    return commands, study["tables"], " ".join(study["evaluation"].split()), study.get("steps", {})
 
 
 def main() -> None:
     (config,) = parse_configs((StudyConfig,), __doc__)
     path = Path(config.study)
-    commands, tables, evaluation = read_study(path, config.only)
+    commands, tables, evaluation, steps = read_study(path, config.only)
     comparison = Comparison(*parse_configs((EvaluationConfig, ReferenceConfig), __doc__, shlex.split(evaluation)))
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:
         folders = {name: Path(config.work_dir) / path.stem / f"{name.replace(' ', '_')}-{seed}" for name in commands}
         for name, command in commands.items():
             folder, origin = folders[name], {"command": command, "evaluation": evaluation}
+            origin |= {"steps": steps[name]} if name in steps else {}
             starts = [folders[other] for other in started_from(command, commands)]
             known = read_rows(folder, origin)
             if not known and (config.only is None or name in config.only):
                 for other, place in folders.items():
                     command = command.replace(f"<{other}>", shlex.quote(str(place / "pipeline")))
                 train(command, seed, folder)
-                measure(comparison, name, seed, folder, origin, starts)
+                measure(comparison, name, seed, folder, origin, starts, steps.get(name))
             rows += known or read_rows(folder, origin)
     print(write_study(Path(config.output_dir) / path.stem, tables, rows, comparison.setting))
 

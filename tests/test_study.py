@@ -129,13 +129,17 @@ def test_rows_stay_with_what_made_them(tmp_path):
     row = {"pipeline": "ours", "source": str(tmp_path / "pipeline"), "steps": [1, 2], "seed": 3, "cpu_minutes": None}
     assert study.read_rows(tmp_path, origin) == [row]
     assert len(comparison.rows) == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    study.measure(comparison, "ours", 3, other, origin, [], [35])
+    assert study.read_rows(other, origin)[0]["steps"] == [35]
     with pytest.raises(ValueError, match=r"was made by .*'command': 'train'.* now says .*'train --fast'"):
         study.read_rows(tmp_path, origin | {"command": "train --fast"})
 
 
 def test_every_study_names_what_it_has(tmp_path):
     for path in STUDIES:
-        commands, tables, evaluation = study.read_study(path, None)
+        commands, tables, evaluation, _ = study.read_study(path, None)
         assert all(command.split()[0].startswith("training/") and "{" not in command for command in commands.values())
         parse_configs((EvaluationConfig, ReferenceConfig), "", shlex.split(evaluation))
     (tmp_path / "a.toml").write_text(
@@ -158,7 +162,7 @@ def test_studies_are_read_flag_by_flag():
 def test_a_variant_starts_from_another_s_result(tmp_path):
     text = 'evaluation = ""\n[pieces]\n[variants]\n"a b" = "x"\ntwo = "y --start <a b>"\n[tables]\n'
     (tmp_path / "a.toml").write_text(text)
-    commands, _, _ = study.read_study(tmp_path / "a.toml", None)
+    commands, *_ = study.read_study(tmp_path / "a.toml", None)
     assert study.started_from(commands["two"], commands) == ["a b"]
     (tmp_path / "b.toml").write_text(text.replace('"x"', '"x <two>"'))
     with pytest.raises(ValueError, match="a b starts from two, which must stand before it"):
