@@ -176,6 +176,23 @@ def test_a_text_student_is_sampled_as_it_was_trained(home, tmp_path, name) -> No
         assert pipe.scheduler.sigmas.tolist()[:-1] == levels
 
 
+def test_guidance_of_a_text_teacher_is_distilled_and_recorded(home, tmp_path) -> None:
+    settings = FROM_MODEL["distill_cd"] | COMMON | {"sigma_min": 0.03, "sigma_max": 14.5, "resolution": 32}
+    settings |= {"latent_cache_dir": home / "cache", "learning_rate": 1e-3}
+    students = {}
+    for w in (0.0, 3.0):
+        run_script("distill_cd", **of_model(home, "text"), **settings, w=w, output_dir=tmp_path / f"{w}")
+        record = read_record(tmp_path / f"{w}" / "pipeline")
+        assert (record.guidance, record.w_min, record.w_max, record.recommended_guidance_scale) == (
+            "distilled",
+            w,
+            w,
+            1,
+        )
+        students[w] = load_file(tmp_path / f"{w}" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(value, students[3.0][name]) for name, value in students[0.0].items())
+
+
 def test_a_student_starts_as_its_diffusion_model(home, tmp_path) -> None:
     """Without learning, one step of ECT's student is the diffusion model's denoiser."""
     run_script(
