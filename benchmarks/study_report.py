@@ -158,6 +158,8 @@ def _finish(axes: Axes, metric: str, rows: Rows, line: Callable[..., object]) ->
         if row[metric] is not None:
             style, label = ("--", f"{TEACHER}, {steps} steps") if steps else (":", REAL)
             line(row[metric], color="grey", linestyle=style, label=label)
+    if metric == "fid":
+        (axes.set_yscale if line == axes.axhline else axes.set_xscale)("log")
     axes.set_title(HEADINGS[metric])
     axes.grid(alpha=0.3)
     if axes is axes.figure.axes[0]:

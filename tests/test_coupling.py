@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from cm_diffusers.coupling import load_pot, transport
+from cm_diffusers.coupling import load_pot, transport, transport_in_classes
 
 
 def cost(x0, noise):
@@ -35,6 +35,27 @@ def test_equal_data_still_gets_every_noise():
     pytest.importorskip("ot")
     noise = torch.randn(16, 3)
     assert sorted(transport(torch.zeros(16, 3), noise).tolist()) == sorted(noise.tolist())
+
+
+def test_within_classes_every_class_keeps_its_noise():
+    """Data of two classes apart: across them the plan gives each class the noise on its side, within them it cannot."""
+    pytest.importorskip("ot")
+    labels = torch.arange(40) % 3
+    x0 = labels[:, None] + 0.1 * torch.randn(40, 2)
+    noise = torch.randn(40, 2)
+    found = transport_in_classes(x0, noise, labels)
+    for label in range(3):
+        rows = labels == label
+        assert torch.equal(found[rows], transport(x0[rows], noise[rows]))
+    across = transport(x0, noise)
+    assert (across[labels == 2].mean() - across[labels == 0].mean()).item() > 1
+    assert cost(x0, across) < cost(x0, found) < cost(x0, noise)
+
+
+def test_a_class_of_one_keeps_its_noise():
+    pytest.importorskip("ot")
+    x0, noise = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[2.0], [-2.0], [0.0]])
+    assert transport_in_classes(x0, noise, torch.tensor([4, 4, 7])).tolist() == [[-2.0], [2.0], [0.0]]
 
 
 def test_near_pairs_stay_as_they_are():

@@ -267,7 +267,7 @@ def test_no_optimizer_moves_a_scale(tmp_path):
     ("settings", "message"),
     [
         ({"loss_type": "l2"}, "Unknown --loss_type 'l2'; one of cauchy, pseudo_huber."),
-        ({"coupling": "sinkhorn"}, "Unknown --coupling 'sinkhorn'; one of ot, independent."),
+        ({"coupling": "sinkhorn"}, "Unknown --coupling 'sinkhorn'; one of ot, class_ot, independent."),
         ({"diffusion_weight": -1.0}, "--diffusion_weight must not be negative, but it is -1.0."),
         ({"diffusion_share": 1.5}, "--diffusion_share is 1.5; give a share between 0 and 1."),
         ({"robust_c": 0.0}, "--robust_c must be positive, but it is 0.0."),
@@ -280,3 +280,14 @@ def test_wrong_settings(settings, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared
         slct(**settings)
     assert str(error.value) == message
+
+
+def test_coupling_within_classes_leaves_each_class_its_own_noise():
+    pytest.importorskip("ot")
+    x0, noise = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([[3.0], [-3.0], [0.5], [-0.5]])
+    labels = {"class_labels": torch.tensor([0, 0, 1, 1])}
+    assert slct(coupling="class_ot").coupled(x0, noise, labels).tolist() == [[-3.0], [3.0], [-0.5], [0.5]]
+    assert slct(coupling="ot").coupled(x0, noise, labels).tolist() == [[-3.0], [-0.5], [0.5], [3.0]]
+    assert slct(coupling="independent").coupled(x0, noise, labels) is noise
+    with pytest.raises(ValueError, match="--coupling class_ot needs classes: give --label_column"):
+        slct(coupling="class_ot").coupled(x0, noise, {})

@@ -32,6 +32,19 @@ def check_batch(size: int) -> None:
         )
 
 
+def transport_in_classes(x0: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+    """As `transport`, among the samples of each class: so noise tells nothing about the class, as in sampling.
+
+    Args:
+        labels: Classes `(B,)`; what is alone in its class keeps its noise.
+    """
+    matched = noise.clone()
+    for label in labels.unique():
+        if (labels == label).sum() > 1:
+            matched[labels == label] = transport(x0[labels == label], noise[labels == label])
+    return matched
+
+
 def transport(x0: Tensor, noise: Tensor) -> Tensor:
     """The rows of `noise` `(B, ...)` in the order in which they are, together, nearest to the rows of x0 `(B, ...)`.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.coupling import load_pot, transport
+from cm_diffusers.coupling import load_pot, transport, transport_in_classes
 from cm_diffusers.distances import cauchy, cauchy_c, l2, pseudo_huber
 from cm_diffusers.preconditioning import cm_scalings
 from cm_diffusers.process import append_dims
@@ -35,8 +35,10 @@ class SLCTConfig:
     )
     diffusion_weight: float = HfArg(default=5.0, help="Weight of the diffusion loss at little noise; 0 is none.")
     diffusion_share: float = HfArg(default=0.25, help="Part of the grid, from the least noise, that gets it.")
-    coupling: Literal["ot", "independent"] = HfArg(
-        default="ot", help="ot: noise is matched with data within a batch by optimal transport; needs POT."
+    coupling: Literal["ot", "class_ot", "independent"] = HfArg(
+        default="ot",
+        help="ot: noise is matched with data within a batch by optimal transport; needs POT. class_ot: within the classes of "
+        "a batch, for a network that takes them: else the noise of a class is not that of sampling.",
     )
 
     def __post_init__(self) -> None:
@@ -52,7 +54,10 @@ class SLCTConfig:
             raise ValueError(f"--diffusion_weight must not be negative, but it is {self.diffusion_weight}.")
         if not 0 <= self.diffusion_share <= 1:
             raise ValueError(f"--diffusion_share is {self.diffusion_share}; give a share between 0 and 1.")
-        for name, known in (("loss_type", ("cauchy", "pseudo_huber")), ("coupling", ("ot", "independent"))):
+        for name, known in (
+            ("loss_type", ("cauchy", "pseudo_huber")),
+            ("coupling", ("ot", "class_ot", "independent")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")
 
@@ -71,7 +76,7 @@ class SLCTObjective:
 
     def __init__(self, config: SLCTConfig, view: View) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
-        if config.coupling == "ot":
+        if config.coupling != "independent":
             load_pot()  # a missing package is told before training
         self.config, self.view = config, view
         self.players = {"student": self}
@@ -81,9 +86,7 @@ class SLCTObjective:
         grid = self.grid(progress)
         probabilities = lognormal_probabilities(grid, config.p_mean, config.p_std)
         t, s = sample_neighbours(len(x0), grid, device, probabilities)
-        noise = torch.randn_like(x0)
-        if config.coupling == "ot":
-            noise = transport(x0, noise)
+        noise = self.coupled(x0, torch.randn_like(x0), batch.cond)
         with torch.no_grad(), rewind_rng(device):  # the student draws the same dropout masks
             x_s = x0 + append_dims(s, x0) * noise
             target = self.consistency(nets.target or nets.student, x_s, s, batch.cond)
@@ -96,6 +99,14 @@ class SLCTObjective:
         logs = {"consistency": consistency.detach(), "diffusion": diffusion.detach()}
         logs |= {"num_scales": x0.new_tensor(len(grid)), "robust_c": x0.new_tensor(c)}
         return Loss(consistency + config.diffusion_weight * diffusion, logs)
+
+    def coupled(self, x0: Tensor, noise: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """The noise in the order of the data it goes with."""
+        if self.config.coupling == "class_ot":
+            if "class_labels" not in cond:
+                raise ValueError("--coupling class_ot needs classes: give --label_column, or --coupling ot.")
+            return transport_in_classes(x0, noise, cond["class_labels"])
+        return transport(x0, noise) if self.config.coupling == "ot" else noise
 
     def grid(self, progress: Progress) -> Tensor:
         """The ascending sigmas trained at."""
