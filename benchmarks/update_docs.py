@@ -13,11 +13,11 @@ from cm_diffusers.sharing import attach_evaluation
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "model_cards/teacher-fashion.md", ROOT / "assets/fashion_teacher/README.md"]
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-RESULTS = "results/students"
-STUDENTS = {
-    "fashion_lcm": ("lcm-fashion", "LCM"),
-    "fashion_lcm_lora": ("lcm-lora-fashion", "LCM-LoRA"),
-    "fashion_scott": ("scott-fashion", "SCott"),
+STUDENTS = {  # folder in assets -> card, and the evaluation and name it was measured under
+    "fashion_lcm": ("lcm-fashion", "students", "LCM"),
+    "fashion_lcm_lora": ("lcm-lora-fashion", "students", "LCM-LoRA"),
+    "fashion_scott": ("scott-fashion", "students", "SCott"),
+    "fashion_cd": ("cd-fashion", "images", "CD"),
 }
 
 
@@ -28,7 +28,7 @@ def with_tables(text: str) -> str:
 def cards() -> dict[Path, str]:
     """The card of each bundled student, beside its weights and in model_cards/."""
     texts = {}
-    for folder, (card, _) in STUDENTS.items():
+    for folder, (card, *_) in STUDENTS.items():
         source = ROOT / "assets" / folder
         measured = read_measured(source / FOLDER)
         for page, grid in (
@@ -42,7 +42,7 @@ def cards() -> dict[Path, str]:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(with_tables(page.read_text("utf-8")), "utf-8")
-    for folder, (_, name) in STUDENTS.items():
-        attach_evaluation(ROOT / "assets" / folder, ROOT / "assets" / RESULTS, name)
+    for folder, (_, results, name) in STUDENTS.items():
+        attach_evaluation(ROOT / "assets" / folder, ROOT / "assets/results" / results, name)
     for page, text in cards().items():
         page.write_text(text, "utf-8")
