@@ -638,3 +638,13 @@ def test_prepared_images_load(tmp_path):
     assert pixels.shape == (3, 32, 32)
     assert pixels[:, :2].max() == pixels[:, :, -2:].max() == -1  # the black frame around 28x28
     assert pixels.max() > 0
+
+
+def test_metadata_may_name_files_and_nothing_else(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (4, 4)).save(folder / f"{i}.png")
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.png"}) + "\n" for i in range(3)))
+    rows = load_image_text(DataConfig(train_data_dir=str(folder)), [])
+    assert [Path(row["image"]["path"]).name for row in rows] == ["0.png", "1.png", "2.png"]

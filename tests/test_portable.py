@@ -43,7 +43,7 @@ def test_a_saved_pipeline_tells_no_place_of_the_machine(tmp_path: Path) -> None:
 
 def test_bundled_pipelines_tell_no_place_of_a_machine() -> None:
     configs = [*ASSETS.rglob("config.json"), *ASSETS.rglob("model_index.json")]
-    assert len(configs) == 16
+    assert len(configs) == 19
     assert [path for path in configs if "_name_or_path" in path.read_text()] == []
 
 
@@ -52,12 +52,10 @@ def test_lora_metadata_has_no_field_of_a_newer_peft(tmp_path: Path) -> None:
     unet.add_adapter(LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["to_q", "to_v"]))
     record = lcm_record("base", "none", 0.0, 0.0, 1.0, lcm_scheduler(tiny_pipeline(), 50, 10.0))
     save_lora(unet, tmp_path / "lora", record)
-    assert metadata(tmp_path / "lora") == {
-        "unet.r": 4,
-        "unet.lora_alpha": 8,
-        "unet.lora_dropout": 0.0,
-        "unet.target_modules": ["to_q", "to_v"],
-    }
+    found = metadata(tmp_path / "lora")
+    layers = found.pop("unet.target_modules")
+    assert found == {"unet.r": 4, "unet.lora_alpha": 8, "unet.lora_dropout": 0.0}
+    assert layers == sorted(name for name, _ in tiny_unet().named_modules() if name.endswith(("to_q", "to_v")))
     pipe = tiny_pipeline()
     pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     config = pipe.unet.peft_config["default_0"]

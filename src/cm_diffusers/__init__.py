@@ -2,11 +2,13 @@
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
+from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.pipelines import (
     ConsistencyImagesPipeline,
     ConsistencyImg2ImgPipeline,
     ConsistencyInpaintPipeline,
     ConsistencyPipeline,
+    ConsistencyVideoPipeline,
 )
 from cm_diffusers.registration import register
 from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
@@ -18,8 +20,10 @@ __all__ = [
     "ConsistencyInpaintPipeline",
     "ConsistencyPipeline",
     "ConsistencyScheduler",
+    "ConsistencyVideoPipeline",
     "DiffusionPipeline",  # this and the mixins: where diffusers looks for the bases of this package's classes
     "EDMConsistencyScheduler",
+    "ImageToVideoAdapter",
     "ModelMixin",
     "SchedulerMixin",
 ]

@@ -77,7 +77,7 @@ def sample_grid(
             pipe = make_pipeline(student)
             samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
         grid = image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
-        _publish_grid(trainer, grid)
+        publish_grid(trainer, grid)
 
     return callback
 
@@ -137,12 +137,13 @@ def image_grids(
             pipe = make_pipeline(student)
             samples = [sample(pipe, steps) for steps in config.validation_nfe]
         names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
-        _publish_grid(trainer, image_grid(samples, names, captions))
+        publish_grid(trainer, image_grid(samples, names, captions))
 
     return callback
 
 
-def _publish_grid(trainer: Trainer, grid: Image.Image) -> None:
+def publish_grid(trainer: Trainer, grid: Image.Image) -> None:
+    """Saves `samples/step-<n>.png` and shows it in the tracker."""
     folder = trainer.output_dir / "samples"
     folder.mkdir(exist_ok=True)
     grid.save(folder / f"step-{trainer.step:06d}.png")

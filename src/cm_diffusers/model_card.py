@@ -20,6 +20,7 @@ from cm_diffusers.image_card import (
 from cm_diffusers.measured import TEACHER, Measured
 from cm_diffusers.provenance import Provenance, public
 from cm_diffusers.record import Record
+from cm_diffusers.video_card import VIDEO_METHODS, VIDEO_TASK, is_video, video_usage
 
 
 LCM = "[Latent Consistency Models](https://arxiv.org/abs/2310.04378)"
@@ -33,6 +34,7 @@ METHODS = {  # method of the record, with "-lora" where that is so -> title, how
     "lcf": ("Latent consistency fine-tuning", "fine-tuned from", LCM),
     "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
     **EDM_METHODS,
+    **VIDEO_METHODS,
 }
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "pipeline.py"  # as diffusers looks for it where custom_pipeline is a folder or Hub id
@@ -60,15 +62,11 @@ def model_card(
     parts = [
         f"---\n{_front(record, provenance, lora, measured).to_yaml()}\n---",
         f"# {title} of {base or provenance.data}",
-        f"Makes images in about {count(record.recommended_num_inference_steps)}. It was {origin if base else alone}.",
+        f"Makes {'clips' if is_video(record.method) else 'images'} in about {count(record.recommended_num_inference_steps)}. It was {origin if base else alone}.",
         *([_guidance(record)] if text else classes(provenance)),
         _license(provenance, bool(base)),
         "## Use",
-        *(
-            _usage(record, provenance, base, lora, single_file)
-            if text
-            else image_usage(record, provenance, single_file)
-        ),
+        *_use(record, provenance, base, lora, single_file),
         *(_beside(record, provenance) if single_file else []),
         *(_measurements(measured if text else without_guidance(measured)) if measured else []),
         *([f"## Samples\n\n{CAPTION[text, measured is None]}\n\n![Sample grid]({grid})"] if grid else []),
@@ -79,8 +77,16 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def _use(record: Record, provenance: Provenance, base: str, lora: bool, single_file: bool) -> list[str]:
+    if is_video(record.method):
+        return video_usage(record, provenance, base)
+    if provenance.family is None:
+        return image_usage(record, provenance, single_file)
+    return _usage(record, provenance, base, lora, single_file)
+
+
 def _front(record: Record, provenance: Provenance, lora: bool, measured: Measured | None) -> ModelCardData:
-    task = TASK if provenance.family is None else "text-to-image"
+    task = TASK if provenance.family is None else VIDEO_TASK if is_video(record.method) else "text-to-image"
     tags = [task, "diffusers", "diffusers-training", "cm_diffusers", *kind_tags(record.method)]
     tags += ["lora", "template:sd-lora"] if lora else []
     prompts = provenance.settings.get("validation_prompts") or []

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 
-ALWAYS = ("r", "lora_alpha", "target_modules")
+ALWAYS = ("r", "lora_alpha")
 
 
 def nest_text_encoders(folder: Path) -> None:
@@ -31,8 +32,14 @@ def forget_origin(folder: Path) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def lora_metadata(config: LoraConfig) -> dict[str, Any]:
-    """The fields that differ from their defaults: an older peft refuses a file with a field it does not know."""
+def lora_metadata(network: nn.Module) -> dict[str, Any]:
+    """How the only LoRA on a network is put on: the fields that differ from their defaults.
+
+    An older peft refuses a file with a field it does not know. The layers go by their paths: the patterns that chose
+    them would also choose layers between them where the network is made part of a video model.
+    """
+    (config,) = network.peft_config.values()
     defaults = type(config)().to_dict()
     fields = {name: value for name, value in config.to_dict().items() if name in ALWAYS or value != defaults[name]}
-    return fields | {"lora_dropout": 0.0}
+    layers = sorted(path for path, layer in network.named_modules() if isinstance(layer, BaseTunerLayer))
+    return fields | {"lora_dropout": 0.0, "target_modules": layers}

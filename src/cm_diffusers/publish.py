@@ -107,7 +107,7 @@ def save_pipeline(
         forget_origin(aside)
         for weights in [*aside.glob("unet/*.safetensors"), *aside.glob("vae/*.safetensors")] if fp16 else ():
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
-        _write_texts(aside, record, provenance)
+        write_texts(aside, record, provenance)
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path, record: Record, provenance: Provenance | None = None) -> None:
@@ -123,13 +123,14 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, record: Record, provenan
         StableDiffusionLoraLoaderMixin.save_lora_weights(
             aside,
             unet_lora_layers=get_peft_model_state_dict(unet),
-            unet_lora_adapter_metadata=lora_metadata(unet.peft_config["default"]),
+            unet_lora_adapter_metadata=lora_metadata(unet),
         )
         save_kohya(unet, aside / "comfyui" / f"{name}.safetensors", name, record.scheduler["prediction_type"])
-        _write_texts(aside, record, provenance)
+        write_texts(aside, record, provenance)
 
 
-def _write_texts(folder: Path, record: Record | None, provenance: Provenance | None) -> None:
+def write_texts(folder: Path, record: Record | None, provenance: Provenance | None) -> None:
+    """Record, provenance and model card, with the last sample grid of the run that `folder` belongs to."""
     if record is not None:
         write_record(record, folder)
     if record is not None and provenance is not None:

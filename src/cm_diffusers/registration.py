@@ -11,6 +11,7 @@ from cm_diffusers.pipelines import (
     ConsistencyImg2ImgPipeline,
     ConsistencyInpaintPipeline,
     ConsistencyPipeline,
+    ConsistencyVideoPipeline,
 )
 from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
 
@@ -21,6 +22,7 @@ CLASSES = (
     ConsistencyImg2ImgPipeline,
     ConsistencyInpaintPipeline,
     ConsistencyImagesPipeline,
+    ConsistencyVideoPipeline,
     ConsistencyScheduler,
     EDMConsistencyScheduler,
 )

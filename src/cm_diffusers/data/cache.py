@@ -147,16 +147,16 @@ def cached_posteriors(
         ValueError: the VAE overflows, or cannot encode images of this size.
     """
     config = framing.config
-    _check_sides(config, vae.downscale)
+    check_sides(config, vae.downscale)
     records = dataset.select_columns(config.image_column)
-    model = cache(lambda: _ready(vae.load(), config, device))
+    model = cache(lambda: ready_vae(vae.load(), config, device))
 
     def encode(job: Job) -> Iterator[Tensors]:
         target = framing.targets[framing.assigned[job.rows[0]]]
         for part in row_ranges(len(job.rows), config.encode_batch_size):
             rows = [job.rows[i] for i in part]
             images = [_image(records[i][config.image_column], framing, i, job.variant) for i in rows]
-            yield _encode_images(images, target, model(), config)
+            yield encode_images(images, target, model(), config)
 
     parts = _parts_of_one_size(framing.assigned)
     jobs = [
@@ -168,7 +168,7 @@ def cached_posteriors(
     return Posteriors(parts, [shards[i : i + len(parts)] for i in range(0, len(shards), len(parts))])
 
 
-def _check_sides(config: DataConfig, factor: int) -> None:
+def check_sides(config: DataConfig, factor: int) -> None:
     name = "bucket_step" if config.aspect_ratio_buckets else "resolution"
     side = getattr(config, name)
     if side % factor:
@@ -183,7 +183,7 @@ def _parts_of_one_size(assigned: np.ndarray) -> list[list[int]]:
     return [rows[list(part)].tolist() for rows in groups for part in row_ranges(len(rows))]
 
 
-def _ready(model: AutoencoderKL, config: DataConfig, device: torch.device | str) -> AutoencoderKL:
+def ready_vae(model: AutoencoderKL, config: DataConfig, device: torch.device | str) -> AutoencoderKL:
     dtype = getattr(torch, config.vae_dtype)
     model = model.eval().to(device)
     return model if model.dtype == dtype else model.to(dtype)
@@ -202,7 +202,7 @@ def _image(record: dict[str, Any], framing: Framing, row: int, variant: int) -> 
 
 
 @torch.no_grad()
-def _encode_images(images: list[Tensor | None], target: Size, model: AutoencoderKL, config: DataConfig) -> Tensors:
+def encode_images(images: list[Tensor | None], target: Size, model: AutoencoderKL, config: DataConfig) -> Tensors:
     blank = torch.zeros(3, *target)  # holds the place of an unreadable image
     pixels = torch.stack([blank if image is None else image for image in images])
     posterior = model.encode(pixels.to(model.device, model.dtype)).latent_dist

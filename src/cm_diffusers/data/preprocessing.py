@@ -62,12 +62,12 @@ def decode_image(record: dict[str, Any] | None) -> Image.Image | None:
     if content is None:
         return None
     try:
-        return _to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+        return to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     except Exception:  # Pillow's plugins raise nearly every kind of error on damaged files
         return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Eight bits a channel; sixteen are scaled down, and what is transparent becomes white."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")

@@ -109,7 +109,7 @@ def load_image_text(config: DataConfig, columns: Sequence[str] | None = None) ->
         if columns is None and len(dataset) and not any(map(any, dataset[config.caption_column])):
             raise ValueError(nothing_usable(config, len(dataset), set(dataset[FIELDS])))
     else:
-        dataset = _from_hub(config) if config.dataset_name else _from_folder(config, wanted)
+        dataset = from_hub(config) if config.dataset_name else _from_folder(config, wanted)
     require_columns(dataset.column_names, [config.image_column, *wanted])
     if len(dataset) == 0:
         raise ValueError(f"The data holds no rows: {source_name(config)} is empty.")
@@ -223,7 +223,7 @@ def _from_shards(config: DataConfig) -> datasets.Dataset:
         )
 
 
-def _from_hub(config: DataConfig) -> datasets.Dataset:
+def from_hub(config: DataConfig) -> datasets.Dataset:
     with readable(source_flag(config)):
         return datasets.load_dataset(
             config.dataset_name, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
@@ -247,23 +247,23 @@ def _from_folder(config: DataConfig, wanted: list[str]) -> datasets.Dataset:
     folder = Path(config.train_data_dir).expanduser()
     if not folder.is_dir():
         raise ValueError(f"--train_data_dir {folder} is not a folder: give a folder with images or parquet files.")
-    metadata = _metadata_file(folder)
+    metadata = metadata_file(folder)
     if metadata is None and (folder / config.dataset_split).is_dir():
         folder = folder / config.dataset_split
-        metadata = _metadata_file(folder)
+        metadata = metadata_file(folder)
     if metadata is not None:
-        return _from_metadata(metadata, config)
+        return from_metadata(metadata, config)
     if tables := parquet_files(folder):
         with readable(source_flag(config)):
             return datasets.Dataset.from_parquet(tables, cache_dir=config.cache_dir)
     return _from_text_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()), config, wanted)
 
 
-def _metadata_file(folder: Path) -> Path | None:
+def metadata_file(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def _from_metadata(path: Path, config: DataConfig) -> datasets.Dataset:
+def from_metadata(path: Path, config: DataConfig) -> datasets.Dataset:
     with readable(f"--train_data_dir: the file {path}"):
         table = METADATA[path.name](path)
     if "file_name" not in table.column_names:
@@ -272,7 +272,8 @@ def _from_metadata(path: Path, config: DataConfig) -> datasets.Dataset:
     rows = datasets.Dataset(table)
     files = [None if name is None else str(path.parent / name) for name in table["file_name"].to_pylist()]
     replaced = {"file_name", config.image_column} & set(rows.column_names)
-    return rows.remove_columns(sorted(replaced)).add_column(config.image_column, files)
+    rows = rows.add_column("__paths__", files)  # before the others go: without a column there are no rows
+    return rows.remove_columns(sorted(replaced)).rename_column("__paths__", config.image_column)
 
 
 def _from_text_files(folder: Path, files: list[Path], config: DataConfig, wanted: list[str]) -> datasets.Dataset:
@@ -289,11 +290,11 @@ def _from_text_files(folder: Path, files: list[Path], config: DataConfig, wanted
                 "with the columns file_name and text, or a .txt file beside each image."
             )
         columns[config.caption_column] = [
-            _caption(path.with_suffix(".txt")) if path.with_suffix("") in texts else "" for path in images
+            read_caption(path.with_suffix(".txt")) if path.with_suffix("") in texts else "" for path in images
         ]
     return datasets.Dataset.from_dict(columns)
 
 
-def _caption(path: Path) -> str:
+def read_caption(path: Path) -> str:
     with readable(f"--train_data_dir: the file {path}"):
         return path.read_text("utf-8").strip()

@@ -103,14 +103,15 @@ def write_report(folder: Path, rows: list[Row], setting: Setting, grid: Image.Im
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(rows, setting)
     numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
-    _replace(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
-    _replace(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
-    _replace(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
-    _replace(folder / "fid.png", lambda path: plot_fid(rows).savefig(path, dpi=150, format="png"))
+    replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
+    replace_file(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
+    replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
+    replace_file(folder / "fid.png", lambda path: plot_fid(rows).savefig(path, dpi=150, format="png"))
     return table
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written aside and puts it in place whole."""
     aside = path.with_name(f".{path.name}.partial")
     write(aside)
     os.replace(aside, path)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.networks import for_frames
 from cm_diffusers.process import Process, append_dims, diffuse
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -41,7 +42,7 @@ class DiffusionObjective:
         dropped = torch.rand(len(x0), device=device) < self.config.condition_dropout
         cond = {k: torch.where(_mask(dropped, v), batch.uncond[k], v) for k, v in batch.cond.items()}
         x_t = diffuse(self.process, x0, noise, t)
-        output = nets.student(x_t, t, **cond, return_dict=False)[0].float()
+        output = nets.student(x_t, t, **for_frames(cond, x_t), return_dict=False)[0].float()
         value = (output - self.target(x0, noise, t)).square().mean()
         return Loss(value, {})
 

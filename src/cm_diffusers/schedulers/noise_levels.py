@@ -30,18 +30,33 @@ class NetworkKind(Protocol):
     def as_edm(self, sigma: Tensor) -> tuple[float, float]:
         """on_x and on_output with F = on_x x + on_output output."""
 
+    def start(self, sigma: float) -> float:
+        """The standard deviation of what sampling starts from at sigma."""
+
+
+OUTPUT_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}  # as `EDMEulerScheduler` has them
+
 
 @dataclass(frozen=True)
 class EDMKind:
-    """A network of EDM (2206.00364, Eq. 7): its output is F.
+    """A network of EDM (2206.00364, Eq. 7): its output is F, or -F for "v_prediction", as of Stable Video Diffusion.
 
     Attributes:
         sigma_data: Standard deviation of the data.
         noise_conditioning: See `noise_condition`.
+        prediction_type: One of `OUTPUT_SIGNS`.
     """
 
     sigma_data: float
     noise_conditioning: str
+    prediction_type: str
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in OUTPUT_SIGNS:
+            raise ValueError(
+                f'A network of kind "edm" answers with F, "epsilon", or -F, "v_prediction", got '
+                f'{self.prediction_type!r}; take network "vp" for a diffusion model of Stable Diffusion\'s kind.'
+            )
 
     def times(self, sigmas: Tensor) -> Tensor:
         return noise_condition(sigmas, self.noise_conditioning)
@@ -53,7 +68,10 @@ class EDMKind:
         return input_scaling(sigma, self.sigma_data)
 
     def as_edm(self, sigma: Tensor) -> tuple[float, float]:
-        return 0.0, 1.0
+        return 0.0, OUTPUT_SIGNS[self.prediction_type]
+
+    def start(self, sigma: float) -> float:
+        return math.hypot(sigma, self.sigma_data) if self.prediction_type == "v_prediction" else sigma
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +106,9 @@ class VPKind:
     def as_edm(self, sigma: Tensor) -> tuple[float, float]:
         on_x, on_output = vp_scalings(sigma, self.sigma_data, self.prediction_type)
         return float(on_x), float(on_output)
+
+    def start(self, sigma: float) -> float:
+        return sigma
 
     def check(self, sigma_min: float, sigma_max: float) -> None:
         """

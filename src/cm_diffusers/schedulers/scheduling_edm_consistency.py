@@ -39,8 +39,9 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     in JAX, which trained the published checkpoints, and diffusers. "edm" has no shift (2406.14548, in training).
 
     A network of kind "edm" is shown x / sqrt(sigma^2 + sigma_data^2) and told `noise_conditioning` of sigma, which is
-    also what `timesteps` holds. One of kind "vp" is a diffusion model of Stable Diffusion's kind that was made a
-    consistency model (`cm_diffusers.sigma_views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
+    also what `timesteps` holds; it answers with F, or with -F if it predicts v, as Stable Video Diffusion. One of kind
+    "vp" is a diffusion model of Stable Diffusion's kind that was made a consistency model
+    (`cm_diffusers.sigma_views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
 
     Args:
         num_train_timesteps: Points of the Karras grid that numbers of steps and indices refer to.
@@ -51,8 +52,9 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         boundary_scalings: "cm" or "edm", as in training.
         noise_conditioning: "adm" (250 ln sigma, as `UNet2DModel` of the published checkpoints) or "edm" (ln sigma / 4).
         gamma: The share of fresh noise, 0 to 1.
-        network: "edm" or "vp"; the fields below are for "vp".
-        prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample".
+        network: "edm" or "vp".
+        prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample"; of kind "edm" F is
+            "epsilon", -F "v_prediction". The fields below are for "vp".
         num_vp_timesteps: How many times the network knows.
         beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: As in its scheduler.
         recommended_sigmas: What `set_timesteps` takes when it is given none, e.g. [80.0, 0.821].
@@ -101,7 +103,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
             self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod)
             self._kind.check(sigma_min, sigma_max)
         else:
-            self._kind = EDMKind(sigma_data, noise_conditioning)
+            self._kind = EDMKind(sigma_data, noise_conditioning, prediction_type)
         self._floor = sigma_min if boundary_scalings == "cm" else 0.0
         self._grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
         if recommended_sigmas is not None:
@@ -191,8 +193,8 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def init_noise_sigma(self) -> float:
-        """The noise level that sampling starts from."""
-        return self._schedule[0]
+        """The standard deviation that sampling starts from: the first noise level; with -F, of data at that level."""
+        return self._kind.start(self._schedule[0])
 
     @property
     def step_index(self) -> int | None:

@@ -1,0 +1,267 @@
+"""Several video pipelines on the same prompts and seeds, measured against the same real clips."""
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.sources import refuse_changed, source_name
+from cm_diffusers.data.video import VideoDataConfig
+from cm_diffusers.evaluation import motion
+from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
+from cm_diffusers.evaluation.metrics import frechet_distance, label_in_prompt, prompt_agreement
+from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
+from cm_diffusers.evaluation.report import Row, hardware
+from cm_diffusers.evaluation.video_report import Shown, VideoSetting, file_name
+from cm_diffusers.evaluation.video_sampling import OF_ADAPTER, generate_clips, load_video_pipeline, load_video_teacher
+from cm_diffusers.measured import TEACHER
+from cm_diffusers.motion import MotionConfig
+from cm_diffusers.record import read_record
+
+
+VideoExtractor = Callable[[Tensor], Tensor]  # (N, F, 3, H, W) in [0, 1] -> (N, D)
+Measurements = dict[str, Tensor]
+FIRST_REAL, REAL_CLIPS = "real", "other real clips"  # the reference, and a second set in the table
+
+
+@dataclass
+class VideoEvaluationConfig:
+    """Which pipelines to sample, how, and what to measure."""
+
+    pipelines: list[str] = HfArg(
+        default_factory=list, help="Folders or Hub ids of video students, or of pipelines of AnimateDiff's shape."
+    )
+    names: list[str] | None = HfArg(
+        default=None, help="Names of --pipelines in the table; their last path part if absent."
+    )
+    teacher: str | None = HfArg(
+        default=None,
+        help="Baseline, sampled with DDIM: a pipeline of AnimateDiff's shape, or the image model that "
+        "--pretrained_motion_adapter belongs to.",
+    )
+    teacher_steps: int = HfArg(default=25, help="Steps of the teacher besides --num_inference_steps.")
+    num_inference_steps: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Steps to sample with.")
+    guidance_scales: list[float] = HfArg(
+        default_factory=lambda: [7.5],
+        help="Guidance scales; a student whose guidance is distilled into its weights has its own.",
+    )
+    num_videos: int = HfArg(default=240, help="Clips per row of the table, each for the caption of one real clip.")
+    seed: int = HfArg(default=0, help="Clip i of every pipeline starts from seed + i.")
+    eval_batch_size: int = HfArg(default=8, help="Clips drawn at once.")
+    dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="Precision of the pipelines.")
+    feature_extractor: str = HfArg(default="inception", help='"inception", or the folder of a saved ImageClassifier.')
+    video_extractor: str | None = HfArg(
+        default=None,
+        help="module:function for FVD, from clips (N, F, 3, H, W) in [0, 1] to features (N, D); where Python finds it, "
+        "as by PYTHONPATH.",
+    )
+    frames_per_clip: int = HfArg(default=4, help="Frames of a clip, and differences of frames, in Fréchet distances.")
+    crop_zoom: float = HfArg(
+        default=1.0,
+        help="How much frames are enlarged about the moving thing before its content is compared and named: 1.3 suits the "
+        "built-in articles of 20 px and the bundled classifier, which knows them at 28 px.",
+    )
+    num_shown: int = HfArg(default=6, help="Clips of each pipeline in the animations.")
+    output_dir: str = HfArg(
+        default="runs/video_evaluation", help="Where table.md, table.json, plot.png, grid.png and the GIFs go."
+    )
+
+
+class VideoComparison:
+    """Samples pipelines and measures them; `rows` and `shown` (the first clips) grow in the order of measurement.
+
+    Clips are measured in batches and not kept. Pipelines get the captions of the real clips.
+
+    Raises:
+        ValueError: wrong configuration; too few real clips; an extractor that cannot be loaded.
+    """
+
+    def __init__(self, config: VideoEvaluationConfig, data: VideoDataConfig, adapter: MotionConfig) -> None:
+        _validate(config)
+        if config.teacher is None:
+            refuse_changed(adapter, f"pretrained_motion_adapter {OF_ADAPTER}", "without --teacher")
+        self.config, self.data, self.adapter, self.device = config, data, adapter, PartialState().device
+        self.extractor = load_extractor(config.feature_extractor, self.device)
+        self.video_extractor = load_video_extractor(config.video_extractor) if config.video_extractor else None
+        self.reference, *others = load_real_clips(data, config.num_videos, 2)
+        self.real, shown = self._measured(self.reference.batches(config.eval_batch_size))
+        self.shown = [Shown(FIRST_REAL, FIRST_REAL, shown)]
+        self.setting = self._setting(motion.static_threshold(self.real["frame_change"]))
+        self.rows = [self._row_of_real(other) for other in others]
+
+    def run(self) -> list[Row]:
+        """Measures the teacher, longest first, then every pipeline."""
+        config, data, dtype = self.config, self.data, getattr(torch, self.config.dtype)
+        if config.teacher is not None:
+            steps = [config.teacher_steps, *(n for n in config.num_inference_steps if n != config.teacher_steps)]
+            pipe = load_video_teacher(config.teacher, self.adapter, data.sample_n_frames, dtype, self.device)
+            self.measure(pipe, TEACHER, steps, config.guidance_scales)
+        for source, name in zip(config.pipelines, _names(config), strict=True):
+            record = read_record(source)
+            own = record is not None and record.guidance != "embedded"
+            scales = [record.recommended_guidance_scale] if own else config.guidance_scales
+            self.measure(load_video_pipeline(source, dtype, self.device), name, config.num_inference_steps, scales)
+        return self.rows
+
+    def measure(self, pipe: DiffusionPipeline, name: str, steps: Sequence[int], scales: Sequence[float]) -> None:
+        """Rows and shown clips of one pipeline."""
+        config, captions = self.config, self.reference.captions
+        seeds = range(config.seed, config.seed + len(captions))
+        shape = self.data.sample_n_frames, self.data.resolution
+        for scale, count in product(scales, steps):
+            drawn = generate_clips(pipe, captions, seeds, count, scale, config.eval_batch_size, *shape)
+            found, shown = self._measured(drawn)
+            row = {"pipeline": name, "num_inference_steps": count, "guidance_scale": scale}
+            speed = {"seconds_per_clip": _mean(found["seconds"])}
+            self.rows.append(row | self._quality(found, captions) | speed)
+            self.shown.append(Shown(name, f"{name}, {count} steps, {scale:g}", shown))
+
+    def _setting(self, threshold: float) -> VideoSetting:
+        config, data, clips = self.config, self.data, self.reference.views
+        return VideoSetting(
+            num_clips=config.num_videos,
+            num_frames=data.sample_n_frames,
+            resolution=data.resolution,
+            seed=config.seed,
+            extractor=config.feature_extractor,
+            video_extractor=config.video_extractor,
+            crop_zoom=config.crop_zoom,
+            frames_per_clip=config.frames_per_clip,
+            min_speed=motion.MIN_SPEED,
+            static_threshold=threshold,
+            reference=data.moving_articles or source_name(clips.images),
+            hardware=hardware(),
+            dtype=config.dtype,
+            batch_size=config.eval_batch_size,
+        )
+
+    def _row_of_real(self, other: RealClips) -> Row:
+        """Real clips measured as if a pipeline had drawn them: what chance alone leaves of each number."""
+        found, _ = self._measured(other.batches(self.config.eval_batch_size))
+        row = {"pipeline": REAL_CLIPS, "num_inference_steps": None, "guidance_scale": None}
+        return row | self._quality(found, other.captions)
+
+    def _measured(self, batches: Iterable[tuple[Tensor, float]]) -> tuple[Measurements, Tensor]:
+        """What is measured of each clip, and the first clips, of batches and the seconds that they took."""
+        parts, shown, wanted = [], [], self.config.num_shown
+        for clips, seconds in batches:
+            if sum(map(len, shown)) < wanted:
+                shown.append(clips)
+            spent = {"seconds": torch.full((len(clips),), seconds / len(clips))}
+            parts.append(self._of_batch(clips.to(self.device)) | spent)
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, torch.cat(shown)[:wanted]
+
+    def _of_batch(self, clips: Tensor) -> Measurements:
+        count, differences = self.config.frames_per_clip, motion.frame_differences(clips)
+        velocity, residual = motion.constant_velocity(motion.centroids(clips))
+        content = self._features(motion.centred(clips, self.config.crop_zoom))
+        found = {
+            "velocity": velocity,
+            "residual": residual,
+            "frame_change": motion.frame_change(clips),
+            "mass_change": motion.mass_change(clips),
+            "colour_drift": motion.colour_drift(clips),
+            "content_drift": motion.content_drift(content),
+            "frames": self._features(clips[:, motion.spread_frames(clips.shape[1], count)]),
+            "differences": self._features(differences[:, motion.spread_frames(differences.shape[1], count)]),
+        }
+        if (logits := classify(self.extractor, content[:, content.shape[1] // 2])) is not None:
+            found["logits"] = logits
+        if self.video_extractor is not None:
+            found["videos"] = _video_features(self.video_extractor, clips)
+        return found
+
+    def _features(self, clips: Tensor) -> Tensor:
+        """Of each frame: (N, F, D)."""
+        return extract_features(self.extractor, clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+
+    def _quality(self, found: Measurements, captions: Sequence[str]) -> Row:
+        directions = [motion.direction_in_prompt(caption) for caption in captions]
+        accuracy = motion.direction_accuracy(found["velocity"], directions)
+        told = torch.tensor([direction is not None for direction in directions])
+        upright = torch.tensor([not motion.is_turning(caption) for caption in captions])
+        return {
+            "direction_accuracy": accuracy.pop("all", None),
+            **{f"direction_accuracy_{direction}": share for direction, share in accuracy.items()},
+            "velocity_residual": _mean(found["residual"][told.to(self.device)]),
+            "static_rate": (found["frame_change"] < self.setting.static_threshold).float().mean().item(),
+            "fd_frames": self._distance(found, "frames"),
+            "fd_differences": self._distance(found, "differences"),
+            "fvd": self._distance(found, "videos"),
+            "agreement": self._agreement(found.get("logits"), captions),
+            "content_drift": _mean(found["content_drift"][upright.to(self.device)]),
+            "colour_drift": _mean(found["colour_drift"]),
+            "mass_change": _mean(found["mass_change"]),
+        }
+
+    def _distance(self, found: Measurements, key: str) -> float | None:
+        if key not in found:
+            return None
+        return frechet_distance(*(features[key].flatten(0, -2) for features in (self.real, found)))
+
+    def _agreement(self, logits: Tensor | None, captions: Sequence[str]) -> float | None:
+        """Of clips whose thing stays upright, as the classifier's images are."""
+        if logits is None:
+            return None
+        names = self.extractor.labels
+        return prompt_agreement(
+            logits, [None if motion.is_turning(c) else label_in_prompt(c, names) for c in captions]
+        )
+
+
+def load_video_extractor(name: str) -> VideoExtractor:
+    """
+    Args:
+        name: "module:function".
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"--video_extractor {name!r} is no module:function that can be imported: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"--video_extractor {name!r} is not callable: name a function of clips.")
+    return found
+
+
+def _video_features(extractor: VideoExtractor, clips: Tensor) -> Tensor:
+    features = extractor(clips)
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(clips):
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"--video_extractor must give features (N, D), here N = {len(clips)}, but it gave {found}.")
+    return features
+
+
+def _mean(values: Tensor) -> float | None:
+    return values.mean().item() if len(values) else None
+
+
+def _names(config: VideoEvaluationConfig) -> list[str]:
+    return config.names or [Path(source).name for source in config.pipelines]
+
+
+def _validate(config: VideoEvaluationConfig) -> None:
+    names = _names(config)
+    if len(names) != len(config.pipelines):
+        raise ValueError(f"--names gives {len(names)} names for {len(config.pipelines)} pipelines: give one each.")
+    files = [file_name(name) for name in (FIRST_REAL, TEACHER, *names)]
+    if twice := [file for file in files if files.count(file) > 1]:
+        raise ValueError(
+            f"Two rows would be called {Path(twice[0]).stem}: give each pipeline a name of its own by --names."
+        )
+    for name, least in (("num_videos", 2), ("frames_per_clip", 1), ("num_shown", 1), ("eval_batch_size", 1)):
+        if (value := getattr(config, name)) < least:
+            raise ValueError(f"--{name} must be at least {least}, but it is {value}.")
+    if config.crop_zoom <= 0:
+        raise ValueError(f"--crop_zoom must be positive, but it is {config.crop_zoom}; 1 keeps the size.")

@@ -1,0 +1,145 @@
+"""What an evaluation of videos leaves behind: a Markdown table, its numbers as JSON, a plot, strips and animations."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.report import Row, replace_file
+
+
+COLUMNS = {  # key of a row -> heading and format
+    "pipeline": ("pipeline", "{}"),
+    "num_inference_steps": ("NFE", "{}"),
+    "guidance_scale": ("guidance", "{:g}"),
+    "direction_accuracy": ("direction accuracy", "{:.3f}"),
+    "velocity_residual": ("off constant velocity, px", "{:.2f}"),
+    "static_rate": ("static", "{:.3f}"),
+    "fd_frames": ("FD of frames", "{:.2f}"),
+    "fd_differences": ("FD of differences", "{:.2f}"),
+    "fvd": ("FVD", "{:.1f}"),
+    "agreement": ("agreement", "{:.3f}"),
+    "content_drift": ("content drift", "{:.3f}"),
+    "colour_drift": ("colour drift", "{:.3f}"),
+    "mass_change": ("brightness change", "{:.3f}"),
+    "seconds_per_clip": ("s/clip", "{:.3f}"),
+}
+PLOTTED = ("direction_accuracy", "fd_frames", "fd_differences")
+FRAME_DURATION = 125  # milliseconds, in animations
+
+
+@dataclass(frozen=True)
+class VideoSetting:
+    """What the numbers of a table depend on besides the pipelines.
+
+    Attributes:
+        static_threshold: Mean |x_{f+1} - x_f| below which a clip counts as static.
+    """
+
+    num_clips: int
+    num_frames: int
+    resolution: int
+    seed: int
+    extractor: str
+    video_extractor: str | None
+    crop_zoom: float
+    frames_per_clip: int
+    min_speed: float
+    static_threshold: float
+    reference: str
+    hardware: str
+    dtype: str
+    batch_size: int
+
+
+class Shown(NamedTuple):
+    """The first clips (S, F, 3, H, W) of a row of the table."""
+
+    pipeline: str
+    label: str
+    clips: Tensor
+
+
+def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
+    """The table with the columns that hold a value, and the setting in words below it."""
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    lines = [[COLUMNS[key][0] for key in keys], ["---"] + ["---:"] * (len(keys) - 1)]
+    lines += [["–" if row.get(key) is None else COLUMNS[key][1].format(row[key]) for key in keys] for row in rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"{table}\n\n{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
+        f"{setting.seed}, extractor {setting.extractor}, reference {setting.reference}. Direction: at least "
+        f"{setting.min_speed:g} px per frame; chance is 0.25 for clips that move and 0 for static ones. Static: mean frame "
+        f"change below {setting.static_threshold:.4f}. Drifts: distance to the first frame, of features and of colours. "
+        f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
+        "The teacher is sampled by DDIM with trailing timesteps. NFE counts steps: classifier-free guidance runs the network on both branches in each.\n"
+    )
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Direction accuracy and Fréchet distances over steps: one line per pipeline and guidance scale, real ones dotted."""
+    keys = [key for key in PLOTTED if any(row.get(key) is not None for row in rows)]
+    sampled = [row for row in rows if row["num_inference_steps"] is not None]
+    figure = Figure(figsize=(5 * len(keys), 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for row in rows:
+            if row["num_inference_steps"] is None:
+                axes.axhline(row[key], linestyle=":", color="grey", label=row["pipeline"])
+        for name, guidance in dict.fromkeys((row["pipeline"], row["guidance_scale"]) for row in sampled):
+            points = [row for row in sampled if (row["pipeline"], row["guidance_scale"]) == (name, guidance)]
+            points.sort(key=lambda row: row["num_inference_steps"])
+            steps, values = zip(*((row["num_inference_steps"], row[key]) for row in points), strict=True)
+            axes.plot(steps, values, marker="o", label=f"{name}, guidance {guidance:g}")
+        ticks = sorted({row["num_inference_steps"] for row in sampled})
+        axes.set(xscale="log", xlabel="NFE (steps)", ylabel=COLUMNS[key][0])
+        axes.set(yscale="linear" if key == "direction_accuracy" else "log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def write_report(
+    folder: Path, rows: list[Row], setting: VideoSetting, shown: Sequence[Shown], prompts: Sequence[str]
+) -> str:
+    """Writes `table.md`, `table.json`, `plot.png`, `grid.png` and a GIF of each pipeline; returns the Markdown table.
+
+    The grid has the frames of the first clip of every row of the table; a GIF has a row for each number of steps and
+    guidance scale, and a column for each of the first prompts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = markdown_table(rows, setting)
+    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    frames = [f"frame {number + 1}" for number in range(setting.num_frames)]
+    heads = [f"{prompts[0]}: {frames[0]}", *frames[1:]]
+    grid = image_grid([part.clips[0] for part in shown], [part.label for part in shown], heads)
+    replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
+    replace_file(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
+    replace_file(folder / "plot.png", lambda path: plot(rows).savefig(path, dpi=150, format="png"))
+    replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
+    for name in dict.fromkeys(part.pipeline for part in shown):
+        first, *rest = animation([part for part in shown if part.pipeline == name], prompts)
+        options = {"save_all": True, "append_images": rest, "duration": FRAME_DURATION, "loop": 0}
+        replace_file(
+            folder / file_name(name), lambda path, first=first, options=options: first.save(path, "GIF", **options)
+        )
+    return table
+
+
+def animation(shown: Sequence[Shown], prompts: Sequence[str]) -> list[Image.Image]:
+    """F pictures of clips side by side: a row for each of `shown`, a column for each prompt."""
+    labels, clips = [part.label for part in shown], [part.clips for part in shown]
+    return [image_grid([c[:, f] for c in clips], labels, prompts) for f in range(clips[0].shape[1])]
+
+
+def file_name(name: str) -> str:
+    """Of a pipeline's GIF: "_" for what does not belong in file names."""
+    return re.sub(r"[^\w.-]+", "_", name) + ".gif"

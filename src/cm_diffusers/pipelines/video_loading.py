@@ -1,0 +1,165 @@
+"""Loading video students: pipelines, image models with a motion adapter, and motion adapters with their LoRA."""
+
+import warnings
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import MotionAdapter, UNetMotionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from cm_diffusers.pipelines.loading import ConsistencyLoaderMixin
+from cm_diffusers.pipelines.lora import Source
+from cm_diffusers.pipelines.manners import consistency_scheduler
+from cm_diffusers.pipelines.recorded import of_hub
+from cm_diffusers.record import Record, base_model_of, read_record
+
+
+ANIMATEDIFF_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "trained_betas": None}
+POSITIONS = ".pos_embed.pe"  # sinusoids, which the network makes itself
+
+
+class VideoLoaderMixin(ConsistencyLoaderMixin):
+    """`from_pretrained` of the consistency pipeline of clips; the rest as for images."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Source,
+        base_model: Source | None = None,
+        weight_name: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A few-step video student, from a folder or the Hub.
+
+        That is: a pipeline of AnimateDiff's shape; one of Stable Diffusion's, with `motion_adapter=...`; or a student
+        whose motion adapter is at the root of its folder with a LoRA beside it: of this package, or in the layout of
+        "wangfuyun/AnimateLCM", for which
+
+            ConsistencyVideoPipeline.from_pretrained(
+                "wangfuyun/AnimateLCM", base_model="emilianJR/epiCRealism", weight_name="AnimateLCM_sd15_t2v_lora.safetensors"
+            )
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            base_model: Image model that the motion adapter and the LoRA are put on; by default that of the record.
+            weight_name: File of the LoRA; by default, with a record, that of this package.
+            kwargs: As for `DiffusionPipeline.from_pretrained`. A `motion_adapter` also replaces that of a pipeline. A
+                `scheduler` is kept; otherwise it is made from the record, else has the betas of the pipeline, or, for
+                a motion adapter and LoRA without record, AnimateDiff's.
+
+        Raises:
+            ValueError: Neither a pipeline nor a motion adapter is there, nothing says what it belongs on, or parts do
+                not fit each other.
+        """
+        source = pretrained_model_name_or_path
+        record = read_record(source, **of_hub(kwargs))
+        if base_model is None and weight_name is None:
+            if kwargs.get("motion_adapter") is not None or _is_pipeline(source, record, kwargs):
+                return cls._from_pipeline(source, kwargs)
+        return cls._from_motion(source, record, base_model, weight_name, kwargs)
+
+    @classmethod
+    def _from_pipeline(cls, source: Source, kwargs: dict[str, Any]) -> Self:
+        pipe = super().from_pretrained(source, **kwargs)
+        if kwargs.get("motion_adapter") is not None:
+            _put_on(pipe.unet, pipe.motion_adapter)
+        return pipe
+
+    @classmethod
+    def _from_motion(
+        cls,
+        source: Source,
+        record: Record | None,
+        base_model: Source | None,
+        weight_name: str | None,
+        kwargs: dict[str, Any],
+    ) -> Self:
+        if record is None and (base_model is None or weight_name is None):
+            raise ValueError(
+                f"{str(source)!r} has neither a model_index.json nor the record of a student; for a motion adapter with "
+                "its LoRA, give base_model and weight_name."
+            )
+        hub = of_hub(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name != "revision"}  # the motion adapter's
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        adapter = load_motion_adapter(source, dtype, hub)
+        pipe = cls._on_base(source, base_model or base_model_of(record, source), kwargs | {"motion_adapter": adapter})
+        if record is None and kwargs.get("scheduler") is None:
+            pipe.scheduler = consistency_scheduler("LCMScheduler", {**pipe.scheduler.config, **ANIMATEDIFF_BETAS})
+        pipe.load_lora_weights(source, weight_name=weight_name or LORA_WEIGHT_NAME_SAFE, **hub)
+        return pipe
+
+    @classmethod
+    def _on_base(cls, source: Source, base_model: Source, kwargs: dict[str, Any]) -> Self:
+        try:
+            return cls._from_pipeline(base_model, kwargs)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"The motion adapter {str(source)!r} belongs on {str(base_model)!r}, which cannot be used ({reason}); "
+                "say where that base model is, or another one, with base_model."
+            ) from error
+
+    @classmethod
+    def load_lora_into_unet(
+        cls, state_dict: dict[str, Tensor], network_alphas: dict, unet: UNetMotionModel, *args: Any, **kwargs: Any
+    ) -> None:
+        """As for images. Motion modules have layers of the names that a LoRA of an image model targets; they get none."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
+            super().load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
+
+
+def load_motion_adapter(
+    source: Source, dtype: torch.dtype | None = None, hub: dict[str, Any] | None = None
+) -> MotionAdapter:
+    """The motion adapter at the root of a folder or repository; published ones may lack their positional buffers.
+
+    Args:
+        source: Folder or Hub id.
+        dtype: Of its weights; float32 by default.
+        hub: Where it is on the Hub and in the cache, see `cm_diffusers.pipelines.recorded.of_hub`.
+
+    Raises:
+        ValueError: It is not there, has weights missing or too many, or of other shapes than its config says.
+    """
+    try:
+        kind = MotionAdapter.load_config(source, **(hub or {})).get("_class_name")
+        if kind != "MotionAdapter":
+            raise ValueError(f"its config.json is that of a {kind}")
+        options = {"output_loading_info": True, "use_safetensors": True, "low_cpu_mem_usage": False}
+        adapter, info = MotionAdapter.from_pretrained(source, dtype=dtype, **options, **(hub or {}))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{str(source)!r} holds no motion adapter that can be loaded ({reason}).") from error
+    lacking = [key for key in info["missing_keys"] if not key.endswith(POSITIONS)]
+    for what, keys in (("lacks", lacking), ("has unknown", info["unexpected_keys"])):
+        if keys:
+            raise ValueError(
+                f"The motion adapter {str(source)!r} {what} weights ({len(keys)}, such as {sorted(keys)[0]}); get it anew."
+            )
+    return adapter
+
+
+def _put_on(unet: UNetMotionModel, adapter: MotionAdapter) -> None:
+    """Gives a UNet that has motion modules already those of the adapter."""
+    try:
+        unet.load_motion_modules(adapter)
+    except RuntimeError as error:
+        raise ValueError(f"The motion adapter does not fit the UNet: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _is_pipeline(source: Source, record: Record | None, kwargs: dict[str, Any]) -> bool:
+    """Whether it has a model_index.json; or, so that diffusers says why not, where that cannot be found out."""
+    if Path(source).exists():
+        return (Path(source) / "model_index.json").is_file()
+    try:
+        return bool(hf_hub_download(str(source), "model_index.json", **of_hub(kwargs)))
+    except EntryNotFoundError as error:
+        return record is None and isinstance(error, LocalEntryNotFoundError)
+    except (HfHubHTTPError, HFValidationError):
+        return True

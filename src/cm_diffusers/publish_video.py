@@ -1,0 +1,79 @@
+"""Writing video students: motion modules, the LoRA of the image layers, and the record, as stock diffusers reads them."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers import DiffusionPipeline, LCMScheduler, MotionAdapter, SchedulerMixin, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
+from cm_diffusers.portable import lora_metadata
+from cm_diffusers.provenance import Provenance
+from cm_diffusers.publish import write_texts, written_aside
+from cm_diffusers.record import Record
+
+
+class SpatialLora(NamedTuple):
+    """A LoRA on the image layers: raw PEFT tensors and the fields that say how they are put on."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+    @classmethod
+    def of(cls, unet: nn.Module) -> "SpatialLora":
+        """The one that is on a network."""
+        (name,) = unet.peft_config
+        tensors = {key: value.cpu() for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()}
+        return cls(tensors, lora_metadata(unet))
+
+
+def fused(image: DiffusionPipeline, lora: str) -> tuple[UNet2DConditionModel, SpatialLora, Record | None]:
+    """A copy of an image model's network with a LoRA in its weights, that LoRA, and its record.
+
+    Raises:
+        ValueError: It does not load or does not fit.
+    """
+    pipe = ConsistencyPipeline.from_pipe(image, unet=copy.deepcopy(image.unet), record=None)
+    pipe.load_lora_weights(lora)
+    if others := sorted(set(pipe.get_list_adapters()) - {"unet"}):
+        raise ValueError(f"The LoRA {lora} also has layers for {' and '.join(others)}: give one of the UNet alone.")
+    spatial, record = SpatialLora.of(pipe.unet), pipe.record
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    return pipe.unet, spatial, record
+
+
+def save_motion_adapter(adapter: MotionAdapter, scheduler: SchedulerMixin, folder: Path, fp16: bool) -> None:
+    """A folder that `MotionAdapter.from_pretrained` reads; a scheduler's `from_pretrained` finds the noise schedule there.
+
+    Args:
+        fp16: Store half precision; diffusers loads float32 unless told otherwise.
+    """
+    with written_aside(folder) as aside:
+        _save_motion(adapter, scheduler, aside, fp16)
+
+
+def save_video_student(
+    adapter: MotionAdapter,
+    lora: SpatialLora,
+    scheduler: LCMScheduler,
+    folder: Path,
+    fp16: bool,
+    record: Record,
+    provenance: Provenance,
+) -> None:
+    """As `save_motion_adapter`, with the LoRA beside it, the record and the card."""
+    with written_aside(folder) as aside:
+        _save_motion(adapter, scheduler, aside, fp16)
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            aside, unet_lora_layers=lora.tensors, unet_lora_adapter_metadata=lora.metadata
+        )
+        write_texts(aside, record, provenance)
+
+
+def _save_motion(adapter: MotionAdapter, scheduler: SchedulerMixin, folder: Path, fp16: bool) -> None:
+    (adapter.half() if fp16 else adapter).save_pretrained(folder)
+    scheduler.save_config(folder)

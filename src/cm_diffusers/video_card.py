@@ -1,0 +1,59 @@
+"""What the model cards of video students say of their own."""
+
+from textwrap import dedent
+
+from cm_diffusers.provenance import Provenance
+from cm_diffusers.record import Record
+
+
+VIDEO_TASK = "text-to-video"
+ANIMATELCM = "[AnimateLCM](https://arxiv.org/abs/2402.00769)"
+VIDEO_METHODS = {"animatelcm": ("Video consistency model (AnimateLCM)", "distilled from", ANIMATELCM)}
+
+
+def is_video(method: str) -> bool:
+    return method in VIDEO_METHODS
+
+
+def video_usage(record: Record, provenance: Provenance, base: str) -> list[str]:
+    values = {
+        "name": provenance.name,
+        "base": base,
+        "frames": provenance.settings.get("sample_n_frames", 16),
+        "steps": record.recommended_num_inference_steps,
+        "scale": float(record.recommended_guidance_scale),
+    }
+    parts = [
+        "Motion modules, the LoRA of the image layers and the scheduler lie here; the rest is the base model. With the "
+        "package, which finds it by the record:",
+        _code(WITH_PACKAGE, values),
+        "With diffusers alone:",
+        _code(ALONE, values),
+    ]
+    return parts if provenance.base_id else [*parts, f"`{base}` is not on the Hub: give the place where you have it."]
+
+
+def _code(template: str, values: dict[str, object]) -> str:
+    return f"```python\n{dedent(template).strip().format(**values)}\n```"
+
+
+WITH_PACKAGE = """
+    from cm_diffusers import ConsistencyVideoPipeline
+    from diffusers.utils import export_to_gif
+
+    pipe = ConsistencyVideoPipeline.from_pretrained("{name}")
+    frames = pipe("your prompt", num_frames={frames}).frames[0]
+    export_to_gif(frames, "clip.gif")
+"""
+
+ALONE = """
+    from diffusers import AnimateDiffPipeline, LCMScheduler, MotionAdapter
+
+    adapter = MotionAdapter.from_pretrained("{name}")
+    pipe = AnimateDiffPipeline.from_pretrained("{base}", motion_adapter=adapter)
+    pipe.scheduler = LCMScheduler.from_pretrained("{name}")
+    pipe.load_lora_weights("{name}")
+    frames = pipe(
+        "your prompt", num_frames={frames}, num_inference_steps={steps}, guidance_scale={scale}
+    ).frames[0]
+"""

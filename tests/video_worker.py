@@ -1,0 +1,54 @@
+"""AnimateLCM's stages in each of two processes: `torchrun video_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
+
+import os
+import sys
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from test_animatelcm import lora_folder, randomised_parts
+from toys import toy_trainer
+
+from cm_diffusers.animatelcm import StageConfig, make_stage
+from cm_diffusers.objectives.lcm import LCMConfig
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.types import Batch
+
+
+SETTINGS = {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_accumulation_steps": 2}
+KINDS = {"motion": {}, "joint": {"lora_rank": 2, "lora_alpha": 2.0}}
+
+
+def trainer(folder, kind, home, **config):
+    parts = randomised_parts()
+    values = {"spatial_lora": lora_folder(home, parts.scheduler)} if kind == "motion" else {}
+    made = make_stage(StageConfig(kind, **KINDS[kind], **values), LCMConfig(w_min=1.0, w_max=3.0), parts)
+    return toy_trainer(folder, made.nets, made.objective, OptimConfig(learning_rate=1e-3), **SETTINGS | config)
+
+
+def clips(rank=0):
+    def batches(start):
+        for k in count(start):
+            generator = torch.Generator().manual_seed(2 * k + rank)
+            x0, states = torch.randn(2, 4, 3, 8, 8, generator=generator), torch.randn(2, 2, 5, 32, generator=generator)
+            yield Batch(x0, {"encoder_hidden_states": states[0]}, {"encoder_hidden_states": states[1]})
+
+    return batches
+
+
+def main() -> None:
+    folder, rank, found = Path(sys.argv[1]), int(os.environ["RANK"]), {}
+    for kind in KINDS:
+        home = folder / f"lora-{rank}"
+        trainer(folder / kind, kind, home).fit(clips(rank))
+        start = str(folder / kind / "checkpoint-2")
+        resumed = trainer(folder / f"{kind}-resumed", kind, home, resume_from_checkpoint=start)
+        resumed.fit(clips(rank))
+        network = resumed.accelerator.unwrap_model(resumed.nets.student)
+        found |= {f"{kind}/{key}": p.detach().clone() for key, p in network.named_parameters() if p.requires_grad}
+    save_file(found, folder / f"rank-{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Distil a Stable Diffusion + AnimateDiff teacher into a 1-8 step video student, stage by stage (AnimateLCM)."""
+
+from pathlib import Path
+
+from diffusers import LCMScheduler
+
+from cm_diffusers.animatelcm import Parts, StageConfig, make_stage, stage_grid
+from cm_diffusers.callbacks import ValidationConfig
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.video import VideoDataConfig, video_batches
+from cm_diffusers.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.motion import MotionConfig, check_frames, load_motion_adapter, motion_scheduler
+from cm_diffusers.networks import TeacherConfig, load_teacher
+from cm_diffusers.objectives.lcm import LCMConfig
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.provenance import describe_run
+from cm_diffusers.publish import lcm_record
+from cm_diffusers.rng import seed_everything
+from cm_diffusers.trainer import TrainConfig, Trainer
+
+
+CONFIGS = (
+    TeacherConfig, MotionConfig, StageConfig, VideoDataConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig,
+)  # fmt: skip
+
+
+def main() -> None:
+    source, motion, config, data, method, optim, train, validation, hub = configs = parse_configs(CONFIGS, __doc__)
+    seed_everything(train.seed)
+    repo_id = check_hub(hub, train.output_dir, train.report_to)
+    image = load_teacher(source)
+    ddim = motion_scheduler(motion, image.scheduler)
+    grid = {"original_inference_steps": method.num_ddim_timesteps, "timestep_scaling": method.timestep_scaling_factor}
+    scheduler = LCMScheduler.from_config(ddim.config, **grid)
+    adapter = None if config.stage == "image_lora" else load_motion_adapter(motion)
+    if adapter is not None:
+        check_frames(data.sample_n_frames, adapter, "--sample_n_frames")
+    stage = make_stage(config, method, Parts(image, adapter, scheduler))
+    shape = data.sample_n_frames, data.resolution
+    samples = stage_grid(config, validation, stage, Parts(image, adapter, ddim), *shape)
+    settings = [source, motion, config, data, method]
+    trainer = Trainer(train, stage.nets, stage.objective, optim, settings, callbacks=samples)
+    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
+    batches = video_batches(data, Encoders.from_pipeline(image), train.seed, rank, ranks, device, **stage.wanted)
+    trainer.fit(stage.views(batches))
+    if trainer.accelerator.is_main_process:
+        record = lcm_record(source.pretrained_teacher_model, "distilled", method.w_min, method.w_max, 1.0, scheduler)
+        folder = Path(train.output_dir) / stage.result
+        provenance = describe_run(configs, image, source.pretrained_teacher_model, data.source, repo_id or str(folder))
+        with trainer.export_weights() as network:
+            stage.save(network, folder, record, provenance)
+        if repo_id:
+            print(push_folder(folder, repo_id, hub))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,77 @@
+"""Make an image model a video model: train motion modules between its frozen layers on clips with captions (AnimateDiff)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.callbacks import ValidationConfig
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.clip_grids import clip_grid
+from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.sources import refuse_changed
+from cm_diffusers.data.video import VideoDataConfig, video_batches
+from cm_diffusers.motion import (
+    MotionConfig,
+    NewMotionConfig,
+    inflate,
+    motion_adapter_of,
+    motion_scheduler,
+    starting_adapter,
+    train_motion_only,
+    video_pipeline,
+)
+from cm_diffusers.networks import TeacherConfig, load_teacher
+from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.process import DiscreteVP
+from cm_diffusers.publish_video import save_motion_adapter
+from cm_diffusers.rng import seed_everything
+from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.types import Networks
+
+
+@dataclass
+class ResultConfig:
+    """How the result is stored."""
+
+    save_fp16: bool = HfArg(default=False, help="Store the motion modules in half precision.")
+
+
+CONFIGS = (
+    TeacherConfig, MotionConfig, NewMotionConfig, VideoDataConfig, DiffusionConfig, OptimConfig, TrainConfig, ValidationConfig,
+    ResultConfig,
+)  # fmt: skip
+
+
+def main() -> None:
+    source, motion, new, data, method, optim, train, validation, result = parse_configs(CONFIGS, __doc__)
+    seed_everything(train.seed)
+    refuse_changed(data, "proportion_empty_prompts", "here: --condition_dropout does that")
+    refuse_changed(method, "prediction_type", "here: it is the image model's")
+    refuse_changed(validation, "validation_teacher_steps", "without a teacher")
+    image = load_teacher(source)
+    scheduler = motion_scheduler(motion, image.scheduler)
+    adapter = starting_adapter(motion, new, image.unet, data.sample_n_frames)
+    unet = train_motion_only(inflate(image.unet, adapter))
+    method = replace(method, prediction_type=scheduler.config.prediction_type)
+    objective = DiffusionObjective(method, DiscreteVP.from_scheduler(scheduler))
+
+    def make_pipeline(network):
+        return video_pipeline(image, network, adapter, scheduler)
+
+    shape = data.sample_n_frames, data.resolution, validation.validation_guidance_scale
+    grid = clip_grid(validation, make_pipeline, *shape)
+    settings = [source, motion, new, data]
+    trainer = Trainer(train, Networks(unet), objective, optim, settings, callbacks=[grid])
+    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
+    trainer.fit(video_batches(data, Encoders.from_pipeline(image), train.seed, rank, ranks, device))
+    if trainer.accelerator.is_main_process:
+        folder = Path(train.output_dir) / "motion_adapter"
+        with trainer.export_weights() as network:
+            save_motion_adapter(motion_adapter_of(network, adapter), scheduler, folder, result.save_fp16)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)
