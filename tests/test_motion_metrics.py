@@ -172,3 +172,13 @@ def test_differences_tell_a_clip_from_its_reverse() -> None:
 )
 def test_frames_are_spread(frames: int, count: int, expected: list[int]) -> None:
     assert motion.spread_frames(frames, count) == expected
+
+
+def test_a_thing_that_fills_most_of_the_frame_has_its_own_centre():
+    clip = torch.full((1, 2, 3, 32, 32), 0.1)
+    clip[0, 0, :, 1:29, 2:24] = torch.linspace(0.2, 1.0, 22)  # 60 percent, brighter to the right
+    clip[0, 1, :, 1:29, 5:27] = clip[0, 0, :, 1:29, 2:24]
+    first, second = motion.centroids(clip)[0]
+    weights = torch.linspace(0.1, 0.9, 22, dtype=torch.float64)
+    assert first[0].item() == pytest.approx(2 + ((weights * torch.arange(22)).sum() / weights.sum()).item(), abs=1e-4)
+    assert (second - first).tolist() == pytest.approx([3, 0], abs=1e-6)

@@ -19,12 +19,13 @@ HISTOGRAM_BINS = 32
 def centroids(clips: Tensor) -> Tensor:
     """Centre of brightness (N, F, 2) of each frame: x to the right and y down, in pixels from the first pixel's centre.
 
-    Brightness is the mean of the channels above the frame's median, which is the background's as long as the thing
-    fills less than half of the frame: a background that is not quite black does not draw the centre to the middle. A
+    Brightness is the mean of the channels above the frame's lower quartile, which is the background's as long as the
+    thing fills less than three quarters of the frame: a background that is not quite black does not draw the centre to the middle. A
     uniform frame has its own middle for a centre.
     """
     grey = clips.double().mean(2)
-    mass = (grey - grey.flatten(2).median(2).values[..., None, None]).clamp(min=0)
+    background = grey.flatten(2).kthvalue(max(1, grey[0, 0].numel() // 4), dim=2).values
+    mass = (grey - background[..., None, None]).clamp(min=0)
     total = mass.sum((2, 3))
     mass = torch.where((total > 0)[..., None, None], mass, torch.ones_like(mass))
     columns, rows = (
