@@ -127,6 +127,12 @@ def test_the_lora_leaks_into_the_target(parts, lora):
     )
 
 
+def test_a_cast_teacher_leaves_the_student_in_full_precision(parts, lora):
+    nets = stage(parts, "motion", spatial_lora=lora, cast_teacher_unet="bf16").nets
+    assert {p.dtype for p in nets.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for n in (nets.student, nets.target) for p in n.parameters()} == {torch.float32}
+
+
 def test_a_lora_of_another_schedule_is_refused(parts, tmp_path):
     other = lora_folder(tmp_path, LCMScheduler.from_config(tiny_scheduler().config))
     with pytest.raises(ValueError, match=r"The LoRA .* was trained on another noise schedule than the teacher's"):

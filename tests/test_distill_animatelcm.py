@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,10 @@ def test_an_adapter_for_the_student(home, student, condition, kind):
     base = {"pretrained_motion_adapter": student / "student", "spatial_lora": student / "student"}
     made = train(home, "distill_animatelcm", f"adapter-{condition}", stage="adapter", condition=condition, **base)
     folder = made / {"image": "image_adapter", "edges": "controlnet"}[condition]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == ("image-to-video" if condition == "image" else "text-to-video")
+    assert f"{kind.__name__}.from_pretrained(" in card.text
+    assert not re.search(r"\{\w*\}", card.text)
     adapter = kind.from_pretrained(folder)
     asked = {"num_frames": 3, "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt"}
     if condition == "image":

@@ -1,10 +1,13 @@
 """From an image model to a video model: the identity start, what trains, the noise schedule and the files."""
 
+import copy
 import re
+from collections import Counter
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, MotionAdapter, UNetMotionModel
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from safetensors.torch import load_file, save_file
 from tiny import tiny_scheduler, tiny_unet
 from toys import assert_same
@@ -20,7 +23,7 @@ from cm_diffusers.motion import (
     motion_scheduler,
     new_motion_adapter,
     starting_adapter,
-    train_motion_only,
+    train_motion,
 )
 from cm_diffusers.networks import as_denoiser
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
@@ -88,7 +91,7 @@ def test_loss_of_clips_is_the_mean_of_their_frames_losses(monkeypatch):
 
 def test_only_motion_modules_train():
     unet = tiny_unet()
-    video = train_motion_only(inflate(unet, new_motion_adapter(unet, NEW)))
+    video = train_motion(inflate(unet, new_motion_adapter(unet, NEW)))
     names = {name for name, p in video.named_parameters() if p.requires_grad}
     assert names == {name for name, _ in video.named_parameters() if MOTION in name}
     assert len(names) > 50
@@ -171,3 +174,27 @@ def test_bad_input():
         inflate(tiny_unet(layers_per_block=2), new_motion_adapter(unet, NEW))
     with pytest.raises(ValueError, match="normalises 8 groups of channels and the image model 16"):
         inflate(tiny_unet(norm_num_groups=16), new_motion_adapter(unet, NEW))
+
+
+def test_motion_modules_are_recomputed_under_gradient_checkpointing(monkeypatch):
+    """Every one runs again in the backward pass, also in a copy, and the gradients are the same."""
+    unet = tiny_unet()
+    plain = train_motion(inflate(unet, randomised(new_motion_adapter(unet, NEW))))
+    checked = copy.deepcopy(plain)
+    checked.enable_gradient_checkpointing()
+    calls, forward = [], AnimateDiffTransformer3D.forward
+    monkeypatch.setattr(
+        AnimateDiffTransformer3D, "forward", lambda self, *a, **k: calls.append(id(self)) or forward(self, *a, **k)
+    )
+    x, states, t = clips()
+    counts = {}
+    for name, network in (("plain", plain), ("checked", checked)):
+        calls.clear()
+        network(x, t, states.repeat_interleave(3, 0)).sample.square().mean().backward()
+        counts[name] = Counter(calls).values()
+    modules = sum(isinstance(module, AnimateDiffTransformer3D) for module in plain.modules())
+    assert list(counts["plain"]) == [1] * modules
+    assert len(counts["checked"]) == modules
+    assert min(counts["checked"]) == 2
+    pairs = [(p, q) for p, q in zip(plain.parameters(), checked.parameters(), strict=True) if p.requires_grad]
+    assert all(torch.allclose(p.grad, q.grad, atol=1e-6) for p, q in pairs)

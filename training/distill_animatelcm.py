@@ -11,7 +11,7 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.video import VideoDataConfig, video_batches
 from cm_diffusers.hub import HubConfig, check_hub, push_folder
 from cm_diffusers.motion import MotionConfig, check_frames, load_motion_adapter, motion_scheduler
-from cm_diffusers.networks import TeacherConfig, load_teacher
+from cm_diffusers.networks import TeacherConfig, load_teacher, require_autocast
 from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.provenance import describe_run
@@ -28,6 +28,7 @@ CONFIGS = (
 def main() -> None:
     source, motion, config, data, method, optim, train, validation, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
+    require_autocast(config, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     image = load_teacher(source)
     ddim = motion_scheduler(motion, image.scheduler)

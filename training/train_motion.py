@@ -18,7 +18,7 @@ from cm_diffusers.motion import (
     motion_adapter_of,
     motion_scheduler,
     starting_adapter,
-    train_motion_only,
+    train_motion,
     video_pipeline,
 )
 from cm_diffusers.networks import TeacherConfig, load_teacher
@@ -53,7 +53,7 @@ def main() -> None:
     image = load_teacher(source)
     scheduler = motion_scheduler(motion, image.scheduler)
     adapter = starting_adapter(motion, new, image.unet, data.sample_n_frames)
-    unet = train_motion_only(inflate(image.unet, adapter))
+    unet = train_motion(inflate(image.unet, adapter))
     method = replace(method, prediction_type=scheduler.config.prediction_type)
     objective = DiffusionObjective(method, DiscreteVP.from_scheduler(scheduler))
 

@@ -6,38 +6,38 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
     LCMScheduler,
-    ModelMixin,
     MotionAdapter,
     UNet2DConditionModel,
     UNetMotionModel,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.clip_grids import clip_grid
 from cm_diffusers.data.sources import refuse_changed
+from cm_diffusers.data.video import single_frames
 from cm_diffusers.models.conditioned_unet import ConditionedUNet
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.motion import (
-    MOTION,
     check_same_schedule,
     inflate,
     motion_adapter_of,
-    train_motion_only,
+    train_motion,
     video_pipeline,
 )
 from cm_diffusers.networks import LCM_LORA_TARGETS, WithoutAdapters, add_lora, frozen_copy
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.process import DiscreteVP
-from cm_diffusers.provenance import Provenance, write_provenance
-from cm_diffusers.publish import lcm_pipeline, save_lora, written_aside
-from cm_diffusers.publish_video import SpatialLora, fused, save_video_student
+from cm_diffusers.provenance import Provenance
+from cm_diffusers.publish import lcm_pipeline, save_lora
+from cm_diffusers.publish_video import SpatialLora, fused, save_condition, save_video_student
 from cm_diffusers.record import Record
 from cm_diffusers.trainer import Trainer
 from cm_diffusers.types import Batch, Loss, Networks
@@ -58,6 +58,8 @@ class StageConfig:
     spatial_lora: str | None = HfArg(
         default=None, help="Folder or Hub id of the LCM-LoRA that the first stage or distill_lcm.py made."
     )
+    spatial_lora_weight_name: str | None = HfArg(default=None, help="Its file, where there are several.")
+    spatial_lora_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     target_init: Literal["teacher", "student"] = HfArg(
         default="teacher",
         help="Stage motion: the averaged target starts without the LoRA, which then leaks into it, or with it.",
@@ -67,6 +69,9 @@ class StageConfig:
     condition: Literal["image", "edges"] = HfArg(
         default="image",
         help="Stage adapter: image, an ImageToVideoAdapter for the first frame; edges, a ControlNet for those of all frames.",
+    )
+    cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
+        default="no", help="Keep the teacher in half precision (with --mixed_precision of the same kind)."
     )
     save_fp16: bool = HfArg(default=False, help="Store motion modules or the adapter in half precision.")
 
@@ -156,10 +161,10 @@ def motion(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
     """
     teacher = inflate(parts.image.unet, parts.adapter).requires_grad_(False).eval()
     unet, lora, _ = _fused_alike(parts, config)
-    student = train_motion_only(inflate(unet, parts.adapter))
+    student = train_motion(inflate(unet, parts.adapter))
     target = frozen_copy(teacher if config.target_init == "teacher" else student).train()
     return Stage(
-        Networks(student, target=target, teacher=teacher),
+        Networks(student, target=target, teacher=_cast(teacher, config)),
         LCMObjective(method, parts.process, parts.prediction_type, None),
         lambda network: video_pipeline(parts.image, network, parts.adapter, parts.scheduler),
         lambda network, *where: _save_student(config, parts, network, lora, *where),
@@ -172,10 +177,9 @@ def joint(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
     teacher = inflate(parts.image.unet, parts.adapter).requires_grad_(False).eval()
     layers = image_layers(parts.image.unet, LCM_LORA_TARGETS)
     student = add_lora(inflate(parts.image.unet, parts.adapter), config.lora_rank, config.lora_alpha, 0.0, layers)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(MOTION in name or "lora_" in name)
+    student = train_motion(student, also="lora_")
     return Stage(
-        Networks(student, target=frozen_copy(student), teacher=teacher),
+        Networks(student, target=frozen_copy(student), teacher=_cast(teacher, config)),
         LCMObjective(method, parts.process, parts.prediction_type, None),
         lambda network: video_pipeline(parts.image, network, parts.adapter, parts.scheduler),
         lambda network, *where: _save_student(config, parts, network, SpatialLora.of(network), *where),
@@ -203,17 +207,23 @@ def adapter(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
         Networks(ConditionedUNet(student, condition.train().requires_grad_(True))),
         LCFObjective(LCFConfig(loss_type=method.loss_type), parts.process, parts.prediction_type, None, *grid),
         None,
-        lambda network, folder, record, provenance: _save_condition(
-            network.condition.half() if config.save_fp16 else network.condition, folder, provenance
+        lambda network, folder, record, provenance: save_condition(
+            network.condition, folder, config.save_fp16, config.spatial_lora, provenance
         ),
         "controlnet" if edges else "image_adapter",
         wanted={"control": "edges"} if edges else {"first_frame": True},
     )
 
 
+def _cast(teacher: UNetMotionModel, config: StageConfig) -> UNetMotionModel:
+    """In the teacher's own precision; after the target was copied from it."""
+    return teacher.to({"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.cast_teacher_unet])
+
+
 def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionModel, SpatialLora, Record | None]:
     """As `fused`, for a LoRA of the teacher's noise schedule."""
-    unet, lora, record = fused(parts.image, config.spatial_lora)
+    options = {"weight_name": config.spatial_lora_weight_name, "revision": config.spatial_lora_revision}
+    unet, lora, record = fused(parts.image, config.spatial_lora, **options)
     if record is None:
         logger.warning(
             "%s does not say which noise schedule it was trained on; taken for the teacher's, %s.",
@@ -236,18 +246,6 @@ def image_layers(unet: UNet2DConditionModel, names: Sequence[str]) -> list[str]:
     return [path for path, _ in unet.named_modules() if any(f".{path}".endswith(f".{name}") for name in names)]
 
 
-def single_frames(batches: Batches) -> Batches:
-    """The frames of clips `(B, C, F, h, w)` as images `(B F, C, h, w)`."""
-    return lambda start: map(_as_images, batches(start))
-
-
-def _as_images(clips: Batch) -> Batch:
-    def repeated(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.repeat_interleave(clips.x0.shape[2], 0) for name, value in conditions.items()}
-
-    return Batch(clips.x0.transpose(1, 2).flatten(0, 1), repeated(clips.cond), repeated(clips.uncond))
-
-
 def _save_student(
     config: StageConfig,
     parts: Parts,
@@ -260,12 +258,6 @@ def _save_student(
     modules = motion_adapter_of(network, parts.adapter)
     record = replace(record, method="animatelcm")
     save_video_student(modules, lora, parts.scheduler, folder, config.save_fp16, record, provenance)
-
-
-def _save_condition(condition: ModelMixin, folder: Path, provenance: Provenance) -> None:
-    with written_aside(folder) as aside:
-        condition.save_pretrained(aside)
-        write_provenance(provenance, aside)
 
 
 def stage_grid(
@@ -292,6 +284,8 @@ STAGES = {"image_lora": image_lora, "motion": motion, "joint": joint, "adapter":
 ACTS = {  # flags -> the stages in which they act
     "spatial_lora": "motion adapter",
     "target_init": "motion",
+    "cast_teacher_unet": "motion joint",
+    "spatial_lora_weight_name spatial_lora_revision": "motion adapter",
     "lora_rank lora_alpha": "image_lora joint",
     "condition": "adapter",
     "save_fp16": "motion joint adapter",

@@ -15,9 +15,11 @@ from diffusers import (
     UNet2DConditionModel,
     UNetMotionModel,
 )
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.sources import refuse_changed
@@ -124,11 +126,26 @@ def inflate(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionMod
         raise ValueError(f"The motion adapter was made for another image model: {reason}") from error
 
 
-def train_motion_only(unet: UNetMotionModel) -> UNetMotionModel:
-    """The motion modules learn, all else is frozen, adapters too."""
+def train_motion(unet: UNetMotionModel, also: str | None = None) -> UNetMotionModel:
+    """The motion modules learn, and what has `also` in its name; all else is frozen.
+
+    With gradient checkpointing they are recomputed, too, which diffusers does in the middle block only.
+    """
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(MOTION in name)
+        parameter.requires_grad_(MOTION in name or (also is not None and also in name))
+    for module in unet.modules():
+        if type(module) is AnimateDiffTransformer3D:
+            module.__class__, module.gradient_checkpointing = _Recomputed, False  # survives a deep copy
     return unet.train()
+
+
+class _Recomputed(AnimateDiffTransformer3D):
+    """A motion module that keeps no activations when its model checkpoints gradients."""
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 def motion_adapter_of(unet: UNetMotionModel, like: MotionAdapter) -> MotionAdapter:

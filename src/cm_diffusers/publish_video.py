@@ -4,16 +4,25 @@ import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import DiffusionPipeline, LCMScheduler, MotionAdapter, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    LCMScheduler,
+    MotionAdapter,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.portable import lora_metadata
-from cm_diffusers.provenance import Provenance
+from cm_diffusers.provenance import Provenance, public, write_provenance
 from cm_diffusers.publish import write_texts, written_aside
 from cm_diffusers.record import Record
+from cm_diffusers.video_card import condition_card
 
 
 class SpatialLora(NamedTuple):
@@ -30,14 +39,19 @@ class SpatialLora(NamedTuple):
         return cls(tensors, lora_metadata(unet))
 
 
-def fused(image: DiffusionPipeline, lora: str) -> tuple[UNet2DConditionModel, SpatialLora, Record | None]:
+def fused(
+    image: DiffusionPipeline, lora: str, **options: str | None
+) -> tuple[UNet2DConditionModel, SpatialLora, Record | None]:
     """A copy of an image model's network with a LoRA in its weights, that LoRA, and its record.
+
+    Args:
+        options: `weight_name` and `revision`, as for `load_lora_weights`; None where they are not given.
 
     Raises:
         ValueError: It does not load or does not fit.
     """
     pipe = ConsistencyPipeline.from_pipe(image, unet=copy.deepcopy(image.unet), record=None)
-    pipe.load_lora_weights(lora)
+    pipe.load_lora_weights(lora, **{name: value for name, value in options.items() if value is not None})
     if others := sorted(set(pipe.get_list_adapters()) - {"unet"}):
         raise ValueError(f"The LoRA {lora} also has layers for {' and '.join(others)}: give one of the UNet alone.")
     spatial, record = SpatialLora.of(pipe.unet), pipe.record
@@ -72,6 +86,22 @@ def save_video_student(
             aside, unet_lora_layers=lora.tensors, unet_lora_adapter_metadata=lora.metadata
         )
         write_texts(aside, record, provenance)
+
+
+def save_condition(
+    condition: ImageToVideoAdapter | ControlNetModel, folder: Path, fp16: bool, student: str, provenance: Provenance
+) -> None:
+    """What was trained in front of a video student, with its card.
+
+    Args:
+        fp16: Store half precision.
+        student: Folder or Hub id.
+    """
+    kind = "controlnet" if isinstance(condition, ControlNetModel) else "image_adapter"
+    with written_aside(folder) as aside:
+        (condition.half() if fp16 else condition).save_pretrained(aside)
+        write_provenance(provenance, aside)
+        (aside / "README.md").write_text(condition_card(provenance, kind, public(student)), "utf-8")
 
 
 def _save_motion(adapter: MotionAdapter, scheduler: SchedulerMixin, folder: Path, fp16: bool) -> None:

@@ -57,3 +57,71 @@ ALONE = """
         "your prompt", num_frames={frames}, num_inference_steps={steps}, guidance_scale={scale}
     ).frames[0]
 """
+
+
+def condition_card(provenance: Provenance, kind: str, student: str) -> str:
+    """The card of a condition that was trained in front of a video student.
+
+    Args:
+        kind: "image_adapter" or "controlnet".
+        student: Folder or Hub id of the student.
+    """
+    values = {"name": provenance.name, "student": student, "data": provenance.data, "commit": provenance.commit}
+    return dedent(CONDITIONS[kind]).lstrip().format(**values, command=provenance.command)
+
+
+CONDITIONS = {
+    "image_adapter": """
+        ---
+        library_name: diffusers
+        pipeline_tag: image-to-video
+        tags: [image-to-video, diffusers, diffusers-training, cm_diffusers, animatelcm]
+        ---
+
+        # Image-to-video adapter of `{student}`
+
+        Lets a few-step video student begin with a given image. Trained on {data} without a teacher, after
+        [AnimateLCM](https://arxiv.org/abs/2402.00769).
+
+        ```python
+        from cm_diffusers import ConsistencyVideoPipeline, ImageToVideoAdapter
+
+        adapter = ImageToVideoAdapter.from_pretrained("{name}")
+        pipe = ConsistencyVideoPipeline.from_pretrained("{student}", image_adapter=adapter)
+        frames = pipe("your prompt", image=image).frames[0]
+        ```
+
+        Code: cm_diffusers at `{commit}`.
+
+        ```bash
+        {command}
+        ```
+        """,
+    "controlnet": """
+        ---
+        library_name: diffusers
+        pipeline_tag: text-to-video
+        tags: [text-to-video, controlnet, diffusers, diffusers-training, cm_diffusers, animatelcm]
+        ---
+
+        # ControlNet of edges for `{student}`
+
+        Lets a few-step video student follow the edges of given frames (Sobel magnitude, normalised per clip). Trained on
+        {data} without a teacher, after [AnimateLCM](https://arxiv.org/abs/2402.00769).
+
+        ```python
+        from cm_diffusers import ConsistencyVideoPipeline
+        from diffusers import ControlNetModel
+
+        net = ControlNetModel.from_pretrained("{name}")
+        pipe = ConsistencyVideoPipeline.from_pretrained("{student}", controlnet=net)
+        frames = pipe("your prompt", conditioning_frames=edges).frames[0]
+        ```
+
+        Code: cm_diffusers at `{commit}`.
+
+        ```bash
+        {command}
+        ```
+        """,
+}

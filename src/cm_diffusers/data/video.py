@@ -140,6 +140,18 @@ def video_batches(
     return stream(source.make, config.dataloader_num_workers)
 
 
+def single_frames(batches: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[Batch]]:
+    """The frames of clips `(B, C, F, h, w)` as images `(B F, C, h, w)`."""
+    return lambda start: map(_as_images, batches(start))
+
+
+def _as_images(clips: Batch) -> Batch:
+    def repeated(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.repeat_interleave(clips.x0.shape[2], 0) for name, value in conditions.items()}
+
+    return Batch(clips.x0.transpose(1, 2).flatten(0, 1), repeated(clips.cond), repeated(clips.uncond))
+
+
 @dataclass(frozen=True)
 class _Rows:
     views: ClipViews
