@@ -703,6 +703,8 @@ def test_refused_by_the_parts_that_are_there() -> None:
     pipe.scheduler = ConsistencyScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="FreeInit chooses the timesteps itself"):
         pipe("a bag", **{**FAST, "num_inference_steps": None}, timesteps=[999, 499])
+    with pytest.raises(ValueError, match="FreeInit draws noise that frames do not share"):
+        pipe("a bag", **FAST, noise_sharing=repeated_frames(1))
     pipe.enable_free_noise(context_length=2, context_stride=1)
     with pytest.raises(ValueError, match="With FreeNoise the prompt is one string"):
         pipe(PROMPTS, **FAST)

@@ -17,7 +17,7 @@ def noise_sharing(pipe: DiffusionPipeline, asked: NoiseSampler | None) -> NoiseS
     """What draws all noise of a run; with FreeNoise, by default its `noise_type`, which alone acts on the start only.
 
     Raises:
-        ValueError: It is no function, or the scheduler draws all noise itself.
+        ValueError: It is no function, or the scheduler or FreeInit draws noise itself.
     """
     sharing = _of_free_noise(pipe) if asked is None else asked
     if sharing is not None and not callable(sharing):
@@ -29,6 +29,10 @@ def noise_sharing(pipe: DiffusionPipeline, asked: NoiseSampler | None) -> NoiseS
         raise ValueError(
             f"{type(pipe.scheduler).__name__} draws noise that frames do not share; use a ConsistencyScheduler, or leave "
             "out noise_sharing (with FreeNoise: noise_type='random')."
+        )
+    if sharing is not None and pipe.free_init_enabled:
+        raise ValueError(
+            "FreeInit draws noise that frames do not share: disable_free_init(), or leave out noise_sharing."
         )
     return sharing
 
