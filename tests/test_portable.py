@@ -43,7 +43,7 @@ def test_a_saved_pipeline_tells_no_place_of_the_machine(tmp_path: Path) -> None:
 
 def test_bundled_pipelines_tell_no_place_of_a_machine() -> None:
     configs = [*ASSETS.rglob("config.json"), *ASSETS.rglob("model_index.json")]
-    assert len(configs) == 19
+    assert len(configs) == 23
     assert [path for path in configs if "_name_or_path" in path.read_text()] == []
 
 
@@ -68,7 +68,7 @@ def metadata(folder: Path) -> dict:
     return {key: sorted(value) if isinstance(value, list) else value for key, value in entries.items()}
 
 
-@pytest.mark.parametrize("name", ["fashion_teacher", "fashion_lcm", "fashion_scott"])
+@pytest.mark.parametrize("name", ["fashion_teacher", "fashion_lcm", "fashion_scott", "fashion_frames"])
 def test_bundled_text_encoders(name: str) -> None:
     assert {key.split(".")[0] for key in names(ASSETS / name / "text_encoder" / "model.safetensors")} == {"text_model"}
 
