@@ -14,16 +14,25 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from study_report import write_study
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
+from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig
+from cm_diffusers.motion import MotionConfig
 
 
 ROWS, COST = "rows.json", "cost.json"  # what is found beside a finished training
+RESULTS = "pipeline", "lora", "student"  # folders that training scripts end with
+MEASURES = {  # of images or of clips: how an evaluation's flags are read
+    "images": (Comparison, (EvaluationConfig, ReferenceConfig)),
+    "clips": (VideoComparison, (VideoEvaluationConfig, VideoDataConfig, MotionConfig)),
+}
 
 
 @dataclass
@@ -39,7 +48,7 @@ class StudyConfig:
 
 def train(command: str, seed: int, folder: Path) -> None:
     """Runs a training script, or goes on with it, and counts the CPU time it takes."""
-    if (folder / "pipeline").is_dir():
+    if result(folder):
         return
     resumed = bool(list(folder.glob("checkpoint-*")))
     how = ["--resume_from_checkpoint", "latest"] if resumed else ["--overwrite_output_dir"]
@@ -56,13 +65,18 @@ def train(command: str, seed: int, folder: Path) -> None:
             _write(folder / COST, {"cpu_minutes": spent + more})
 
 
+def result(folder: Path) -> Path | None:
+    """What a training ended with; None if it has not ended."""
+    return next((folder / name for name in RESULTS if (folder / name).is_dir()), None)
+
+
 def cpu_minutes(folder: Path) -> float | None:
     """Of a training; None if one of its processes was killed before it could be counted."""
     return json.loads((folder / COST).read_text("utf-8"))["cpu_minutes"] if (folder / COST).is_file() else None
 
 
 def measure(
-    comparison: Comparison,
+    comparison: Comparison | VideoComparison,
     name: str,
     seed: int,
     folder: Path,
@@ -79,7 +93,7 @@ def measure(
     if (folder / ROWS).is_file():
         return
     before = len(comparison.rows)
-    comparison.measure(str(folder / "pipeline"), name, steps or comparison.config.num_inference_steps)
+    comparison.measure(str(result(folder)), name, steps or comparison.config.num_inference_steps)
     more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)}
     if starts:
         costs = [cpu_minutes(start) for start in starts]
@@ -114,11 +128,34 @@ def started_from(command: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if f"<{name}>" in command]
 
 
-def read_study(path: Path, only: list[str] | None) -> tuple[dict[str, str], dict, str, dict[str, list[int]]]:
-    """Commands of the variants by name, tables by name, flags of the evaluation, and steps of variants with their own.
+class Study(NamedTuple):
+    """
+    Attributes:
+        commands: Of the variants by name. Those that no table names are trained, to start from, and not measured.
+        tables: By name, as `write_study` takes them.
+        evaluation: Its flags.
+        steps: Of variants with their own.
+        measures: What the evaluation is of, "images" or "clips".
+    """
 
+    commands: dict[str, str]
+    tables: dict[str, dict]
+    evaluation: str
+    steps: dict[str, list[int]]
+    measures: str
+
+    def comparison(self) -> Comparison | VideoComparison:
+        compare, configs = MEASURES[self.measures]
+        return compare(*parse_configs(configs, __doc__, shlex.split(self.evaluation)))
+
+    def is_measured(self, name: str) -> bool:
+        return any(name in table["variants"] for table in self.tables.values())
+
+
+def read_study(path: Path, only: list[str] | None) -> Study:
+    """
     Raises:
-        ValueError: There is no such file, or it has not all variants that are named.
+        ValueError: There is no such file, or it has not all variants that are named, or its order or kind is wrong.
     """
     if not path.is_file():
         raise ValueError(f"--study {path}: there is no such file; studies lie in benchmarks/studies.")
@@ -130,29 +167,33 @@ def read_study(path: Path, only: list[str] | None) -> tuple[dict[str, str], dict
     for place, (name, command) in enumerate(commands.items()):
         if late := started_from(command, list(commands)[place:]):
             raise ValueError(f"{path}: {name} starts from {late[0]}, which must stand before it.")
-    return commands, study["tables"], " ".join(study["evaluation"].split()), study.get("steps", {})
+    measures = study.get("measures", "images")
+    if measures not in MEASURES:
+        raise ValueError(f"{path}: measures is {measures!r}; one of {', '.join(MEASURES)}.")
+    return Study(commands, study["tables"], " ".join(study["evaluation"].split()), study.get("steps", {}), measures)
 
 
 def main() -> None:
     (config,) = parse_configs((StudyConfig,), __doc__)
     path = Path(config.study)
-    commands, tables, evaluation, steps = read_study(path, config.only)
-    comparison = Comparison(*parse_configs((EvaluationConfig, ReferenceConfig), __doc__, shlex.split(evaluation)))
+    study = read_study(path, config.only)
+    commands, steps, comparison = study.commands, study.steps, study.comparison()
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:
         folders = {name: Path(config.work_dir) / path.stem / f"{name.replace(' ', '_')}-{seed}" for name in commands}
         for name, command in commands.items():
-            folder, origin = folders[name], {"command": command, "evaluation": evaluation}
+            folder, origin = folders[name], {"command": command, "evaluation": study.evaluation}
             origin |= {"steps": steps[name]} if name in steps else {}
             starts = [folders[other] for other in started_from(command, commands)]
             known = read_rows(folder, origin)
             if not known and (config.only is None or name in config.only):
-                for other, place in folders.items():
-                    command = command.replace(f"<{other}>", shlex.quote(str(place / "pipeline")))
+                for other in started_from(command, commands):
+                    command = command.replace(f"<{other}>", shlex.quote(str(result(folders[other]))))
                 train(command, seed, folder)
-                measure(comparison, name, seed, folder, origin, starts, steps.get(name))
+                if study.is_measured(name):
+                    measure(comparison, name, seed, folder, origin, starts, steps.get(name))
             rows += known or read_rows(folder, origin)
-    print(write_study(Path(config.output_dir) / path.stem, tables, rows, comparison.setting))
+    print(write_study(Path(config.output_dir) / path.stem, study.tables, rows, comparison.setting))
 
 
 if __name__ == "__main__":

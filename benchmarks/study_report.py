@@ -3,7 +3,7 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -11,17 +11,28 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cm_diffusers.evaluation.report import COLUMNS, Row, Setting
-from cm_diffusers.measured import BASELINES, REAL, TEACHER
+from cm_diffusers.evaluation import report, video_report
+from cm_diffusers.evaluation.report import Row, Setting
+from cm_diffusers.evaluation.video_report import VideoSetting
+from cm_diffusers.measured import BASELINES, REAL, REAL_CLIPS, TEACHER
 
 
-METRICS = ("fid", "fid_teacher", "agreement", "precision", "coverage", "recall", "vendi")
-HEADINGS = {name: COLUMNS[name][0] for name in METRICS if name in COLUMNS} | {"precision": "precision"}
-PLOTTED = ("fid", "coverage", "recall", "vendi")
+COLUMNS = {"precision": ("precision", "{:.3f}")} | report.COLUMNS | video_report.COLUMNS
+METRICS = {  # of images and of clips, those that have it
+    Setting: ("fid", "fid_teacher", "agreement", "precision", "coverage", "recall", "vendi"),
+    VideoSetting: (
+        "direction_accuracy", "velocity_residual", "static_rate", "fd_frames", "fd_differences", "agreement", "content_drift", "colour_drift",
+    ),
+}  # fmt: skip
+PLOTTED = {
+    Setting: ("fid", "coverage", "recall", "vendi"),
+    VideoSetting: ("direction_accuracy", "fd_frames", "fd_differences", "content_drift"),
+}
+LOGARITHMIC = ("fid", "fd_frames", "fd_differences")
 Rows = list[Row]
 
 
-def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Setting) -> str:
+def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Setting | VideoSetting) -> str:
     """Writes NAME.md and NAME.png for each table, and all rows as rows.json; returns the tables.
 
     Args:
@@ -33,7 +44,7 @@ def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Sett
     for name, table in tables.items():
         chosen = [row for row in rows if _belongs(row, table)]
         texts.append(markdown(chosen, setting))
-        plot = PLOTS[table["plot"]](chosen)
+        plot = PLOTS[table["plot"]](chosen, PLOTTED[type(setting)])
         _replace(folder / f"{name}.md", lambda path, text=texts[-1]: path.write_text(text, "utf-8"))
         _replace(folder / f"{name}.png", lambda path, plot=plot: plot.savefig(path, dpi=120, format="png"))
     numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
@@ -61,23 +72,37 @@ def spread(rows: Rows, metric: str) -> tuple[float, float] | None:
     return (mean(values), (max(values) - min(values)) / 2) if values else None
 
 
-def markdown(rows: Rows, setting: Setting) -> str:
+def markdown(rows: Rows, setting: Setting | VideoSetting) -> str:
     started = any("start_minutes" in row for row in rows)
-    heads = ["", "seeds", "CPU minutes", *["of its start"] * started, "NFE", "guidance", *HEADINGS.values()]
+    metrics = METRICS[type(setting)]
+    heads = ["", "seeds", "CPU minutes", *["of its start"] * started, "NFE", "guidance"]
+    heads += [COLUMNS[key][0] for key in metrics]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for (name, steps, guidance), group in grouped(rows, "pipeline", "num_inference_steps", "guidance_scale").items():
         seeds = "–" if name in BASELINES else str(len(group))
         plain = ["–" if value is None else f"{value:g}" for value in (steps, guidance)]
         costs = ["cpu_minutes", *["start_minutes"] * started]
         several = len(group) > 1
-        cells = [_cell(spread(group, key), COLUMNS.get(key, ("", "{:.3f}"))[1], several) for key in HEADINGS]
+        cells = [_cell(spread(group, key), COLUMNS[key][1], several) for key in metrics]
         minutes = [_cell(spread(group, cost), "{:.0f}", False) for cost in costs]
         lines.append([name, seeds, *minutes, *plain, *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
-        f"{table}\n\nMean over the seeds ± half the range. {setting.num_images} images a row, all pipelines from the same "
-        f"noise; extractor {setting.extractor}, reference {setting.reference}. Coverage of real by real images, expected: "
-        f"{setting.coverage_ceiling:.3f}. Vendi: of 10 images of one prompt. CPU minutes: of the training, on {setting.hardware}.\n"
+        f"{table}\n\nMean over the seeds ± half the range. {_protocol(setting)} CPU minutes: of the training, on "
+        f"{setting.hardware}.\n"
+    )
+
+
+def _protocol(setting: Setting | VideoSetting) -> str:
+    common = f"all pipelines from the same noise; extractor {setting.extractor}, reference {setting.reference}."
+    if isinstance(setting, VideoSetting):
+        return (
+            f"{setting.num_clips} clips of {setting.num_frames} frames a row, {common} Direction: at least "
+            f"{setting.min_speed:g} px per frame; chance is 0.25 for clips that move."
+        )
+    return (
+        f"{setting.num_images} images a row, {common} Coverage of real by real images, expected: "
+        f"{setting.coverage_ceiling:.3f}. Vendi: of 10 images of one prompt."
     )
 
 
@@ -87,10 +112,10 @@ def _cell(found: tuple[float, float] | None, form: str, several: bool) -> str:
     return form.format(found[0]) + (f" ±{form.format(found[1])}" if several else "")
 
 
-def plot_over_steps(rows: Rows) -> Figure:
+def plot_over_steps(rows: Rows, metrics: Sequence[str]) -> Figure:
     """One panel for each metric, one line for each variant."""
     figure = Figure(figsize=(10, 7), layout="constrained")
-    for axes, metric in zip(figure.subplots(2, 2).flat, PLOTTED, strict=True):
+    for axes, metric in zip(figure.subplots(2, 2).flat, metrics, strict=True):
         for (name,), group in grouped(_of_variants(rows), "pipeline").items():
             found = _spreads(sorted(group, key=lambda row: row["num_inference_steps"]), "num_inference_steps", metric)
             means, ranges = _split(found)
@@ -100,11 +125,11 @@ def plot_over_steps(rows: Rows) -> Figure:
     return figure
 
 
-def plot_over_variants(rows: Rows) -> Figure:
+def plot_over_variants(rows: Rows, metrics: Sequence[str]) -> Figure:
     """One panel for each metric, one line of dots for each variant, one colour for each number of steps."""
     height = 1.2 + 0.3 * len(grouped(_of_variants(rows), "pipeline"))
     figure = Figure(figsize=(12, height), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(PLOTTED), sharey=True), PLOTTED, strict=True):
+    for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True):
         for (steps,), group in grouped(_of_variants(rows), "num_inference_steps").items():
             found = _spreads(group, "pipeline", metric)
             means, ranges = _split(found)
@@ -114,7 +139,7 @@ def plot_over_variants(rows: Rows) -> Figure:
     return figure
 
 
-def plot_over_cost(rows: Rows) -> Figure:
+def plot_over_cost(rows: Rows, metrics: Sequence[str]) -> Figure:
     """One panel for each metric, a point for each variant; those named alike up to a comma are joined by a line.
 
     The cost is that of the training and of what it started from.
@@ -124,7 +149,7 @@ def plot_over_cost(rows: Rows) -> Figure:
         row | {"total": row["cpu_minutes"] + (row.get("start_minutes") or 0)} for row in ours if row["cpu_minutes"]
     ]
     ours = [row | {"method": row["pipeline"].partition(", ")[0]} for row in ours]
-    for axes, metric in zip(figure.subplots(2, 2).flat, PLOTTED, strict=True):
+    for axes, metric in zip(figure.subplots(2, 2).flat, metrics, strict=True):
         for (steps,), of_steps in grouped(ours, "num_inference_steps").items():
             for place, ((method,), group) in enumerate(grouped(of_steps, "method").items()):
                 found = [(spread(one, "total"), spread(one, metric)) for one in grouped(group, "pipeline").values()]
@@ -153,14 +178,14 @@ def _split(found: dict[object, tuple[float, float]]) -> tuple[list[float], list[
 def _finish(axes: Axes, metric: str, rows: Rows, line: Callable[..., object]) -> None:
     """Real images and the teacher's best effort as lines; the legend once."""
     teacher = sorted((row for row in rows if row["pipeline"] == TEACHER), key=lambda row: row["num_inference_steps"])
-    for row in [row for row in rows if row["pipeline"] == REAL] + teacher[-1:]:
+    for row in [row for row in rows if row["pipeline"] in (REAL, REAL_CLIPS)] + teacher[-1:]:
         steps = row["num_inference_steps"]
         if row[metric] is not None:
-            style, label = ("--", f"{TEACHER}, {steps} steps") if steps else (":", REAL)
+            style, label = ("--", f"{TEACHER}, {steps} steps") if steps else (":", row["pipeline"])
             line(row[metric], color="grey", linestyle=style, label=label)
-    if metric == "fid":
+    if metric in LOGARITHMIC:
         (axes.set_yscale if line == axes.axhline else axes.set_xscale)("log")
-    axes.set_title(HEADINGS[metric])
+    axes.set_title(COLUMNS[metric][0])
     axes.grid(alpha=0.3)
     if axes is axes.figure.axes[0]:
         axes.legend(fontsize="small")

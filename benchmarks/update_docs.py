@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from cm_diffusers.measured import FOLDER, GRID, read_measured
+from cm_diffusers.measured import FOLDER, read_measured
 from cm_diffusers.model_card import model_card
 from cm_diffusers.provenance import read_provenance
 from cm_diffusers.record import read_record
@@ -32,8 +32,8 @@ def cards() -> dict[Path, str]:
         source = ROOT / "assets" / folder
         measured = read_measured(source / FOLDER)
         for page, grid in (
-            (source / "README.md", f"{FOLDER}/{GRID}"),
-            (ROOT / f"model_cards/{card}.md", f"../assets/{folder}/{FOLDER}/{GRID}"),
+            (source / "README.md", f"{FOLDER}/{measured.picture}"),
+            (ROOT / f"model_cards/{card}.md", f"../assets/{folder}/{FOLDER}/{measured.picture}"),
         ):
             texts[page] = model_card(read_record(source), read_provenance(source), measured, grid)
     return texts

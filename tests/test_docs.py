@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cm_diffusers.measured import FOLDER, GRID, read_measured
+from cm_diffusers.measured import FOLDER, GRID, clips_of, read_measured
 from cm_diffusers.sharing import ShareConfig, prepare
 
 
@@ -29,8 +29,10 @@ def test_evaluations_beside_the_weights_are_those_of_the_results(folder):
     _, where, name = update_docs["STUDENTS"][folder]
     results = update_docs["ROOT"] / "assets" / "results" / where
     beside = update_docs["ROOT"] / "assets" / folder / FOLDER
-    assert read_measured(beside) == read_measured(results, name)
-    assert (beside / GRID).read_bytes() == (results / GRID).read_bytes()
+    measured = read_measured(beside)
+    assert measured == read_measured(results, name)
+    shown = clips_of(name) if measured.of_clips else GRID
+    assert (beside / measured.picture).read_bytes() == (results / shown).read_bytes()
 
 
 @pytest.mark.parametrize("folder", update_docs["STUDENTS"])

@@ -21,8 +21,9 @@ from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.evaluation import metrics, motion
 from cm_diffusers.evaluation.features import extract_features
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig, load_video_extractor
-from cm_diffusers.evaluation.video_report import VideoSetting, file_name, markdown_table
+from cm_diffusers.evaluation.video_report import VideoSetting, markdown_table
 from cm_diffusers.evaluation.video_sampling import generate_clips, load_video_pipeline, load_video_teacher
+from cm_diffusers.measured import clips_of
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.motion import MotionConfig
 
@@ -124,7 +125,7 @@ OBEDIENT = {**motion.DIRECTIONS, None: (1, 1)}
 def measured(parts: Path, **painters: dict) -> dict[str, dict]:
     comparison = VideoComparison(settings(parts), articles(parts), MotionConfig())
     for name, steps in painters.items():
-        comparison.measure(Painter(steps), name, [4], [2.0])
+        comparison._measure(Painter(steps), name, [4], [2.0])
     return {row["pipeline"]: row for row in comparison.rows}
 
 
@@ -343,4 +344,4 @@ def test_table_and_file_names() -> None:
     assert lines[0] == "| pipeline | NFE | direction accuracy | FD of frames |"
     assert lines[2] == "| x | 2 | 0.500 | 1.24 |"
     assert "below 0.0123" in lines[4]
-    assert file_name("AnimateLCM, w/o init") == "AnimateLCM_w_o_init.gif"
+    assert clips_of("AnimateLCM, w/o init") == "AnimateLCM_w_o_init.gif"

@@ -33,7 +33,7 @@ from cm_diffusers.provenance import (
 )
 from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.record import Record, read_record
-from cm_diffusers.sharing import ShareConfig, prepare
+from cm_diffusers.sharing import ShareConfig, attach_evaluation, prepare
 
 
 RECORD = Record("lcm", "ada/teacher", "embedded", 2.0, 13.0, 8.0, 4, dict(LCMScheduler().config))
@@ -169,6 +169,51 @@ def test_measurements_and_grid_stand_in_the_card() -> None:
     (index,) = front(card)["model-index"]
     assert index["name"] == "ada/student"
     assert [metric["value"] for metric in index["results"][0]["metrics"]] == [12.3457, 0.75]
+
+
+CLIPS = {
+    "num_clips": 24, "num_frames": 8, "resolution": 32, "seed": 0, "extractor": "assets/classifier", "video_extractor": None,
+    "crop_zoom": 1.3, "frames_per_clip": 4, "min_speed": 0.3, "static_threshold": 0.01, "reference": "moving",
+    "hardware": "a machine", "dtype": "float32", "batch_size": 8,
+}  # fmt: skip
+CLIP_ROWS = [
+    {"pipeline": "other real clips", "num_inference_steps": None, "guidance_scale": None, "direction_accuracy": 1.0},
+    {
+        "pipeline": "my clips",
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "direction_accuracy": 0.9,
+        "fd_frames": 7.0,
+    },
+]
+
+
+def test_measurements_of_clips_stand_in_the_card() -> None:
+    measured = Measured(CLIPS, CLIP_ROWS)
+    card = model_card(replace(RECORD, method="animatelcm"), PROVENANCE_OF_IT, measured, "evaluation/clips.gif")
+    assert "| my clips | 4 | 1 | 0.900 |" in card
+    assert "Fréchet distances are computed on the features of `assets/classifier`" in card
+    assert "![Sample grid](evaluation/clips.gif)" in card
+    direction, distance = measured.results()
+    assert (direction.task_type, direction.metric_type, direction.metric_value) == (
+        "text-to-video",
+        "direction_accuracy",
+        0.9,
+    )
+    assert (
+        distance.metric_name == "Fréchet distance of frames, features of assets/classifier; 4 steps, guidance scale 1"
+    )
+    assert direction.metric_args["num_clips"] == 24
+
+
+def test_clips_of_the_student_travel_with_its_numbers(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "table.json").write_text(json.dumps({"setting": CLIPS, "rows": CLIP_ROWS}))
+    (folder / "my_clips.gif").write_bytes(b"frames")
+    attach_evaluation(finished, folder, None)
+    assert (finished / "evaluation" / "clips.gif").read_bytes() == b"frames"
+    assert read_measured(finished / "evaluation") == Measured(CLIPS, CLIP_ROWS)
 
 
 @dataclass

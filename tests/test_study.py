@@ -20,14 +20,13 @@ import study  # noqa: E402
 import study_report  # noqa: E402
 
 from cm_diffusers.cli import parse_configs  # noqa: E402
-from cm_diffusers.evaluation.comparison import EvaluationConfig  # noqa: E402
-from cm_diffusers.evaluation.reference import ReferenceConfig  # noqa: E402
 from cm_diffusers.evaluation.report import Setting  # noqa: E402
+from cm_diffusers.evaluation.video_report import VideoSetting  # noqa: E402
 
 
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.toml"))
 SETTING = Setting(8, 3, "net", "data", "a machine", "float32", 4, 0.9693)
-METRICS = dict.fromkeys(study_report.METRICS, 0.5)
+METRICS = dict.fromkeys(study_report.METRICS[Setting], 0.5)
 
 
 def row(name, seed, steps, fid, minutes=None):
@@ -123,14 +122,15 @@ class Measuring:
 
 def test_rows_stay_with_what_made_them(tmp_path):
     comparison, origin = Measuring(), {"command": "train", "evaluation": "flags"}
+    (tmp_path / "student").mkdir()
     assert study.read_rows(tmp_path, origin) == []
     for _ in range(2):
         study.measure(comparison, "ours", 3, tmp_path, origin, [])
-    row = {"pipeline": "ours", "source": str(tmp_path / "pipeline"), "steps": [1, 2], "seed": 3, "cpu_minutes": None}
+    row = {"pipeline": "ours", "source": str(tmp_path / "student"), "steps": [1, 2], "seed": 3, "cpu_minutes": None}
     assert study.read_rows(tmp_path, origin) == [row]
     assert len(comparison.rows) == 2
     other = tmp_path / "other"
-    other.mkdir()
+    (other / "pipeline").mkdir(parents=True)
     study.measure(comparison, "ours", 3, other, origin, [], [35])
     assert study.read_rows(other, origin)[0]["steps"] == [35]
     with pytest.raises(ValueError, match=r"was made by .*'command': 'train'.* now says .*'train --fast'"):
@@ -139,14 +139,17 @@ def test_rows_stay_with_what_made_them(tmp_path):
 
 def test_every_study_names_what_it_has(tmp_path):
     for path in STUDIES:
-        commands, tables, evaluation, _ = study.read_study(path, None)
+        commands, _, evaluation, _, measures = study.read_study(path, None)
         assert all(command.split()[0].startswith("training/") and "{" not in command for command in commands.values())
-        parse_configs((EvaluationConfig, ReferenceConfig), "", shlex.split(evaluation))
+        parse_configs(study.MEASURES[measures][1], "", shlex.split(evaluation))
     (tmp_path / "a.toml").write_text(
         'evaluation = ""\n[pieces]\n[variants]\none = "x"\n[tables.t]\nvariants = ["two"]\n'
     )
     with pytest.raises(ValueError, match="has no variant three, two: it has one"):
         study.read_study(tmp_path / "a.toml", ["three"])
+    (tmp_path / "c.toml").write_text('measures = "sounds"\nevaluation = ""\n[pieces]\n[variants]\n[tables]\n')
+    with pytest.raises(ValueError, match="measures is 'sounds'; one of images, clips"):
+        study.read_study(tmp_path / "c.toml", None)
     with pytest.raises(ValueError, match="there is no such file; studies lie in"):
         study.read_study(tmp_path / "b.toml", None)
 
@@ -171,7 +174,7 @@ def test_a_variant_starts_from_another_s_result(tmp_path):
 
 def test_the_start_s_cost_counts(tmp_path):
     for name, minutes in {"start": 5.0, "tuned": 1.0}.items():
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "pipeline").mkdir(parents=True)
         (tmp_path / name / study.COST).write_text(json.dumps({"cpu_minutes": minutes}))
     comparison = Measuring()
     study.measure(comparison, "tuned", 0, tmp_path / "tuned", {}, [tmp_path / "start"])
@@ -180,7 +183,7 @@ def test_the_start_s_cost_counts(tmp_path):
     rows = [row("ours", 0, 1, 2.0, 10.0), row("tuned", 0, 1, 3.0, 1.0) | {"start_minutes": 5.0}]
     lines = study_report.markdown(rows, SETTING).splitlines()
     assert [line.split(" | ")[1:4] for line in lines[2:4]] == [["1", "10", "–"], ["1", "1", "5"]]
-    axes = study_report.plot_over_cost(rows).axes[0]
+    axes = study_report.plot_over_cost(rows, study_report.PLOTTED[Setting]).axes[0]
     assert [line.get_xdata().tolist() for line in axes.get_lines() if line.get_marker() == "o"] == [[10.0], [6.0]]
 
 
@@ -189,3 +192,34 @@ def test_metrics_that_nobody_has_are_left_out(tmp_path):
     tables = {name: {"variants": ["ours"], "num_inference_steps": [1], "plot": name} for name in study_report.PLOTS}
     study_report.write_study(tmp_path, tables, rows, SETTING)
     assert (tmp_path / "variants.png").stat().st_size > 10_000
+
+
+CLIPS = VideoSetting(6, 8, 32, 0, "net", None, 1.3, 4, 0.3, 0.01, "clips", "a machine", "float32", 4)
+
+
+def test_studies_of_clips_have_their_own_columns(tmp_path):
+    metrics = study_report.METRICS[VideoSetting]
+    rows = [
+        {"pipeline": "other real clips", "num_inference_steps": None, "guidance_scale": None}
+        | dict.fromkeys(metrics, 0.25)
+    ]
+    for seed in (0, 1):
+        found = dict.fromkeys(metrics, 0.5) | {
+            "direction_accuracy": 0.75 + 0.25 * seed,
+            "seed": seed,
+            "cpu_minutes": 2.0,
+        }
+        rows.append({"pipeline": "ours", "num_inference_steps": 4, "guidance_scale": 1.0} | found)
+    tables = {name: {"variants": ["ours"], "num_inference_steps": [4], "plot": name} for name in study_report.PLOTS}
+    text = study_report.write_study(tmp_path, tables, rows, CLIPS)
+    heads, _, real, ours = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[:4])
+    assert heads[5:7] == ["direction accuracy", "off constant velocity, px"]
+    assert real[:6] == ["other real clips", "–", "–", "–", "–", "0.250"]
+    assert ours[:6] == ["ours", "2", "2", "4", "1", "0.875 ±0.125"]
+    assert "6 clips of 8 frames a row" in text
+
+
+def test_what_no_table_names_is_not_measured():
+    commands = {"LoRA": "x", "motion": "y --spatial_lora <LoRA>"}
+    found = study.Study(commands, {"t": {"variants": ["motion"]}}, "", {}, "clips")
+    assert [name for name in commands if found.is_measured(name)] == ["motion"]

@@ -1,6 +1,7 @@
-"""What `training/evaluate.py` measured of one student, as it travels with the weights and stands in the model card."""
+"""What `training/evaluate.py` or `evaluate_video.py` measured of one student, as it travels with the weights and stands in the model card."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from huggingface_hub import EvalResult
 
 
 FOLDER = "evaluation"
-TABLE, GRID = "table.json", "grid.png"
+TABLE, GRID, CLIPS = "table.json", "grid.png", "clips.gif"
 TEACHER = "teacher"  # the name of its rows
 REAL = "other real images"  # the name of their row: what no pipeline of the same law would be beyond, but for chance
-BASELINES = (REAL, TEACHER)
+REAL_CLIPS = "other real clips"
+BASELINES = (REAL, REAL_CLIPS, TEACHER)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class Measured:
     setting: dict[str, object]
     rows: list[dict]
 
+    @property
+    def of_clips(self) -> bool:
+        return "num_clips" in self.setting
+
+    @property
+    def picture(self) -> str:
+        """Name of the file of samples that lies beside the numbers."""
+        return CLIPS if self.of_clips else GRID
+
     def results(self) -> Iterator[EvalResult]:
         """The student's numbers for the Hub, each named as it was computed, with its protocol."""
         for row in self.rows:
@@ -37,31 +48,45 @@ class Measured:
 
     def _metrics(self) -> dict[str, tuple[str, str]]:
         """Column -> metric type and name; "fid" is said of Inception features only."""
-        standard = self.setting["extractor"] == "inception"
+        extractor = self.setting["extractor"]
+        agreement = {"agreement": ("prompt_agreement", f"prompt agreement by {extractor}")}
+        if self.of_clips:
+            distance = f"Fréchet distance of {{}}, features of {extractor}"
+            return {
+                "direction_accuracy": ("direction_accuracy", "share of clips that move as told"),
+                "fd_frames": ("frechet_distance", distance.format("frames")),
+                "fd_differences": ("frechet_distance", distance.format("differences of frames")),
+                "fvd": ("fvd", f"FVD, features of {self.setting['video_extractor']}"),
+                **agreement,
+            }
+        standard = extractor == "inception"
         distance = "fid" if standard else "frechet_distance"
-        name = "FID" if standard else f"Fréchet distance, features of {self.setting['extractor']}"
+        name = "FID" if standard else f"Fréchet distance, features of {extractor}"
         return {
             "fid": (distance, name),
-            "agreement": (
-                "prompt_agreement",
-                f"prompt agreement by {self.setting['extractor']}",
-            ),
+            **agreement,
             "clip_score": ("clip_score", "CLIP score"),
         }
 
     def _result(self, row: dict, metric: str, kind: str, words: str) -> EvalResult:
         reference = str(self.setting["reference"])
         steps = f"{row['num_inference_steps']} step{'s' if row['num_inference_steps'] > 1 else ''}"
+        count = "num_clips" if self.of_clips else "num_images"
         sampling = {name: row[name] for name in ("num_inference_steps", "guidance_scale")}
         return EvalResult(
-            task_type="text-to-image",
+            task_type="text-to-video" if self.of_clips else "text-to-image",
             dataset_type=reference,
             dataset_name=reference,
             metric_type=kind,
             metric_name=f"{words}; {steps}, guidance scale {row['guidance_scale']:g}",
             metric_value=round(row[metric], 4),
-            metric_args=sampling | {name: self.setting[name] for name in ("num_images", "seed", "dtype")},
+            metric_args=sampling | {name: self.setting[name] for name in (count, "seed", "dtype")},
         )
+
+
+def clips_of(pipeline: str) -> str:
+    """Name of the animation of a pipeline that `evaluate_video.py` writes: "_" for what does not belong in file names."""
+    return re.sub(r"[^\w.-]+", "_", pipeline) + ".gif"
 
 
 def read_measured(folder: Path, name: str | None = None) -> Measured:
@@ -75,7 +100,9 @@ def read_measured(folder: Path, name: str | None = None) -> Measured:
     """
     path = folder / TABLE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {TABLE}; give the --output_dir of training/evaluate.py.")
+        raise ValueError(
+            f"{folder} holds no {TABLE}; give the --output_dir of training/evaluate.py or evaluate_video.py."
+        )
     content = json.loads(path.read_text("utf-8"))
     names = list(dict.fromkeys(row["pipeline"] for row in content["rows"] if row["pipeline"] not in BASELINES))
     wanted = names[0] if name is None and len(names) == 1 else name

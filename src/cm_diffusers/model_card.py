@@ -51,7 +51,7 @@ def model_card(
 
     Args:
         measured: What an evaluation found.
-        grid: Where a sample grid lies, seen from the card: the evaluation's, or the training's last.
+        grid: Where a sample grid lies, which moves for clips, seen from the card: the evaluation's, or the training's last.
         single_file: Whether `PIPELINE_FILE` lies beside the weights.
     """
     lora, text = bool(provenance.settings.get("lora")), provenance.family is not None
@@ -69,7 +69,7 @@ def model_card(
         *_use(record, provenance, base, lora, single_file),
         *(_beside(record, provenance) if single_file else []),
         *(_measurements(measured if text else without_guidance(measured)) if measured else []),
-        *([f"## Samples\n\n{CAPTION[text, measured is None]}\n\n![Sample grid]({grid})"] if grid else []),
+        *([f"## Samples\n\n{_caption(text, measured)}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
         f"Code: cm_diffusers at `{provenance.commit}`.\n\n```bash\n{provenance.command}\n```",
         "\n".join(["| setting | value |", "|---|---|", *_rows(provenance.settings)]),
@@ -186,11 +186,15 @@ def _code(template: str, values: dict[str, object]) -> str:
 
 
 def _measurements(measured: Measured) -> list[str]:
-    from cm_diffusers.evaluation.report import Setting, markdown_table  # matplotlib
+    from cm_diffusers.evaluation import report, video_report  # matplotlib
 
-    table = markdown_table(measured.rows, Setting(**measured.setting)).strip()
+    if measured.of_clips:
+        table = video_report.markdown_table(measured.rows, video_report.VideoSetting(**measured.setting)).strip()
+    else:
+        table = report.markdown_table(measured.rows, report.Setting(**measured.setting)).strip()
     said = [BASELINE] if any(row["pipeline"] == TEACHER for row in measured.rows) else []
-    said += [] if measured.setting["extractor"] == "inception" else [EXTRACTOR.format(**measured.setting)]
+    distances = EXTRACTOR_OF_CLIPS if measured.of_clips else EXTRACTOR
+    said += [] if measured.setting["extractor"] == "inception" else [distances.format(**measured.setting)]
     return ["## Measured", *([" ".join(said)] if said else []), table]
 
 
@@ -198,6 +202,11 @@ def _rows(settings: dict[str, object]) -> list[str]:
     return [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
 
 
+def _caption(text: bool, measured: Measured | None) -> str:
+    return OF_CLIPS if measured and measured.of_clips else CAPTION[text, measured is None]
+
+
+OF_CLIPS = "A column for each of the first prompts, a row for each number of steps."
 CAPTION = {  # of a student with prompts or not; of the training or the evaluation
     (
         True,
@@ -215,6 +224,9 @@ UNSTATED = {
 
 BASELINE = "The teacher's rows are the baseline."
 EXTRACTOR = "FID is computed on the features of `{extractor}` and compares only with itself."
+EXTRACTOR_OF_CLIPS = (
+    "Fréchet distances are computed on the features of `{extractor}` and compare only with each other."
+)
 
 CALL = """\
     image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.image_card import is_stock
-from cm_diffusers.measured import FOLDER, GRID, TABLE, read_measured
+from cm_diffusers.measured import BASELINES, FOLDER, GRID, TABLE, Measured, clips_of, read_measured
 from cm_diffusers.model_card import LORA_WEIGHTS, PIPELINE_FILE, model_card
 from cm_diffusers.provenance import Provenance, read_license, read_provenance, write_provenance
 from cm_diffusers.publish import SAMPLES, written_aside
@@ -25,7 +25,8 @@ class ShareConfig:
 
     folder: str = HfArg(help="Folder of a finished pipeline or LoRA, as a training script wrote it.")
     evaluation: str | None = HfArg(
-        default=None, help="Output folder of training/evaluate.py: its numbers and grid go into the card."
+        default=None,
+        help="Output folder of training/evaluate.py or evaluate_video.py: its numbers and samples go into the card.",
     )
     evaluation_name: str | None = HfArg(
         default=None, help="The student's name in that evaluation, where it measured several."
@@ -47,7 +48,7 @@ class ShareConfig:
 def default_name(folder: str) -> str:
     """That of the run, where the folder is one that a training script names after what is in it."""
     path = Path(folder).resolve()
-    return path.parent.name if path.name in ("pipeline", "lora") else path.name
+    return path.parent.name if path.name in ("pipeline", "lora", "student") else path.name
 
 
 def prepare(config: ShareConfig, name: str | None = None) -> Path:
@@ -65,7 +66,7 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
     if record is None or not any((folder / file).is_file() for file in ("model_index.json", LORA_WEIGHTS)):
         raise ValueError(
             f"{folder} holds no pipeline or LoRA with its {RECORD}; give the folder that a training script ended with, "
-            "such as runs/NAME/pipeline or runs/NAME/lora."
+            "such as runs/NAME/pipeline, runs/NAME/lora or runs/NAME/student."
         )
     provenance = read_provenance(folder)
     if config.base_model and not record.base_model:
@@ -79,7 +80,7 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
     if config.evaluation:
         attach_evaluation(folder, Path(config.evaluation), config.evaluation_name)
     measured = read_measured(folder / FOLDER) if (folder / FOLDER).is_dir() else None
-    grid = f"{FOLDER}/{GRID}" if measured else SAMPLES if (folder / SAMPLES).is_file() else None
+    grid = f"{FOLDER}/{measured.picture}" if measured else SAMPLES if (folder / SAMPLES).is_file() else None
     if config.pipeline_file:
         _put(folder / PIPELINE_FILE, Path(config.pipeline_file).read_bytes())
     card = model_card(record, provenance, measured, grid, (folder / PIPELINE_FILE).is_file())
@@ -170,4 +171,9 @@ def attach_evaluation(folder: Path, evaluation: Path, name: str | None) -> None:
     measured = read_measured(evaluation, name)
     with written_aside(folder / FOLDER) as aside:
         (aside / TABLE).write_text(json.dumps(asdict(measured), indent=1) + "\n", "utf-8")
-        shutil.copyfile(evaluation / GRID, aside / GRID)
+        picture = clips_of(_student(measured)) if measured.of_clips else GRID
+        shutil.copyfile(evaluation / picture, aside / measured.picture)
+
+
+def _student(measured: Measured) -> str:
+    return next(row["pipeline"] for row in measured.rows if row["pipeline"] not in BASELINES)

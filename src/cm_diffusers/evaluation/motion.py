@@ -117,13 +117,18 @@ def colour_drift(clips: Tensor) -> Tensor:
     return (shares[:, 1:] - shares[:, :1]).abs().sum(3).mean((1, 2)) / 2
 
 
-def content_drift(features: Tensor) -> Tensor:
-    """Mean cosine distance of the features (N, F, D) of the frames 1 ... F - 1 to those of frame 0: (N,), in [0, 2].
+def content_distances(features: Tensor) -> Tensor:
+    """Cosine distance (N, F - 1), in [0, 2], of the features (N, F, D) of the frames 1 ... F - 1 to those of frame 0.
 
     Give features of `centred` frames: features of an ordinary network change with the place of the thing, so those of
     whole frames would be a measure of motion.
     """
-    return 1 - F.cosine_similarity(features[:, 1:].double(), features[:, :1].double(), dim=2).mean(1)
+    return 1 - F.cosine_similarity(features[:, 1:].double(), features[:, :1].double(), dim=2)
+
+
+def content_drift(features: Tensor) -> Tensor:
+    """Mean of `content_distances` over frames: (N,)."""
+    return content_distances(features).mean(1)
 
 
 def centred(clips: Tensor, zoom: float = 1.0) -> Tensor:

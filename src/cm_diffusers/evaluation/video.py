@@ -20,16 +20,16 @@ from cm_diffusers.evaluation.features import classify, extract_features, load_ex
 from cm_diffusers.evaluation.metrics import frechet_distance, label_in_prompt, prompt_agreement
 from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
 from cm_diffusers.evaluation.report import Row, hardware
-from cm_diffusers.evaluation.video_report import Shown, VideoSetting, file_name
+from cm_diffusers.evaluation.video_report import Shown, VideoSetting
 from cm_diffusers.evaluation.video_sampling import OF_ADAPTER, generate_clips, load_video_pipeline, load_video_teacher
-from cm_diffusers.measured import TEACHER
+from cm_diffusers.measured import REAL_CLIPS, TEACHER, clips_of
 from cm_diffusers.motion import MotionConfig
 from cm_diffusers.record import read_record
 
 
 VideoExtractor = Callable[[Tensor], Tensor]  # (N, F, 3, H, W) in [0, 1] -> (N, D)
 Measurements = dict[str, Tensor]
-FIRST_REAL, REAL_CLIPS = "real", "other real clips"  # the reference, and a second set in the table
+FIRST_REAL = "real"  # the reference
 
 
 @dataclass
@@ -103,16 +103,20 @@ class VideoComparison:
         if config.teacher is not None:
             steps = [config.teacher_steps, *(n for n in config.num_inference_steps if n != config.teacher_steps)]
             pipe = load_video_teacher(config.teacher, self.adapter, data.sample_n_frames, dtype, self.device)
-            self.measure(pipe, TEACHER, steps, config.guidance_scales)
+            self._measure(pipe, TEACHER, steps, config.guidance_scales)
         for source, name in zip(config.pipelines, _names(config), strict=True):
-            record = read_record(source)
-            own = record is not None and record.guidance != "embedded"
-            scales = [record.recommended_guidance_scale] if own else config.guidance_scales
-            self.measure(load_video_pipeline(source, dtype, self.device), name, config.num_inference_steps, scales)
+            self.measure(source, name, config.num_inference_steps)
         return self.rows
 
-    def measure(self, pipe: DiffusionPipeline, name: str, steps: Sequence[int], scales: Sequence[float]) -> None:
-        """Rows and shown clips of one pipeline."""
+    def measure(self, source: str, name: str, steps: Sequence[int]) -> None:
+        """Rows and shown clips of one pipeline, at every guidance scale that it has not of its own."""
+        record = read_record(source)
+        own = record is not None and record.guidance != "embedded"
+        scales = [record.recommended_guidance_scale] if own else self.config.guidance_scales
+        pipe = load_video_pipeline(source, getattr(torch, self.config.dtype), self.device)
+        self._measure(pipe, name, steps, scales)
+
+    def _measure(self, pipe: DiffusionPipeline, name: str, steps: Sequence[int], scales: Sequence[float]) -> None:
         config, captions = self.config, self.reference.captions
         seeds = range(config.seed, config.seed + len(captions))
         shape = self.data.sample_n_frames, self.data.resolution
@@ -255,7 +259,7 @@ def _validate(config: VideoEvaluationConfig) -> None:
     names = _names(config)
     if len(names) != len(config.pipelines):
         raise ValueError(f"--names gives {len(names)} names for {len(config.pipelines)} pipelines: give one each.")
-    files = [file_name(name) for name in (FIRST_REAL, TEACHER, *names)]
+    files = [clips_of(name) for name in (FIRST_REAL, TEACHER, *names)]
     if twice := [file for file in files if files.count(file) > 1]:
         raise ValueError(
             f"Two rows would be called {Path(twice[0]).stem}: give each pipeline a name of its own by --names."

@@ -1,7 +1,6 @@
 """What an evaluation of videos leaves behind: a Markdown table, its numbers as JSON, a plot, strips and animations."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.report import Row, replace_file
+from cm_diffusers.measured import clips_of
 
 
 COLUMNS = {  # key of a row -> heading and format
@@ -126,20 +126,18 @@ def write_report(
     replace_file(folder / "plot.png", lambda path: plot(rows).savefig(path, dpi=150, format="png"))
     replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
     for name in dict.fromkeys(part.pipeline for part in shown):
-        first, *rest = animation([part for part in shown if part.pipeline == name], prompts)
-        options = {"save_all": True, "append_images": rest, "duration": FRAME_DURATION, "loop": 0}
-        replace_file(
-            folder / file_name(name), lambda path, first=first, options=options: first.save(path, "GIF", **options)
-        )
+        write_animation(folder / clips_of(name), [part for part in shown if part.pipeline == name], prompts)
     return table
+
+
+def write_animation(path: Path, shown: Sequence[Shown], prompts: Sequence[str]) -> None:
+    """A GIF of `animation`."""
+    first, *rest = animation(shown, prompts)
+    options = {"save_all": True, "append_images": rest, "duration": FRAME_DURATION, "loop": 0}
+    replace_file(path, lambda aside: first.save(aside, "GIF", **options))
 
 
 def animation(shown: Sequence[Shown], prompts: Sequence[str]) -> list[Image.Image]:
     """F pictures of clips side by side: a row for each of `shown`, a column for each prompt."""
     labels, clips = [part.label for part in shown], [part.clips for part in shown]
     return [image_grid([c[:, f] for c in clips], labels, prompts) for f in range(clips[0].shape[1])]
-
-
-def file_name(name: str) -> str:
-    """Of a pipeline's GIF: "_" for what does not belong in file names."""
-    return re.sub(r"[^\w.-]+", "_", name) + ".gif"
