@@ -19,6 +19,7 @@ from toys import assert_same, tensors
 
 from cm_diffusers import ConsistencyVideoPipeline, ImageToVideoAdapter
 from cm_diffusers.motion import MOTION
+from cm_diffusers.provenance import read_provenance
 from cm_diffusers.record import read_record
 
 
@@ -95,6 +96,22 @@ def test_motion_modules_of_a_stock_pipeline(home, motion):
     ).frames
     assert clip.shape == (1, 3, 3, 32, 32)
     assert clip.isfinite().all()
+
+
+def test_motion_modules_have_a_card_whose_code_runs(home, motion, monkeypatch):
+    card = (motion / "motion_adapter" / "README.md").read_text("utf-8")
+    front = ModelCard(card).data
+    assert (front.pipeline_tag, front.library_name) == ("text-to-video", "diffusers")
+    assert "clips of up to 4 frames" in card
+    assert "`linear`" in card
+    assert "python training/train_motion.py" in card
+    assert read_provenance(motion / "motion_adapter").data == "images"
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(home)
+    code = code.replace("num_frames=3", "num_frames=3, height=32, width=32, num_inference_steps=2")
+    names = {}
+    exec(code.replace('"motion_adapter"', '"motion/motion_adapter"'), names)
+    assert len(names["frames"]) == 3
 
 
 @pytest.mark.parametrize("kind", ["motion", "joint"])

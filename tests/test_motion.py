@@ -28,10 +28,13 @@ from cm_diffusers.motion import (
 from cm_diffusers.networks import as_denoiser
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.process import DiscreteVP
+from cm_diffusers.provenance import Provenance
 from cm_diffusers.publish_video import save_motion_adapter
 from cm_diffusers.types import Batch, Networks, Progress
 
 
+SETTINGS = {"pretrained_teacher_model": "ada/images", "sample_n_frames": 8}
+MADE = Provenance("ada/motion", None, None, "ada/clips", {}, "python x.py", "abc1234", SETTINGS)
 NEW = NewMotionConfig(motion_num_attention_heads=4, motion_max_seq_length=8)
 
 
@@ -106,7 +109,7 @@ def test_modules_come_back_out_bit_for_bit(tmp_path):
     adapter = randomised(new_motion_adapter(unet, NEW))
     video = inflate(unet, adapter)
     scheduler = motion_scheduler(MotionConfig(), tiny_scheduler())
-    save_motion_adapter(motion_adapter_of(video, adapter), scheduler, tmp_path / "motion", fp16=False)
+    save_motion_adapter(motion_adapter_of(video, adapter), scheduler, tmp_path / "motion", False, MADE)
     again = load_motion_adapter(MotionConfig(str(tmp_path / "motion")))
     assert_same(again.state_dict(), adapter.state_dict())
     assert again.config.motion_max_seq_length == 8
@@ -123,7 +126,7 @@ def test_the_schedule_is_animatediffs_unless_one_lies_beside(tmp_path):
     scaled = motion_scheduler(MotionConfig(beta_schedule="scaled_linear"), tiny_scheduler())
     assert torch.equal(scaled.alphas_cumprod, tiny_scheduler().alphas_cumprod)
     adapter = new_motion_adapter(tiny_unet(), NEW)
-    save_motion_adapter(adapter, scaled, tmp_path / "motion", fp16=True)
+    save_motion_adapter(adapter, scaled, tmp_path / "motion", True, MADE)
     beside = MotionConfig(str(tmp_path / "motion"))
     assert motion_scheduler(beside, tiny_scheduler()).config.beta_schedule == "scaled_linear"
     with pytest.raises(ValueError, match="--beta_schedule linear: the motion modules were trained on scaled_linear"):

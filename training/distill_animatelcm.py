@@ -14,7 +14,7 @@ from cm_diffusers.motion import MotionConfig, check_frames, load_motion_adapter,
 from cm_diffusers.networks import TeacherConfig, load_teacher, require_autocast
 from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.provenance import describe_run
+from cm_diffusers.provenance import describe_run, public
 from cm_diffusers.publish import lcm_record
 from cm_diffusers.rng import seed_everything
 from cm_diffusers.trainer import TrainConfig, Trainer
@@ -48,7 +48,8 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         record = lcm_record(source.pretrained_teacher_model, "distilled", method.w_min, method.w_max, 1.0, scheduler)
         folder = Path(train.output_dir) / stage.result
-        provenance = describe_run(configs, image, source.pretrained_teacher_model, data.source, repo_id or str(folder))
+        seen = f"single frames of {public(data.source)}" if config.stage == "image_lora" else data.source
+        provenance = describe_run(configs, image, source.pretrained_teacher_model, seen, repo_id or str(folder))
         with trainer.export_weights() as network:
             stage.save(network, folder, record, provenance)
         if repo_id:

@@ -1,9 +1,7 @@
 """Make an image model a video model: train motion modules between its frozen layers on clips with captions (AnimateDiff)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-from transformers.hf_argparser import HfArg
 
 from cm_diffusers.callbacks import ValidationConfig
 from cm_diffusers.cli import parse_configs, run
@@ -11,6 +9,7 @@ from cm_diffusers.clip_grids import clip_grid
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import refuse_changed
 from cm_diffusers.data.video import VideoDataConfig, video_batches
+from cm_diffusers.hub import HubConfig, check_hub, push_folder
 from cm_diffusers.motion import (
     MotionConfig,
     NewMotionConfig,
@@ -25,28 +24,24 @@ from cm_diffusers.networks import TeacherConfig, load_teacher
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.process import DiscreteVP
-from cm_diffusers.publish_video import save_motion_adapter
+from cm_diffusers.provenance import describe_run
+from cm_diffusers.publish_video import MotionResultConfig, save_motion_adapter
 from cm_diffusers.rng import seed_everything
 from cm_diffusers.trainer import TrainConfig, Trainer
 from cm_diffusers.types import Networks
 
 
-@dataclass
-class ResultConfig:
-    """How the result is stored."""
-
-    save_fp16: bool = HfArg(default=False, help="Store the motion modules in half precision.")
-
-
 CONFIGS = (
     TeacherConfig, MotionConfig, NewMotionConfig, VideoDataConfig, DiffusionConfig, OptimConfig, TrainConfig, ValidationConfig,
-    ResultConfig,
+    MotionResultConfig, HubConfig,
 )  # fmt: skip
 
 
 def main() -> None:
-    source, motion, new, data, method, optim, train, validation, result = parse_configs(CONFIGS, __doc__)
+    configs = parse_configs(CONFIGS, __doc__)
+    source, motion, new, data, method, optim, train, validation, result, hub = configs
     seed_everything(train.seed)
+    repo_id = check_hub(hub, train.output_dir, train.report_to)
     refuse_changed(data, "proportion_empty_prompts", "here: --condition_dropout does that")
     refuse_changed(method, "prediction_type", "here: it is the image model's")
     refuse_changed(validation, "validation_teacher_steps", "without a teacher")
@@ -68,8 +63,12 @@ def main() -> None:
     trainer.fit(video_batches(data, Encoders.from_pipeline(image), train.seed, rank, ranks, device))
     if trainer.accelerator.is_main_process:
         folder = Path(train.output_dir) / "motion_adapter"
+        provenance = describe_run(configs, image, source.pretrained_teacher_model, data.source, repo_id or str(folder))
         with trainer.export_weights() as network:
-            save_motion_adapter(motion_adapter_of(network, adapter), scheduler, folder, result.save_fp16)
+            trained = motion_adapter_of(network, adapter)
+            save_motion_adapter(trained, scheduler, folder, result.save_fp16, provenance)
+        if repo_id:
+            print(push_folder(folder, repo_id, hub))
     trainer.accelerator.end_training()
 
 

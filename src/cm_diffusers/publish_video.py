@@ -1,6 +1,7 @@
 """Writing video students: motion modules, the LoRA of the image layers, and the record, as stock diffusers reads them."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from diffusers import (
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
@@ -22,7 +24,14 @@ from cm_diffusers.portable import lora_metadata
 from cm_diffusers.provenance import Provenance, public, write_provenance
 from cm_diffusers.publish import write_texts, written_aside
 from cm_diffusers.record import Record
-from cm_diffusers.video_card import condition_card
+from cm_diffusers.video_card import condition_card, motion_card
+
+
+@dataclass
+class MotionResultConfig:
+    """How motion modules are stored."""
+
+    save_fp16: bool = HfArg(default=False, help="Store the motion modules in half precision.")
 
 
 class SpatialLora(NamedTuple):
@@ -60,14 +69,19 @@ def fused(
     return pipe.unet, spatial, record
 
 
-def save_motion_adapter(adapter: MotionAdapter, scheduler: SchedulerMixin, folder: Path, fp16: bool) -> None:
-    """A folder that `MotionAdapter.from_pretrained` reads; a scheduler's `from_pretrained` finds the noise schedule there.
+def save_motion_adapter(
+    adapter: MotionAdapter, scheduler: SchedulerMixin, folder: Path, fp16: bool, provenance: Provenance
+) -> None:
+    """What `MotionAdapter.from_pretrained` reads, the noise schedule for a scheduler's `from_pretrained`, and the card.
 
     Args:
         fp16: Store half precision; diffusers loads float32 unless told otherwise.
     """
     with written_aside(folder) as aside:
         _save_motion(adapter, scheduler, aside, fp16)
+        write_provenance(provenance, aside)
+        card = motion_card(provenance, scheduler.config.beta_schedule, adapter.config.motion_max_seq_length)
+        (aside / "README.md").write_text(card, "utf-8")
 
 
 def save_video_student(
@@ -79,7 +93,7 @@ def save_video_student(
     record: Record,
     provenance: Provenance,
 ) -> None:
-    """As `save_motion_adapter`, with the LoRA beside it, the record and the card."""
+    """Motion modules and noise schedule as `save_motion_adapter`, the LoRA beside them, the record and the card."""
     with written_aside(folder) as aside:
         _save_motion(adapter, scheduler, aside, fp16)
         StableDiffusionLoraLoaderMixin.save_lora_weights(

@@ -1,8 +1,9 @@
 """What the model cards of video students say of their own."""
 
+import json
 from textwrap import dedent
 
-from cm_diffusers.provenance import Provenance
+from cm_diffusers.provenance import Provenance, public
 from cm_diffusers.record import Record
 
 
@@ -69,6 +70,48 @@ def condition_card(provenance: Provenance, kind: str, student: str) -> str:
     values = {"name": provenance.name, "student": student, "data": provenance.data, "commit": provenance.commit}
     return dedent(CONDITIONS[kind]).lstrip().format(**values, command=provenance.command)
 
+
+def motion_card(provenance: Provenance, beta_schedule: str, max_frames: int) -> str:
+    """The card of motion modules that were trained by diffusion.
+
+    Args:
+        beta_schedule: Of the noise that they were trained on.
+        max_frames: That they take.
+    """
+    base = public(provenance.settings["pretrained_teacher_model"])
+    base_model = f"base_model: {provenance.base_id}\nbase_model_relation: adapter\n" if provenance.base_id else ""
+    license = "".join(f"{key}: {json.dumps(value)}\n" for key, value in provenance.license.items())
+    values = {"name": provenance.name, "base": base, "data": provenance.data, "commit": provenance.commit}
+    values |= {"schedule": beta_schedule, "frames": provenance.settings["sample_n_frames"], "most": max_frames}
+    head = f"---\nlibrary_name: diffusers\npipeline_tag: {VIDEO_TASK}\n{license}{base_model}{MOTION_TAGS}\n---\n\n"
+    return head + dedent(MOTION).lstrip().format(**values, command=provenance.command)
+
+
+MOTION_TAGS = "tags: [text-to-video, diffusers, diffusers-training, cm_diffusers, animatediff]"
+MOTION = """
+    # Motion modules for `{base}`
+
+    Make clips of up to {most} frames with this image model. Trained between its frozen layers on {frames} frames of
+    {data}, by diffusion, after [AnimateDiff](https://arxiv.org/abs/2307.04725); the noise schedule, `{schedule}`, lies in
+    `scheduler_config.json`.
+
+    ```python
+    from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
+
+    adapter = MotionAdapter.from_pretrained("{name}")
+    pipe = AnimateDiffPipeline.from_pretrained("{base}", motion_adapter=adapter)
+    pipe.scheduler = DDIMScheduler.from_pretrained("{name}", timestep_spacing="trailing", clip_sample=False)
+    frames = pipe("your prompt", num_frames={frames}).frames[0]
+    ```
+
+    For few steps: `training/distill_animatelcm.py --pretrained_motion_adapter {name}`.
+
+    Code: cm_diffusers at `{commit}`.
+
+    ```bash
+    {command}
+    ```
+    """
 
 CONDITIONS = {
     "image_adapter": """
