@@ -225,7 +225,7 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["motion", "joint"])
+@pytest.mark.parametrize("kind", ["motion", "joint", "adapter"])
 def test_two_processes_agree_and_resume_bit_exactly(two_processes, kind):
     expected = tensors(two_processes / kind / "checkpoint-4")
     assert_same(tensors(two_processes / f"{kind}-resumed" / "checkpoint-4"), expected)
