@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import LCMScheduler
 
-from cm_diffusers.animatelcm import Parts, StageConfig, make_stage, stage_grid
+from cm_diffusers.animatelcm import Parts, StageConfig, idle_settings, make_stage, stage_grid
 from cm_diffusers.callbacks import ValidationConfig
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.encoders import Encoders
@@ -49,7 +49,8 @@ def main() -> None:
         record = lcm_record(source.pretrained_teacher_model, "distilled", method.w_min, method.w_max, 1.0, scheduler)
         folder = Path(train.output_dir) / stage.result
         seen = f"single frames of {public(data.source)}" if config.stage == "image_lora" else data.source
-        provenance = describe_run(configs, image, source.pretrained_teacher_model, seen, repo_id or str(folder))
+        name, idle = repo_id or str(folder), idle_settings(config.stage)
+        provenance = describe_run(configs, image, source.pretrained_teacher_model, seen, name, idle)
         with trainer.export_weights() as network:
             stage.save(network, folder, record, provenance)
         if repo_id:

@@ -138,6 +138,11 @@ def make_stage(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
     return STAGES[config.stage](config, method, parts)
 
 
+def idle_settings(stage: str) -> list[str]:
+    """Flags that do not act in a stage."""
+    return [name for names, stages in ACTS.items() if stage not in stages.split() for name in names.split()]
+
+
 def image_lora(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
     """An LCM-LoRA of the image model: `LCMObjective` on single frames."""
     unet = parts.image.unet
