@@ -345,3 +345,24 @@ def test_table_and_file_names() -> None:
     assert lines[2] == "| x | 2 | 0.500 | 1.24 |"
     assert "below 0.0123" in lines[4]
     assert clips_of("AnimateLCM, w/o init") == "AnimateLCM_w_o_init.gif"
+
+
+def test_the_bundled_student_moves_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Motion has survived distillation: chance is 0.25, and a student that died makes still clips."""
+    monkeypatch.chdir(ROOT)  # its record names the base model from there
+    config = VideoEvaluationConfig(
+        pipelines=["assets/fashion_animatelcm"], num_inference_steps=[4], num_videos=24, eval_batch_size=12,
+        feature_extractor="assets/fashion_classifier", crop_zoom=1.3,
+    )  # fmt: skip
+    data = VideoDataConfig(
+        moving_articles="assets/fashion_captioned/test",
+        num_clips=48,
+        sample_n_frames=8,
+        sample_stride=1,
+        resolution=32,
+    )
+    real, student = VideoComparison(config, data, MotionConfig()).run()
+    assert student["direction_accuracy"] > 0.9
+    assert student["static_rate"] == 0
+    assert student["velocity_residual"] < 1.0
+    assert student["fd_differences"] < 20 * real["fd_differences"]

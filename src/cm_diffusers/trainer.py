@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from diffusers import ModelMixin
@@ -24,7 +24,7 @@ from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.player import Player, only_trains
 from cm_diffusers.rng import seed_everything
 from cm_diffusers.run_folder import open_run_folder, run_identity
-from cm_diffusers.types import Batch, Loss, Networks, Progress
+from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
 
 logger = logging.getLogger(__name__)
@@ -71,17 +71,6 @@ class TrainConfig:
             power_of(sigma_rel)
 
 
-class Objective(Protocol):
-    """A method. `players` maps a field of `Networks` to that player's loss; None (never the first's) skips its turn.
-
-    With a method `target_decay(progress)`, that is the rate of the EMA target instead of the config's. With
-    `spans_training` true, its curriculum spans the training, whose length a resume must not change then.
-    """
-
-    players: dict[str, Callable[[Networks, Batch, Progress], Loss | None]]
-    config: object
-
-
 class Trainer:
     """Accumulate, clip, step, average, log, checkpoint, resume.
 
@@ -95,6 +84,9 @@ class Trainer:
         optim: How the players learn: one config for all, or one per player.
         settings: Dataclasses with whatever else a resumed run must share, such as the data's.
         callbacks: `(trainer, loss) -> None` after each optimizer step, on every rank.
+
+    Attributes:
+        stopping: Why training ends after this step; callbacks set it, on all ranks alike.
     """
 
     def __init__(
@@ -107,7 +99,8 @@ class Trainer:
         callbacks: Iterable[Callable[["Trainer", Loss], None]] = (),
     ) -> None:
         self.config, self.nets, self.objective, self.callbacks = config, nets, objective, list(callbacks)
-        self.output_dir, self.step = Path(config.output_dir), 0
+        self.output_dir, self.step, self.stopping = Path(config.output_dir), 0, ""
+        self.source, self.source_state = None, {}
         optims = optim if isinstance(optim, dict) else dict.fromkeys(objective.players, optim)
         self.accelerator = make_accelerator(config.mixed_precision, config.report_to, config.output_dir)
         self.identity = run_identity(
@@ -146,17 +139,20 @@ class Trainer:
         """Train to `max_train_steps`, then leave a last checkpoint.
 
         Args:
-            batches: Data source; called with the number of micro-batches this rank has already seen.
+            batches: Data source; called with the number of micro-batches this rank has already seen. One with `state` and
+                `load_state` (named tensors, on all ranks) has them in checkpoints.
 
         Raises:
             FloatingPointError: A loss or gradient is not finite; the last checkpoint stands.
             SystemExit: SIGINT or SIGTERM arrived; a checkpoint was written.
         """
-        config, last_saved = self.config, self.step
+        config, last_saved, self.source = self.config, self.step, batches
+        if self.source_state:
+            batches.load_state(self.source_state)
         stream = iter(batches(self.step * config.gradient_accumulation_steps))
         quiet = not self.accelerator.is_local_main_process
         with stop_request() as request, tqdm(initial=self.step, total=config.max_train_steps, disable=quiet) as bar:
-            while self.step < config.max_train_steps:
+            while self.step < config.max_train_steps and not self.stopping:
                 started = time.perf_counter()
                 loss, images = self.training_step(stream)
                 self._log(loss, images / (time.perf_counter() - started), bar)
@@ -171,6 +167,8 @@ class Trainer:
                     )
         if last_saved != self.step:
             self.save()
+        if self.stopping:
+            logger.warning("Training ended at step %d of %d: %s", self.step, config.max_train_steps, self.stopping)
 
     def training_step(self, stream: Iterator[Batch]) -> tuple[Loss, int]:
         """One optimizer step of every player; returns the mean loss of the first and the images seen by all ranks."""
@@ -232,6 +230,7 @@ class Trainer:
 
     def save(self) -> int:
         """Write a checkpoint (by the main process: state is equal on all ranks) and return its step."""
+        source = self.source.state() if hasattr(self.source, "state") else {}
         if self.accelerator.is_main_process:
             files, state = self.averages.state(), {"step": self.step, "identity": self.identity, "players": {}}
             for player in self.players:
@@ -239,6 +238,8 @@ class Trainer:
                 files |= tensors
             if self.nets.target is not None:
                 files["target"] = self.nets.target.state_dict()
+            if source:
+                files["source"] = source
             if self.accelerator.scaler is not None:
                 state["grad_scaler"] = self.accelerator.scaler.state_dict()
             self.averages.write_snapshots(self.output_dir, self.step)
@@ -258,6 +259,7 @@ class Trainer:
         self.averages.load(files)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        self.source_state = files.get("source", {})
         self.step = state["step"]
         if self.accelerator.is_main_process:
             forget_snapshots(self.output_dir, after=self.step)

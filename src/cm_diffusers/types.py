@@ -1,7 +1,8 @@
 """The records that travel between data, objective and trainer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +66,14 @@ class Loss(NamedTuple):
 
     value: Tensor
     logs: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """A method. `players` maps a field of `Networks` to that player's loss; None (never the first's) skips its turn.
+
+    With a method `target_decay(progress)`, that is the rate of the EMA target instead of the config's. With
+    `spans_training` true, its curriculum spans the training, whose length a resume must not change then.
+    """
+
+    players: dict[str, Callable[[Networks, Batch, Progress], Loss | None]]
+    config: object
