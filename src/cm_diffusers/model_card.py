@@ -26,6 +26,7 @@ from cm_diffusers.video_card import VIDEO_METHODS, VIDEO_TASK, is_video, video_u
 LCM = "[Latent Consistency Models](https://arxiv.org/abs/2310.04378)"
 LCM_LORA = "[LCM-LoRA](https://arxiv.org/abs/2311.05556)"
 SCOTT = "[SCott](https://arxiv.org/abs/2403.01505)"
+RLCM = "[RLCM](https://arxiv.org/abs/2404.03673)"
 METHODS = {  # method of the record, with "-lora" where that is so -> title, how, paper
     "lcm": ("Latent consistency model", "distilled from", LCM),
     "lcm-lora": ("LCM-LoRA", "distilled from", LCM_LORA),
@@ -33,6 +34,8 @@ METHODS = {  # method of the record, with "-lora" where that is so -> title, how
     "scott-lora": ("Stochastic consistency distillation (SCott, LoRA)", "distilled from", f"{SCOTT}, {LCM_LORA}"),
     "lcf": ("Latent consistency fine-tuning", "fine-tuned from", LCM),
     "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
+    "rlcm": ("Consistency model tuned for a reward (RLCM)", "tuned from", RLCM),
+    "rlcm-lora": ("Consistency model tuned for a reward (RLCM, LoRA)", "tuned from", RLCM),
     **EDM_METHODS,
     **VIDEO_METHODS,
 }

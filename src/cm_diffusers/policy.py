@@ -1,7 +1,7 @@
 """Multi-step sampling as a decision process: a network with its scheduler as a stochastic policy (2404.03673, Sec. 4)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -9,7 +9,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from cm_diffusers.networks import unet_arguments
-from cm_diffusers.transitions import Transition, transition
+from cm_diffusers.transitions import Transition, draw, transition
 from cm_diffusers.types import Batch
 
 
@@ -117,6 +117,17 @@ class Policy:
         )
         ends = index == self.num_steps - 1 and self.final_std
         return found._replace(std=torch.full_like(found.std, self.final_std)) if ends else found
+
+    def walk(
+        self, network: Callable, noise: Tensor, cond: Conditions, uncond: Conditions | None = None
+    ) -> Iterator[tuple[int, Tensor, Transition, Tensor]]:
+        """Samples with standard normal noise `(H + 1, B, ...)`: of each step its index, start, law and end."""
+        sample = self.start(noise[0])
+        for index in range(self.num_steps):
+            taken = self.transition(network, index, sample, cond, uncond)
+            action = draw(taken, noise[index + 1])
+            yield index, sample, taken, action
+            sample = action
 
     def _output(
         self, network: Callable, index: int, sample: Tensor, cond: Conditions, uncond: Conditions | None

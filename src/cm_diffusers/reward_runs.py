@@ -1,0 +1,287 @@
+"""What the scripts of reward fine-tuning share: the model, what it is asked for, and what its images are worth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
+from cm_diffusers.guidance import guidance_embedding
+from cm_diffusers.networks import TeacherConfig, WithoutAdapters, add_lora, frozen_copy, load_teacher
+from cm_diffusers.policy import Conditions, Policy
+from cm_diffusers.portable import lora_metadata
+from cm_diffusers.provenance import Provenance, public, write_provenance
+from cm_diffusers.publish import lcm_pipeline, save_lora, save_pipeline, written_aside
+from cm_diffusers.record import Record
+from cm_diffusers.rewards import Reward
+from cm_diffusers.students import FinetuneConfig, load_student
+from cm_diffusers.types import Networks
+
+
+ENCODED_AT_ONCE = 64  # prompts
+
+
+@dataclass
+class RewardModelConfig(FinetuneConfig):
+    """The model to tune, and how it is sampled for that."""
+
+    sampler: Literal["consistency", "ddim"] = HfArg(
+        default="consistency",
+        help="consistency: a student, by the scheduler of its record. ddim: a diffusion model, by DDIM with --eta (DDPO).",
+    )
+    num_inference_steps: int = HfArg(default=4, help="Steps of sampling, in training as later.")
+    guidance_scale: float | None = HfArg(default=None, help="As in diffusers; a student's own if not given.")
+    eta: float = HfArg(default=1.0, help="ddim: its noise.")
+    resolution: int | None = HfArg(default=None, help="Side of the images; the model's own if not given.")
+    lora: bool = HfArg(default=True, help="Train adapters on the model instead of the model.")
+    lora_rank: int = HfArg(default=16, help="Rank of the adapters.")
+    lora_alpha: float = HfArg(default=32.0, help="Scale of the adapters, times 1 / rank.")
+    lora_target_modules: list[str] = HfArg(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], help="Names of the layers that get adapters."
+    )
+
+
+@dataclass
+class RewardConfig:
+    """What is sampled, and what is good."""
+
+    rewards: list[str] = HfArg(
+        help="What is added up: jpeg_compressibility, jpeg_incompressibility, aesthetic, clip_score, pick_score, hpsv2, "
+        "hpsv2.1, image_reward, classifier:FOLDER, multi_view:MODULE:FUNCTION, or MODULE:FUNCTION of images (B, 3, H, W) in "
+        "[0, 1], prompts and metadata."
+    )
+    reward_weights: list[float] | None = HfArg(default=None, help="Weights of --rewards; 1 if not given.")
+    prompts: list[str] = HfArg(
+        default_factory=lambda: ["simple_animals"],
+        help="Prompts; or one set: simple_animals, imagenet_animals, animal_activities, fashion; or a file with one a line.",
+    )
+
+    def load_prompts(self) -> list[Prompt]:
+        (first, *others) = self.prompts or [""]
+        is_source = not others and (first in PROMPT_SETS or Path(first).is_file())
+        return load_prompts(first if is_source else self.prompts)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model that is to be tuned.
+
+    Attributes:
+        pipe: Its stock pipeline, frozen.
+        record: A student's.
+        policy: How it is sampled.
+        embedded: Guidance scale that the network is told, where it takes one.
+    """
+
+    pipe: DiffusionPipeline
+    record: Record | None
+    policy: Policy
+    embedded: float | None = None
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.policy.guidance_scale if self.embedded is None else self.embedded
+
+    def pipeline(self, unet: UNet2DConditionModel) -> DiffusionPipeline:
+        """The stock pipeline with this network."""
+        if self.record is not None:
+            return lcm_pipeline(self.pipe, unet, self.pipe.scheduler)
+        pipe = type(self.pipe).from_pipe(self.pipe, unet=unet)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipe.unet
+
+    def shape(self, resolution: int | None) -> tuple[int, int, int]:
+        """Of latents.
+
+        Raises:
+            ValueError: The VAE does not divide the resolution.
+        """
+        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        side = resolution or self.unet.config.sample_size * factor
+        if side % factor:
+            raise ValueError(
+                f"--resolution {side} must be a multiple of {factor}, by which the VAE makes images smaller."
+            )
+        return self.unet.config.in_channels, side // factor, side // factor
+
+
+def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
+    """
+    Args:
+        final_std: Noise of the last step.
+
+    Raises:
+        ValueError: It is out of reach or no such model, or cannot be sampled so.
+    """
+    if config.sampler == "ddim":
+        where = config.pretrained_student_model, config.student_revision, config.student_variant
+        pipe = load_teacher(TeacherConfig(*where))
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        scale = 1.0 if config.guidance_scale is None else config.guidance_scale
+        return Tuned(pipe, None, Policy(pipe.scheduler, config.num_inference_steps, scale, final_std, config.eta))
+    pipe, record = load_student(config)
+    scale = record.recommended_guidance_scale if config.guidance_scale is None else config.guidance_scale
+    embeds = record.guidance == "embedded"
+    policy = Policy(pipe.scheduler, config.num_inference_steps, 1.0 if embeds else scale, final_std)
+    return Tuned(pipe, record, policy, scale if embeds else None)
+
+
+def tuned_networks(unet: UNet2DConditionModel, config: RewardModelConfig, keeps_start: bool) -> Networks:
+    """The model that learns, and what it was before as `teacher`.
+
+    Args:
+        keeps_start: Whether that is needed; with adapters it costs nothing.
+    """
+    if config.lora:
+        sizes = config.lora_rank, config.lora_alpha, config.lora_dropout
+        student = add_lora(unet, *sizes, config.lora_target_modules)
+        return Networks(student, teacher=WithoutAdapters(student))
+    before = frozen_copy(unet) if keeps_start else None
+    return Networks(unet.requires_grad_(True).train(), teacher=before)
+
+
+@dataclass
+class PromptConditions:
+    """Numbers of prompts `(B,)` -> the network's arguments with them, and without any."""
+
+    table: Conditions  # the empty prompt comes last
+    constant: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, tuned: Tuned, prompts: Sequence[str], resolution: int | None, device: torch.device
+    ) -> "PromptConditions":
+        encoders, texts = Encoders.from_pipeline(tuned.pipe), [*prompts, ""]
+        with torch.no_grad(), placed(encoders.towers, device):
+            starts = range(0, len(texts), ENCODED_AT_ONCE)
+            parts = [encoders.encode_prompts(texts[start : start + ENCODED_AT_ONCE]) for start in starts]
+        constant = {}
+        if tuned.embedded is not None:
+            w = torch.tensor([tuned.embedded - 1])
+            constant["timestep_cond"] = guidance_embedding(w, tuned.unet.config.time_cond_proj_dim)
+        if encoders.micro_conditioning:
+            side = tuned.shape(resolution)[1] * 2 ** (len(tuned.pipe.vae.config.block_out_channels) - 1)
+            constant["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
+        return cls({name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, constant)
+
+    def __call__(self, numbers: Tensor) -> tuple[Conditions, Conditions]:
+        return self._of(numbers), self._of(torch.full_like(numbers, -1))
+
+    def _of(self, numbers: Tensor) -> Conditions:
+        rows = {name: value[numbers.cpu()].to(numbers.device) for name, value in self.table.items()}
+        return rows | {
+            name: value.expand(len(numbers), -1).to(numbers.device) for name, value in self.constant.items()
+        }
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """What latents `(B, C, h, w)` are worth as images of the prompts with these numbers `(B,)`; with a gradient."""
+
+    pipe: DiffusionPipeline
+    prompts: list[Prompt]
+    reward: Reward
+
+    def __call__(self, latents: Tensor, numbers: Tensor) -> Tensor:
+        return self.worth(self.images(latents), numbers, self.reward)
+
+    def worth(self, images: Tensor, numbers: Tensor, reward: Reward) -> Tensor:
+        """`(B,)`, by this or another reward."""
+        texts, metadata = zip(*(self.prompts[number] for number in numbers.tolist()), strict=True)
+        return reward(images, list(texts), list(metadata))
+
+    def images(self, latents: Tensor) -> Tensor:
+        """`(B, 3, H, W)` in [0, 1]."""
+        config = self.pipe.vae.config
+        with torch.autocast(latents.device.type, enabled=False):
+            decoded = self.pipe.vae.decode(
+                latents.float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            )
+        return (decoded.sample / 2 + 0.5).clamp(0, 1)
+
+
+def publish_tuned(
+    tuned: Tuned, network: UNet2DConditionModel, config: RewardModelConfig, folder: Path, provenance: Provenance
+) -> None:
+    """A LoRA, or a whole pipeline; of a student with its record and card."""
+    if tuned.record is not None:
+        base = config.pretrained_student_model
+        steps, scale = tuned.policy.num_steps, tuned.guidance_scale
+        record = replace(
+            tuned.record,
+            method="rlcm",
+            base_model=base,
+            recommended_num_inference_steps=steps,
+            recommended_guidance_scale=scale,
+        )
+        if config.lora:
+            save_lora(network, folder, record, provenance)
+        else:
+            save_pipeline(tuned.pipeline(network), folder, config.save_fp16, record, provenance)
+        return
+    with written_aside(folder) as aside:
+        if config.lora:
+            layers, metadata = get_peft_model_state_dict(network), lora_metadata(network)
+            StableDiffusionLoraLoaderMixin.save_lora_weights(
+                aside, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
+            )
+        else:
+            save_pipeline(tuned.pipeline(network), aside, config.save_fp16)
+        write_provenance(provenance, aside)
+        (aside / "README.md").write_text(tuned_card(provenance, config.lora, tuned.policy.num_steps), "utf-8")
+
+
+def tuned_card(provenance: Provenance, is_lora: bool, steps: int) -> str:
+    """The card of a diffusion model that was tuned for a reward."""
+    base = public(provenance.settings["pretrained_student_model"])
+    load = LOAD_LORA if is_lora else LOAD_PIPELINE
+    code = load.format(name=provenance.name, base=base, steps=steps)
+    rewards = ", ".join(map(str, provenance.settings["rewards"]))
+    return CARD.format(base=base, rewards=rewards, code=code, commit=provenance.commit, command=provenance.command)
+
+
+LOAD_LORA = """\
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+pipe.load_lora_weights("{name}")
+image = pipe("your prompt", num_inference_steps={steps}, eta=1.0).images[0]"""
+LOAD_PIPELINE = """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")
+image = pipe("your prompt", num_inference_steps={steps}, eta=1.0).images[0]"""
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, diffusers, diffusers-training, cm_diffusers, ddpo]
+---
+
+# `{base}`, tuned for {rewards}
+
+A diffusion model, tuned for a reward of its own samples with cm_diffusers, after [DDPO](https://arxiv.org/abs/2305.13301).
+
+```python
+{code}
+```
+
+Code: cm_diffusers at `{commit}`.
+
+```bash
+{command}
+```
+"""

@@ -1,0 +1,136 @@
+"""`finetune_rlcm.py` end to end on tiny pipelines: a student and a diffusion model."""
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from scripts import run_script
+from tiny import tiny_pipeline
+from toys import assert_same, tensors
+
+from cm_diffusers import ConsistencyPipeline
+from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
+from cm_diffusers.record import read_record
+from cm_diffusers.reward_runs import PromptConditions, RewardModelConfig, load_tuned
+
+
+SHARED = {
+    "max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-2, "report_to": "none", "resolution": 32,
+    "samples_per_rollout": 4, "train_batch_size": 2, "sample_batch_size": 4, "gradient_accumulation_steps": 2,
+    "num_inference_steps": 3, "buffer_size": 4, "min_count": 2, "guard_steps": 2, "guard_prompts": 2, "guard_samples": 2,
+    "rewards": ["jpeg_compressibility"], "held_out_rewards": ["jpeg_incompressibility"], "prompts": ["a bag", "a coat", "a shirt"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("rewards")
+    teacher = tiny_pipeline()
+    teacher.save_pretrained(home / "teacher")
+    scheduler = lcm_scheduler(teacher, 50, 10.0)
+    record = lcm_record(str(home / "teacher"), "distilled", 2.0, 2.0, 1.0, scheduler)
+    save_pipeline(lcm_pipeline(teacher, teacher.unet, scheduler), home / "student", False, record)
+    return home
+
+
+def tune(home, name, model="student", **values):
+    run_script("finetune_rlcm", pretrained_student_model=home / model, output_dir=home / name, **SHARED | values)
+    return home / name
+
+
+@pytest.fixture(scope="module")
+def tuned(home):
+    grids = {"validation_prompts": ["a bag"], "validation_steps": 4, "validation_seeds": [0], "validation_nfe": [2]}
+    return tune(home, "tuned", **grids)
+
+
+def drawn(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(
+        "a bag", num_inference_steps=3, guidance_scale=1.0, generator=generator, height=32, width=32, output_type="np"
+    ).images
+
+
+def test_what_is_left_behind(home, tuned):
+    content = json.loads((tuned / "rewards.json").read_text())
+    assert [row["rollout"] for row in content["rollouts"]] == [0, 1]
+    assert [row["step"] for row in content["looks"]] == [2, 4]
+    assert {"reward", "jpeg_incompressibility", "diversity"} <= set(content["looks"][0])
+    assert content["looks"][0]["jpeg_incompressibility"] == -content["looks"][0]["reward"]
+    assert (tuned / "rewards.png").stat().st_size > 5000
+    assert (tuned / "samples" / "step-000004.png").is_file()
+    record = read_record(tuned / "lora")
+    assert (record.method, record.base_model) == ("rlcm", str(home / "student"))
+    assert "its own samples" in (tuned / "lora" / "README.md").read_text()
+
+
+def test_the_lora_loads_in_a_stock_pipeline(home, tuned):
+    stock = DiffusionPipeline.from_pretrained(home / "student")
+    before = drawn(stock)
+    stock.load_lora_weights(tuned / "lora", weight_name="pytorch_lora_weights.safetensors")
+    with_lora = drawn(stock)
+    assert abs(with_lora - before).max() > 1e-3
+    ours = drawn(ConsistencyPipeline.from_pretrained(tuned / "lora"))
+    assert abs(ours - with_lora).max() < 1e-4
+    stock.unload_lora_weights()
+    assert (drawn(stock) == before).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"inner_epochs": 2, "final_step": "stochastic", "gradient_accumulation_steps": 3}]
+)
+def test_resume_is_bit_exact(home, tuned, options):
+    """After two steps of four, where the second roll-out begins, and in the middle of the first."""
+    whole = tune(home, f"whole-{len(options)}", **options)
+    again = tune(home, f"again-{len(options)}", **options, resume_from_checkpoint=whole / "checkpoint-2")
+    first, second = (tensors(folder / "checkpoint-4") for folder in (whole, again))
+    for found in (first, second):
+        found["source/history"][:, 2] = 0  # seconds
+    assert_same(second, first)
+
+
+def test_a_diffusion_model_is_tuned_by_the_same_code(home):
+    folder = tune(
+        home, "ddpo", "teacher", sampler="ddim", guidance_scale=2.0, gradient_accumulation_steps=6, final_step="drop"
+    )
+    assert read_record(folder / "lora") is None
+    card = (folder / "lora" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "load_lora_weights" in code
+    pipe = DiffusionPipeline.from_pretrained(home / "teacher")
+    before = drawn(pipe)
+    pipe.load_lora_weights(folder / "lora")
+    assert abs(drawn(pipe) - before).max() > 1e-4
+
+
+def test_pathwise_needs_a_gradient(home):
+    with pytest.raises(
+        SystemExit, match="--final_step pathwise needs the gradient of the reward, and jpeg_compressibility"
+    ):
+        tune(home, "none", final_step="pathwise")
+
+
+def test_own_loop_is_the_pipeline(home):
+    """A walk of the policy against the unmodified pipeline with the same noise."""
+    tuned = load_tuned(RewardModelConfig(str(home / "student"), num_inference_steps=3), 0.0)
+    cond, _ = PromptConditions.of(tuned, ["a bag"], 32, torch.device("cpu"))(torch.tensor([0]))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.stack([torch.randn(1, *tuned.shape(32), generator=generator) for _ in range(3)])
+    with torch.no_grad():
+        states = [end for *_, end in tuned.policy.walk(tuned.unet, torch.cat([noise, noise[:1]]), cond)]
+    pipe, seen = DiffusionPipeline.from_pretrained(home / "student"), []
+    pipe.scheduler = LCMScheduler.from_config(tuned.pipe.scheduler.config)
+
+    def record(pipe, step, t, tensors):
+        seen.append(tensors["latents"])
+        return tensors
+
+    pipe(
+        "a bag", num_inference_steps=3, guidance_scale=1.0, height=32, width=32, output_type="latent",
+        generator=torch.Generator().manual_seed(0), callback_on_step_end=record,
+    )  # fmt: skip
+    for own, stock in zip(states, seen, strict=True):
+        assert torch.allclose(own, stock, atol=2e-6)

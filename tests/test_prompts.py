@@ -1,0 +1,88 @@
+"""Prompts from files, lists and known sets."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import FASHION_LABELS
+
+from cm_diffusers.data.prompts import ARTICLES, PROMPT_SETS, Prompt, hardest_prompts, load_prompts
+from cm_diffusers.evaluation.metrics import label_in_prompt
+
+
+def test_known_sets_are_those_of_ddpo() -> None:
+    assert {name: len(found) for name, found in PROMPT_SETS.items()} == {
+        "simple_animals": 45,
+        "imagenet_animals": 398,
+        "animal_activities": 135,
+        "fashion": 10,
+    }
+    assert all(len(set(found)) == len(found) for found in PROMPT_SETS.values())
+    assert PROMPT_SETS["simple_animals"][:2] == ("cat", "dog")
+    assert PROMPT_SETS["simple_animals"][-1] == "kangaroo"
+    animals = PROMPT_SETS["imagenet_animals"]
+    assert (animals[0], animals[151], animals[397]) == (
+        "tench, Tinca tinca",
+        "Chihuahua",
+        "puffer, pufferfish, blowfish, globefish",
+    )
+    assert PROMPT_SETS["animal_activities"][0] == "a cat washing the dishes"
+    assert "an ant riding a bike" in PROMPT_SETS["animal_activities"]
+
+
+def test_articles_are_those_of_the_bundled_student() -> None:
+    assert ARTICLES == FASHION_LABELS
+    prompts = [text for text, _ in load_prompts("fashion")]
+    assert [prompts[i] for i in (0, 1, 9)] == [
+        "a photo of a t-shirt",
+        "a photo of trousers",
+        "a photo of an ankle boot",
+    ]
+    assert [label_in_prompt(text, FASHION_LABELS) for text in prompts] == list(range(10))
+
+
+def test_lists_and_files(tmp_path: Path) -> None:
+    assert load_prompts(["a bag", "a coat"]) == [Prompt("a bag", {}), Prompt("a coat", {})]
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a bag\n\n  a fox, ünïcode \n", encoding="utf-8")
+    assert load_prompts(str(lines)) == [Prompt("a bag", {}), Prompt("a fox, ünïcode", {})]
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text(json.dumps({"prompt": "a bag", "count": 2}) + "\n\n" + json.dumps({"prompt": "a coat"}))
+    assert load_prompts(rows) == [Prompt("a bag", {"count": 2}), Prompt("a coat", {})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"\n \n", "empty.txt must hold at least one prompt"),
+        ("empty.jsonl", b"", "empty.jsonl must hold at least one prompt"),
+        ("bytes.txt", b"\xff\xfe\x00", "bytes.txt is no text in UTF-8"),
+        ("rows.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "rows.jsonl, line 2, must be an object"),
+        ("broken.jsonl", b'{"prompt": ', "broken.jsonl, line 1, must be"),
+        ("number.jsonl", b'{"prompt": 3}', "with a text as its prompt"),
+        ("blank.jsonl", b'{"prompt": " "}', "none that is empty"),
+    ],
+)
+def test_refuses_files_without_prompts(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(tmp_path / name)
+
+
+def test_refuses_unknown_names_and_empty_lists() -> None:
+    with pytest.raises(ValueError, match="no file of prompts animals; give one, or one of simple_animals"):
+        load_prompts("animals")
+    for empty in ([], ["a bag", ""], ["a bag", None]):
+        with pytest.raises(ValueError, match="The list must hold at least one prompt"):
+            load_prompts(empty)
+
+
+def test_the_hardest_prompts_have_the_lowest_mean_reward() -> None:
+    rewards = {"a": [1.0, 3.0], "b": [0.0, 0.5], "c": [9.0], "d": [2.0, -6.0]}
+    assert hardest_prompts(rewards, 2) == ["d", "b"]
+    assert hardest_prompts(rewards, 4) == ["d", "b", "a", "c"]
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"from 1 to the number of prompts, 4, but it is {k}"):
+            hardest_prompts(rewards, k)
+    with pytest.raises(ValueError, match="'e' has no rewards"):
+        hardest_prompts(rewards | {"e": []}, 1)
