@@ -144,6 +144,7 @@ def test_the_student_is_recorded_and_loads(home, student):
     assert card.data.pipeline_tag == "text-to-video"
     assert 'ConsistencyVideoPipeline.from_pretrained("' in card.text
     assert (folder / "samples.png").is_file()
+    assert "_name_or_path" not in (folder / "config.json").read_text()  # where the teacher's motion modules lay
     settings = read_provenance(folder).settings
     assert settings["stage"] == "motion"
     assert "lora_rank" not in settings  # the LoRA has one, but this stage did not set it

@@ -25,8 +25,8 @@ def nest_text_encoders(folder: Path) -> None:
 
 
 def forget_origin(folder: Path) -> None:
-    """Leave out of a pipeline's configs where its parts were loaded from."""
-    for path in (folder / "model_index.json", *folder.rglob("config.json")):
+    """Leave out of a pipeline's or model's configs where it was loaded from."""
+    for path in (*folder.glob("model_index.json"), *folder.rglob("config.json")):
         content = json.loads(path.read_text("utf-8"))
         if content.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

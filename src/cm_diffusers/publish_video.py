@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
-from cm_diffusers.portable import lora_metadata
+from cm_diffusers.portable import forget_origin, lora_metadata
 from cm_diffusers.provenance import Provenance, public, write_provenance
 from cm_diffusers.publish import write_texts, written_aside
 from cm_diffusers.record import Record
@@ -114,10 +114,12 @@ def save_condition(
     kind = "controlnet" if isinstance(condition, ControlNetModel) else "image_adapter"
     with written_aside(folder) as aside:
         (condition.half() if fp16 else condition).save_pretrained(aside)
+        forget_origin(aside)
         write_provenance(provenance, aside)
         (aside / "README.md").write_text(condition_card(provenance, kind, public(student)), "utf-8")
 
 
 def _save_motion(adapter: MotionAdapter, scheduler: SchedulerMixin, folder: Path, fp16: bool) -> None:
     (adapter.half() if fp16 else adapter).save_pretrained(folder)
+    forget_origin(folder)
     scheduler.save_config(folder)
