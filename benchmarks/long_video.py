@@ -55,11 +55,11 @@ class LongVideoConfig:
     num_frames: int = HfArg(default=32, help="Frames of a video.")
     clip_frames: int = HfArg(default=8, help="Frames that the network sees at once.")
     num_inference_steps: int = HfArg(default=4, help="Steps.")
-    num_videos: int = HfArg(default=160, help="Videos drawn in each way.")
+    num_videos: int = HfArg(default=96, help="Videos drawn in each way.")
     seed: int = HfArg(default=0, help="Video i starts from seed + i.")
     batch_size: int = HfArg(default=8, help="Videos drawn at once.")
     crop_zoom: float = HfArg(default=1.3, help="How much frames are enlarged about the thing before it is compared.")
-    num_shown: int = HfArg(default=4, help="Videos of each way in the animation.")
+    num_shown: int = HfArg(default=2, help="Videos of each way in the animation.")
     output_dir: str = HfArg(default="assets/results/long_video", help="Where tables, plot and animation go.")
 
 
@@ -70,7 +70,6 @@ def ways(config: LongVideoConfig) -> dict[str, tuple[int, Draw]]:
     """By name: how many clips the network sees in each step, and (prompts, seeds) -> videos (B, F, 3, R, R)."""
     pipe = ConsistencyVideoPipeline.from_pretrained(config.student)
     parts = {name: pipe.components[name] for name in AnimateDiffPipeline._get_signature_keys(AnimateDiffPipeline)[0]}
-    parts |= dict.fromkeys(AnimateDiffPipeline._optional_components)
     N, F, half = config.clip_frames, config.num_frames, config.clip_frames // 2
 
     def of_file(name: str, **arguments: object) -> Draw:
@@ -108,9 +107,10 @@ def drawing(pipe: AnimateDiffPipeline, config: LongVideoConfig, **arguments: obj
     shape = {"num_frames": config.num_frames, "num_inference_steps": config.num_inference_steps, "guidance_scale": 1.0}
 
     def draw(prompts: list[str], seeds: range) -> Tensor:
-        asked = prompts if len(prompts) > 1 else prompts[0]  # FreeNoise takes no list
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipe(asked, generator=generators, output_type="pt", **shape, **arguments).frames
+        lists = prompts, generators
+        prompt, generator = lists if len(prompts) > 1 else (prompts[0], generators[0])  # FreeNoise takes no lists
+        return pipe(prompt, generator=generator, output_type="pt", **shape, **arguments).frames
 
     return draw
 
