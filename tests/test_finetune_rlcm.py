@@ -113,6 +113,23 @@ def test_pathwise_needs_a_gradient(home):
         tune(home, "none", final_step="pathwise")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"final_std": 0.2}, "--final_std has no effect with --final_step drop"),
+        ({"eta": 0.5}, "--eta has no effect with --sampler consistency"),
+        ({"loss": "reinforce", "clip_range": 0.1}, "--clip_range has no effect with --loss reinforce"),
+        ({"baseline": "batch"}, "--buffer_size has no effect with --baseline batch"),
+        ({"lora_dropout": 0.1}, "--lora_dropout would make the probabilities of samples random"),
+        ({"stop_kl": 0.1}, "--stop_kl has no effect without --kl_in_advantage"),
+        ({"validation_teacher_steps": 3}, "--validation_teacher_steps has no effect here"),
+    ],
+)
+def test_no_flag_is_ignored(home, values, message):
+    with pytest.raises(SystemExit, match=message):
+        tune(home, "none", **values)
+
+
 def test_own_loop_is_the_pipeline(home):
     """A walk of the policy against the unmodified pipeline with the same noise."""
     tuned = load_tuned(RewardModelConfig(str(home / "student"), num_inference_steps=3), 0.0)

@@ -1,6 +1,7 @@
 """Tune a few-step student, or a diffusion model, for a reward of its images, by policy gradients (RLCM, DDPO)."""
 
 from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.checks import check_rlcm
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.rollouts import RolloutConfig, Rollouts, Task
 from cm_diffusers.hub import HubConfig, check_hub, push_folder
@@ -30,6 +31,7 @@ CONFIGS = (
 def main() -> None:
     source, wanted, method, drawn, watched, optim, train, validation, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
+    check_rlcm(source, method, drawn, watched, validation)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     reward, prompts = load_rewards(wanted.rewards, wanted.reward_weights), wanted.load_prompts()
     if method.final_step == "pathwise":

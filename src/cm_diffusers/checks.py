@@ -52,3 +52,32 @@ def check_scott(method: SCottConfig, judge: CriticConfig, max_train_steps: int) 
             f"The critic would start at step {method.adversarial_start} (--adversarial_start) of {max_train_steps}: give "
             "it an earlier step, or --critic none."
         )
+
+
+def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, validation: Any) -> None:
+    """
+    Args:
+        source, method, drawn, watched, validation: The configs of `finetune_rlcm.py`.
+
+    Raises:
+        ValueError: A flag that would have no effect, or probabilities that dropout would make random.
+    """
+    check_adapters(source)
+    refuse_changed(
+        validation, "validation_guidance_scale validation_teacher_steps", "here: samples are as in training"
+    )
+    if source.sampler != "ddim":
+        refuse_changed(source, "eta", f"with --sampler {source.sampler}")
+    if method.final_step != "stochastic":
+        refuse_changed(method, "final_std", f"with --final_step {method.final_step}")
+    if method.loss != "ppo":
+        refuse_changed(method, "clip_range", f"with --loss {method.loss}")
+    if drawn.baseline != "per_prompt":
+        refuse_changed(drawn, "buffer_size min_count", f"with --baseline {drawn.baseline}")
+    if not drawn.kl_in_advantage:
+        refuse_changed(watched, "stop_kl", "without --kl_in_advantage, which computes divergences")
+    if not watched.guard_prompts:
+        names = "guard_steps guard_samples held_out_rewards stop_held_out stop_diversity"
+        refuse_changed(watched, names, "without --guard_prompts")
+    if source.lora_dropout:
+        raise ValueError("--lora_dropout would make the probabilities of samples random: leave it out.")
