@@ -26,7 +26,7 @@ from cm_diffusers.evaluation import motion
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance
 from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
-from cm_diffusers.evaluation.report import hardware, replace_file
+from cm_diffusers.evaluation.report import filled_columns, hardware, replace_file
 from cm_diffusers.evaluation.video_report import Shown, write_animation
 
 
@@ -187,13 +187,8 @@ def seams(videos: Tensor, clip_frames: int) -> float:
 
 
 def markdown(rows: list[dict], config: LongVideoConfig) -> str:
-    lines = [[heading for heading, _ in COLUMNS.values()], ["---"] + ["---:"] * (len(COLUMNS) - 1)]
-    lines += [
-        ["–" if row.get(key) is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()] for row in rows
-    ]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
-        f"{table}\n\n{config.num_videos} videos of {config.num_frames} frames from {config.student}, which sees "
+        f"{filled_columns(rows, COLUMNS)}\n\n{config.num_videos} videos of {config.num_frames} frames from {config.student}, which sees "
         f"{config.clip_frames} at once; {config.num_inference_steps} steps, seeds from {config.seed}. Content drift: mean "
         f"cosine distance to the first frame, features of {config.feature_extractor}, of things that stay upright. Seams are "
         f"between frames {config.clip_frames} and {config.clip_frames + 1} and so on. FreeNoise draws one video at a time, "

@@ -20,7 +20,7 @@ from cm_diffusers.image_card import (
 from cm_diffusers.measured import TEACHER, Measured
 from cm_diffusers.provenance import Provenance, public
 from cm_diffusers.record import Record
-from cm_diffusers.video_card import VIDEO_METHODS, VIDEO_TASK, is_video, video_usage
+from cm_diffusers.video_card import VIDEO_METHODS, VIDEO_TASK, code_block, is_video, video_usage
 
 
 LCM = "[Latent Consistency Models](https://arxiv.org/abs/2310.04378)"
@@ -158,9 +158,9 @@ def _usage(record: Record, provenance: Provenance, base: str, lora: bool, single
         "scaling": record.scheduler.get("timestep_scaling", 10.0),
     }
     package = "With the package; scheduler, steps and guidance come from the record beside the weights:"
-    stock = ["With diffusers alone:", _code(LORA_ALONE if lora else PIPELINE_ALONE, values)]
+    stock = ["With diffusers alone:", code_block(LORA_ALONE if lora else PIPELINE_ALONE, values)]
     alone = stock if is_stock(record) else [] if single_file else [needed(provenance)]
-    parts = [package, _code(WITH_PACKAGE, values), *alone]
+    parts = [package, code_block(WITH_PACKAGE, values), *alone]
     if lora and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if lora:
@@ -179,13 +179,9 @@ def _beside(record: Record, provenance: Provenance) -> list[str]:
         "scale": float(record.recommended_guidance_scale),
     }
     if is_stock(record):
-        return [SINGLE_FILE, _code(PIPELINE_BESIDE + ("" if provenance.family is None else CALL), values)]
+        return [SINGLE_FILE, code_block(PIPELINE_BESIDE + ("" if provenance.family is None else CALL), values)]
     calls = image_calls(record, provenance) if provenance.family is None else [CALL_AS_RECOMMENDED]
-    return [SINGLE_FILE, _code("\n".join([dedent(PIPELINE_BESIDE).rstrip(), *calls]), values)]
-
-
-def _code(template: str, values: dict[str, object]) -> str:
-    return f"```python\n{dedent(template).strip().format(**values)}\n```"
+    return [SINGLE_FILE, code_block("\n".join([dedent(PIPELINE_BESIDE).rstrip(), *calls]), values)]
 
 
 def _measurements(measured: Measured) -> list[str]:

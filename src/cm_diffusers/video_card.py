@@ -27,14 +27,14 @@ def video_usage(record: Record, provenance: Provenance, base: str) -> list[str]:
     parts = [
         "Motion modules, the LoRA of the image layers and the scheduler lie here; the rest is the base model. With the "
         "package, which finds it by the record:",
-        _code(WITH_PACKAGE, values),
+        code_block(WITH_PACKAGE, values),
         "With diffusers alone:",
-        _code(ALONE, values),
+        code_block(ALONE, values),
     ]
     return parts if provenance.base_id else [*parts, f"`{base}` is not on the Hub: give the place where you have it."]
 
 
-def _code(template: str, values: dict[str, object]) -> str:
+def code_block(template: str, values: dict[str, object]) -> str:
     return f"```python\n{dedent(template).strip().format(**values)}\n```"
 
 

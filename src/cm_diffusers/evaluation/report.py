@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,22 +56,22 @@ def hardware() -> str:
     return f"{device}, torch {torch.__version__}"
 
 
+def filled_columns(rows: list[Row], columns: Mapping[str, tuple[str, str]]) -> str:
+    """A Markdown table of the columns, key -> heading and format, in which some row has a value."""
+    keys = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    lines = [[columns[key][0] for key in keys], ["---"] + ["---:"] * (len(keys) - 1)]
+    lines += [["–" if row.get(key) is None else columns[key][1].format(row[key]) for key in keys] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def markdown_table(rows: list[Row], setting: Setting) -> str:
     """The table with the columns that hold a value, and the setting in words below it."""
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    lines = [[COLUMNS[key][0] for key in keys], ["---"] + ["---:"] * (len(keys) - 1)]
-    lines += [[_cell(key, row.get(key)) for key in keys] for row in rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
-        f"{table}\n\n{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
+        f"{filled_columns(rows, COLUMNS)}\n\n{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
         f"reference {setting.reference}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
         "NFE counts steps: classifier-free guidance runs the network on both branches in each.\n"
     )
-
-
-def _cell(key: str, value: str | float | None) -> str:
-    return "–" if value is None else COLUMNS[key][1].format(value)
 
 
 def plot_fid(rows: list[Row]) -> Figure:

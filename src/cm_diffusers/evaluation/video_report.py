@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.report import Row, replace_file
+from cm_diffusers.evaluation.report import Row, filled_columns, replace_file
 from cm_diffusers.measured import clips_of
 
 
@@ -69,12 +69,8 @@ class Shown(NamedTuple):
 
 def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
     """The table with the columns that hold a value, and the setting in words below it."""
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    lines = [[COLUMNS[key][0] for key in keys], ["---"] + ["---:"] * (len(keys) - 1)]
-    lines += [["–" if row.get(key) is None else COLUMNS[key][1].format(row[key]) for key in keys] for row in rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
-        f"{table}\n\n{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
+        f"{filled_columns(rows, COLUMNS)}\n\n{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
         f"{setting.seed}, extractor {setting.extractor}, reference {setting.reference}. Direction: at least "
         f"{setting.min_speed:g} px per frame; chance is 0.25 for clips that move and 0 for static ones. Static: mean frame "
         f"change below {setting.static_threshold:.4f}. Drifts: distance to the first frame, of features and of colours. "
