@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cm_diffusers.record import read_record
 from cm_diffusers.reward_runs import PromptConditions, RewardModelConfig, load_tuned
 
 
+STUDENT = Path(__file__).parents[1] / "assets" / "fashion_lcm"
 SHARED = {
     "max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-2, "report_to": "none", "resolution": 32,
     "samples_per_rollout": 4, "train_batch_size": 2, "sample_batch_size": 4, "gradient_accumulation_steps": 2,
@@ -57,8 +59,9 @@ def drawn(pipe):
 def test_what_is_left_behind(home, tuned):
     content = json.loads((tuned / "rewards.json").read_text())
     assert [row["rollout"] for row in content["rollouts"]] == [0, 1]
-    assert [row["step"] for row in content["looks"]] == [2, 4]
+    assert [row["step"] for row in content["looks"]] == [0, 2, 4]
     assert {"reward", "jpeg_incompressibility", "diversity"} <= set(content["looks"][0])
+    assert content["looks"][0]["diversity"] == 1
     assert content["looks"][0]["jpeg_incompressibility"] == -content["looks"][0]["reward"]
     assert (tuned / "rewards.png").stat().st_size > 5000
     assert (tuned / "samples" / "step-000004.png").is_file()
@@ -151,3 +154,21 @@ def test_own_loop_is_the_pipeline(home):
     )  # fmt: skip
     for own, stock in zip(states, seen, strict=True):
         assert torch.allclose(own, stock, atol=2e-6)
+
+
+def test_own_loop_tells_the_network_the_guidance():
+    """As `test_own_loop_is_the_pipeline`, of the bundled student, which takes guidance as an input."""
+    tuned = load_tuned(RewardModelConfig(str(STUDENT), num_inference_steps=3, guidance_scale=4.0), 0.0)
+    cond, _ = PromptConditions.of(tuned, ["a photo of a bag"], 32, torch.device("cpu"))(torch.tensor([0]))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.stack([torch.randn(1, *tuned.shape(32), generator=generator) for _ in range(3)])
+    with torch.no_grad():
+        states = [end for *_, end in tuned.policy.walk(tuned.unet, torch.cat([noise, noise[:1]]), cond)]
+    pipe, seen = DiffusionPipeline.from_pretrained(STUDENT, dtype=torch.float32), []
+    pipe(
+        "a photo of a bag", num_inference_steps=3, guidance_scale=4.0, height=32, width=32, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=lambda pipe, step, t, tensors: seen.append(tensors["latents"]) or tensors,
+    )  # fmt: skip
+    for own, stock in zip(states, seen, strict=True):
+        assert torch.allclose(own, stock, atol=2e-5)

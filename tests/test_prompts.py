@@ -1,6 +1,7 @@
 """Prompts from files, lists and known sets."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_known_sets_are_those_of_ddpo() -> None:
     )
     assert PROMPT_SETS["animal_activities"][0] == "a cat washing the dishes"
     assert "an ant riding a bike" in PROMPT_SETS["animal_activities"]
+
+
+def test_the_licence_of_the_lists_is_beside_them() -> None:
+    licence = (files("cm_diffusers.data") / "PROMPTS_LICENSE").read_text("utf-8")
+    for words in ("Copyright (c) 2023 Kevin Black", "Permission is hereby granted", "WITHOUT WARRANTY OF ANY KIND"):
+        assert words in licence
 
 
 def test_articles_are_those_of_the_bundled_student() -> None:

@@ -421,8 +421,11 @@ def test_aesthetic_score_is_the_head_of_the_image_embedding(
     images = pictures()
     with torch.no_grad():
         expected = head(clip.load_towers(str(folder)).eval().images(images)).squeeze(1)
+    images.requires_grad_()
     found = load_reward(f"aesthetic:{file}")(images, PROMPTS)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    found.sum().backward()
+    assert images.grad.abs().max() > 0
 
 
 def blip_tensors(vision: BlipVisionConfig, text: BlipTextConfig) -> dict[str, torch.Tensor]:

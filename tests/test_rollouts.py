@@ -13,7 +13,8 @@ from test_distributed import free_port
 from toys import assert_same, forget_accelerate, tensors
 
 from cm_diffusers.advantages import PromptStatistics, compared
-from cm_diffusers.data.rollouts import HISTORY, Task
+from cm_diffusers.data.reward_history import COLUMNS
+from cm_diffusers.data.rollouts import Task
 from cm_diffusers.transitions import log_prob
 
 
@@ -64,7 +65,7 @@ def test_resumes_in_the_middle_of_a_roll_out(tmp_path):
     assert_same(again.student.state_dict(), whole.student.state_dict())
     assert one.number == two.number == 1  # six steps a roll-out: 4 is inside the first
     first, second = (tensors(folder / "checkpoint-8") for folder in (tmp_path / "whole", tmp_path / "again"))
-    seconds = HISTORY.index("seconds")
+    seconds = COLUMNS.index("seconds")
     for found in (first, second):
         found["source/history"][:, seconds] = 0
     assert_same(second, first)
@@ -72,7 +73,7 @@ def test_resumes_in_the_middle_of_a_roll_out(tmp_path):
 
 def test_passes_of_the_network_are_counted(tmp_path):
     _, source = run(tmp_path, {"inner_epochs": 2}, max_train_steps=8)
-    passes = [row[HISTORY.index("passes")] for row in source.history]
+    passes = [row[COLUMNS.index("passes")] for row in source.history.rows]
     per_rollout = 8 * (STEPS + 2 + 2 * 2 * 3)  # drawn, for the probabilities, and learnt from twice
     assert passes == [per_rollout, 2 * per_rollout]
 
@@ -88,7 +89,7 @@ def test_rewards_rise_and_those_of_others_do_not_help(tmp_path):
         settings = {"samples_per_rollout": 64, "train_batch_size": 64, "sample_batch_size": 64, "baseline": "batch"}
         method, worth = {"final_step": "stochastic"}, Task((4,), PROMPTS, conditions, reward)
         _, source = run(tmp_path / name, settings, method, worth, max_train_steps=60)
-        rewards = [row[HISTORY.index("reward")] for row in source.history]
+        rewards = [row[COLUMNS.index("reward")] for row in source.history.rows]
         ends[name] = sum(rewards[-5:]) / 5 - sum(rewards[:5]) / 5
     assert ends["right"] > 0.3
     assert ends["right"] > 3 * abs(ends["shuffled"])

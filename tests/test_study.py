@@ -24,7 +24,9 @@ from cm_diffusers.evaluation.report import Setting  # noqa: E402
 from cm_diffusers.evaluation.video_report import VideoSetting  # noqa: E402
 
 
-STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.toml"))
+STUDIES = sorted(
+    set((ROOT / "benchmarks" / "studies").glob("*.toml")) - {ROOT / "benchmarks" / "studies" / "rewards.toml"}
+)
 SETTING = Setting(8, 3, "net", "data", "a machine", "float32", 4, 0.9693)
 METRICS = dict.fromkeys(study_report.METRICS[Setting], 0.5)
 

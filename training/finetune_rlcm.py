@@ -4,10 +4,10 @@ from cm_diffusers.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.checks import check_rlcm
 from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.rollouts import RolloutConfig, Rollouts, Task
-from cm_diffusers.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.hub import HubConfig, check_hub
 from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
 from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.provenance import describe_run
+from cm_diffusers.publish_rewards import publish_run
 from cm_diffusers.reward_reports import Guard, GuardConfig, reward_curves
 from cm_diffusers.reward_runs import (
     ImageScore,
@@ -15,7 +15,6 @@ from cm_diffusers.reward_runs import (
     RewardConfig,
     RewardModelConfig,
     load_tuned,
-    publish_tuned,
     tuned_networks,
 )
 from cm_diffusers.rewards import load_reward, load_rewards, require_differentiable
@@ -39,26 +38,19 @@ def main() -> None:
     tuned = load_tuned(source, method.final_std if method.final_step == "stochastic" else 0.0)
     score = ImageScore(tuned.pipe, prompts, reward)
     objective = RLCMObjective(method, tuned.policy, score)
-    nets = tuned_networks(tuned.unet, source, bool(method.kl_coef or drawn.kl_in_advantage or watched.guard_prompts))
-    trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, drawn])
-    device = trainer.device
+    nets = tuned_networks(tuned.unet, source, keeps_start=bool(method.kl_coef or drawn.kl_in_advantage))
+    trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, drawn, watched])
+    device, resolution = trainer.device, drawn.resolution
     tuned.pipe.vae.to(device)
     watching = {name: load_reward(name).to(device) for name in watched.held_out_rewards}
-    conditions = PromptConditions.of(tuned, [text for text, _ in prompts], source.resolution, device)
-    data = Rollouts(drawn, trainer, Task(tuned.shape(source.resolution), len(prompts), conditions, score))
-    guard = Guard(watched, data, {"reward": reward} | watching)
-    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=source.resolution)
-    trainer.callbacks += [guard, reward_curves(data, guard), grids]
+    conditions = PromptConditions.of(tuned, [text for text, _ in prompts], resolution, device)
+    task = Task(tuned.shape(resolution), len(prompts), conditions, score)
+    data = Rollouts(drawn, trainer, task)
+    guard = Guard(watched, trainer, task, {"reward": reward} | watching, data.history)
+    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=resolution)
+    trainer.callbacks += [guard, reward_curves(data.history, guard), grids]
     trainer.fit(data)
-    if trainer.accelerator.is_main_process:
-        folder = trainer.output_dir / ("lora" if source.lora else "pipeline")
-        made = "its own samples", repo_id or str(folder)
-        provenance = describe_run(configs, tuned.pipe, source.pretrained_student_model, *made)
-        with trainer.export_weights() as network:
-            publish_tuned(tuned, network, source, folder, provenance)
-        if repo_id:
-            print(push_folder(folder, repo_id, hub))
-    trainer.accelerator.end_training()
+    publish_run("rlcm", trainer, tuned, configs, "its own samples", repo_id)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checks of flags that need no network."""
 
+from dataclasses import fields
 from typing import Any
 
 from cm_diffusers.data.sources import refuse_changed
@@ -62,12 +63,7 @@ def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, validation: A
     Raises:
         ValueError: A flag that would have no effect, or probabilities that dropout would make random.
     """
-    check_adapters(source)
-    refuse_changed(
-        validation, "validation_guidance_scale validation_teacher_steps", "here: samples are as in training"
-    )
-    if source.sampler != "ddim":
-        refuse_changed(source, "eta", f"with --sampler {source.sampler}")
+    _check_tuned(source, watched, validation)
     if method.final_step != "stochastic":
         refuse_changed(method, "final_std", f"with --final_step {method.final_step}")
     if method.loss != "ppo":
@@ -76,8 +72,44 @@ def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, validation: A
         refuse_changed(drawn, "buffer_size min_count", f"with --baseline {drawn.baseline}")
     if not drawn.kl_in_advantage:
         refuse_changed(watched, "stop_kl", "without --kl_in_advantage, which computes divergences")
+    if source.lora_dropout:
+        raise ValueError("--lora_dropout would make the probabilities of samples random: leave it out.")
+
+
+def check_direct_reward(source: Any, method: Any, data: Any, watched: Any, train: Any, validation: Any) -> None:
+    """
+    Args:
+        source, method, data, watched, train, validation: The configs of `finetune_direct_reward.py`.
+
+    Raises:
+        ValueError: A flag that would have no effect, or a model without a distillation.
+    """
+    _check_tuned(source, watched, validation)
+    where = f"with --through {method.through}"
+    if method.through != "single_step":
+        refuse_changed(method, "reward_weight pretrained_teacher_model", where)
+        others = {f.name for f in fields(data)} - {"resolution", "train_batch_size"}
+        refuse_changed(data, " ".join(others), f"{where}, which needs no images")
+    elif source.sampler == "ddim":
+        raise ValueError(
+            "--through single_step is for a student, whose distillation it joins: give one, or another --through."
+        )
+    if method.through != "trajectory":
+        refuse_changed(method, "kl_coef", where)
+    if not method.kl_coef:
+        refuse_changed(watched, "stop_kl", "without --kl_coef, which computes divergences")
+    if source.lora or method.through != "single_step":
+        refuse_changed(train, "ema_decay", "here: there is no averaged target")
+
+
+def _check_tuned(source: Any, watched: Any, validation: Any) -> None:
+    """What both scripts of reward fine-tuning share."""
+    check_adapters(source)
+    refuse_changed(
+        validation, "validation_guidance_scale validation_teacher_steps", "here: samples are as in training"
+    )
+    if source.sampler != "ddim":
+        refuse_changed(source, "eta", f"with --sampler {source.sampler}")
     if not watched.guard_prompts:
         names = "guard_steps guard_samples held_out_rewards stop_held_out stop_diversity"
         refuse_changed(watched, names, "without --guard_prompts")
-    if source.lora_dropout:
-        raise ValueError("--lora_dropout would make the probabilities of samples random: leave it out.")

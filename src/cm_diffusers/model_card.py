@@ -27,6 +27,7 @@ LCM = "[Latent Consistency Models](https://arxiv.org/abs/2310.04378)"
 LCM_LORA = "[LCM-LoRA](https://arxiv.org/abs/2311.05556)"
 SCOTT = "[SCott](https://arxiv.org/abs/2403.01505)"
 RLCM = "[RLCM](https://arxiv.org/abs/2404.03673)"
+REWARD_GRADIENTS = "[RG-LCD](https://arxiv.org/abs/2403.11027), [DRaFT](https://arxiv.org/abs/2309.17400)"
 METHODS = {  # method of the record, with "-lora" where that is so -> title, how, paper
     "lcm": ("Latent consistency model", "distilled from", LCM),
     "lcm-lora": ("LCM-LoRA", "distilled from", LCM_LORA),
@@ -36,6 +37,8 @@ METHODS = {  # method of the record, with "-lora" where that is so -> title, how
     "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
     "rlcm": ("Consistency model tuned for a reward (RLCM)", "tuned from", RLCM),
     "rlcm-lora": ("Consistency model tuned for a reward (RLCM, LoRA)", "tuned from", RLCM),
+    "direct_reward": ("Consistency model tuned by a reward's gradient", "tuned from", REWARD_GRADIENTS),
+    "direct_reward-lora": ("Consistency model tuned by a reward's gradient (LoRA)", "tuned from", REWARD_GRADIENTS),
     **EDM_METHODS,
     **VIDEO_METHODS,
 }

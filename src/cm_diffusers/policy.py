@@ -55,7 +55,7 @@ class Policy:
     """The steps of a scheduler as Gaussian transitions whose means the network decides.
 
     Args:
-        scheduler: Of those that `transition` knows; it is not changed after this.
+        scheduler: Of those that `transition` knows; a copy is kept.
         num_inference_steps: H.
         guidance_scale: Above 1, means are of classifier-free guidance, in diffusers' convention.
         final_std: Noise of the last step, which has none in sampling.
@@ -76,6 +76,7 @@ class Policy:
         final_std: float = 0.0,
         eta: float = 1.0,
     ) -> None:
+        scheduler = copy.deepcopy(scheduler)  # the pipeline's own follows whoever samples with it
         scheduler.set_timesteps(num_inference_steps)
         self.scheduler, self.num_steps = scheduler, scheduler.num_inference_steps
         self.guidance_scale, self.final_std, self.eta = guidance_scale, final_std, eta
@@ -119,13 +120,23 @@ class Policy:
         return found._replace(std=torch.full_like(found.std, self.final_std)) if ends else found
 
     def walk(
-        self, network: Callable, noise: Tensor, cond: Conditions, uncond: Conditions | None = None
+        self,
+        network: Callable,
+        noise: Tensor,
+        cond: Conditions,
+        uncond: Conditions | None = None,
+        gradient_from: int = 0,
     ) -> Iterator[tuple[int, Tensor, Transition, Tensor]]:
-        """Samples with standard normal noise `(H + 1, B, ...)`: of each step its index, start, law and end."""
+        """Samples with standard normal noise `(H + 1, B, ...)`: of each step its index, start, law and end.
+
+        Args:
+            gradient_from: The first step whose gradient is kept, where gradients are on.
+        """
         sample = self.start(noise[0])
         for index in range(self.num_steps):
-            taken = self.transition(network, index, sample, cond, uncond)
-            action = draw(taken, noise[index + 1])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= gradient_from):
+                taken = self.transition(network, index, sample, cond, uncond)
+                action = draw(taken, noise[index + 1])
             yield index, sample, taken, action
             sample = action
 

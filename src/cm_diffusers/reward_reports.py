@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.rollouts import HISTORY, Rollouts
+from cm_diffusers.data.reward_history import COLUMNS, RewardHistory
+from cm_diffusers.data.rollouts import Task
 from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.rewards import Reward
 from cm_diffusers.trainer import Trainer
@@ -39,7 +40,9 @@ class GuardConfig:
         default=None, help="Stop when the images of a prompt differ by less than this share of what they did before."
     )
     stop_kl: float | None = HfArg(
-        default=None, help="Stop when samples diverge by more from the model before training; with --kl_in_advantage."
+        default=None,
+        help="Stop when samples diverge by more from the model before training; with --kl_in_advantage, or "
+        "--kl_coef of a trajectory.",
     )
 
     def __post_init__(self) -> None:
@@ -51,93 +54,95 @@ class GuardConfig:
             )
 
 
-@dataclass(frozen=True)
-class Look:
-    """What the guard saw.
-
-    Attributes:
-        rewards: Name -> rewards of all images, float64.
-        diversity: Mean distance between two images of one prompt.
-        images: Of the first sample of each prompt `(P, 3, H, W)`.
-    """
-
-    rewards: dict[str, Tensor]
-    diversity: float
-    images: Tensor
-
-
 class Guard:
     """A callback that looks at always the same prompts and noise, and stops the training when it should.
 
     Args:
         config: See `GuardConfig`.
-        data: What is trained on; its task's score has the images.
+        trainer: Whose student it is; its objective has a policy.
+        task: What is drawn, and its images; the score is an `ImageScore`.
         rewards: What is watched, the trained one first.
-
-    Attributes:
-        looks: A row of numbers for each look.
+        history: Gets a row of each look, the first before training: step, diversity, then of each reward mean and deviation.
+            Diversity is the mean distance between two images of one prompt.
     """
 
-    def __init__(self, config: GuardConfig, data: Rollouts, rewards: dict[str, Reward]) -> None:
-        self.config, self.data, self.rewards, self.looks = config, data, rewards, []
-        self.start = self._look(data.trainer.nets.teacher) if config.guard_prompts else None
+    def __init__(
+        self, config: GuardConfig, trainer: Trainer, task: Task, rewards: dict[str, Reward], history: RewardHistory
+    ) -> None:
+        self.config, self.trainer, self.task, self.rewards, self.history = config, trainer, task, rewards, history
+        if config.guard_prompts and trainer.step == 0:
+            self._look()
+
+    @property
+    def looks(self) -> list[dict[str, float]]:
+        """To show: step, diversity as a share of that before training, mean rewards by name."""
+        rows = self.history.looks
+        return [
+            {"step": step, "diversity": diversity / rows[0][1]} | dict(zip(self.rewards, numbers[::2], strict=True))
+            for step, diversity, *numbers in rows
+        ]
 
     def __call__(self, trainer: Trainer, loss: Loss) -> None:
-        newest = self.data.history[-1] if self.data.history else None
-        if self.config.stop_kl is not None and newest and newest[HISTORY.index("kl")] > self.config.stop_kl:
-            trainer.stopping = f"samples diverge by {newest[HISTORY.index('kl')]:.2e} from the model before training."
-        if self.start is None or trainer.step % self.config.guard_steps:
-            return
-        with trainer.export_weights() as student:
-            look = self._look(student)
-        row = {"step": trainer.step, "diversity": look.diversity / self.start.diversity}
-        row |= {name: values.mean().item() for name, values in look.rewards.items()}
-        self.looks.append(row)
-        trainer.accelerator.log({f"guard/{name}": value for name, value in row.items()}, step=trainer.step)
-        trainer.stopping = trainer.stopping or self._reason(look, row["diversity"])
+        kl = self.history.rows[-1][COLUMNS.index("kl")] if self.history.rows else 0.0
+        if self.config.stop_kl is not None and kl > self.config.stop_kl:
+            trainer.stopping = f"samples diverge by {kl:.2e} from the model before training."
+        if self.config.guard_prompts and trainer.step % self.config.guard_steps == 0:
+            self._look()
+            seen = self.looks[-1]
+            trainer.accelerator.log({f"guard/{name}": value for name, value in seen.items()}, step=trainer.step)
+            trainer.stopping = trainer.stopping or self._reason()
 
-    def _reason(self, look: Look, diversity: float) -> str:
+    def _reason(self) -> str:
         """To stop; "" if there is none."""
-        config, (_, *held_out) = self.config, look.rewards
-        if config.stop_diversity is not None and diversity < config.stop_diversity:
-            return f"images of one prompt differ by {diversity:.2f} of what they did before."
-        for name in held_out if config.stop_held_out is not None else ():
-            before, after = self.start.rewards[name], look.rewards[name]
-            if before.mean() - after.mean() > config.stop_held_out * before.std():
-                return f"{name}, which is not trained for, fell from {before.mean():.4g} to {after.mean():.4g}."
+        config, first, last = self.config, self.history.looks[0], self.history.looks[-1]
+        if config.stop_diversity is not None and last[1] < config.stop_diversity * first[1]:
+            return f"images of one prompt differ by {last[1] / first[1]:.2f} of what they did before."
+        for place, name in enumerate(self.rewards):
+            mean, deviation = first[2 + 2 * place], first[3 + 2 * place]
+            fell = mean - last[2 + 2 * place]
+            if place and config.stop_held_out is not None and fell > config.stop_held_out * deviation:
+                return f"{name}, which is not trained for, fell from {mean:.4g} to {mean - fell:.4g}."
         return ""
 
-    @torch.no_grad()
-    def _look(self, network: torch.nn.Module) -> Look:
-        config, task, trainer = self.config, self.data.task, self.data.trainer
-        count = min(config.guard_prompts, task.num_prompts)
-        numbers = torch.arange(count).repeat_interleave(config.guard_samples)
-        generator, policy = torch.Generator().manual_seed(trainer.config.seed), self.data.policy
-        noise = torch.randn(policy.num_steps + 1, len(numbers), *task.shape, generator=generator)
-        images, found = [], {name: [] for name in self.rewards}
-        for rows in torch.arange(len(numbers)).split(self.data.config.sample_batch_size):
-            asked = numbers[rows].to(trainer.device)
-            with trainer.accelerator.autocast():
-                *_, (_, _, _, end) = policy.walk(network, noise[:, rows].to(trainer.device), *task.conditions(asked))
-            images.append(task.score.images(end))
-            for name, reward in self.rewards.items():
-                found[name].append(task.score.worth(images[-1], asked, reward).double().cpu())
-        images = torch.cat(images).cpu().unflatten(0, (count, config.guard_samples))
-        apart = torch.stack([torch.pdist(own.flatten(1).float()).mean() for own in images]).mean().item()
-        return Look({name: torch.cat(parts) for name, parts in found.items()}, apart, images[:, 0])
+    def _look(self) -> None:
+        with self.trainer.export_weights() as student, torch.no_grad():
+            apart, found = zip(*(self._prompt(student, n) for n in range(self._count)), strict=True)
+        row = [float(self.trainer.step), sum(apart) / len(apart)]
+        for values in torch.cat(found, dim=1):
+            row += [values.mean().item(), values.std().item()]
+        self.history.looks.append(tuple(row))
+
+    @property
+    def _count(self) -> int:
+        return min(self.config.guard_prompts, self.task.num_prompts)
+
+    def _prompt(self, student: torch.nn.Module, number: int) -> tuple[float, Tensor]:
+        """Distance between images of one prompt, and rewards `(R, guard_samples)`, float64."""
+        trainer, policy, count = self.trainer, self.trainer.objective.policy, self.config.guard_samples
+        generator = torch.Generator().manual_seed(trainer.config.seed + number)
+        noise = torch.randn(policy.num_steps + 1, count, *self.task.shape, generator=generator).to(trainer.device)
+        asked = torch.full((count,), number, device=trainer.device)
+        with trainer.accelerator.autocast():
+            *_, (_, _, _, end) = policy.walk(student, noise, *self.task.conditions(asked))
+        images, worth = self.task.score.images(end), self.task.score.worth
+        rewards = [worth(images, asked, reward).double().cpu() for reward in self.rewards.values()]
+        return torch.pdist(images.flatten(1).float()).mean().item(), torch.stack(rewards)
 
 
-def reward_curves(data: Rollouts, guard: Guard) -> Callable[[Trainer, Loss], None]:
-    """A callback that keeps `rewards.json` and `rewards.png` in the run's folder up to date, and its grid of samples."""
+def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Loss], None]:
+    """A callback that keeps `rewards.json` and `rewards.png` in the run's folder as new as its checkpoints and looks."""
 
     def callback(trainer: Trainer, loss: Loss) -> None:
-        looked = bool(guard.looks) and guard.looks[-1]["step"] == trainer.step
-        if not trainer.accelerator.is_main_process or not (looked or trainer.step == trainer.config.max_train_steps):
+        config, looks = trainer.config, guard.looks
+        looked = bool(looks) and looks[-1]["step"] == trainer.step
+        ends = trainer.step == config.max_train_steps or bool(trainer.stopping)
+        is_due = looked or ends or trainer.step % config.checkpointing_steps == 0
+        if not (trainer.accelerator.is_main_process and is_due):
             return
-        rollouts = [dict(zip(HISTORY, row, strict=True)) for row in data.history]
-        content = json.dumps({"rollouts": rollouts, "looks": guard.looks}, indent=1) + "\n"
+        rollouts = [dict(zip(COLUMNS, row, strict=True)) for row in history.rows]
+        content = json.dumps({"rollouts": rollouts, "looks": looks}, indent=1) + "\n"
         replace_file(trainer.output_dir / f"{CURVES}.json", lambda path: path.write_text(content, "utf-8"))
-        figure = plot(rollouts, guard.looks)
+        figure = plot(rollouts, looks)
         replace_file(trainer.output_dir / f"{CURVES}.png", lambda path: figure.savefig(path, dpi=120, format="png"))
 
     return callback

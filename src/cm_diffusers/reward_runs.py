@@ -1,27 +1,33 @@
 """What the scripts of reward fine-tuning share: the model, what it is asked for, and what its images are worth."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import Encoders, placed
 from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
 from cm_diffusers.guidance import guidance_embedding
-from cm_diffusers.networks import TeacherConfig, WithoutAdapters, add_lora, frozen_copy, load_teacher
+from cm_diffusers.networks import (
+    TeacherConfig,
+    WithoutAdapters,
+    adapter_layers,
+    add_lora,
+    frozen_copy,
+    load_teacher,
+)
+from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.policy import Conditions, Policy
-from cm_diffusers.portable import lora_metadata
-from cm_diffusers.provenance import Provenance, public, write_provenance
-from cm_diffusers.publish import lcm_pipeline, save_lora, save_pipeline, written_aside
-from cm_diffusers.record import Record
+from cm_diffusers.process import DiscreteVP
+from cm_diffusers.publish import lcm_pipeline
+from cm_diffusers.record import Record, base_model_of
 from cm_diffusers.rewards import Reward
+from cm_diffusers.rewards.base import Metadata
 from cm_diffusers.students import FinetuneConfig, load_student
 from cm_diffusers.types import Networks
 
@@ -40,7 +46,6 @@ class RewardModelConfig(FinetuneConfig):
     num_inference_steps: int = HfArg(default=4, help="Steps of sampling, in training as later.")
     guidance_scale: float | None = HfArg(default=None, help="As in diffusers; a student's own if not given.")
     eta: float = HfArg(default=1.0, help="ddim: its noise.")
-    resolution: int | None = HfArg(default=None, help="Side of the images; the model's own if not given.")
     lora: bool = HfArg(default=True, help="Train adapters on the model instead of the model.")
     lora_rank: int = HfArg(default=16, help="Rank of the adapters.")
     lora_alpha: float = HfArg(default=32.0, help="Scale of the adapters, times 1 / rank.")
@@ -152,6 +157,29 @@ def tuned_networks(unet: UNet2DConditionModel, config: RewardModelConfig, keeps_
     return Networks(unet.requires_grad_(True).train(), teacher=before)
 
 
+def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, teacher: str | None) -> LCMObjective:
+    """The loss that a student was distilled with; its networks join those that are given.
+
+    Args:
+        tuned: The student.
+        nets: Its network that learns; gets the teacher, and a target where that is not a LoRA.
+        source: Where the student is.
+        teacher: Folder or Hub id of the diffusion model; the student's base model if not given.
+
+    Raises:
+        ValueError: The teacher cannot be loaded.
+    """
+    record, config = tuned.record, tuned.pipe.scheduler.config
+    pipe = load_teacher(TeacherConfig(teacher or base_model_of(record, source.pretrained_student_model)))
+    nets.teacher = pipe.unet
+    if not adapter_layers(nets.student):
+        nets.target = frozen_copy(nets.student)
+    grid = {"num_ddim_timesteps": config.original_inference_steps, "timestep_scaling_factor": config.timestep_scaling}
+    method = LCMConfig(w_min=record.w_min, w_max=record.w_max, **grid)
+    process = DiscreteVP.from_scheduler(pipe.scheduler)
+    return LCMObjective(method, process, pipe.scheduler.config.prediction_type, tuned.unet.config.time_cond_proj_dim)
+
+
 @dataclass
 class PromptConditions:
     """Numbers of prompts `(B,)` -> the network's arguments with them, and without any."""
@@ -199,8 +227,11 @@ class ImageScore:
 
     def worth(self, images: Tensor, numbers: Tensor, reward: Reward) -> Tensor:
         """`(B,)`, by this or another reward."""
-        texts, metadata = zip(*(self.prompts[number] for number in numbers.tolist()), strict=True)
-        return reward(images, list(texts), list(metadata))
+        return reward(images, *told(self.prompts, numbers))
+
+    def of_texts(self, latents: Tensor, texts: list[str], metadata: Metadata | None) -> Tensor:
+        """`(B,)`, as images of any prompts."""
+        return self.reward(self.images(latents), texts, metadata)
 
     def images(self, latents: Tensor) -> Tensor:
         """`(B, 3, H, W)` in [0, 1]."""
@@ -212,76 +243,7 @@ class ImageScore:
         return (decoded.sample / 2 + 0.5).clamp(0, 1)
 
 
-def publish_tuned(
-    tuned: Tuned, network: UNet2DConditionModel, config: RewardModelConfig, folder: Path, provenance: Provenance
-) -> None:
-    """A LoRA, or a whole pipeline; of a student with its record and card."""
-    if tuned.record is not None:
-        base = config.pretrained_student_model
-        steps, scale = tuned.policy.num_steps, tuned.guidance_scale
-        record = replace(
-            tuned.record,
-            method="rlcm",
-            base_model=base,
-            recommended_num_inference_steps=steps,
-            recommended_guidance_scale=scale,
-        )
-        if config.lora:
-            save_lora(network, folder, record, provenance)
-        else:
-            save_pipeline(tuned.pipeline(network), folder, config.save_fp16, record, provenance)
-        return
-    with written_aside(folder) as aside:
-        if config.lora:
-            layers, metadata = get_peft_model_state_dict(network), lora_metadata(network)
-            StableDiffusionLoraLoaderMixin.save_lora_weights(
-                aside, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
-            )
-        else:
-            save_pipeline(tuned.pipeline(network), aside, config.save_fp16)
-        write_provenance(provenance, aside)
-        (aside / "README.md").write_text(tuned_card(provenance, config.lora, tuned.policy.num_steps), "utf-8")
-
-
-def tuned_card(provenance: Provenance, is_lora: bool, steps: int) -> str:
-    """The card of a diffusion model that was tuned for a reward."""
-    base = public(provenance.settings["pretrained_student_model"])
-    load = LOAD_LORA if is_lora else LOAD_PIPELINE
-    code = load.format(name=provenance.name, base=base, steps=steps)
-    rewards = ", ".join(map(str, provenance.settings["rewards"]))
-    return CARD.format(base=base, rewards=rewards, code=code, commit=provenance.commit, command=provenance.command)
-
-
-LOAD_LORA = """\
-from diffusers import DDIMScheduler, DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{base}")
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-pipe.load_lora_weights("{name}")
-image = pipe("your prompt", num_inference_steps={steps}, eta=1.0).images[0]"""
-LOAD_PIPELINE = """\
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}")
-image = pipe("your prompt", num_inference_steps={steps}, eta=1.0).images[0]"""
-CARD = """\
----
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [text-to-image, diffusers, diffusers-training, cm_diffusers, ddpo]
----
-
-# `{base}`, tuned for {rewards}
-
-A diffusion model, tuned for a reward of its own samples with cm_diffusers, after [DDPO](https://arxiv.org/abs/2305.13301).
-
-```python
-{code}
-```
-
-Code: cm_diffusers at `{commit}`.
-
-```bash
-{command}
-```
-"""
+def told(prompts: list[Prompt], numbers: Tensor) -> tuple[list[str], Metadata]:
+    """Texts and metadata of the prompts with these numbers `(B,)`."""
+    texts, metadata = zip(*(prompts[number] for number in numbers.tolist()), strict=True)
+    return list(texts), list(metadata)

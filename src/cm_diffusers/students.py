@@ -51,7 +51,7 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise ValueError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a student of one.")
     check_vae(path, pipe.vae)
-    if record is not None and record.method not in ("lcm", "lcf", "scott", "rlcm"):
+    if record is not None and record.method not in ("lcm", "lcf", "scott", "rlcm", "direct_reward"):
         raise ValueError(f"{path} was made by {record.method!r}; fine-tuning is for latent consistency models (lcm).")
     record = record or _inferred(path, pipe)
     if broken := [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,22 @@ class Batch:
         x0: Clean data `(B, ...)`: scaled latents, or pixels in [-1, 1]; None for data-free methods.
         cond: Keyword arguments of the network, each `(B, ...)`.
         uncond: The same keys for the unconditional branch of classifier-free guidance.
+        texts: The B prompts in `cond`, where the source tells them; for rewards.
+        metadata: What else is known of each prompt, likewise.
     """
 
     x0: Tensor | None
     cond: dict[str, Tensor] = field(default_factory=dict)
     uncond: dict[str, Tensor] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+    metadata: list[dict[str, Any]] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
 
         x0 = None if self.x0 is None else self.x0.to(device, non_blocking=True)
-        return Batch(x0, move(self.cond), move(self.uncond))
+        return Batch(x0, move(self.cond), move(self.uncond), self.texts, self.metadata)
 
     @property
     def size(self) -> int:

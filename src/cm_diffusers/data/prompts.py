@@ -1,7 +1,8 @@
 """Prompts to sample for: a file's, a list's, or a set that is known by name.
 
-The sets of animals are those of DDPO (2305.13301), as listed in ddpo-pytorch (MIT licence, Copyright (c) 2023 Kevin Black);
-`imagenet_animals` are the first 398 of ImageNet's class names, with their synonyms.
+The sets of animals are those of DDPO (2305.13301), as listed in ddpo-pytorch (Copyright (c) 2023 Kevin Black; MIT
+licence, in PROMPTS_LICENSE beside this file); `imagenet_animals` are the first 398 of ImageNet's class names, with their
+synonyms.
 """
 
 import json

@@ -1,6 +1,5 @@
 """Samples of the model that trains, with their rewards: the data source of reward fine-tuning."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -12,19 +11,20 @@ from torch import Generator, Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.advantages import PromptStatistics, compared
+from cm_diffusers.data.reward_history import RewardHistory
 from cm_diffusers.policy import Conditions, Moves
 from cm_diffusers.trainer import Trainer
 from cm_diffusers.transitions import kl_divergence, log_prob
 
 
 DRAWN, ORDER = 0, 1  # two families of independent random streams of one seed
-HISTORY = ("rollout", "passes", "seconds", "reward", "reward_std", "kl")  # of each roll-out
 
 
 @dataclass
 class RolloutConfig:
     """How many samples are drawn, and how they are compared."""
 
+    resolution: int | None = HfArg(default=None, help="Side of the images; the model's own if not given.")
     samples_per_rollout: int = HfArg(default=32, help="Samples that each process draws before it learns from them.")
     samples_per_prompt: int = HfArg(default=1, help="Samples of the same prompt in a roll-out.")
     sample_batch_size: int = HfArg(default=8, help="Samples drawn, decoded and scored at once.")
@@ -99,8 +99,8 @@ class Rollouts:
         self._check()
         sizes = task.num_prompts, config.buffer_size, config.min_count
         self.statistics = {name: PromptStatistics(*sizes) for name in ("reward", "kl")}
-        self.history: list[tuple[float, ...]] = []
-        self.rollout, self.number, self.place, self.started = None, -1, 0, time.perf_counter()
+        self.history = RewardHistory()
+        self.rollout, self.number, self.place = None, -1, 0
 
     @property
     def is_on_policy(self) -> bool:
@@ -192,20 +192,17 @@ class Rollouts:
                     rollout.log_probs[rows, index] = log_prob(taken, rollout.states[rows, index + 1], reduction)
 
     def _remember(self, number: int, rewards: Tensor, kl: Tensor) -> None:
-        """An entry of the history. A pass of training counts three times, with its gradient."""
+        """A row of the history. A pass of training counts three times, with its gradient."""
         rewards, kl = (self.trainer.accelerator.gather(part).double() for part in (rewards, kl))
         trained = self.num_transitions * self.config.inner_epochs * 3
         again = 0 if self.is_on_policy else self.num_transitions
         passes = len(rewards) * self.policy.passes * (self.policy.num_steps + again + trained)
-        spent = time.perf_counter() - self.started
-        self.started += spent
-        before = self.history[-1] if self.history else (0.0,) * len(HISTORY)
-        numbers = rewards.mean().item(), rewards.std(correction=0).item(), kl.mean().item()
-        self.history.append((number, before[1] + passes, before[2] + spent, *numbers))
+        spread = rewards.mean().item(), rewards.std(correction=0).item()
+        self.history.add(number, passes, spread, kl.mean().item())
 
     def state(self) -> dict[str, Tensor]:
         """Statistics, history, and of all processes what was drawn but not yet learnt from; to be called by all."""
-        tensors = {"history": torch.tensor(self.history, dtype=torch.float64)}
+        tensors = self.history.state()
         for name, statistics in self.statistics.items():
             tensors |= {f"{name}.{key}": value for key, value in statistics.state().items()}
         if self.rollout is not None and self.place + 1 < self.per_rollout:
@@ -214,7 +211,7 @@ class Rollouts:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.history = [tuple(row) for row in tensors["history"].tolist()]
+        self.history.load_state(tensors)
         for name, statistics in self.statistics.items():
             statistics.load_state({key: tensors[f"{name}.{key}"] for key in statistics.state()})
         if "number" in tensors:

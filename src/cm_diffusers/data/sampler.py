@@ -54,7 +54,7 @@ class BatchDataset(Dataset):
 
 
 def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int) -> Callable[[int], Iterator[Batch]]:
-    """Turns `make(k) -> (x0, cond, uncond)` into a function from the first batch number to an iterator of batches."""
+    """Turns `make(k) -> (x0, cond, uncond, ...)`, a batch's fields, into a function from the first batch number to an iterator of batches."""
 
     def batches(start: int = 0) -> Iterator[Batch]:
         loader = DataLoader(

@@ -266,7 +266,8 @@ class _Encoder:
         x0 = self._latents([preprocess(s.image, config, v) for s, v in zip(samples, views, strict=True)], generator)
         prompts = [sample.captions[generator.integers(len(sample.captions))] for sample in samples]
         dropped = generator.random(len(samples)) < config.proportion_empty_prompts
-        cond = self._encode_prompts(["" if drop else p for drop, p in zip(dropped, prompts, strict=True)])
+        texts = ["" if drop else prompt for drop, prompt in zip(dropped, prompts, strict=True)]
+        cond = self._encode_prompts(texts)
         uncond = {name: self.empty[name].expand_as(value) for name, value in cond.items()}
         ids = {}
         if self.encoders.micro_conditioning:
@@ -274,7 +275,7 @@ class _Encoder:
             target = square(config.resolution)
             rows = [micro_conditions(size, target, view) for size, view in zip(sizes, views, strict=True)]
             ids["time_ids"] = torch.tensor(rows, dtype=torch.float32, device=x0.device)
-        return Batch(x0, cond | ids, uncond | ids)
+        return Batch(x0, cond | ids, uncond | ids, texts)
 
     def _latents(self, images: list[Tensor], generator: np.random.Generator) -> Tensor:
         model, parts = self.vae, torch.stack(images).split(self.config.encode_batch_size)

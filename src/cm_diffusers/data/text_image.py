@@ -45,7 +45,7 @@ def text_image_batches(
     Returns:
         A function from the number of the first batch to an endless iterator of batches: x0 (B, C, h, w),
         in `cond` what `encoders.encode_prompts` makes of a caption, in `uncond` of the empty prompt; with
-        `encoders.micro_conditioning` also the images' `time_ids` (B, 6), the same in both.
+        `encoders.micro_conditioning` also the images' `time_ids` (B, 6), the same in both; and the captions.
 
     Raises:
         ValueError: wrong configuration, or no row with a readable image and a caption.
@@ -53,7 +53,7 @@ def text_image_batches(
     rows, texts = _load(config, encoders.vae, encoders.micro_conditioning, device)
     with placed(encoders.towers, device):
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, config)
-    source = _Source(encoders.vae, rows, table, Position(seed, rank, world_size), encoders.micro_conditioning)
+    source = _Source(encoders.vae, rows, texts, table, Position(seed, rank, world_size), encoders.micro_conditioning)
     return stream(source.make, config.dataloader_num_workers)
 
 
@@ -69,7 +69,7 @@ def token_batches(
     """As `text_image_batches`, for training the text tower too: `cond["input_ids"]` (B, L) int64."""
     rows, texts = _load(config, vae, False, device)
     table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    source = _Source(vae, rows, _Tokens(table), Position(seed, rank, world_size))
+    source = _Source(vae, rows, texts, _Tokens(table), Position(seed, rank, world_size))
     return stream(source.make, config.dataloader_num_workers)
 
 
@@ -92,6 +92,7 @@ class _Rows:
 class _Source:
     vae: Vae
     rows: _Rows
+    texts: list[str]  # of the table
     table: Embeddings | _Tokens
     position: Position
     micro_conditioning: bool = False
@@ -108,18 +109,19 @@ class _Source:
             return BucketBatches(self.rows.framing.assigned[numbers], size, self.position)
         return partial(batch_rows, batch_size=size, size=len(numbers), position=self.position)
 
-    def make(self, k: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def make(self, k: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], list[str]]:
         indices, generator = self.order(k), batch_generator(k, self.position)
         numbers = self.rows.numbers[indices]
         variants = generator.integers(self.rows.framing.variants, size=len(indices))
         x0 = drawn_latents(self.vae, self.rows.posteriors[numbers, variants], generator)
         captions = [self.rows.captions[i][generator.integers(len(self.rows.captions[i]))] for i in indices]
         dropped = generator.random(len(indices)) < self.config.proportion_empty_prompts
-        cond = self._conditions(np.where(dropped, EMPTY, captions))
+        told = np.where(dropped, EMPTY, captions)
+        cond = self._conditions(told)
         empty = self._conditions(np.array([EMPTY]))
         uncond = {name: empty[name].expand_as(value) for name, value in cond.items()}
         ids = {"time_ids": self.rows.framing.time_ids(numbers, variants)} if self.micro_conditioning else {}
-        return x0, cond | ids, uncond | ids
+        return x0, cond | ids, uncond | ids, [self.texts[number] for number in told]
 
     def _conditions(self, numbers: np.ndarray) -> dict[str, Tensor]:
         rows = self.table[numbers]

@@ -88,6 +88,7 @@ def generate(
     guidance_scale: float,
     batch_size: int,
     resolution: int | None = None,
+    eta: float | None = None,
 ) -> tuple[Tensor, float]:
     """One image for each prompt, from its own seed: an image does not depend on the others in its batch.
 
@@ -100,6 +101,7 @@ def generate(
         guidance_scale: In the pipeline's own convention.
         batch_size: Images drawn at once.
         resolution: Height and width in pixels; None: the pipeline's default.
+        eta: Of pipelines that take it, for DDIM's noise; None: the pipeline's default.
 
     Returns:
         Images (N, 3, H, W) in [0, 1], rounded to 8 bits and on the CPU, and the seconds they took after a warm-up.
@@ -109,6 +111,8 @@ def generate(
         arguments = {**_schedule(pipe, steps), "guidance_scale": guidance_scale}
         if resolution is not None:
             arguments |= {"height": resolution, "width": resolution}
+        if eta is not None:
+            arguments |= {"eta": eta}
         return {"prompt": list(prompts[rows]), **arguments}
 
     return _drawn(pipe, ask, seeds, num_inference_steps, batch_size)

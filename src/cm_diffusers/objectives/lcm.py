@@ -61,6 +61,14 @@ class LCMObjective:
         self.players = {"student": self}
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
+        online, target, w = self.pair(nets, batch)
+        return Loss(self.distance(online, target), {"w": w.mean()})
+
+    def distance(self, online: Tensor, target: Tensor) -> Tensor:
+        return DISTANCES[self.config.loss_type](online, target).mean()  # Algorithm 1
+
+    def pair(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's jump from t, with a gradient, the target's from s, each `(B, ...)`, and the guidance w `(B,)`."""
         config, x0, device = self.config, batch.x0, batch.x0.device
         t, s = sample_solver_pairs(len(x0), self.grid, device)
         w = torch.empty(len(x0), device=device).uniform_(config.w_min, config.w_max)
@@ -71,9 +79,7 @@ class LCMObjective:
             x_s = SOLVERS[config.solver](guided, self.process, x_t, t, s)  # Sec. 4.2 and 4.3
             with rewind_rng(device):  # the student draws the same dropout masks
                 target = self.consistency(nets.target or nets.student, x_s, s, batch.cond, w)
-        online = self.consistency(nets.student, x_t, t, batch.cond, w)
-        value = DISTANCES[config.loss_type](online, target).mean()  # Algorithm 1
-        return Loss(value, {"w": w.mean()})
+        return self.consistency(nets.student, x_t, t, batch.cond, w), target, w
 
     def consistency(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], w: Tensor) -> Tensor:
         """f(x_t, t) = c_skip x_t + c_out x0 (Sec. 4.1), `(B, ...)`, as `LCMScheduler.step` computes it."""

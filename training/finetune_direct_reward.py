@@ -1,0 +1,78 @@
+"""Tune a few-step student, or a diffusion model, by the gradient of a differentiable reward (RG-LCD, DRaFT)."""
+
+from cm_diffusers.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.checks import check_direct_reward
+from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.prompt_batches import Remembered, prompt_batches
+from cm_diffusers.data.rollouts import Task
+from cm_diffusers.data.sampler import Position
+from cm_diffusers.data.sources import DataConfig, source_name
+from cm_diffusers.data.streaming import streaming_batches
+from cm_diffusers.data.text_image import text_image_batches
+from cm_diffusers.hub import HubConfig, check_hub
+from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
+from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.publish_rewards import publish_run
+from cm_diffusers.reward_reports import Guard, GuardConfig, reward_curves
+from cm_diffusers.reward_runs import (
+    ImageScore,
+    PromptConditions,
+    RewardConfig,
+    RewardModelConfig,
+    distillation_of,
+    load_tuned,
+    tuned_networks,
+)
+from cm_diffusers.rewards import load_reward, load_rewards, require_differentiable
+from cm_diffusers.rng import seed_everything
+from cm_diffusers.trainer import TrainConfig, Trainer
+
+
+CONFIGS = (
+    RewardModelConfig, RewardConfig, DirectRewardConfig, DataConfig, GuardConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig,
+)  # fmt: skip
+
+
+def main() -> None:
+    source, wanted, method, data, watched, optim, train, validation, hub = configs = parse_configs(CONFIGS, __doc__)
+    seed_everything(train.seed)
+    check_direct_reward(source, method, data, watched, train, validation)
+    repo_id = check_hub(hub, train.output_dir, train.report_to)
+    reward, prompts = load_rewards(wanted.rewards, wanted.reward_weights), wanted.load_prompts()
+    require_differentiable(reward, "finetune_direct_reward.py")
+    tuned, joined = load_tuned(source, 0.0), method.through == "single_step"
+    score, shape = ImageScore(tuned.pipe, prompts, reward), tuned.shape(data.resolution)
+    nets = tuned_networks(tuned.unet, source, keeps_start=bool(method.kl_coef))
+    distillation = distillation_of(tuned, nets, source, method.pretrained_teacher_model) if joined else None
+    objective = DirectRewardObjective(method, tuned.policy, score.of_texts, shape, distillation)
+    if train.gradient_checkpointing:
+        tuned.pipe.vae.enable_gradient_checkpointing()
+    trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, data, watched])
+    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
+    tuned.pipe.vae.to(device)
+    watching = {name: load_reward(name).to(device) for name in watched.held_out_rewards}
+    conditions = PromptConditions.of(tuned, [text for text, _ in prompts], data.resolution, device)
+    if joined:
+        load = streaming_batches if data.streaming else text_image_batches
+        batches = load(data, Encoders.from_pipeline(tuned.pipe), train.seed, rank, ranks, device)
+    else:
+        batches = prompt_batches(prompts, conditions, data.train_batch_size, Position(train.seed, rank, ranks))
+    remembered = Remembered(batches, objective.passes)
+    guard = Guard(
+        watched,
+        trainer,
+        Task(shape, len(prompts), conditions, score),
+        {"reward": reward} | watching,
+        remembered.history,
+    )
+    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=data.resolution)
+    images = data.train_batch_size * train.gradient_accumulation_steps * ranks
+    trainer.callbacks += [remembered.remember(images), guard, reward_curves(remembered.history, guard), grids]
+    trainer.fit(remembered)
+    trained_on = source_name(data) if joined else "its own samples"
+    publish_run("direct_reward", trainer, tuned, configs, trained_on, repo_id)
+
+
+if __name__ == "__main__":
+    run(main)
