@@ -5,15 +5,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from diffusers import LCMScheduler
 from tiny import tiny_scheduler, tiny_unet, tiny_vae
 
 from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.networks import StudentConfig, make_networks
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
+from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
+from cm_diffusers.policy import Policy
 from cm_diffusers.process import DiscreteVP
 from cm_diffusers.students import FinetuneConfig, finetune_networks
 from cm_diffusers.types import Batch, Networks, Progress
@@ -81,6 +84,18 @@ def diffusion(prediction_type):
     return Case(objective, lambda: Networks(tiny_unet()), latents)
 
 
+def direct(through):
+    """The reward is negative, so that the loss is not."""
+    distillation = LCMObjective(LCMConfig(), VP, "epsilon", None) if through == "single_step" else None
+    policy = Policy(LCMScheduler.from_config(tiny_scheduler().config), 2)
+
+    def score(x0, texts, metadata):
+        return -x0.square().mean((1, 2, 3))
+
+    objective = DirectRewardObjective(DirectRewardConfig(through), policy, score, (4, 8, 8), distillation)
+    return Case(objective, lambda: networks(lora=True), latents)
+
+
 CASES = {
     "lcm": lcm(),
     "lcm-heun": lcm(solver="heun"),
@@ -98,6 +113,9 @@ CASES = {
     "lcf-l2-v": lcf("v_prediction", loss_type="l2"),
     "lcf-plain-sample": lcf("sample", embedded=False),
     "lcf-lora": lcf(lora=True),
+    "direct-single_step": direct("single_step"),
+    "direct-last_step": direct("last_step"),
+    "direct-trajectory": direct("trajectory"),
     "diffusion-epsilon": diffusion("epsilon"),
     "diffusion-v": diffusion("v_prediction"),
     "diffusion-sample": diffusion("sample"),
