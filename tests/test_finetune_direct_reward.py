@@ -1,10 +1,11 @@
 """`finetune_direct_reward.py` end to end on tiny pipelines: a student by all three gradients, and a diffusion model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from scripts import data_flags, image_folder, run_script
 from tiny import tiny_pipeline
 from toys import assert_same, tensors
@@ -12,6 +13,8 @@ from toys import assert_same, tensors
 from cm_diffusers import ConsistencyPipeline
 from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.record import read_record
+from cm_diffusers.reward_runs import RewardModelConfig, distillation_of, load_tuned
+from cm_diffusers.types import Networks
 
 
 SHARED = {
@@ -103,9 +106,31 @@ def test_passes_are_those_of_all_images(home):
     assert [row["passes"] for row in rollouts] == [2 * 3 * (1 + 3), 2 * 2 * 3 * (1 + 3)]
 
 
+def test_the_distillation_of_a_tuned_student_has_the_first_teacher(home):
+    """Not the student that it was tuned from, which its record names."""
+    whole = tune(home, "once", no_lora=True) / "pipeline"
+    source = RewardModelConfig(str(whole), lora=False)
+    once = load_tuned(source, 0.0)
+    twice = replace(once, record=replace(once.record, base_model=str(whole)))
+    teacher = UNet2DConditionModel.from_pretrained(home / "teacher", subfolder="unet").state_dict()
+    assert any((value != teacher[name]).any() for name, value in once.unet.state_dict().items())
+    for tuned in (once, twice):
+        nets = Networks(tuned.unet)
+        distillation_of(tuned, nets, source, None)
+        assert_same(nets.teacher.state_dict(), teacher)
+
+
+def test_a_teacher_that_predicts_something_else_is_refused(home):
+    other = home / "other"
+    tiny_pipeline(prediction_type="v_prediction").save_pretrained(other)
+    with pytest.raises(SystemExit, match="predicts v_prediction and the student epsilon; give the diffusion model"):
+        tune(home, "none", **single_step(home), pretrained_teacher_model=other)
+
+
 def test_a_diffusion_model_by_its_last_step(home):
     folder = tune(home, "draft", "teacher", sampler="ddim", num_inference_steps=4, guidance_scale=2.0)
     assert read_record(folder / "lora") is None
+    assert "[DRaFT]" in (folder / "lora" / "README.md").read_text()
     pipe = DiffusionPipeline.from_pretrained(home / "teacher")
     before = drawn(pipe)
     pipe.load_lora_weights(folder / "lora")
@@ -123,6 +148,7 @@ def test_a_diffusion_model_by_its_last_step(home):
         ({"stop_kl": 0.1}, "--stop_kl has no effect without --kl_coef"),
         ({"through": "single_step", "sampler": "ddim"}, "--through single_step is for a student"),
         ({"validation_teacher_steps": 3}, "--validation_teacher_steps has no effect here"),
+        ({"train_batch_size": 0}, "--train_batch_size must be at least 1, but it is 0"),
         ({"guard_prompts": 0}, "--guard_steps has no effect without --guard_prompts"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from toys import assert_same, tensors
 from cm_diffusers import ConsistencyPipeline
 from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.record import read_record
-from cm_diffusers.reward_runs import PromptConditions, RewardModelConfig, load_tuned
+from cm_diffusers.reward_runs import PromptConditions, RewardConfig, RewardModelConfig, load_tuned
 
 
 STUDENT = Path(__file__).parents[1] / "assets" / "fashion_lcm"
@@ -67,7 +67,9 @@ def test_what_is_left_behind(home, tuned):
     assert (tuned / "samples" / "step-000004.png").is_file()
     record = read_record(tuned / "lora")
     assert (record.method, record.base_model) == ("rlcm", str(home / "student"))
-    assert "its own samples" in (tuned / "lora" / "README.md").read_text()
+    card = (tuned / "lora" / "README.md").read_text()
+    assert "trained on its own samples, for jpeg_compressibility." in card
+    assert [name for name in ("ema_decay", "eta", "validation_guidance_scale") if f"| {name} |" in card] == []
 
 
 def test_the_lora_loads_in_a_stock_pipeline(home, tuned):
@@ -97,12 +99,15 @@ def test_resume_is_bit_exact(home, tuned, options):
 
 def test_a_diffusion_model_is_tuned_by_the_same_code(home):
     folder = tune(
-        home, "ddpo", "teacher", sampler="ddim", guidance_scale=2.0, gradient_accumulation_steps=6, final_step="drop"
-    )
+        home, "ddpo", "teacher", sampler="ddim", guidance_scale=2.0, eta=0.5, gradient_accumulation_steps=6,
+        final_step="drop",
+    )  # fmt: skip
     assert read_record(folder / "lora") is None
     card = (folder / "lora" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "load_lora_weights" in code
+    assert "num_inference_steps=3, guidance_scale=2, eta=0.5" in code
+    assert "[DDPO]" in card
     pipe = DiffusionPipeline.from_pretrained(home / "teacher")
     before = drawn(pipe)
     pipe.load_lora_weights(folder / "lora")
@@ -126,11 +131,24 @@ def test_pathwise_needs_a_gradient(home):
         ({"lora_dropout": 0.1}, "--lora_dropout would make the probabilities of samples random"),
         ({"stop_kl": 0.1}, "--stop_kl has no effect without --kl_in_advantage"),
         ({"validation_teacher_steps": 3}, "--validation_teacher_steps has no effect here"),
+        ({"baseline": "group", "buffer_size": 32, "min_count": 16}, "so it needs --samples_per_prompt of at least 2"),
+        ({"kl_coef": -0.1}, "--kl_coef must not be negative, but it is -0.1"),
+        ({"kl_in_advantage": -0.1}, "--kl_in_advantage must not be negative, but it is -0.1"),
+        ({"train_batch_size": 0}, "--train_batch_size must be at least 1, but it is 0"),
+        ({"inner_epochs": 0}, "--inner_epochs must be at least 1, but it is 0"),
+        ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1, but it is 0"),
+        ({"prompts": ["animals.txt"]}, "There is no file of prompts animals.txt"),
     ],
 )
 def test_no_flag_is_ignored(home, values, message):
     with pytest.raises(SystemExit, match=message):
         tune(home, "none", **values)
+
+
+def test_a_long_prompt_is_no_file():
+    """Longer than a name of a file may be."""
+    text = "a bag " * 60
+    assert RewardConfig(["jpeg_compressibility"], prompts=[text]).load_prompts() == [(text, {})]
 
 
 def test_own_loop_is_the_pipeline(home):

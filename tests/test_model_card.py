@@ -270,6 +270,11 @@ def test_no_secret_of_a_data_address_is_told(monkeypatch: pytest.MonkeyPatch, tm
         ("hf://datasets/ada/x@main/0.tar", "hf://datasets/ada/x@main/0.tar"),
         ("a bag, half/half, is it red?", "a bag, half/half, is it red?"),
         ("assets/photos", "assets/photos"),
+        ("classifier:/mnt/ada/judge", "classifier:judge"),
+        ("clip_score:~/models/clip@main", "clip_score:clip@main"),
+        ("classifier:../../ada/judge", "classifier:judge"),
+        ("classifier:assets/judge", "classifier:assets/judge"),
+        ("multi_view:package.module:render", "multi_view:package.module:render"),
     ],
 )
 def test_what_is_told_of_a_place(given: str, told: str) -> None:

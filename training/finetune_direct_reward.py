@@ -37,7 +37,7 @@ CONFIGS = (
 def main() -> None:
     source, wanted, method, data, watched, optim, train, validation, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
-    check_direct_reward(source, method, data, watched, train, validation)
+    check_direct_reward(source, wanted, method, data, watched, train, validation)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     reward, prompts = load_rewards(wanted.rewards, wanted.reward_weights), wanted.load_prompts()
     require_differentiable(reward, "finetune_direct_reward.py")
@@ -48,7 +48,7 @@ def main() -> None:
     objective = DirectRewardObjective(method, tuned.policy, score.of_texts, shape, distillation)
     if train.gradient_checkpointing:
         tuned.pipe.vae.enable_gradient_checkpointing()
-    trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, data, watched])
+    trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, data, watched.looks_alone()])
     rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
     tuned.pipe.vae.to(device)
     watching = {name: load_reward(name).to(device) for name in watched.held_out_rewards}

@@ -30,7 +30,7 @@ CONFIGS = (
 def main() -> None:
     source, wanted, method, drawn, watched, optim, train, validation, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
-    check_rlcm(source, method, drawn, watched, validation)
+    check_rlcm(source, method, drawn, watched, train, validation)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     reward, prompts = load_rewards(wanted.rewards, wanted.reward_weights), wanted.load_prompts()
     if method.final_step == "pathwise":
@@ -39,7 +39,7 @@ def main() -> None:
     score = ImageScore(tuned.pipe, prompts, reward)
     objective = RLCMObjective(method, tuned.policy, score)
     nets = tuned_networks(tuned.unet, source, keeps_start=bool(method.kl_coef or drawn.kl_in_advantage))
-    trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, drawn, watched])
+    trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, drawn, watched.looks_alone()])
     device, resolution = trainer.device, drawn.resolution
     tuned.pipe.vae.to(device)
     watching = {name: load_reward(name).to(device) for name in watched.held_out_rewards}

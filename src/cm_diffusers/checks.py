@@ -55,10 +55,10 @@ def check_scott(method: SCottConfig, judge: CriticConfig, max_train_steps: int) 
         )
 
 
-def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, validation: Any) -> None:
+def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, train: Any, validation: Any) -> None:
     """
     Args:
-        source, method, drawn, watched, validation: The configs of `finetune_rlcm.py`.
+        source, method, drawn, watched, train, validation: The configs of `finetune_rlcm.py`.
 
     Raises:
         ValueError: A flag that would have no effect, or probabilities that dropout would make random.
@@ -70,16 +70,27 @@ def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, validation: A
         refuse_changed(method, "clip_range", f"with --loss {method.loss}")
     if drawn.baseline != "per_prompt":
         refuse_changed(drawn, "buffer_size min_count", f"with --baseline {drawn.baseline}")
+    if drawn.baseline == "group" and drawn.samples_per_prompt < 2:
+        raise ValueError(
+            "--baseline group compares samples of one prompt, so it needs --samples_per_prompt of at least 2: one alone is "
+            "neither better nor worse."
+        )
+    for name, config in (("kl_coef", method), ("kl_in_advantage", drawn)):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name} must not be negative, but it is {getattr(config, name)}.")
     if not drawn.kl_in_advantage:
         refuse_changed(watched, "stop_kl", "without --kl_in_advantage, which computes divergences")
+    refuse_changed(train, "ema_decay", "here: there is no averaged target")
     if source.lora_dropout:
         raise ValueError("--lora_dropout would make the probabilities of samples random: leave it out.")
 
 
-def check_direct_reward(source: Any, method: Any, data: Any, watched: Any, train: Any, validation: Any) -> None:
+def check_direct_reward(
+    source: Any, wanted: Any, method: Any, data: Any, watched: Any, train: Any, validation: Any
+) -> None:
     """
     Args:
-        source, method, data, watched, train, validation: The configs of `finetune_direct_reward.py`.
+        source, wanted, method, data, watched, train, validation: The configs of `finetune_direct_reward.py`.
 
     Raises:
         ValueError: A flag that would have no effect, or a model without a distillation.
@@ -94,6 +105,8 @@ def check_direct_reward(source: Any, method: Any, data: Any, watched: Any, train
         raise ValueError(
             "--through single_step is for a student, whose distillation it joins: give one, or another --through."
         )
+    elif not watched.guard_prompts:
+        refuse_changed(wanted, "prompts", f"{where} and --guard_prompts 0: captions are those of the data")
     if method.through != "trajectory":
         refuse_changed(method, "kl_coef", where)
     if not method.kl_coef:

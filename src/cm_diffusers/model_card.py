@@ -64,6 +64,8 @@ def model_card(
     title, how, paper = METHODS[f"{record.method}-lora" if lora else record.method]
     base = public(record.base_model)
     origin = f"{how} {_link(base, provenance)} with cm_diffusers, after {paper}, and trained on {provenance.data}"
+    if rewards := provenance.settings.get("rewards"):
+        origin += f", for {' + '.join(rewards)}"
     alone = f"trained on {provenance.data} with cm_diffusers, after {paper}"
     parts = [
         f"---\n{_front(record, provenance, lora, measured).to_yaml()}\n---",

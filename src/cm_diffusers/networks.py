@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.guidance import ConditionalDenoiser
@@ -198,6 +200,21 @@ def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
+@contextmanager
+def recomputed_with(network: nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Blocks that run inside run in this context in gradient checkpointing's recomputation, too."""
+    recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), context()))
+    blocks = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+    usual = [block._gradient_checkpointing_func for block in blocks]
+    for block in blocks:
+        block._gradient_checkpointing_func = recompute
+    try:
+        yield
+    finally:
+        for block, function in zip(blocks, usual, strict=True):
+            block._gradient_checkpointing_func = function
+
+
 class WithoutAdapters(nn.Module):
     """The teacher inside a LoRA student: the same weights, adapters and dropout off. Holds no memory of its own."""
 
@@ -208,7 +225,7 @@ class WithoutAdapters(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         student, was_training = self._student[0], self._student[0].training
-        with adapters_off(self._layers):
+        with adapters_off(self._layers), recomputed_with(student, partial(adapters_off, self._layers)):
             try:
                 return student.eval()(*args, **kwargs)
             finally:

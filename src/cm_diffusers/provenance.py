@@ -23,7 +23,8 @@ LOCAL = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\|file:")  # how a path of a machine
 STEPS = re.compile(r"[\\/]+")
 ADDRESS = r"\s*[A-Za-z][\w+.-]*://"
 ADDRESSES = re.compile(rf"(,)(?={ADDRESS})")  # a comma behind a query may belong to it
-PLACES = re.compile(rf"(,)(?={ADDRESS}|\s*(?:{LOCAL.pattern}|\.\.[\\/]))")
+PREFIX = r"(?<=[\w.]{2})(?<!file):(?!//)"  # of a reward, as in classifier:FOLDER
+PLACES = re.compile(rf"(,|{PREFIX})(?={ADDRESS}|\s*(?:{LOCAL.pattern}|\.\.[\\/]))")
 # Where files lay and who pushed them is nobody's business, and a token least of all.
 PRIVATE = set(
     "output_dir overwrite_output_dir cache_dir latent_cache_dir resume_from_checkpoint report_to "
@@ -102,7 +103,7 @@ def _family(teacher: DiffusionPipeline | None) -> str | None:
 def public(value: object) -> object:
     """Paths of the machine become their last part; addresses lose user, password, query and fragment, where secrets are.
 
-    Both also in lists separated by commas. Everything else is left.
+    Both also in lists separated by commas, and behind a word and a colon. Everything else is left.
     """
     if isinstance(value, list):
         return [public(item) for item in value]

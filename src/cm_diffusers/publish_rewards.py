@@ -10,6 +10,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft.utils import get_peft_model_state_dict
 
 from cm_diffusers.hub import HubConfig, push_folder
+from cm_diffusers.policy import Policy
 from cm_diffusers.portable import lora_metadata
 from cm_diffusers.provenance import Provenance, describe_run, public, write_provenance
 from cm_diffusers.publish import save_lora, save_pipeline, written_aside
@@ -36,7 +37,9 @@ def publish_run(
         source, hub = given[RewardModelConfig], given[HubConfig]
         folder = trainer.output_dir / ("lora" if source.lora else "pipeline")
         made = data, repo_id or str(folder)
-        provenance = describe_run(configs, tuned.pipe, source.pretrained_student_model, *made)
+        unused = ["validation_guidance_scale", "validation_teacher_steps"]
+        unused += ["eta"] * (tuned.record is not None) + ["ema_decay"] * (trainer.nets.target is None)
+        provenance = describe_run(configs, tuned.pipe, source.pretrained_student_model, *made, left_out=unused)
         with trainer.export_weights() as network:
             publish_tuned(method, tuned, network, source, folder, provenance)
         if repo_id:
@@ -81,40 +84,52 @@ def publish_tuned(
         else:
             save_pipeline(tuned.pipeline(network), aside, config.save_fp16)
         write_provenance(provenance, aside)
-        (aside / "README.md").write_text(tuned_card(provenance, config.lora, tuned.policy.num_steps), "utf-8")
+        (aside / "README.md").write_text(tuned_card(method, provenance, config.lora, tuned.policy), "utf-8")
 
 
-def tuned_card(provenance: Provenance, is_lora: bool, steps: int) -> str:
-    """The card of a diffusion model that was tuned for a reward."""
+def tuned_card(method: str, provenance: Provenance, is_lora: bool, policy: Policy) -> str:
+    """The card of a diffusion model that was tuned for a reward.
+
+    Args:
+        method: "rlcm" or "direct_reward".
+        policy: How it was sampled.
+    """
     base = public(provenance.settings["pretrained_student_model"])
     load = LOAD_LORA if is_lora else LOAD_PIPELINE
-    code = load.format(name=provenance.name, base=base, steps=steps)
+    sampling = f"num_inference_steps={policy.num_steps}, guidance_scale={policy.guidance_scale:g}, eta={policy.eta:g}"
+    code = load.format(name=provenance.name, base=base, sampling=sampling)
     rewards = ", ".join(map(str, provenance.settings["rewards"]))
-    return CARD.format(base=base, rewards=rewards, code=code, commit=provenance.commit, command=provenance.command)
+    tag, paper = PAPERS[method]
+    parts = {"rewards": rewards, "code": code, "tag": tag, "paper": paper}
+    return CARD.format(base=base, commit=provenance.commit, command=provenance.command, **parts)
 
 
+PAPERS = {
+    "rlcm": ("ddpo", "[DDPO](https://arxiv.org/abs/2305.13301)"),
+    "direct_reward": ("draft", "[DRaFT](https://arxiv.org/abs/2309.17400)"),
+}
 LOAD_LORA = """\
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
 pipe.load_lora_weights("{name}")
-image = pipe("your prompt", num_inference_steps={steps}, eta=1.0).images[0]"""
+image = pipe("your prompt", {sampling}).images[0]"""
 LOAD_PIPELINE = """\
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}")
-image = pipe("your prompt", num_inference_steps={steps}, eta=1.0).images[0]"""
+image = pipe("your prompt", {sampling}).images[0]"""
 CARD = """\
 ---
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [text-to-image, diffusers, diffusers-training, cm_diffusers, ddpo]
+tags: [text-to-image, diffusers, diffusers-training, cm_diffusers, {tag}]
 ---
 
 # `{base}`, tuned for {rewards}
 
-A diffusion model, tuned for a reward of its own samples with cm_diffusers, after [DDPO](https://arxiv.org/abs/2305.13301).
+A diffusion model, tuned for a reward of its own samples with cm_diffusers, after {paper}.
 
 ```python
 {code}

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from matplotlib.figure import Figure
@@ -52,6 +52,10 @@ class GuardConfig:
             raise ValueError(
                 "--stop_held_out watches --held_out_rewards on --guard_prompts: give them, or leave it out."
             )
+
+    def looks_alone(self) -> "GuardConfig":
+        """What a resumed run must share: a stopped one may go on with other thresholds."""
+        return replace(self, stop_held_out=None, stop_diversity=None, stop_kl=None)
 
 
 class Guard:
@@ -110,7 +114,10 @@ class Guard:
         row = [float(self.trainer.step), sum(apart) / len(apart)]
         for values in torch.cat(found, dim=1):
             row += [values.mean().item(), values.std().item()]
-        self.history.looks.append(tuple(row))
+        same = torch.tensor(
+            row, dtype=torch.float64, device=self.trainer.device
+        )  # or processes might disagree on stopping
+        self.history.looks.append(tuple(self.trainer.accelerator.reduce(same, reduction="mean").tolist()))
 
     @property
     def _count(self) -> int:

@@ -1,8 +1,8 @@
 """What the scripts of reward fine-tuning share: the model, what it is asked for, and what its images are worth."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,7 +25,7 @@ from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.policy import Conditions, Policy
 from cm_diffusers.process import DiscreteVP
 from cm_diffusers.publish import lcm_pipeline
-from cm_diffusers.record import Record, base_model_of
+from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.rewards import Reward
 from cm_diffusers.rewards.base import Metadata
 from cm_diffusers.students import FinetuneConfig, load_student
@@ -33,6 +33,7 @@ from cm_diffusers.types import Networks
 
 
 ENCODED_AT_ONCE = 64  # prompts
+PROMPT_FILES = (".txt", ".jsonl")
 
 
 @dataclass
@@ -53,6 +54,10 @@ class RewardModelConfig(FinetuneConfig):
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], help="Names of the layers that get adapters."
     )
 
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ValueError(f"--num_inference_steps must be at least 1, but it is {self.num_inference_steps}.")
+
 
 @dataclass
 class RewardConfig:
@@ -70,8 +75,12 @@ class RewardConfig:
     )
 
     def load_prompts(self) -> list[Prompt]:
+        """
+        Raises:
+            ValueError: As `load_prompts` of `data.prompts`.
+        """
         (first, *others) = self.prompts or [""]
-        is_source = not others and (first in PROMPT_SETS or Path(first).is_file())
+        is_source = not others and (first in PROMPT_SETS or first.endswith(PROMPT_FILES) or os.path.isfile(first))
         return load_prompts(first if is_source else self.prompts)
 
 
@@ -164,13 +173,20 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
         tuned: The student.
         nets: Its network that learns; gets the teacher, and a target where that is not a LoRA.
         source: Where the student is.
-        teacher: Folder or Hub id of the diffusion model; the student's base model if not given.
+        teacher: Folder or Hub id of the diffusion model; the student's base model, or that of this, if not given.
 
     Raises:
-        ValueError: The teacher cannot be loaded.
+        ValueError: The teacher cannot be loaded, or predicts something else.
     """
     record, config = tuned.record, tuned.pipe.scheduler.config
-    pipe = load_teacher(TeacherConfig(teacher or base_model_of(record, source.pretrained_student_model)))
+    teacher = teacher or _diffusion_model_of(record, source.pretrained_student_model)
+    pipe = load_teacher(TeacherConfig(teacher))
+    kinds = pipe.scheduler.config.prediction_type, config.prediction_type
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"The teacher {teacher} predicts {kinds[0]} and the student {kinds[1]}; give the diffusion model that the student "
+            "came from as --pretrained_teacher_model."
+        )
     nets.teacher = pipe.unet
     if not adapter_layers(nets.student):
         nets.target = frozen_copy(nets.student)
@@ -178,6 +194,13 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
     method = LCMConfig(w_min=record.w_min, w_max=record.w_max, **grid)
     process = DiscreteVP.from_scheduler(pipe.scheduler)
     return LCMObjective(method, process, pipe.scheduler.config.prediction_type, tuned.unet.config.time_cond_proj_dim)
+
+
+def _diffusion_model_of(record: Record, student: str) -> str:
+    """Where it all began: a student that was tuned has a student as its base model."""
+    base = base_model_of(record, student)
+    earlier = read_record(base)
+    return base if earlier is None else _diffusion_model_of(earlier, base)
 
 
 @dataclass
@@ -227,11 +250,14 @@ class ImageScore:
 
     def worth(self, images: Tensor, numbers: Tensor, reward: Reward) -> Tensor:
         """`(B,)`, by this or another reward."""
-        return reward(images, *told(self.prompts, numbers))
+        with torch.autocast(images.device.type, enabled=False):
+            return reward(images, *told(self.prompts, numbers))
 
     def of_texts(self, latents: Tensor, texts: list[str], metadata: Metadata | None) -> Tensor:
         """`(B,)`, as images of any prompts."""
-        return self.reward(self.images(latents), texts, metadata)
+        images = self.images(latents)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.reward(images, texts, metadata)
 
     def images(self, latents: Tensor) -> Tensor:
         """`(B, 3, H, W)` in [0, 1]."""

@@ -70,8 +70,8 @@ def _load(path: str, record: Record | None, config: FinetuneConfig) -> Diffusion
     lora = record is not None and not _is_pipeline(path, revision)
     if lora and config.lora:
         raise ValueError(
-            f"{path} is a LoRA, and one LoRA on another cannot be published; leave --lora out, which fuses it first, "
-            "or give a whole student."
+            f"{path} is a LoRA, and one LoRA on another cannot be published; leave --lora out (or give "
+            "--no_lora), which fuses it first, or give a whole student."
         )
     try:
         if not lora:

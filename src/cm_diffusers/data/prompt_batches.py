@@ -24,7 +24,12 @@ def prompt_batches(
 
     Args:
         conditions: Numbers of prompts `(B,)` -> the network's arguments with them, and without any.
+
+    Raises:
+        ValueError: The batches would be empty.
     """
+    if batch_size < 1:
+        raise ValueError(f"--train_batch_size must be at least 1, but it is {batch_size}.")
 
     def make(k: int) -> tuple:
         rows = batch_rows(k, batch_size, len(prompts), position)

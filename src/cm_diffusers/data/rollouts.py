@@ -40,6 +40,12 @@ class RolloutConfig:
         default=0.0, help="Weight of each sample's divergence from the model before training, compared as rewards are."
     )
 
+    def __post_init__(self) -> None:
+        counts = "samples_per_rollout samples_per_prompt sample_batch_size train_batch_size inner_epochs"
+        for name in counts.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, but it is {getattr(self, name)}.")
+
 
 @dataclass(frozen=True)
 class Task:
