@@ -178,7 +178,7 @@ def plot(runs: list[Run], baseline: str, control: str) -> Figure:
     """A column for each reward; a line for each training, in its method's colour, and the baseline's best reward."""
     rewards = list(dict.fromkeys(run.row["reward"] for run in runs))
     methods = [name for name in dict.fromkeys(run.row["method"] for run in runs) if name != control]
-    colours = {name: f"C{place}" for place, name in enumerate(methods)} | {control: "grey"}
+    colours = {name: f"C{place}" for place, name in enumerate(methods)} | {control: "black"}
     figure = Figure(figsize=(5 * len(rewards), 8), layout="constrained")
     axes = figure.subplots(2, len(rewards), squeeze=False)
     for column, reward in enumerate(rewards):
@@ -200,6 +200,8 @@ def _draw(axes: Axes, runs: list[Run], cost: str, unit: float, colours: dict[str
         values, name = smoothed(run.rollouts), run.row["method"]
         places = [row[cost] / unit for row in run.rollouts[len(run.rollouts) - len(values) :]]
         axes.plot(places, values, color=colours[name], linewidth=1, label=name)
+    low, high = min(smoothed(run.rollouts)[0] for run in runs), max(max(smoothed(run.rollouts)) for run in runs)
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], 2 * low - high))  # or one that falls apart would flatten the others
     axes.set_ylabel(f"reward, mean of {WINDOW} roll-outs")
     axes.grid(alpha=0.3)
 

@@ -17,6 +17,7 @@ STUDENTS = {  # folder in assets -> card, and the evaluation and name it was mea
     "fashion_lcm": ("lcm-fashion", "students", "LCM"),
     "fashion_lcm_lora": ("lcm-lora-fashion", "students", "LCM-LoRA"),
     "fashion_scott": ("scott-fashion", "students", "SCott"),
+    "fashion_rlcm_lora": ("rlcm-lora-fashion", "tuned", "RLCM"),
     "fashion_cd": ("cd-fashion", "images", "CD"),
     "fashion_animatelcm": ("animatelcm-fashion", "video", "AnimateLCM"),
 }

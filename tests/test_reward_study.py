@@ -126,7 +126,7 @@ def test_curves_start_at_the_first_full_window():
     lines = {line.get_label(): line for line in over_passes.get_lines()}
     assert lines["quick"].get_xdata().tolist() == [50.0, 60.0, 70.0, 80.0, 90.0, 100.0]
     assert over_time.get_lines()[2].get_xdata()[0] == pytest.approx(10 / 60)
-    assert lines["control"].get_color() == "grey"
+    assert lines["control"].get_color() == "black"
     (dashed,) = (line for line in over_passes.get_lines() if line.get_linestyle() == "--")
     assert dashed.get_ydata() == [7.0, 7.0]
     assert dashed.get_color() == lines["DDPO"].get_color() != lines["quick"].get_color()
