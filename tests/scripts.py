@@ -10,9 +10,11 @@ from unittest import mock
 
 import numpy as np
 from PIL import Image
+from tiny import tiny_pipeline
 from toys import forget_accelerate
 
 from cm_diffusers import cli
+from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 
 
 FOLDER = Path(__file__).parents[1] / "training"
@@ -58,6 +60,16 @@ def image_folder(folder: Path, number: int = 6, **columns: list) -> Path:
             {"file_name": f"{i}.png", "text": CAPTIONS[i % len(CAPTIONS)]} | {k: v[i] for k, v in columns.items()}
         )
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def models_folder(folder: Path, guidance_scale: float = 1.0) -> Path:
+    """A tiny diffusion model in `teacher/`, and in `student/` an LCM of it with guidance in its weights."""
+    teacher = tiny_pipeline()
+    teacher.save_pretrained(folder / "teacher")
+    scheduler = lcm_scheduler(teacher, 50, 10.0)
+    record = lcm_record(str(folder / "teacher"), "distilled", 2.0, 2.0, guidance_scale, scheduler)
+    save_pipeline(lcm_pipeline(teacher, teacher.unet, scheduler), folder / "student", False, record)
     return folder
 
 

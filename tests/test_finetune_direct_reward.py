@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from scripts import data_flags, image_folder, run_script
+from scripts import data_flags, image_folder, models_folder, run_script
 from tiny import tiny_pipeline
 from toys import assert_same, tensors
 
 from cm_diffusers import ConsistencyPipeline
-from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.record import read_record
 from cm_diffusers.reward_runs import RewardModelConfig, distillation_of, load_tuned
 from cm_diffusers.types import Networks
@@ -26,12 +25,7 @@ SHARED = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("direct")
-    teacher = tiny_pipeline()
-    teacher.save_pretrained(home / "teacher")
-    scheduler = lcm_scheduler(teacher, 50, 10.0)
-    record = lcm_record(str(home / "teacher"), "distilled", 2.0, 2.0, 1.0, scheduler)
-    save_pipeline(lcm_pipeline(teacher, teacher.unet, scheduler), home / "student", False, record)
+    home = models_folder(tmp_path_factory.mktemp("direct"))
     image_folder(home / "images")
     return home
 

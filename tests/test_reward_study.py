@@ -12,14 +12,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
-from scripts import image_folder, script
-from tiny import FASHION_LABELS, tiny_pipeline
+from scripts import image_folder, models_folder, script
+from tiny import FASHION_LABELS
 from toys import forget_accelerate
 
 from cm_diffusers.cli import parse_configs
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.models.classifier import ImageClassifier
-from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.rewards import load_reward
 from cm_diffusers.rewards.jpeg import jpeg_compressibility
 
@@ -223,12 +222,7 @@ command = "{{tune}} --rewards {{reward}} --sampler ddim --eta {{eta}} --baseline
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("study")
-    teacher = tiny_pipeline()
-    teacher.save_pretrained(home / "teacher")
-    scheduler = lcm_scheduler(teacher, 50, 10.0)
-    record = lcm_record(str(home / "teacher"), "distilled", 2.0, 2.0, 2.0, scheduler)
-    save_pipeline(lcm_pipeline(teacher, teacher.unet, scheduler), home / "student", False, record)
+    home = models_folder(tmp_path_factory.mktemp("study"), 2.0)
     torch.manual_seed(0)
     ImageClassifier(labels=list(FASHION_LABELS), channels=[4, 8], image_size=32).save_pretrained(home / "net")
     image_folder(home / "data", 40)
