@@ -78,6 +78,24 @@ def test_passes_of_the_network_are_counted(tmp_path):
     assert passes == [per_rollout, 2 * per_rollout]
 
 
+@pytest.mark.parametrize(
+    ("rollouts", "method", "per_sample"),
+    [
+        ({}, {}, STEPS + 2 * 3 + 2),
+        ({"kl_in_advantage": 0.1}, {}, STEPS + 2 * 3 + 2 + 2),
+        ({}, {"kl_coef": 0.1}, STEPS + 2 * 3 + 2 + 2 * 2),
+    ],
+)
+def test_passes_of_the_model_before_are_counted_too(tmp_path, rollouts, method, per_sample):
+    """Two of three steps have noise: each divergence takes a pass when it is drawn, and with kl_coef when it is learnt from."""
+    _, source = run(tmp_path, rollouts, method, max_train_steps=4)
+    passes, kl = COLUMNS.index("passes"), COLUMNS.index("kl")
+    assert source.history.rows[0][passes] == 8 * per_sample
+    first, second = (row[kl] for row in source.history.rows[:2])
+    assert first == 0
+    assert (second > 0) == bool(rollouts or method)
+
+
 def test_rewards_rise_and_those_of_others_do_not_help(tmp_path):
     """Against the same rewards handed to other samples. (With `drop` they fall here: see `test_rlcm`.)"""
     order, ends = torch.Generator().manual_seed(0), {}

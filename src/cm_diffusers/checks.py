@@ -78,8 +78,8 @@ def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, train: Any, v
     for name, config in (("kl_coef", method), ("kl_in_advantage", drawn)):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name} must not be negative, but it is {getattr(config, name)}.")
-    if not drawn.kl_in_advantage:
-        refuse_changed(watched, "stop_kl", "without --kl_in_advantage, which computes divergences")
+    if not (drawn.kl_in_advantage or method.kl_coef):
+        refuse_changed(watched, "stop_kl", "without --kl_in_advantage or --kl_coef, which compute divergences")
     refuse_changed(train, "ema_decay", "here: there is no averaged target")
     if source.lora_dropout:
         raise ValueError("--lora_dropout would make the probabilities of samples random: leave it out.")

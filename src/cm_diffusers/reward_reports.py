@@ -41,8 +41,7 @@ class GuardConfig:
     )
     stop_kl: float | None = HfArg(
         default=None,
-        help="Stop when samples diverge by more from the model before training; with --kl_in_advantage, or "
-        "--kl_coef of a trajectory.",
+        help="Stop when samples diverge by more from the model before training; with --kl_in_advantage or --kl_coef.",
     )
 
     def __post_init__(self) -> None:

@@ -99,6 +99,7 @@ class Rollouts:
     def __init__(self, config: RolloutConfig, trainer: Trainer, task: Task) -> None:
         self.config, self.trainer, self.task, self.policy = config, trainer, task, trainer.objective.policy
         self.num_transitions = trainer.objective.num_transitions
+        self.measures_kl = bool(config.kl_in_advantage or trainer.objective.config.kl_coef)
         self.chunks = config.samples_per_rollout // config.train_batch_size
         self.per_rollout = config.inner_epochs * self.chunks * self.num_transitions
         self.accumulation = trainer.config.gradient_accumulation_steps
@@ -165,7 +166,7 @@ class Rollouts:
         states = [self.policy.start(noise[0])]
         for index, sample, taken, action in self.policy.walk(nets.student, noise, cond, uncond):
             states.append(action)
-            if self.config.kl_in_advantage and taken.std > 0:
+            if self.measures_kl and taken.std > 0:
                 before = self.policy.transition(nets.teacher, index, sample, cond, uncond)
                 kl += kl_divergence(taken, before, self.trainer.objective.config.logprob_reduction)
         return torch.stack(states, dim=1), kl, self.task.score(states[-1], prompts).float()
@@ -198,11 +199,14 @@ class Rollouts:
                     rollout.log_probs[rows, index] = log_prob(taken, rollout.states[rows, index + 1], reduction)
 
     def _remember(self, number: int, rewards: Tensor, kl: Tensor) -> None:
-        """A row of the history. A pass of training counts three times, with its gradient."""
+        """A row of the history. A pass of training counts three times, with its gradient; one of the model before, once."""
         rewards, kl = (self.trainer.accelerator.gather(part).double() for part in (rewards, kl))
-        trained = self.num_transitions * self.config.inner_epochs * 3
+        steps, epochs, config = self.policy.num_steps, self.config.inner_epochs, self.trainer.objective.config
         again = 0 if self.is_on_policy else self.num_transitions
-        passes = len(rewards) * self.policy.passes * (self.policy.num_steps + again + trained)
+        noisy = steps if self.policy.ends_random else steps - 1  # of which there are divergences
+        before = noisy * (self.measures_kl + epochs * bool(config.kl_coef))
+        each = steps + again + 3 * epochs * self.num_transitions + before
+        passes = len(rewards) * self.policy.passes * each
         spread = rewards.mean().item(), rewards.std(correction=0).item()
         self.history.add(number, passes, spread, kl.mean().item())
 
