@@ -1,7 +1,6 @@
 """What reward fine-tuning leaves to look at, and what stops it: reward curves, rewards that are not trained for, diversity."""
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,6 @@ from cm_diffusers.trainer import Trainer
 from cm_diffusers.types import Loss
 
 
-logger = logging.getLogger(__name__)
 CURVES = "rewards"
 
 
