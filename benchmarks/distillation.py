@@ -14,14 +14,16 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
-from cm_diffusers.guidance import guidance_embedding
-from cm_diffusers.models.critics import CriticConfig, critic_optim, make_critic
-from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
+from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.critics import CriticConfig, make_critic
+from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.process import DiscreteVP
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.tasks.text_to_image import critic_optim
 
 
 Action = Callable[[], object]

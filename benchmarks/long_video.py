@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers import ConsistencyVideoPipeline
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.moving_articles import MOST_FRAMES
 from cm_diffusers.data.video import VideoDataConfig
+from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation import motion
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
 from cm_diffusers.data.sources import DataConfig, load_image_text
-from cm_diffusers.distances import huber
-from cm_diffusers.guidance import guidance_embedding
-from cm_diffusers.networks import as_denoiser, frozen_copy, make_student
+from cm_diffusers.diffusion.denoisers import as_denoiser
+from cm_diffusers.diffusion.distances import huber
+from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.diffusion.preconditioning import lcm_scalings
+from cm_diffusers.diffusion.process import DiscreteVP, Prediction, append_dims, diffuse
+from cm_diffusers.diffusion.solvers import ddim_step
+from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.models.students import frozen_copy, make_student
 from cm_diffusers.objectives.lcm import LCMConfig
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.preconditioning import lcm_scalings
-from cm_diffusers.process import DiscreteVP, Prediction, append_dims, diffuse
-from cm_diffusers.solvers import ddim_step
-from cm_diffusers.times import sample_solver_pairs, solver_grid
 
 
 Examples = Iterator[tuple[Tensor, list[str]]]

@@ -17,8 +17,8 @@ from reward_study_report import Run, write_reward_study
 from study import cpu_minutes, result, train
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.provenance import public, read_provenance
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.publishing.provenance import public, read_provenance
 
 
 HERE = Path(__file__).resolve().parent  # where trainings find shuffled rewards

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.cli import parse_configs
+from cm_diffusers.engine.cli import parse_configs
 from cm_diffusers.evaluation.comparison import wanted_labels
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance, prompt_agreement, prompt_vendi_score

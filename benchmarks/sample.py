@@ -15,7 +15,7 @@ from reporting import interleaved, write_report
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers import ConsistencyPipeline
-from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.report import hardware
 
 

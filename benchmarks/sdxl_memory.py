@@ -15,7 +15,7 @@ from train_step import BenchmarkConfig, measure_memory
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.report import hardware
 
 

@@ -19,12 +19,12 @@ from typing import NamedTuple
 from study_report import write_study
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.video import VideoDataConfig
+from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig
-from cm_diffusers.motion import MotionConfig
+from cm_diffusers.models.motion import MotionConfig
 
 
 ROWS, COST = "rows.json", "cost.json"  # what is found beside a finished training

@@ -15,10 +15,10 @@ from distillation import Action, BenchmarkConfig, Distillation, the_teacher
 from reference_lcm_step import ReferenceLCM, pixel_batches
 from reporting import interleaved, write_report
 
-from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.evaluation.report import hardware
 from cm_diffusers.objectives.lcm import LCMConfig
-from cm_diffusers.optimizers import OptimConfig
 
 
 PASSES = ("student", "target", "teacher", "critic")

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 from cm_diffusers.measured import FOLDER, read_measured
-from cm_diffusers.model_card import model_card
-from cm_diffusers.provenance import read_provenance
+from cm_diffusers.publishing.model_card import model_card
+from cm_diffusers.publishing.provenance import read_provenance
+from cm_diffusers.publishing.sharing import attach_evaluation
 from cm_diffusers.record import read_record
-from cm_diffusers.sharing import attach_evaluation
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toys import ToyConfig, ToyObjective, source, toy_network, toy_networks, toy_trainer
 
+from cm_diffusers.diffusion.views import EDMView
+from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.objectives.ct import CTConfig, CTObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.sigma_views import EDMView
 from cm_diffusers.types import Batch, Loss, Networks
 
 

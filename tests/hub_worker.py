@@ -22,7 +22,8 @@ PROMPT, SEED, STEPS = "a photo of a bag", 0, 2
 def call(name: str, argv: list[str]) -> str:
     from scripts import forget_accelerate, script
 
-    from cm_diffusers import cli, hub
+    from cm_diffusers.engine import cli
+    from cm_diffusers.publishing import hub
 
     hub.WAITS = (0.0, 0.0, 0.0)
     forget_accelerate()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from toys import source, toy_trainer
 
-from cm_diffusers import checkpoints
+from cm_diffusers.engine import checkpoints
 
 
 def signalled(signum: int):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cm_diffusers.preconditioning import cm_scalings, edm_scalings, lcm_scalings
-from cm_diffusers.process import EDM, Prediction, append_dims
+from cm_diffusers.diffusion.preconditioning import cm_scalings, edm_scalings, lcm_scalings
+from cm_diffusers.diffusion.process import EDM, Prediction, append_dims
 
 
 def rates(process, x, t):

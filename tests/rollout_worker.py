@@ -11,9 +11,9 @@ from torch import nn
 from toys import WIDTH, toy_trainer
 
 from cm_diffusers.data.rollouts import RolloutConfig, Rollouts, Task
+from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.policy import Policy
+from cm_diffusers.policy.policy import Policy
 from cm_diffusers.types import Networks
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from tiny import tiny_scheduler, tiny_unet
 from toys import toy_trainer
 
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.models.critics import CriticConfig, make_critic
-from cm_diffusers.networks import StudentConfig, make_networks
+from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.process import DiscreteVP
 from cm_diffusers.types import Batch
 
 

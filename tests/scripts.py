@@ -13,8 +13,8 @@ from PIL import Image
 from tiny import tiny_pipeline
 from toys import forget_accelerate
 
-from cm_diffusers import cli
-from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
+from cm_diffusers.engine import cli
+from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 
 
 FOLDER = Path(__file__).parents[1] / "training"

@@ -19,8 +19,8 @@ import train_step  # noqa: E402
 from distillation import BenchmarkConfig, Distillation, the_teacher  # noqa: E402
 from reference_lcm_step import ReferenceLCM, pixel_batches  # noqa: E402
 
+from cm_diffusers.engine.optimizers import OptimConfig  # noqa: E402
 from cm_diffusers.objectives.lcm import LCMConfig  # noqa: E402
-from cm_diffusers.optimizers import OptimConfig  # noqa: E402
 from cm_diffusers.types import Progress  # noqa: E402
 
 

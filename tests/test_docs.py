@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cm_diffusers.measured import FOLDER, GRID, clips_of, read_measured
-from cm_diffusers.sharing import ShareConfig, prepare
+from cm_diffusers.publishing.sharing import ShareConfig, prepare
 
 
 update_docs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "update_docs.py"))

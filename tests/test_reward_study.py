@@ -16,7 +16,7 @@ from scripts import image_folder, models_folder, script
 from tiny import FASHION_LABELS
 from toys import forget_accelerate
 
-from cm_diffusers.cli import parse_configs
+from cm_diffusers.engine.cli import parse_configs
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.rewards import load_reward

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 import study_report  # noqa: E402
 
-from cm_diffusers.cli import parse_configs  # noqa: E402
+from cm_diffusers.engine.cli import parse_configs  # noqa: E402
 from cm_diffusers.evaluation.report import Setting  # noqa: E402
 from cm_diffusers.evaluation.video_report import VideoSetting  # noqa: E402
 

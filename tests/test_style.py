@@ -14,7 +14,7 @@ from types import ModuleType
 import diffusers.pipelines
 import pytest
 
-from cm_diffusers.cli import parse_configs
+from cm_diffusers.engine.cli import parse_configs
 
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,11 @@ OBJECTIVES = sorted(p for p in (SRC / "objectives").glob("*.py") if p.stem != "_
 PIPELINES = sorted([*(SRC / "pipelines").glob("pipeline_*.py"), *(ROOT / "pipelines").glob("*.py")])
 SCHEDULERS = sorted((SRC / "schedulers").glob("scheduling_*.py"))
 SELF_CONTAINED = sorted((ROOT / "pipelines").glob("*.py"))
+# Arrows point to the left: a wing imports those before it, never one after it.
+WINGS = """
+    diffusion models schedulers engine policy pipelines data objectives evaluation rewards publishing tasks
+""".split()
+NOUNS = {"types", "record", "measured", "errors"}
 ALLOWED = {"torch", "numpy", "diffusers", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 PAPERS = (ROOT / "PAPERS.md").read_text()
 ROWS = [line for line in PAPERS.splitlines() if line.startswith("|")]
@@ -90,6 +95,24 @@ def test_functions_are_small_as_a_rule() -> None:
     assert statistics.quantiles(sizes, n=10)[-1] <= 30
 
 
+def floor(name: str) -> int:
+    """0 for the nouns, then the wings in their order, then what the package shows to the outside."""
+    return 0 if name in NOUNS else WINGS.index(name) + 1 if name in WINGS else len(WINGS) + 1
+
+
+@each(SOURCES)
+def test_wings_import_only_those_before_them(path: Path) -> None:
+    mine = floor(path.relative_to(SRC).parts[0].removesuffix(".py"))
+    ours = [name.split(".")[1] for name in imports(path) if name.split(".")[0] == "cm_diffusers" and "." in name]
+    assert [name for name in ours if floor(name) > mine] == []
+    assert mine or ours == []  # the nouns import nothing of ours
+
+
+def test_every_module_has_a_wing() -> None:
+    assert {p.name for p in SRC.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(WINGS)
+    assert {p.stem for p in SRC.glob("*.py")} == NOUNS | {"__init__", "registration", "frame_noise"}
+
+
 @each(OBJECTIVES)
 def test_an_objective_knows_no_other(path: Path) -> None:
     sibling = re.compile(r"^\.\w|^(\.\.|cm_diffusers\.)objectives\b|Objective$")
@@ -103,7 +126,7 @@ def test_pipelines_that_travel_stand_alone(path: Path) -> None:
 
 @each(SCHEDULERS)
 def test_a_scheduler_shares_only_mathematics(path: Path) -> None:
-    shared = re.compile(r"cm_diffusers\.(preconditioning|times|schedulers\.)")
+    shared = re.compile(r"cm_diffusers\.(diffusion\.preconditioning|diffusion\.times|schedulers\.)")
     own = {name for name in imports(path) if name.split(".")[0] not in ALLOWED}
     assert {name for name in own if not shared.match(name)} == set()
 
@@ -139,6 +162,13 @@ def test_recipe_parses_with_its_script(path: Path) -> None:
 @each(OBJECTIVES)
 def test_every_objective_has_its_paper(path: Path) -> None:
     assert f"`objectives/{path.name}`" in PAPERS
+
+
+@pytest.mark.parametrize("page", ["PAPERS.md", "WISHES.md"])
+def test_pages_name_files_that_exist(page: str) -> None:
+    named = re.findall(r"`([a-z][\w/.]*(?:\.py|\.args|\.md|/))`", (ROOT / page).read_text())
+    roots = (ROOT, SRC, ROOT / "training")
+    assert {name for name in named if not any((root / name).exists() for root in roots)} == set()
 
 
 @each([p for p in SCRIPTS if p.stem.startswith(("distill_", "train_"))])

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from test_animatelcm import lora_folder, randomised_parts
+from tasks.test_animatelcm import lora_folder, randomised_parts
 from toys import toy_trainer
 
-from cm_diffusers.animatelcm import StageConfig, make_stage
+from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.objectives.lcm import LCMConfig
-from cm_diffusers.optimizers import OptimConfig
+from cm_diffusers.tasks.animatelcm import StageConfig, make_stage
 from cm_diffusers.types import Batch
 
 

@@ -4,20 +4,21 @@ from pathlib import Path
 
 from diffusers import LCMScheduler
 
-from cm_diffusers.animatelcm import Parts, StageConfig, idle_settings, make_stage, stage_grid
-from cm_diffusers.callbacks import ValidationConfig
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.video import VideoDataConfig, video_batches
-from cm_diffusers.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.motion import MotionConfig, check_frames, load_motion_adapter, motion_scheduler
-from cm_diffusers.networks import TeacherConfig, load_teacher, require_autocast
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.motion import MotionConfig, check_frames, load_motion_adapter, motion_scheduler
+from cm_diffusers.models.students import require_autocast
+from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.provenance import describe_run, public
-from cm_diffusers.publish import lcm_record
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.pipelines import lcm_record
+from cm_diffusers.publishing.provenance import describe_run, public
+from cm_diffusers.tasks.animatelcm import Parts, StageConfig, idle_settings, make_stage, stage_grid
+from cm_diffusers.tasks.callbacks import ValidationConfig
 
 
 CONFIGS = (

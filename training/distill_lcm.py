@@ -2,20 +2,21 @@
 
 from pathlib import Path
 
-from cm_diffusers.callbacks import ValidationConfig, sample_grid
-from cm_diffusers.checks import check_student
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
-from cm_diffusers.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.networks import StudentConfig, TeacherConfig, load_teacher, make_networks
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.process import DiscreteVP
-from cm_diffusers.provenance import describe_run
-from cm_diffusers.publish import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
+from cm_diffusers.publishing.provenance import describe_run
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.text_to_image_checks import check_student
 
 
 CONFIGS = (

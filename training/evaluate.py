@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.report import write_report

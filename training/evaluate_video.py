@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.video import VideoDataConfig
+from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig
 from cm_diffusers.evaluation.video_report import write_report
-from cm_diffusers.motion import MotionConfig
+from cm_diffusers.models.motion import MotionConfig
 
 
 CONFIGS = (VideoEvaluationConfig, VideoDataConfig, MotionConfig)

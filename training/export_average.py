@@ -7,10 +7,10 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.averages import rebuild
-from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.provenance import public, read_provenance
-from cm_diffusers.publish import save_pipeline
+from cm_diffusers.engine.averages import rebuild
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.publishing.pipelines import save_pipeline
+from cm_diffusers.publishing.provenance import public, read_provenance
 from cm_diffusers.record import read_record
 
 

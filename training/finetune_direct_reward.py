@@ -1,8 +1,5 @@
 """Tune a few-step student, or a diffusion model, by the gradient of a differentiable reward (RG-LCD, DRaFT)."""
 
-from cm_diffusers.callbacks import ValidationConfig, sample_grid
-from cm_diffusers.checks import check_direct_reward
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.prompt_batches import Remembered, prompt_batches
 from cm_diffusers.data.rollouts import Task
@@ -10,12 +7,17 @@ from cm_diffusers.data.sampler import Position
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.text_image import text_image_batches
-from cm_diffusers.hub import HubConfig, check_hub
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.publish_rewards import publish_run
-from cm_diffusers.reward_reports import Guard, GuardConfig, reward_curves
-from cm_diffusers.reward_runs import (
+from cm_diffusers.publishing.hub import HubConfig, check_hub
+from cm_diffusers.rewards import load_reward, load_rewards, require_differentiable
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.publish_rewards import publish_run
+from cm_diffusers.tasks.reward_reports import Guard, GuardConfig, reward_curves
+from cm_diffusers.tasks.reward_runs import (
     ImageScore,
     PromptConditions,
     RewardConfig,
@@ -24,9 +26,7 @@ from cm_diffusers.reward_runs import (
     load_tuned,
     tuned_networks,
 )
-from cm_diffusers.rewards import load_reward, load_rewards, require_differentiable
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.tasks.text_to_image_checks import check_direct_reward
 
 
 CONFIGS = (

@@ -2,22 +2,22 @@
 
 from pathlib import Path
 
-from cm_diffusers.callbacks import ValidationConfig, sample_grid
-from cm_diffusers.checks import check_adapters
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.sources import DataConfig, refuse_changed, source_name
+from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.text_image import text_image_batches
-from cm_diffusers.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.process import DiscreteVP
-from cm_diffusers.provenance import describe_run
-from cm_diffusers.publish import lcm_pipeline, save_lora, save_pipeline
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.students import FinetuneConfig, finetune_networks, load_student, with_guidance_of
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.pipelines import lcm_pipeline, save_lora, save_pipeline
+from cm_diffusers.publishing.provenance import describe_run
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks, load_student, with_guidance_of
+from cm_diffusers.tasks.text_to_image_checks import check_adapters
 
 
 CONFIGS = (FinetuneConfig, DataConfig, LCFConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig)

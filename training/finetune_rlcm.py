@@ -1,15 +1,17 @@
 """Tune a few-step student, or a diffusion model, for a reward of its images, by policy gradients (RLCM, DDPO)."""
 
-from cm_diffusers.callbacks import ValidationConfig, sample_grid
-from cm_diffusers.checks import check_rlcm
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.rollouts import RolloutConfig, Rollouts, Task
-from cm_diffusers.hub import HubConfig, check_hub
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.publish_rewards import publish_run
-from cm_diffusers.reward_reports import Guard, GuardConfig, reward_curves
-from cm_diffusers.reward_runs import (
+from cm_diffusers.publishing.hub import HubConfig, check_hub
+from cm_diffusers.rewards import load_reward, load_rewards, require_differentiable
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.publish_rewards import publish_run
+from cm_diffusers.tasks.reward_reports import Guard, GuardConfig, reward_curves
+from cm_diffusers.tasks.reward_runs import (
     ImageScore,
     PromptConditions,
     RewardConfig,
@@ -17,9 +19,7 @@ from cm_diffusers.reward_runs import (
     load_tuned,
     tuned_networks,
 )
-from cm_diffusers.rewards import load_reward, load_rewards, require_differentiable
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.tasks.text_to_image_checks import check_rlcm
 
 
 CONFIGS = (

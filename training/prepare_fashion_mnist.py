@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.cli import parse_configs, run
+from cm_diffusers.engine.cli import parse_configs, run
 
 
 NAMES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]

@@ -13,9 +13,9 @@ from PIL import Image
 from pyarrow import parquet
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.moving_articles import MovingArticles
-from cm_diffusers.data.sources import DataConfig, load_image_text, refuse_changed
+from cm_diffusers.data.sources import DataConfig, load_image_text
+from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 
 
 TEXTS = datasets.List(datasets.Value("string"))

@@ -1,8 +1,8 @@
 """Share a finished student on the Hub, again or for the first time: card with measurements, licence, pipeline or LoRA."""
 
-from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.sharing import ShareConfig, default_name, prepare
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.sharing import ShareConfig, default_name, prepare
 
 
 CONFIGS = (ShareConfig, HubConfig)

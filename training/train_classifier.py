@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.sources import DataConfig, load_image_text
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.publish import written_aside
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.publishing.pipelines import written_aside
 from cm_diffusers.types import Networks
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.callbacks import ValidationConfig, sample_grid
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.cache import Vae
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.text_image import token_batches
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.small_stable_diffusion import SmallStableDiffusionConfig, new_pipeline
-from cm_diffusers.networks import TextConditionedUNet
+from cm_diffusers.models.students import TextConditionedUNet
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.process import DiscreteVP
-from cm_diffusers.publish import save_pipeline
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.publishing.pipelines import save_pipeline
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.types import Networks
 
 

@@ -2,12 +2,12 @@
 
 from accelerate import PartialState
 
-from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.image_models import NEW_MODEL_CONFIGS, NewModelConfig, new_image_model
-from cm_diffusers.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.objectives.ict import ICTConfig, ICTObjective
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig
+from cm_diffusers.tasks.image_models import NEW_MODEL_CONFIGS, NewModelConfig, new_image_model
+from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images
 from cm_diffusers.types import Networks
 
 

@@ -3,14 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-from cm_diffusers.callbacks import ValidationConfig
-from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.clip_grids import clip_grid
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.sources import refuse_changed
 from cm_diffusers.data.video import VideoDataConfig, video_batches
-from cm_diffusers.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.motion import (
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.motion import (
     MotionConfig,
     NewMotionConfig,
     inflate,
@@ -20,14 +20,13 @@ from cm_diffusers.motion import (
     train_motion,
     video_pipeline,
 )
-from cm_diffusers.networks import TeacherConfig, load_teacher
+from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.process import DiscreteVP
-from cm_diffusers.provenance import describe_run
-from cm_diffusers.publish_video import MotionResultConfig, save_motion_adapter
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.provenance import describe_run
+from cm_diffusers.publishing.video import MotionResultConfig, save_motion_adapter
+from cm_diffusers.tasks.callbacks import ValidationConfig
+from cm_diffusers.tasks.clip_grids import clip_grid
 from cm_diffusers.types import Networks
 
 
@@ -45,6 +44,8 @@ def main() -> None:
     refuse_changed(data, "proportion_empty_prompts", "here: --condition_dropout does that")
     refuse_changed(method, "prediction_type", "here: it is the image model's")
     refuse_changed(validation, "validation_teacher_steps", "without a teacher")
+    if motion.pretrained_motion_adapter:
+        refuse_changed(new, "motion_num_attention_heads motion_max_seq_length", "with --pretrained_motion_adapter")
     image = load_teacher(source)
     scheduler = motion_scheduler(motion, image.scheduler)
     adapter = starting_adapter(motion, new, image.unet, data.sample_n_frames)

@@ -8,15 +8,15 @@ import torch
 from diffusers import AutoencoderKL
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.cli import parse_configs, run
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.small_stable_diffusion import SmallVAEConfig, new_vae
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
-from cm_diffusers.optimizers import OptimConfig
-from cm_diffusers.publish import save_model
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig, Trainer
+from cm_diffusers.publishing.pipelines import save_model
 from cm_diffusers.types import Networks
 
 

@@ -1,12 +1,12 @@
 """Tune a diffusion model into a consistency model: ECT (2406.14548), of images alone, of classes or of text."""
 
-from cm_diffusers.cli import parse_configs, run
-from cm_diffusers.dropout import DropoutConfig
-from cm_diffusers.image_models import StartConfig, load_image_model
-from cm_diffusers.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images, trainable_copy
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.objectives.ect import ECTConfig, ECTObjective
-from cm_diffusers.rng import seed_everything
-from cm_diffusers.trainer import TrainConfig
+from cm_diffusers.tasks.image_models import StartConfig, load_image_model
+from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images, trainable_copy
 from cm_diffusers.types import Networks
 
 

@@ -10,7 +10,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from cm_diffusers.data.clips import CLIP_SUFFIXES, clip_name, is_frame, measure, read_frames
-from cm_diffusers.data.errors import readable
 from cm_diffusers.data.sources import (
     METADATA,
     DataConfig,
@@ -24,6 +23,7 @@ from cm_diffusers.data.sources import (
     source_flag,
     source_name,
 )
+from cm_diffusers.errors import readable
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Embeddings, cached_embeddings
 from cm_diffusers.data.encoders import Encoders, placed
-from cm_diffusers.data.errors import readable
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
-from cm_diffusers.data.sources import DataConfig, captions_of, check_values, refuse_changed
+from cm_diffusers.data.sources import DataConfig, captions_of, check_values
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.text_image import text_image_batches
-from cm_diffusers.networks import adapter_layers, adapters_off
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import readable
+from cm_diffusers.models.adapters import adapter_layers, adapters_off
 from cm_diffusers.types import Batch
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from cm_diffusers.data.prompts import Prompt
 from cm_diffusers.data.reward_history import RewardHistory
 from cm_diffusers.data.sampler import Position, batch_rows, stream
-from cm_diffusers.policy import Conditions
-from cm_diffusers.trainer import Trainer
+from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.policy.policy import Conditions
 from cm_diffusers.types import Batch, Loss
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Generator, Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.advantages import PromptStatistics, compared
 from cm_diffusers.data.reward_history import RewardHistory
-from cm_diffusers.policy import Conditions, Moves
-from cm_diffusers.trainer import Trainer
-from cm_diffusers.transitions import kl_divergence, log_prob
+from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.policy.advantages import PromptStatistics, compared
+from cm_diffusers.policy.policy import Conditions, Moves
+from cm_diffusers.policy.transitions import kl_divergence, log_prob
 
 
 DRAWN, ORDER = 0, 1  # two families of independent random streams of one seed

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,9 @@ from PIL import Image
 from pyarrow import csv, json, parquet
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.errors import readable
 from cm_diffusers.data.tars import FIELDS, IMAGE_SUFFIXES, tar_features, tar_rows, tar_shards
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import readable
 
 
 INTERPOLATIONS = {
@@ -134,15 +135,6 @@ def captions_of(value: Any, column: str) -> list[str]:
         found = next(type(text).__name__ for text in texts if not (text is None or isinstance(text, str)))
         raise ValueError(f"--caption_column {column} must hold a text or a list of texts, but a row holds {found}.")
     return [text for text in texts if text and text.strip()]
-
-
-def refuse_changed(config: object, names: str, where: str) -> None:
-    """No flag is ignored without a word: raises ValueError for one of `names` that is not at its default."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if field.name in names.split() and value != default:
-            raise ValueError(f"--{field.name} has no effect {where}, but it was given ({value}): leave it out.")
 
 
 def nothing_usable(config: DataConfig, number: int, fields: Iterable[str]) -> str:

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.errors import readable
 from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
 from cm_diffusers.data.sampler import SHUFFLE, Position, batch_generator
 from cm_diffusers.data.sources import (
@@ -28,13 +27,14 @@ from cm_diffusers.data.sources import (
     captions_of,
     nothing_usable,
     parquet_files,
-    refuse_changed,
     require_columns,
     source_flag,
     source_name,
     validate,
 )
 from cm_diffusers.data.tars import FIELDS, tar_features, tar_rows, tar_shards
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import readable
 from cm_diffusers.types import Batch
 
 

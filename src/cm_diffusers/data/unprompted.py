@@ -12,8 +12,9 @@ from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.images import class_labels, image_batches, readable_rows
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import row_ranges
-from cm_diffusers.data.sources import DataConfig, load_image_text, refuse_changed
+from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.text_image import drawn_latents
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.types import Batch
 
 

@@ -19,8 +19,9 @@ from cm_diffusers.data.encoders import Encoders, placed
 from cm_diffusers.data.moving_articles import MovingArticles
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import Tensors
-from cm_diffusers.data.sources import DataConfig, check_values, load_image_text, refuse_changed
+from cm_diffusers.data.sources import DataConfig, check_values, load_image_text
 from cm_diffusers.data.text_image import EMPTY, drawn_latents
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.types import Batch
 
 

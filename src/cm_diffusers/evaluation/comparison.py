@@ -16,13 +16,7 @@ from cm_diffusers.evaluation.features import classify, extract_features, load_ex
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Row, Setting, hardware
-from cm_diffusers.evaluation.sampling import (
-    generate,
-    generate_unprompted,
-    load_pipeline,
-    reads_prompts,
-    takes_classes,
-)
+from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline, reads_prompts, takes_classes
 from cm_diffusers.measured import REAL, TEACHER
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.record import read_record

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.data.clip_latents import ClipViews
-from cm_diffusers.data.sources import refuse_changed
 from cm_diffusers.data.video import VideoDataConfig, open_clips
+from cm_diffusers.engine.cli import refuse_changed
 
 
 OF_TRAINING = (

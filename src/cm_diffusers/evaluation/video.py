@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.sources import refuse_changed, source_name
+from cm_diffusers.data.sources import source_name
 from cm_diffusers.data.video import VideoDataConfig
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.evaluation import motion
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance, label_in_prompt, prompt_agreement
@@ -23,7 +24,7 @@ from cm_diffusers.evaluation.report import Row, hardware
 from cm_diffusers.evaluation.video_report import Shown, VideoSetting
 from cm_diffusers.evaluation.video_sampling import OF_ADAPTER, generate_clips, load_video_pipeline, load_video_teacher
 from cm_diffusers.measured import REAL_CLIPS, TEACHER, clips_of
-from cm_diffusers.motion import MotionConfig
+from cm_diffusers.models.motion import MotionConfig
 from cm_diffusers.record import read_record
 
 

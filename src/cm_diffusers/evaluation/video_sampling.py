@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cm_diffusers.data.sources import refuse_changed
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.evaluation.sampling import load_pipeline
-from cm_diffusers.motion import (
+from cm_diffusers.models.motion import (
     MotionConfig,
     check_frames,
     inflate,

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,10 +13,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.diffusion.denoisers import unet_arguments
+from cm_diffusers.models.adapters import LCM_LORA_TARGETS
 from cm_diffusers.models.heads import head_body, zeroed
+from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.vision_critic import VisionCritic, load_backbone
-from cm_diffusers.networks import LCM_LORA_TARGETS, frozen_copy, unet_arguments
-from cm_diffusers.optimizers import OptimConfig
 from cm_diffusers.types import Networks
 
 
@@ -65,19 +66,6 @@ def unused_flags(config: CriticConfig) -> str:
     }
     learning = "critic_learning_rate critic_adam_beta1 critic_adam_beta2"
     return unused.get(config.critic, f"critic_channels critic_lora_rank critic_backbone {learning}")
-
-
-def critic_optim(config: CriticConfig, student: OptimConfig) -> OptimConfig:
-    """How the critic learns."""
-    return replace(
-        student,
-        learning_rate=config.critic_learning_rate,
-        adam_beta1=config.critic_adam_beta1,
-        adam_beta2=config.critic_adam_beta2,
-        lr_scheduler="constant",
-        lr_warmup_steps=0,
-        lr_cooldown_steps=0,
-    )
 
 
 def make_critic(nets: Networks, config: CriticConfig, vae: AutoencoderKL | None = None) -> nn.Module | None:

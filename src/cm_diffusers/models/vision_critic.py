@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, PreTrainedConfi
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from cm_diffusers.data.errors import readable
+from cm_diffusers.errors import readable
 from cm_diffusers.models.heads import head_body, zeroed
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.distances import l1, l2, load_lpips, perceptual
-from cm_diffusers.guidance import Denoiser, guide
-from cm_diffusers.preconditioning import cm_scalings
-from cm_diffusers.process import EDM, append_dims
-from cm_diffusers.rng import rewind_rng
-from cm_diffusers.sigma_views import View, check_sigmas, edm_denoiser
-from cm_diffusers.solvers import heun_step
-from cm_diffusers.times import karras_grid, sample_neighbours
+from cm_diffusers.diffusion.distances import l1, l2, load_lpips, perceptual
+from cm_diffusers.diffusion.guidance import Denoiser, guide
+from cm_diffusers.diffusion.preconditioning import cm_scalings
+from cm_diffusers.diffusion.process import EDM, append_dims
+from cm_diffusers.diffusion.solvers import heun_step
+from cm_diffusers.diffusion.times import karras_grid, sample_neighbours
+from cm_diffusers.diffusion.views import View, check_sigmas, edm_denoiser
+from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

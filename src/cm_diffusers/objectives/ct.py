@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.distances import l1, l2, load_lpips, perceptual
-from cm_diffusers.preconditioning import cm_scalings
-from cm_diffusers.process import append_dims
-from cm_diffusers.rng import rewind_rng
-from cm_diffusers.sigma_views import View, check_sigmas
-from cm_diffusers.times import karras_grid, sample_neighbours, square_root_decay, square_root_intervals
+from cm_diffusers.diffusion.distances import l1, l2, load_lpips, perceptual
+from cm_diffusers.diffusion.preconditioning import cm_scalings
+from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.times import karras_grid, sample_neighbours, square_root_decay, square_root_intervals
+from cm_diffusers.diffusion.views import View, check_sigmas
+from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

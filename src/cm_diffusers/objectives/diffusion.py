@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.networks import for_frames
-from cm_diffusers.process import Process, append_dims, diffuse
+from cm_diffusers.diffusion.denoisers import for_frames
+from cm_diffusers.diffusion.process import Process, append_dims, diffuse
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.policy import Policy
-from cm_diffusers.transitions import kl_divergence
+from cm_diffusers.policy.policy import Policy
+from cm_diffusers.policy.transitions import kl_divergence
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

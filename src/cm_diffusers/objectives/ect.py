@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.distances import pseudo_huber
-from cm_diffusers.preconditioning import edm_scalings
-from cm_diffusers.process import append_dims
-from cm_diffusers.rng import rewind_rng
-from cm_diffusers.sigma_views import View, check_sigmas
-from cm_diffusers.times import easy_ratio, sample_lognormal
+from cm_diffusers.diffusion.distances import pseudo_huber
+from cm_diffusers.diffusion.preconditioning import edm_scalings
+from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.times import easy_ratio, sample_lognormal
+from cm_diffusers.diffusion.views import View, check_sigmas
+from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.preconditioning import edm_scalings
-from cm_diffusers.process import append_dims
-from cm_diffusers.sigma_views import View, check_sigmas
-from cm_diffusers.times import sample_lognormal
+from cm_diffusers.diffusion.preconditioning import edm_scalings
+from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.times import sample_lognormal
+from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.distances import huber_c, pseudo_huber
-from cm_diffusers.preconditioning import cm_scalings
-from cm_diffusers.process import append_dims
-from cm_diffusers.rng import rewind_rng
-from cm_diffusers.sigma_views import View, check_sigmas
-from cm_diffusers.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
+from cm_diffusers.diffusion.distances import huber_c, pseudo_huber
+from cm_diffusers.diffusion.preconditioning import cm_scalings
+from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
+from cm_diffusers.diffusion.views import View, check_sigmas
+from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.distances import DISTANCES
-from cm_diffusers.guidance import guidance_embedding
-from cm_diffusers.networks import as_denoiser
-from cm_diffusers.preconditioning import lcm_scalings
-from cm_diffusers.process import DiscreteVP, append_dims, diffuse
-from cm_diffusers.rng import rewind_rng
-from cm_diffusers.times import sample_solver_pairs, solver_grid
+from cm_diffusers.diffusion.denoisers import as_denoiser
+from cm_diffusers.diffusion.distances import DISTANCES
+from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.diffusion.preconditioning import lcm_scalings
+from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
+from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
+from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 

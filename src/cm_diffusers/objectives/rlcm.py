@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.policy import Moves, Policy
-from cm_diffusers.transitions import Transition, kl_divergence, log_prob
+from cm_diffusers.policy.policy import Moves, Policy
+from cm_diffusers.policy.transitions import Transition, kl_divergence, log_prob
 from cm_diffusers.types import Loss, Networks, Progress
 
 

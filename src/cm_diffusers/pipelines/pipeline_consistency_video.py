@@ -172,7 +172,7 @@ class ConsistencyVideoPipeline(VideoLoaderMixin, AnimateDiffPipeline):
                 (B, F, 3, H, W) in [0, 1]; with several ControlNets a list of these.
             controlnet_conditioning_scale: Factor of what the ControlNets add; or a list, one for each.
             noise_sharing: What frames have in common in all noise, of the start and of every step: a function of
-                `cm_diffusers.frame_noise`, or any `NoiseSampler`. With FreeNoise by default what its `noise_type` says.
+                `cm_diffusers.pipelines.frame_noise`, or any `NoiseSampler`. With FreeNoise by default what its `noise_type` says.
             original_inference_steps: Points of the grid the student was distilled on; by default the scheduler's.
             timesteps: Instead of a number of steps, descending.
             output_type: "pil", "np" (B, F, H, W, 3), "pt" (B, F, 3, H, W), both in [0, 1], or "latent" (B, C, F, h, w).

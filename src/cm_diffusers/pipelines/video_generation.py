@@ -12,7 +12,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.animatediff import AnimateDiffPipelineOutput
 from torch import Tensor
 
-from cm_diffusers.guidance import guidance_embedding
+from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.generation import Callback
 from cm_diffusers.pipelines.ip_adapter import image_embeddings

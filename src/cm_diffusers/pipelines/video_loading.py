@@ -4,22 +4,18 @@ import warnings
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from diffusers import MotionAdapter, UNetMotionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
+from cm_diffusers.models.motion import ANIMATEDIFF_BETAS, adapter_at_root
 from cm_diffusers.pipelines.loading import ConsistencyLoaderMixin
 from cm_diffusers.pipelines.lora import Source
 from cm_diffusers.pipelines.manners import consistency_scheduler
 from cm_diffusers.pipelines.recorded import of_hub
 from cm_diffusers.record import Record, base_model_of, read_record
-
-
-ANIMATEDIFF_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "trained_betas": None}
-POSITIONS = ".pos_embed.pe"  # sinusoids, which the network makes itself
 
 
 class VideoLoaderMixin(ConsistencyLoaderMixin):
@@ -86,7 +82,7 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
         hub = of_hub(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name != "revision"}  # the motion adapter's
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        adapter = load_motion_adapter(source, dtype, hub)
+        adapter = adapter_at_root(source, dtype, hub)
         pipe = cls._on_base(source, base_model or base_model_of(record, source), kwargs | {"motion_adapter": adapter})
         if record is None and kwargs.get("scheduler") is None:
             pipe.scheduler = consistency_scheduler("LCMScheduler", {**pipe.scheduler.config, **ANIMATEDIFF_BETAS})
@@ -112,37 +108,6 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
             super().load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
-
-
-def load_motion_adapter(
-    source: Source, dtype: torch.dtype | None = None, hub: dict[str, Any] | None = None
-) -> MotionAdapter:
-    """The motion adapter at the root of a folder or repository; published ones may lack their positional buffers.
-
-    Args:
-        source: Folder or Hub id.
-        dtype: Of its weights; float32 by default.
-        hub: Where it is on the Hub and in the cache, see `cm_diffusers.pipelines.recorded.of_hub`.
-
-    Raises:
-        ValueError: It is not there, has weights missing or too many, or of other shapes than its config says.
-    """
-    try:
-        kind = MotionAdapter.load_config(source, **(hub or {})).get("_class_name")
-        if kind != "MotionAdapter":
-            raise ValueError(f"its config.json is that of a {kind}")
-        options = {"output_loading_info": True, "use_safetensors": True, "low_cpu_mem_usage": False}
-        adapter, info = MotionAdapter.from_pretrained(source, dtype=dtype, **options, **(hub or {}))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{str(source)!r} holds no motion adapter that can be loaded ({reason}).") from error
-    lacking = [key for key in info["missing_keys"] if not key.endswith(POSITIONS)]
-    for what, keys in (("lacks", lacking), ("has unknown", info["unexpected_keys"])):
-        if keys:
-            raise ValueError(
-                f"The motion adapter {str(source)!r} {what} weights ({len(keys)}, such as {sorted(keys)[0]}); get it anew."
-            )
-    return adapter
 
 
 def _put_on(unet: UNetMotionModel, adapter: MotionAdapter) -> None:

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from cm_diffusers.frame_noise import repeated_frames, shuffled_frames
+from cm_diffusers.pipelines.frame_noise import repeated_frames, shuffled_frames
 from cm_diffusers.pipelines.latents import Generators
 from cm_diffusers.schedulers.scheduling_consistency import NoiseSampler
 
@@ -23,7 +23,7 @@ def noise_sharing(pipe: DiffusionPipeline, asked: NoiseSampler | None) -> NoiseS
     if sharing is not None and not callable(sharing):
         raise ValueError(
             "noise_sharing must be a function (shape, generator, device, dtype) -> noise, such as "
-            f"cm_diffusers.frame_noise.shuffled_frames(16, 4); got {sharing!r}."
+            f"cm_diffusers.pipelines.frame_noise.shuffled_frames(16, 4); got {sharing!r}."
         )
     if sharing is not None and not hasattr(pipe.scheduler, "noise_sampler"):
         raise ValueError(

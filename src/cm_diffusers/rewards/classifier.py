@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from cm_diffusers.data.errors import readable
+from cm_diffusers.errors import readable
 from cm_diffusers.evaluation.metrics import label_in_prompt
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.rewards.preparation import Preparation

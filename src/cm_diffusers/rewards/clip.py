@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from cm_diffusers.data.errors import readable
+from cm_diffusers.errors import readable
 from cm_diffusers.rewards.networks import folded_head, read_weights
 from cm_diffusers.rewards.open_clip import from_open_clip
 from cm_diffusers.rewards.preparation import Preparation

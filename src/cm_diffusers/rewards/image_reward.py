@@ -5,7 +5,7 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVi
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from cm_diffusers.data.errors import readable
+from cm_diffusers.errors import readable
 from cm_diffusers.rewards.networks import folded_head, read_weights
 from cm_diffusers.rewards.preparation import Preparation
 

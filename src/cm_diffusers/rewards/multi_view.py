@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from cm_diffusers.distances import l1
+from cm_diffusers.diffusion.distances import l1
 from cm_diffusers.rewards.base import Metadata
 
 

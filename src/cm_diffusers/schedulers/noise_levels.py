@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm_diffusers.preconditioning import input_scaling, noise_condition, vp_scalings
+from cm_diffusers.diffusion.preconditioning import input_scaling, noise_condition, vp_scalings
 from cm_diffusers.schedulers.timesteps import chosen
 
 
 class NetworkKind(Protocol):
-    """What a view of `cm_diffusers.sigma_views` is to training. Every sigma is float64."""
+    """What a view of `cm_diffusers.diffusion.views` is to training. Every sigma is float64."""
 
     def times(self, sigmas: Tensor) -> Tensor:
         """What the network is told of noise levels `(N,)`."""

@@ -13,7 +13,7 @@ from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from cm_diffusers.preconditioning import lcm_scalings
+from cm_diffusers.diffusion.preconditioning import lcm_scalings
 from cm_diffusers.schedulers.timesteps import chosen, distillation_grid, spread
 
 
@@ -55,7 +55,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         timestep_scaling, sigma_data: Constants of `lcm_scalings`.
         gamma: The share of fresh noise, 0 to 1.
         rescale_betas_zero_snr: Rescale the betas to zero terminal SNR (2305.08891, Algorithm 1).
-        boundary_scalings: "lcm" for `cm_diffusers.preconditioning.lcm_scalings`, "none" for f = x0_hat (TCD).
+        boundary_scalings: "lcm" for `cm_diffusers.diffusion.preconditioning.lcm_scalings`, "none" for f = x0_hat (TCD).
 
     Attributes:
         noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of

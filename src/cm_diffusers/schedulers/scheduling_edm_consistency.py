@@ -11,7 +11,8 @@ from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from cm_diffusers.preconditioning import BOUNDARY_SCALINGS, NOISE_CONDITIONINGS
+from cm_diffusers.diffusion.preconditioning import BOUNDARY_SCALINGS, NOISE_CONDITIONINGS
+from cm_diffusers.diffusion.times import karras_grid
 from cm_diffusers.schedulers.noise_levels import EDMKind, NetworkKind, VPKind, at_places, checked, spread
 from cm_diffusers.schedulers.scheduling_consistency import (
     ConsistencySchedulerOutput,
@@ -19,7 +20,6 @@ from cm_diffusers.schedulers.scheduling_consistency import (
     _checked_gamma,
     _one_of,
 )
-from cm_diffusers.times import karras_grid
 
 
 class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
@@ -41,7 +41,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     A network of kind "edm" is shown x / sqrt(sigma^2 + sigma_data^2) and told `noise_conditioning` of sigma, which is
     also what `timesteps` holds; it answers with F, or with -F if it predicts v, as Stable Video Diffusion. One of kind
     "vp" is a diffusion model of Stable Diffusion's kind that was made a consistency model
-    (`cm_diffusers.sigma_views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
+    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
 
     Args:
         num_train_timesteps: Points of the Karras grid that numbers of steps and indices refer to.

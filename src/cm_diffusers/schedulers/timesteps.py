@@ -8,7 +8,7 @@ from numbers import Real
 import numpy as np
 from diffusers.utils import logging
 
-from cm_diffusers.times import solver_grid
+from cm_diffusers.diffusion.times import solver_grid
 
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,48 @@
+"""Classifier-free guidance (2207.12598).
+
+The one note on conventions: w = 0 means no guidance here, as in the LCM paper (2310.04378, Sec. 4.2):
+x0 = (1 + w) x0(c) - w x0(empty). diffusers' `guidance_scale` is w + 1, so 1 means none. Its pipelines embed
+`guidance_scale - 1`, which is the w of this package; `guidance_embedding` is the same function.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cm_diffusers.diffusion.process import Prediction, append_dims
+
+
+Conditions = dict[str, Tensor]
+Denoiser = Callable[[Tensor, Tensor], Prediction]  # (x_t, t) -> Prediction
+ConditionalDenoiser = Callable[[Tensor, Tensor, Conditions], Prediction]
+
+
+def guide(denoise: ConditionalDenoiser, cond: Conditions, uncond: Conditions, w: Tensor) -> Denoiser:
+    """A guided denoiser that evaluates both branches as one batch of 2B.
+
+    Args:
+        denoise: (x_t, t, conditions) -> Prediction.
+        cond, uncond: Network arguments of the two branches, each `(B, ...)`.
+        w: Guidance strengths `(B,)`; 0 is the conditional branch alone, -1 the unconditional one.
+    """
+    both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+
+    def guided(x_t: Tensor, t: Tensor) -> Prediction:
+        prediction = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        return Prediction(*(_extrapolate(*values.chunk(2), w) for values in prediction))
+
+    return guided
+
+
+def _extrapolate(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
+    return conditional + append_dims(w, conditional) * (conditional - unconditional)
+
+
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding `(B, dim)` of guidance strengths w `(B,)`, as diffusers' LCM pipelines compute it."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=w.dtype, device=w.device) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * w[:, None] * frequencies
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))

@@ -1,0 +1,135 @@
+"""Any diffusers network seen in EDM's coordinates: F(x, sigma, cond), around which c_skip x + c_out F are built.
+
+x = x0 + sigma * noise `(B, ...)`, sigma `(B,)` in float64; see `preconditioning`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cm_diffusers.diffusion.denoisers import unet_arguments
+from cm_diffusers.diffusion.guidance import ConditionalDenoiser, Conditions
+from cm_diffusers.diffusion.preconditioning import edm_scalings, input_scaling, noise_condition, vp_scalings
+from cm_diffusers.diffusion.process import PREDICTION_TYPES, DiscreteVP, Prediction, append_dims
+
+
+class View(Protocol):
+    """How a network is called, and the data's standard deviation that its scalings assume."""
+
+    sigma_data: float
+
+    @property
+    def sigma_range(self) -> tuple[float, float]: ...
+    def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class EDMView:
+    """A network of EDM (2206.00364, Eq. 7): F = network(c_in x, c_noise).
+
+    Attributes:
+        sigma_data: Standard deviation of the data.
+        noise_conditioning: "edm" or "adm", see `noise_condition`; part of the architecture.
+    """
+
+    sigma_data: float
+    noise_conditioning: str
+
+    def __post_init__(self) -> None:
+        _check_sigma_data(self.sigma_data)
+        noise_condition(torch.ones(()), self.noise_conditioning)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return 0.0, math.inf
+
+    def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
+        """F `(B, ...)`, float32."""
+        shown = append_dims(input_scaling(sigma, self.sigma_data), x) * x
+        told = noise_condition(sigma, self.noise_conditioning).to(x.dtype)
+        return network(shown, told, **unet_arguments(cond), return_dict=False)[0].float()
+
+
+@dataclass(frozen=True, eq=False)
+class VPView:
+    """A variance-preserving network: F is what EDM's F would have to be for the same denoiser.
+
+    Attributes:
+        process: Its noising process; times between the integers are shown as fractions.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        sigma_data: Standard deviation of the data.
+    """
+
+    process: DiscreteVP
+    prediction_type: str
+    sigma_data: float
+
+    def __post_init__(self) -> None:
+        _check_sigma_data(self.sigma_data)
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"Unknown prediction_type {self.prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}."
+            )
+
+    @property
+    def with_signal(self) -> DiscreteVP:
+        """The process without the last time of zero terminal SNR, where sigma is infinite."""
+        return DiscreteVP(self.process.alphas_cumprod[self.process.alphas_cumprod > 0])
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The sigmas of its first and last time."""
+        half_log_snr = self.with_signal.half_log_snr(torch.tensor([0, len(self.with_signal.alphas_cumprod) - 1]))
+        low, high = torch.exp(-half_log_snr).tolist()
+        return low, high
+
+    def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
+        """F `(B, ...)`, float32."""
+        sigma = sigma.double()
+        shown = append_dims(1 / (1 + sigma**2).sqrt(), x) * x
+        t = self.with_signal.time_at(-sigma.log()).to(x.dtype)
+        output = network(shown, t, **unet_arguments(cond), return_dict=False)[0].float()
+        on_x, on_output = vp_scalings(sigma, self.sigma_data, self.prediction_type)
+        return append_dims(on_x, x) * x + append_dims(on_output, x) * output
+
+
+def edm_denoiser(view: View, network: Callable) -> ConditionalDenoiser:
+    """The network's denoiser (x, sigma, conditions) -> Prediction, for the solvers with the process `EDM`."""
+
+    def denoise(x: Tensor, sigma: Tensor, cond: Conditions) -> Prediction:
+        output = view(network, x, sigma, cond)
+        c_skip, c_out = edm_scalings(sigma, view.sigma_data)
+        c_in = input_scaling(sigma, view.sigma_data)
+        x0 = append_dims(c_skip, x) * x + append_dims(c_out, x) * output
+        # (x - x0) / sigma without the difference, which has no digits left at small sigma
+        noise = append_dims(sigma * c_in**2, x) * x - append_dims(view.sigma_data * c_in, x) * output
+        return Prediction(x0, noise)
+
+    return denoise
+
+
+def check_sigmas(view: View, sigma_min: float, sigma_max: float) -> None:
+    """
+    Raises:
+        ValueError: sigma_min and sigma_max are no range, or go beyond what the network was trained with.
+    """
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            f"--sigma_min {sigma_min} and --sigma_max {sigma_max} are no range; give 0 < sigma_min < sigma_max."
+        )
+    low, high = view.sigma_range
+    if sigma_min < low:
+        least = math.ceil(low * 1e4) / 1e4
+        raise ValueError(f"--sigma_min {sigma_min} is less noise than the network knows; give at least {least}.")
+    if sigma_max > high:
+        most = math.floor(high * 1e3) / 1e3
+        raise ValueError(f"--sigma_max {sigma_max} is more noise than the network knows; give at most {most}.")
+
+
+def _check_sigma_data(sigma_data: float) -> None:
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f"--sigma_data is {sigma_data}, but the standard deviation of data must be positive.")

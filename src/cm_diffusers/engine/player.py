@@ -1,0 +1,77 @@
+"""A network that learns: its parameters, optimizer and learning-rate schedule."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cm_diffusers.engine import checkpoints
+from cm_diffusers.engine.optimizers import OptimConfig, make_lr_scheduler, make_optimizer
+from cm_diffusers.types import Loss, Networks
+
+
+class Player:
+    """Owns what one trained network of `nets` needs; replaces it there by its prepared (distributed) form."""
+
+    def __init__(
+        self, name: str, nets: Networks, optim: OptimConfig, max_steps: int, accelerator: Accelerator
+    ) -> None:
+        self.name, self.optim, self.accelerator = name, optim, accelerator
+        self.raw: nn.Module = getattr(nets, name)
+        self.trainable = [p for p in self.raw.parameters() if p.requires_grad]
+        if not self.trainable:
+            raise ValueError(f"The {name} has no trainable parameter: every one has requires_grad=False.")
+        optimizer = make_optimizer(self.trainable, optim)
+        self.lr_scheduler = make_lr_scheduler(optimizer, optim, max_steps)  # ours to step: once, on every rank
+        self.network, self.optimizer = accelerator.prepare(self.raw, optimizer)
+        setattr(nets, name, self.network)
+
+    def update(self, loss: Loss) -> dict[str, Tensor]:
+        """Clip, step and clear.
+
+        Raises:
+            FloatingPointError: Loss or gradient is not finite; the weights have not changed.
+        """
+        norm = self.accelerator.clip_grad_norm_(self.trainable, self.optim.max_grad_norm)
+        overflow_is_normal = self.accelerator.scaler is not None  # fp16: the scaler skips such a step
+        if not loss.value.isfinite() or not (overflow_is_normal or norm.isfinite()):
+            raise FloatingPointError(f"the {self.name}'s loss is {loss.value.item()}, its gradient norm {norm.item()}")
+        learning_rate = torch.tensor(self.lr_scheduler.get_last_lr()[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.lr_scheduler.step()
+        return {f"{self.name}/grad_norm": norm.detach(), f"{self.name}/learning_rate": learning_rate}
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
+        """Named tensors by file stem, and JSON."""
+        tensors, rest = checkpoints.split_optimizer_state(self.optimizer.state_dict())
+        files = {self.name: checkpoints.trainable_state(self.raw), f"optimizer-{self.name}": tensors}
+        return files, {"optimizer": rest, "lr_scheduler": self.lr_scheduler.state_dict()}
+
+    def load_state(self, files: dict[str, dict[str, Tensor]], rest: dict) -> None:
+        checkpoints.load_trainable_state(self.raw, files[self.name])
+        saved = checkpoints.join_optimizer_state(files[f"optimizer-{self.name}"], rest["optimizer"])
+        self.optimizer.load_state_dict(saved)
+        self.lr_scheduler.load_state_dict(rest["lr_scheduler"])
+
+
+@contextmanager
+def only_trains(player: Player, players: list[Player]) -> Iterator[None]:
+    """Freeze the other players for this one's turn, then restore exactly what was trainable before.
+
+    Nor do they exchange gradients between ranks: frozen, they would wait forever for some to arrive.
+    """
+    others = [other for other in players if other is not player]
+    frozen = [p for other in others for p in other.trainable]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        with ExitStack() as stack:
+            for other in others:
+                stack.enter_context(other.accelerator.no_sync(other.network))
+            yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)

@@ -1,0 +1,297 @@
+"""The only training loop. It knows players, batches and progress, and no method."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.engine import checkpoints
+from cm_diffusers.engine.accelerator import make_accelerator
+from cm_diffusers.engine.averages import Averages, ema_update, forget_snapshots, power_of
+from cm_diffusers.engine.interrupts import StopRequest, stop_request
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.player import Player, only_trains
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.run_folder import open_run_folder, run_identity
+from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainConfig:
+    """How long and how a run trains, and what it leaves behind."""
+
+    output_dir: str = HfArg(default="runs/latest", help="Where checkpoints, samples, logs and the result go.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete what another run left in --output_dir.")
+    seed: int = HfArg(default=0, help="Seeds data order, noise, times and dropout; a run is a function of it.")
+    max_train_steps: int = HfArg(default=1000, help="Optimizer steps in all, those before a resume included.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches per optimizer step.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in backward to save memory.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="Autocast dtype; weights stay float32.")
+    compile: bool = HfArg(default=False, help="torch.compile every network.")
+    allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on NVIDIA GPUs from Ampere on.")
+    ema_decay: float = HfArg(default=0.95, help="Rate of the EMA target network, where the method has one.")
+    export_ema_decay: float = HfArg(
+        default=0.0, help="Rate of the average that is validated and published; 0 publishes the last weights."
+    )
+    ema_sigma_rels: list[float] = HfArg(
+        default_factory=list,
+        help="Widths of power-function averages that every checkpoint leaves in averages/, e.g. 0.05 0.1; "
+        "training/export_average.py makes a pipeline with any other width from them.",
+    )
+    checkpointing_steps: int = HfArg(default=500, help="Optimizer steps between checkpoints.")
+    checkpoints_total_limit: int | None = HfArg(default=None, help="Keep only the newest so many checkpoints.")
+    resume_from_checkpoint: str | None = HfArg(default=None, help='"latest", or a checkpoint folder; bit-exact.')
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = HfArg(default="tensorboard", help="Tracker.")
+    tracker_project_name: str = HfArg(default="cm_diffusers", help="Project name for the tracker.")
+    logging_steps: int = HfArg(default=10, help="Optimizer steps between entries in the tracker.")
+
+    def __post_init__(self) -> None:
+        counts = (
+            "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit logging_steps"
+        )
+        for name in counts.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, but it is {value}.")
+        for sigma_rel in self.ema_sigma_rels:
+            power_of(sigma_rel)
+
+
+class Trainer:
+    """Accumulate, clip, step, average, log, checkpoint, resume.
+
+    Everything random in a step is drawn from (seed, rank, step), so a checkpoint needs no generator state
+    and nothing done between steps (validation grids, saving) can change the run.
+
+    Args:
+        config: See `TrainConfig`.
+        nets: The networks; what trains are the players' parameters that require gradients.
+        objective: The method.
+        optim: How the players learn: one config for all, or one per player.
+        settings: Dataclasses with whatever else a resumed run must share, such as the data's.
+        callbacks: `(trainer, loss) -> None` after each optimizer step, on every rank.
+
+    Attributes:
+        stopping: Why training ends after this step; callbacks set it, on all ranks alike.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        nets: Networks,
+        objective: Objective,
+        optim: OptimConfig | dict[str, OptimConfig],
+        settings: Iterable[object] = (),
+        callbacks: Iterable[Callable[["Trainer", Loss], None]] = (),
+    ) -> None:
+        self.config, self.nets, self.objective, self.callbacks = config, nets, objective, list(callbacks)
+        self.output_dir, self.step, self.stopping = Path(config.output_dir), 0, ""
+        self.source, self.source_state = None, {}
+        optims = optim if isinstance(optim, dict) else dict.fromkeys(objective.players, optim)
+        self.accelerator = make_accelerator(config.mixed_precision, config.report_to, config.output_dir)
+        self.identity = run_identity(
+            type(objective).__name__, self.accelerator.num_processes, config, objective.config, *settings, **optims
+        )
+        if getattr(objective, "spans_training", False):
+            self.identity["max_train_steps"] = config.max_train_steps
+        resume_path = self._open_folder()
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        for _, module in nets.items():
+            module.to(self.device)
+            if config.compile:
+                module.compile()
+        self.averages = Averages(nets.student, config.export_ema_decay, config.ema_sigma_rels)
+        self.players = [self._make_player(name, optims[name]) for name in objective.players]
+        if resume_path:
+            self.load(resume_path)
+        if config.report_to != "none":
+            scalars = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in self.identity.items()}
+            self.accelerator.init_trackers(config.tracker_project_name, config=scalars)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.step, self.config.max_train_steps)
+
+    @property
+    def student(self) -> nn.Module:
+        """The student without the wrappers of distributed training."""
+        return self.accelerator.unwrap_model(self.nets.student)
+
+    def fit(self, batches: Callable[[int], Iterator[Batch]]) -> None:
+        """Train to `max_train_steps`, then leave a last checkpoint.
+
+        Args:
+            batches: Data source; called with the number of micro-batches this rank has already seen. One with `state` and
+                `load_state` (named tensors, on all ranks) has them in checkpoints.
+
+        Raises:
+            FloatingPointError: A loss or gradient is not finite; the last checkpoint stands.
+            SystemExit: SIGINT or SIGTERM arrived; a checkpoint was written.
+        """
+        config, last_saved, self.source = self.config, self.step, batches
+        if self.source_state:
+            batches.load_state(self.source_state)
+        stream = iter(batches(self.step * config.gradient_accumulation_steps))
+        quiet = not self.accelerator.is_local_main_process
+        with stop_request() as request, tqdm(initial=self.step, total=config.max_train_steps, disable=quiet) as bar:
+            while self.step < config.max_train_steps and not self.stopping:
+                started = time.perf_counter()
+                loss, images = self.training_step(stream)
+                self._log(loss, images / (time.perf_counter() - started), bar)
+                for callback in self.callbacks:
+                    callback(self, loss)
+                stopping = self._all_agree(request)
+                if stopping or self.step % config.checkpointing_steps == 0:
+                    last_saved = self.save()
+                if stopping:
+                    raise SystemExit(
+                        f"Stopped by a signal at step {self.step}; continue with --resume_from_checkpoint latest."
+                    )
+        if last_saved != self.step:
+            self.save()
+        if self.stopping:
+            logger.warning("Training ended at step %d of %d: %s", self.step, config.max_train_steps, self.stopping)
+
+    def training_step(self, stream: Iterator[Batch]) -> tuple[Loss, int]:
+        """One optimizer step of every player; returns the mean loss of the first and the images seen by all ranks."""
+        rank, progress, losses, logs = self.accelerator.process_index, self.progress, [], {}
+        seed_everything(self.config.seed, rank, self.step, 0)  # for sources that sample, such as rollouts
+        batches = [next(stream).to(self.device) for _ in range(self.config.gradient_accumulation_steps)]
+        for turn, player in enumerate(self.players, start=1):
+            seed_everything(self.config.seed, rank, self.step, turn)
+            with only_trains(player, self.players):
+                loss = self._accumulate(player, batches, progress)
+            if loss is not None:
+                losses.append(loss)
+                logs |= loss.logs | self._update(player, loss)
+        self.step += 1
+        if self.nets.target is not None:
+            decay = getattr(self.objective, "target_decay", lambda progress: self.config.ema_decay)
+            ema_update(self.nets.target, self.student, decay(progress))
+        self.averages.update(self.step)
+        return Loss(losses[0].value, logs), sum(b.size for b in batches) * self.accelerator.num_processes
+
+    def _accumulate(self, player: Player, batches: list[Batch], progress: Progress) -> Loss | None:
+        """Back-propagate the mean loss over the micro-batches; returns means over micro-batches and ranks."""
+        values, logs = [], []
+        for batch in batches:
+            syncs = batch is batches[-1]
+            with nullcontext() if syncs else self.accelerator.no_sync(player.network):
+                with self.accelerator.autocast():
+                    loss = self.objective.players[player.name](self.nets, batch, progress)
+                if loss is None:
+                    return None
+                self.accelerator.backward(loss.value / len(batches))
+            values.append(loss.value.detach().float())
+            logs.append(loss.logs)
+        mean = {name: torch.stack([log[name].float() for log in logs]).mean() for name in logs[0]}
+        mean["value"] = torch.stack(values).mean()
+        mean = self.accelerator.reduce(mean, reduction="mean")
+        return Loss(mean.pop("value"), mean)
+
+    def _update(self, player: Player, loss: Loss) -> dict[str, torch.Tensor]:
+        try:
+            return player.update(loss)
+        except FloatingPointError as error:
+            kept = checkpoints.list_checkpoints(self.output_dir)
+            raise FloatingPointError(
+                f"Training stopped at step {self.step}: {error}. The last good checkpoint is "
+                f"{kept[-1] if kept else 'none yet'}; try a lower --learning_rate or --mixed_precision no or bf16."
+            ) from None
+
+    @contextmanager
+    def export_weights(self) -> Iterator[nn.Module]:
+        """The student as it would be published: with averaged weights where `export_ema_decay` is set."""
+        student = self.student
+        was_training = student.training
+        with self.averages.applied():
+            try:
+                yield student.eval()
+            finally:
+                student.train(was_training)
+
+    def save(self) -> int:
+        """Write a checkpoint (by the main process: state is equal on all ranks) and return its step."""
+        source = self.source.state() if hasattr(self.source, "state") else {}
+        if self.accelerator.is_main_process:
+            files, state = self.averages.state(), {"step": self.step, "identity": self.identity, "players": {}}
+            for player in self.players:
+                tensors, state["players"][player.name] = player.state()
+                files |= tensors
+            if self.nets.target is not None:
+                files["target"] = self.nets.target.state_dict()
+            if source:
+                files["source"] = source
+            if self.accelerator.scaler is not None:
+                state["grad_scaler"] = self.accelerator.scaler.state_dict()
+            self.averages.write_snapshots(self.output_dir, self.step)
+            checkpoints.write_checkpoint(self.output_dir, self.step, files, state)
+            if self.config.checkpoints_total_limit:
+                checkpoints.prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+        return self.step
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint folder."""
+        files, state = checkpoints.read_checkpoint(path)
+        for player in self.players:
+            player.load_state(files, state["players"][player.name])
+        if self.nets.target is not None:
+            self.nets.target.load_state_dict(files["target"])
+        self.averages.load(files)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        self.source_state = files.get("source", {})
+        self.step = state["step"]
+        if self.accelerator.is_main_process:
+            forget_snapshots(self.output_dir, after=self.step)
+        logger.info("Resumed from %s at step %d", path, self.step)
+
+    def _make_player(self, name: str, optim: OptimConfig) -> Player:
+        if self.config.gradient_checkpointing:
+            models = [m for m in getattr(self.nets, name).modules() if isinstance(m, ModelMixin)]
+            for model in models:
+                model.enable_gradient_checkpointing()
+        return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
+
+    def _open_folder(self) -> Path | None:
+        """Only the main process touches the folder; the others look after it has."""
+        config, path = self.config, None
+        if self.accelerator.is_main_process:
+            path = open_run_folder(
+                self.output_dir, self.identity, config.overwrite_output_dir, config.resume_from_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+        if config.resume_from_checkpoint and path is None:
+            path = checkpoints.find_checkpoint(self.output_dir, config.resume_from_checkpoint)
+        return path
+
+    def _all_agree(self, request: StopRequest) -> bool:
+        """Whether any rank was asked to stop: all must leave at the same step."""
+        asked = torch.tensor(int(request.signum is not None), device=self.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum").item())
+
+    def _log(self, loss: Loss, images_per_second: float, bar: tqdm) -> None:
+        bar.update()
+        bar.set_postfix_str(f"loss {loss.value.item():.4g}, {images_per_second:.1f} images/s", refresh=False)
+        if self.step % self.config.logging_steps == 0:
+            values = {name: value.item() for name, value in loss.logs.items()}
+            values |= {"loss": loss.value.item(), "images_per_second": images_per_second}
+            self.accelerator.log(values, step=self.step)

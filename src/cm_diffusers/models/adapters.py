@@ -1,0 +1,82 @@
+"""Adapters (LoRA) on a network, and the network without them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+# Every convolution and linear layer of a Stable Diffusion UNet but the ends, as LCM-LoRA (2311.05556) adapts.
+LCM_LORA_TARGETS = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+).split()
+
+
+def add_lora(
+    unet: UNet2DConditionModel, rank: int, alpha: float, dropout: float, target_modules: list[str]
+) -> UNet2DConditionModel:
+    """Add float32 adapters to a frozen UNet, in place. Adapter B is zero, so the output does not change."""
+    unet.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules)
+    try:
+        unet.add_adapter(config)
+    except ValueError as error:
+        raise ValueError(f"--lora_target_modules names no layer of the UNet: {error}") from error
+    cast_training_params(unet, torch.float32)
+    return unet.train()
+
+
+@contextmanager
+def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
+    """The adapted layers compute without their adapters inside the block."""
+    for layer in layers:
+        layer._disable_adapters = True  # enable_adapters(False) would also flip requires_grad
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def recomputed_with(network: nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Blocks that run inside run in this context in gradient checkpointing's recomputation, too."""
+    recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), context()))
+    blocks = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+    usual = [block._gradient_checkpointing_func for block in blocks]
+    for block in blocks:
+        block._gradient_checkpointing_func = recompute
+    try:
+        yield
+    finally:
+        for block, function in zip(blocks, usual, strict=True):
+            block._gradient_checkpointing_func = function
+
+
+class WithoutAdapters(nn.Module):
+    """The teacher inside a LoRA student: the same weights, adapters and dropout off. Holds no memory of its own."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self._student = [student]  # a list, so that this is not a second registration of the same parameters
+        self._layers = adapter_layers(student)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        student, was_training = self._student[0], self._student[0].training
+        with adapters_off(self._layers), recomputed_with(student, partial(adapters_off, self._layers)):
+            try:
+                return student.eval()(*args, **kwargs)
+            finally:
+                student.train(was_training)

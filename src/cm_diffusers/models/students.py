@@ -1,0 +1,87 @@
+"""Students and their targets: copies of a teacher, or adapters on it."""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_lora
+from cm_diffusers.types import Networks
+
+
+@dataclass
+class StudentConfig:
+    """What becomes of the teacher's network."""
+
+    lora: bool = HfArg(default=False, help="Train adapters on the teacher itself instead of a copy of it.")
+    lora_rank: int = HfArg(default=64, help="Rank of the adapters.")
+    lora_alpha: float = HfArg(default=64.0, help="Scale of the adapters, times 1 / rank.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapters.")
+    lora_target_modules: list[str] = HfArg(
+        default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
+    )
+    unet_time_cond_proj_dim: int = HfArg(default=256, help="Size of the full student's guidance embedding.")
+    save_fp16: bool = HfArg(default=False, help="Store the full student's UNet and VAE in half precision.")
+    cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
+        default="no",
+        help="Keep the full student's teacher in half precision (with --mixed_precision of the same kind).",
+    )
+
+
+def require_autocast(config: StudentConfig, mixed_precision: str) -> None:
+    """A cast teacher runs under autocast only: latents and conditions are float32."""
+    cast = config.cast_teacher_unet
+    if cast not in ("no", mixed_precision):
+        raise ValueError(f"--cast_teacher_unet {cast} needs --mixed_precision {cast}, but that is {mixed_precision}.")
+
+
+def make_networks(teacher: UNet2DConditionModel, config: StudentConfig) -> Networks:
+    """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
+    if config.lora:
+        if config.cast_teacher_unet != "no":
+            raise ValueError(
+                "--cast_teacher_unet is for the full student: with --lora, teacher and student share weights."
+            )
+        names = config.lora_target_modules
+        student = add_lora(teacher, config.lora_rank, config.lora_alpha, config.lora_dropout, names)
+        return Networks(student, teacher=WithoutAdapters(student))
+    student = make_student(teacher, config.unet_time_cond_proj_dim)
+    if config.cast_teacher_unet != "no":
+        teacher.to({"bf16": torch.bfloat16, "fp16": torch.float16}[config.cast_teacher_unet])
+    return Networks(student, target=frozen_copy(student), teacher=teacher)
+
+
+def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int) -> UNet2DConditionModel:
+    """A copy of the teacher with a guidance embedding that starts at zero: student = teacher at step 0.
+
+    Args:
+        guidance_embedding_dim: Size of the embedding, e.g. 256, as `time_cond_proj_dim` in the config.
+    """
+    # `_use_default_values` among the private entries would reset time_cond_proj_dim to its default
+    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    config["time_cond_proj_dim"] = guidance_embedding_dim
+    student = UNet2DConditionModel.from_config(config).to(teacher.device)
+    projection = student.time_embedding.cond_proj.weight
+    student.load_state_dict({**teacher.state_dict(), "time_embedding.cond_proj.weight": torch.zeros_like(projection)})
+    return student.train()
+
+
+class TextConditionedUNet(nn.Module):
+    """A UNet and a text tower that train together: conditions are `input_ids` `(B, L)`."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, sample: Tensor, timestep: Tensor, input_ids: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        states = self.text_encoder(input_ids)[0]
+        return self.unet(sample, timestep, encoder_hidden_states=states, return_dict=return_dict)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A detached copy that never trains, e.g. the EMA target at step 0."""
+    return copy.deepcopy(module).requires_grad_(False)

@@ -1,0 +1,175 @@
+"""The pipelines and records of students in EDM's coordinates: without prompts, or of Stable Diffusion."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DiffusionPipeline,
+    LCMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from torch import Tensor
+
+from cm_diffusers.diffusion.views import EDMView, VPView
+from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
+from cm_diffusers.pipelines.pipeline_consistency_images import stock_scheduler
+from cm_diffusers.publishing.image_card import EDM_METHODS
+from cm_diffusers.record import Record
+from cm_diffusers.schedulers import EDMConsistencyScheduler
+
+
+STOCK = {"network": "edm", "noise_conditioning": "adm", "boundary_scalings": "cm", "gamma": 1.0}
+
+
+SCHEDULES = (  # of nearly all diffusion models; any other is told beta by beta
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    {"beta_schedule": "squaredcos_cap_v2"},
+)
+
+
+class Statistics(Protocol):
+    """Mean and standard deviation of each channel of the latents."""
+
+    mean: list[float]
+    std: list[float]
+
+
+def images_scheduler(
+    view: EDMView | VPView,
+    boundary: str,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float,
+    num_scales: int,
+    recommended_sigmas: list[float] | None,
+    clip_denoised: bool,
+    gamma: float = 1.0,
+) -> EDMConsistencyScheduler:
+    """The scheduler whose grid, scalings and network are those of training.
+
+    Args:
+        view: How training called the network.
+        boundary: "cm" or "edm".
+        sigma_min, sigma_max, rho, num_scales: The Karras grid.
+        recommended_sigmas: What samples are best taken at; None for a number of steps on the grid.
+        clip_denoised: For pixels.
+        gamma: 1 for a consistency model; 0 makes a step Euler's, for a diffusion model with the boundary "edm".
+    """
+    return EDMConsistencyScheduler(
+        num_train_timesteps=num_scales,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        sigma_data=view.sigma_data,
+        rho=rho,
+        clip_denoised=clip_denoised,
+        boundary_scalings=boundary,
+        gamma=gamma,
+        recommended_sigmas=recommended_sigmas,
+        **_network(view),
+    )
+
+
+def _network(view: EDMView | VPView) -> dict[str, object]:
+    if isinstance(view, EDMView):
+        return {"network": "edm", "noise_conditioning": view.noise_conditioning}
+    alphas_cumprod = view.with_signal.alphas_cumprod
+    known = (schedule for schedule in SCHEDULES if _makes(schedule, alphas_cumprod))
+    return {
+        "network": "vp",
+        "prediction_type": view.prediction_type,
+        "num_vp_timesteps": len(alphas_cumprod),
+        **next(known, {"trained_betas": _betas(alphas_cumprod)}),
+    }
+
+
+def _makes(schedule: dict[str, object], alphas_cumprod: Tensor) -> bool:
+    return torch.equal(LCMScheduler(len(alphas_cumprod), **schedule).alphas_cumprod.double(), alphas_cumprod)
+
+
+def _betas(alphas_cumprod: Tensor) -> list[float]:
+    """Betas in float32 that a stock scheduler multiplies up to these `alphas_cumprod` `(T,)`, to the last bit.
+
+    Each makes good what rounding those before it lost; with plain ratios the losses would add up.
+    """
+    product, betas = 1.0, []
+    for wanted in alphas_cumprod.tolist():
+        beta = 1 - np.float32(wanted / product)
+        betas.append(float(beta))
+        product *= float(1 - beta)
+    return betas
+
+
+def images_pipeline(
+    unet: UNet2DModel | UNet2DConditionModel,
+    scheduler: EDMConsistencyScheduler,
+    vae: AutoencoderKL | None = None,
+    statistics: Statistics | None = None,
+) -> DiffusionPipeline:
+    """The pipeline a student without prompts samples in: the stock one where that samples it right.
+
+    Both are saved with the stock scheduler. Our fields ride in its config, from which our pipelines have them again.
+
+    Args:
+        vae: For a student of latents.
+        statistics: Of the latents, where training standardised them to the scheduler's sigma_data.
+    """
+    if vae is None and statistics is None and _is_stock(unet, scheduler):
+        pipe = ConsistencyModelPipeline(unet, stock_scheduler(scheduler))
+    else:
+        pipe = ConsistencyImagesPipeline(
+            unet,
+            scheduler,
+            vae,
+            latents_mean=statistics and list(statistics.mean),
+            latents_std=statistics and list(statistics.std),
+            sigma_data=scheduler.config.sigma_data,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _is_stock(unet: UNet2DModel | UNet2DConditionModel, scheduler: EDMConsistencyScheduler) -> bool:
+    square = isinstance(unet.config.sample_size, int)
+    return isinstance(unet, UNet2DModel) and square and STOCK.items() <= scheduler.config.items()
+
+
+def text_pipeline(
+    teacher: DiffusionPipeline, unet: UNet2DConditionModel, scheduler: EDMConsistencyScheduler
+) -> ConsistencyPipeline:
+    """A Stable Diffusion (XL) student in EDM's coordinates; all but network and scheduler is the teacher's."""
+    pipe = ConsistencyPipeline.from_pipe(teacher, unet=unet, scheduler=scheduler, record=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images_record(
+    method: str,
+    base_model: str,
+    guidance: str,
+    w: float,
+    scheduler: EDMConsistencyScheduler | CMStochasticIterativeScheduler,
+    num_inference_steps: int,
+) -> Record:
+    """
+    Args:
+        method: "cd", "ct", "ict", "slct", "ect", or "edm" for a diffusion model.
+        base_model: Folder or Hub id of what it was made from; "" for a network trained from data alone.
+        guidance: "none" for a student without prompts, "distilled" for one with.
+        w: The guidance in its weights.
+        scheduler: The pipeline's: by its class, which is what samples right, the model card tells who can sample it.
+        num_inference_steps: What it is best sampled with.
+
+    Raises:
+        ValueError: Another method.
+    """
+    if method not in EDM_METHODS:
+        raise ValueError(f"Unknown method {method!r}; give one of {', '.join(EDM_METHODS)}.")
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    entry = {"_class_name": type(scheduler).__name__, **config}
+    return Record(method, base_model, guidance, w, w, 1.0, num_inference_steps, entry)

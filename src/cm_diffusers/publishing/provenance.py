@@ -1,0 +1,196 @@
+"""Where a student comes from: script, settings, data and teacher's licence, `training.json` beside its weights."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+import cm_diffusers
+from cm_diffusers.models.teachers import is_xl
+
+
+PROVENANCE = "training.json"
+LOCAL = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\|file:")  # how a path of a machine begins
+STEPS = re.compile(r"[\\/]+")
+ADDRESS = r"\s*[A-Za-z][\w+.-]*://"
+ADDRESSES = re.compile(rf"(,)(?={ADDRESS})")  # a comma behind a query may belong to it
+PREFIX = r"(?<=[\w.]{2})(?<!file):(?!//)"  # of a reward, as in classifier:FOLDER
+PLACES = re.compile(rf"(,|{PREFIX})(?={ADDRESS}|\s*(?:{LOCAL.pattern}|\.\.[\\/]))")
+# Where files lay and who pushed them is nobody's business, and a token least of all.
+PRIVATE = set(
+    "output_dir overwrite_output_dir cache_dir latent_cache_dir resume_from_checkpoint report_to "
+    "tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token".split()
+)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a model card tells about the making, beside the record.
+
+    Attributes:
+        name: Hub id or folder the card's examples load.
+        base_id: Hub id of the teacher; None if it was a folder of the machine.
+        family: "stable-diffusion" or "stable-diffusion-xl"; None for a network without text.
+        data: What the student was trained on, in words or as a Hub id.
+        license: The `license` of the teacher, or of the data where there is none, and `license_name` and
+            `license_link` where it has them; empty if unknown.
+        command: The command line, without paths of the machine.
+        commit: Of the code.
+        settings: Flags and their values, without paths of the machine and without anything about the Hub.
+        num_classes: Of a network that takes `class_labels`.
+    """
+
+    name: str
+    base_id: str | None
+    family: str | None
+    data: str
+    license: dict[str, str]
+    command: str
+    commit: str
+    settings: dict[str, object]
+    num_classes: int | None = None
+
+
+def describe_run(
+    configs: Sequence[object],
+    teacher: DiffusionPipeline | None,
+    source: str | None,
+    data: str,
+    name: str,
+    left_out: Collection[str] = (),
+    num_classes: int | None = None,
+) -> Provenance:
+    """The provenance of a training script's result.
+
+    Args:
+        configs: The script's dataclasses.
+        teacher: The teacher's pipeline; None if the network was trained from data alone.
+        source: Folder or Hub id it came from, where its licence stands; None without a teacher.
+        data: Hub id or folder of the data, or words.
+        name: Hub id or folder of the result.
+        left_out: Settings that do not act in this script.
+        num_classes: Of a network that takes `class_labels`.
+    """
+    settings = {key: public(value) for config in configs for key, value in asdict(config).items()}
+    return Provenance(
+        name=public(name),
+        base_id=None if source is None or is_path(source) else source,
+        family=_family(teacher),
+        data=public(data),
+        license=read_license(data, "dataset") if source is None else read_license(source),
+        command=_command(configs),
+        commit=_commit(),
+        settings={key: value for key, value in settings.items() if key not in {*PRIVATE, *left_out}},
+        num_classes=num_classes,
+    )
+
+
+def _family(teacher: DiffusionPipeline | None) -> str | None:
+    if getattr(teacher, "text_encoder", None) is None:
+        return None
+    return "stable-diffusion-xl" if is_xl(teacher.unet) else "stable-diffusion"
+
+
+def public(value: object) -> object:
+    """Paths of the machine become their last part; addresses lose user, password, query and fragment, where secrets are.
+
+    Both also in lists separated by commas, and behind a word and a colon. Everything else is left.
+    """
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return "".join(map(_public_place, (ADDRESSES if set("?#") & set(value) else PLACES).split(value)))
+
+
+def _public_place(text: str) -> str:
+    if "://" in text:
+        text = re.sub(r"://[^/]*@", "://", re.split(r"[?#]", text)[0])
+    place = text.strip()
+    if LOCAL.match(place) or (".." in STEPS.split(place) and "://" not in place):
+        return next((part for part in reversed(STEPS.split(place)) if part), text)
+    return text
+
+
+def is_path(source: str) -> bool:
+    """Whether a model is named by a folder of this machine instead of a Hub id."""
+    local = source.startswith(".") or bool(LOCAL.match(source)) or source.count("/") > 1
+    return local or (source != "" and Path(source).exists())  # Path("") is the working folder
+
+
+def write_provenance(provenance: Provenance, folder: Path) -> None:
+    (folder / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=1) + "\n", "utf-8")
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """
+    Raises:
+        ValueError: There is none, or it is not one.
+    """
+    path = folder / PROVENANCE
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return Provenance(**{field.name: content[field.name] for field in fields(Provenance) if field.name in content})
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not tell how the student was trained ({error!r}); give a folder that a training script wrote."
+        ) from error
+
+
+def read_license(source: str, repo_type: str = "model") -> dict[str, str]:
+    """The licence fields in the front matter of a README, in a folder or on the Hub; {} if unknown."""
+    try:
+        here = Path(source).exists()
+        path = Path(source, "README.md") if here else Path(hf_hub_download(source, "README.md", repo_type=repo_type))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return {}
+    metadata = (metadata_load(path) if path.is_file() else None) or {}
+    found = {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
+    listed = found.get("license")
+    if isinstance(listed, list):  # as data sets have it; of several, none is that of everything
+        return {**found, "license": listed[0]} if len(listed) == 1 else {}
+    return found
+
+
+def _command(configs: Iterable[object]) -> str:
+    """The script with every flag that is not its default, as `accelerate launch` starts it if on several processes."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    words = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    words.append(f"training/{Path(sys.argv[0]).name}")
+    for config in configs:
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if field.name not in PRIVATE and value != _default(field):
+                words += _flag(field.name, public(value))
+    return shlex.join(words)
+
+
+def _default(field: Field) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _flag(name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def _commit() -> str:
+    """The commit of the code that trains where it is a checkout, with "-dirty" if it was changed; else the version."""
+    here, git = Path(__file__), ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # a package installed inside somebody else's checkout is not of that checkout
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--exclude", "*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {cm_diffusers.__version__}"

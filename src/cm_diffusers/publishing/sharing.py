@@ -1,0 +1,179 @@
+"""A finished folder, made ready to be shared: measurements put in, licence filled in, card written anew."""
+
+import inspect
+import json
+import os
+import runpy
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.measured import BASELINES, FOLDER, GRID, TABLE, Measured, clips_of, read_measured
+from cm_diffusers.publishing.image_card import is_stock
+from cm_diffusers.publishing.model_card import LORA_WEIGHTS, PIPELINE_FILE, model_card
+from cm_diffusers.publishing.pipelines import SAMPLES, written_aside
+from cm_diffusers.publishing.provenance import Provenance, read_license, read_provenance, write_provenance
+from cm_diffusers.record import RECORD, Record, read_record, write_record
+
+
+@dataclass
+class ShareConfig:
+    """A result to share, and what its card shall say beside how it was made."""
+
+    folder: str = HfArg(help="Folder of a finished pipeline or LoRA, as a training script wrote it.")
+    evaluation: str | None = HfArg(
+        default=None,
+        help="Output folder of training/evaluate.py or evaluate_video.py: its numbers and samples go into the card.",
+    )
+    evaluation_name: str | None = HfArg(
+        default=None, help="The student's name in that evaluation, where it measured several."
+    )
+    base_model: str | None = HfArg(
+        default=None, help="Hub id of the teacher, where the training used a local copy of it."
+    )
+    teacher_license: str | None = HfArg(
+        default=None,
+        help='Licence of the teacher, or of the data if there was none, where its own card gives none, e.g. "openrail++".',
+    )
+    pipeline_file: str | None = HfArg(
+        default=None,
+        help="Single-file pipeline to put beside the weights as pipeline.py, "
+        "e.g. pipelines/consistency_text_to_image.py.",
+    )
+
+
+def default_name(folder: str) -> str:
+    """That of the run, where the folder is one that a training script names after what is in it."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name in ("pipeline", "lora", "student") else path.name
+
+
+def prepare(config: ShareConfig, name: str | None = None) -> Path:
+    """Writes the card of a finished folder anew, from what lies beside the weights.
+
+    Args:
+        name: Hub id it will be loaded by; None keeps the present name.
+
+    Raises:
+        ValueError: The folder holds no result of a training script, or the evaluation none of this student; a teacher
+            is named where there was none; or the single file is no pipeline for this folder.
+    """
+    folder = Path(config.folder)
+    record = read_record(folder) if folder.is_dir() else None
+    if record is None or not any((folder / file).is_file() for file in ("model_index.json", LORA_WEIGHTS)):
+        raise ValueError(
+            f"{folder} holds no pipeline or LoRA with its {RECORD}; give the folder that a training script ended with, "
+            "such as runs/NAME/pipeline, runs/NAME/lora or runs/NAME/student."
+        )
+    provenance = read_provenance(folder)
+    if config.base_model and not record.base_model:
+        raise ValueError(f"{folder} was trained from data alone, so --base_model names nothing; leave it out.")
+    if config.base_model:
+        record = replace(record, base_model=config.base_model)
+        provenance = replace(provenance, base_id=config.base_model)
+    provenance = replace(_with_license(provenance, config, record), name=name or provenance.name)
+    if config.pipeline_file:
+        _check_pipeline_file(Path(config.pipeline_file), folder, record)
+    if config.evaluation:
+        attach_evaluation(folder, Path(config.evaluation), config.evaluation_name)
+    measured = read_measured(folder / FOLDER) if (folder / FOLDER).is_dir() else None
+    grid = f"{FOLDER}/{measured.picture}" if measured else SAMPLES if (folder / SAMPLES).is_file() else None
+    if config.pipeline_file:
+        _put(folder / PIPELINE_FILE, Path(config.pipeline_file).read_bytes())
+    card = model_card(record, provenance, measured, grid, (folder / PIPELINE_FILE).is_file())
+    write_record(record, folder)
+    write_provenance(provenance, folder)
+    _put(folder / "README.md", card.encode())
+    return folder
+
+
+def _put(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def _check_pipeline_file(path: Path, folder: Path, record: Record) -> None:
+    """Runs the file: diffusers must find exactly one pipeline class in it, for the parts that are in the folder.
+
+    A student that diffusers alone cannot sample needs a file that does.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"--pipeline_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    if any(isinstance(entry, list) and str(entry[0]).startswith("cm_diffusers") for entry in index.values()):
+        raise ValueError(
+            f"--pipeline_file is for diffusers without this package, which cannot load the scheduler of {folder}; leave "
+            "it out."
+        )
+    found = _pipeline_classes(path)
+    if len(found) != 1:
+        raise ValueError(
+            f"--pipeline_file {path} must hold exactly one subclass of DiffusionPipeline, but it holds "
+            f"{', '.join(cls.__name__ for cls in found) or 'none'}; give a file such as "
+            "pipelines/consistency_text_to_image.py."
+        )
+    modules, _ = found[0]._get_signature_keys(found[0])
+    parts = {name for name, entry in index.items() if isinstance(entry, list) and isinstance(entry[0], str)}
+    if lacking := sorted(set(modules) - set(found[0]._optional_components) - parts):
+        raise ValueError(f"--pipeline_file {path} needs {', '.join(lacking)}, which {folder} has not; leave it out.")
+    if left := sorted(parts - set(modules)):
+        raise ValueError(f"--pipeline_file {path} leaves out {', '.join(left)} of {folder}; give another.")
+    if not is_stock(record) and (asked := _asked_for(found[0])):
+        raise ValueError(
+            f"--pipeline_file {path} asks for {', '.join(asked)}, but {folder} needs one that "
+            "samples, for diffusers alone cannot; give such a one."
+        )
+
+
+def _asked_for(pipeline: type[DiffusionPipeline]) -> list[str]:
+    """What a call must be given beside a prompt."""
+    _, *given = inspect.signature(pipeline.__call__).parameters.values()
+    needed = [one.name for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return [name for name in needed if name != "prompt"]
+
+
+def _pipeline_classes(path: Path) -> list[type[DiffusionPipeline]]:
+    """Those that the file itself defines."""
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"--pipeline_file {path} is not a Python file that exists; give one.")
+    name = "single_file_pipeline"
+    try:
+        content = runpy.run_path(str(path), run_name=name)
+    except Exception as error:  # whatever the file does
+        raise ValueError(f"--pipeline_file {path} does not run: {error!r}; give one that does.") from error
+    own = [value for value in content.values() if isinstance(value, type) and value.__module__ == name]
+    return [value for value in own if issubclass(value, DiffusionPipeline)]
+
+
+def _with_license(provenance: Provenance, config: ShareConfig, record: Record) -> Provenance:
+    """The licence that the card of teacher or data gives; else, as now stated there, or by the flag."""
+    where = (record.base_model,) if record.base_model else (provenance.data, "dataset")
+    known = provenance.license or read_license(*where)
+    given = config.teacher_license
+    if given and known.get("license", given) != given:
+        raise ValueError(
+            f"--teacher_license {given} contradicts the {'teacher' if record.base_model else 'data'}'s card, which gives "
+            f"{known['license']!r}; leave it out."
+        )
+    return replace(provenance, license=known or ({"license": given} if given else {}))
+
+
+def attach_evaluation(folder: Path, evaluation: Path, name: str | None) -> None:
+    """Puts the rows of one student and the sample grid into its folder, whole or not at all.
+
+    Args:
+        name: The student's in the evaluation.
+    """
+    measured = read_measured(evaluation, name)
+    with written_aside(folder / FOLDER) as aside:
+        (aside / TABLE).write_text(json.dumps(asdict(measured), indent=1) + "\n", "utf-8")
+        picture = clips_of(_student(measured)) if measured.of_clips else GRID
+        shutil.copyfile(evaluation / picture, aside / measured.picture)
+
+
+def _student(measured: Measured) -> str:
+    return next(row["pipeline"] for row in measured.rows if row["pipeline"] not in BASELINES)

@@ -1,0 +1,167 @@
+"""What happens after an optimizer step, beside learning: `(trainer, loss) -> None`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from accelerate.tracking import GeneralTracker
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.sampling import generate, generate_unprompted
+from cm_diffusers.models.adapters import adapter_layers, adapters_off
+from cm_diffusers.schedulers import EDMConsistencyScheduler
+from cm_diffusers.types import Loss
+
+
+@dataclass
+class ValidationConfig:
+    """Grids of samples while training: fixed prompts and seeds, a row for each number of steps."""
+
+    validation_prompts: list[str] | None = HfArg(default=None, help="Prompts to sample; none, no grids.")
+    validation_steps: int = HfArg(default=500, help="Optimizer steps between grids.")
+    validation_seeds: list[int] = HfArg(default_factory=lambda: [0, 1], help="Seeds sampled for each prompt.")
+    validation_nfe: list[int] = HfArg(
+        default_factory=lambda: [1, 2, 4, 8], help="Sampling steps, a row of the grid each."
+    )
+    validation_guidance_scale: float = HfArg(
+        default=8.0, help="Guidance scale of the samples; the record beside the weights recommends it."
+    )
+    validation_teacher_steps: int = HfArg(default=50, help="Sampling steps of the teacher's row.")
+
+    def __post_init__(self) -> None:
+        for name in ("validation_steps", "validation_nfe", "validation_teacher_steps"):
+            value = getattr(self, name)
+            if (least := min(value, default=1) if isinstance(value, list) else value) < 1:
+                raise ValueError(f"--{name} must be at least 1, but it is {least}.")
+
+
+def sample_grid(
+    config: ValidationConfig,
+    make_pipeline: Callable[[nn.Module], DiffusionPipeline],
+    teacher: DiffusionPipeline | None = None,
+    guidance_scale: float | None = None,
+    resolution: int | None = None,
+) -> Callable[[Trainer, Loss], None]:
+    """A callback that saves `samples/step-<n>.png` and shows it in the tracker.
+
+    Args:
+        make_pipeline: Student network -> the pipeline it will be published in; there is no other sampling path.
+        teacher: Sampled once, for the top row.
+        guidance_scale: The student's, where it is not the teacher's (LoRA).
+        resolution: Side of the samples; the pipelines' own default if not given.
+    """
+    prompts = [prompt for prompt in config.validation_prompts or [] for _ in config.validation_seeds]
+    seeds = config.validation_seeds * len(config.validation_prompts or [])
+    rows: list[Tensor] = []
+
+    def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> Tensor:
+        pipe = pipe.to(pipe.unet.device)
+        return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
+
+    def callback(trainer: Trainer, loss: Loss) -> None:
+        if not prompts or trainer.step % config.validation_steps or not trainer.accelerator.is_main_process:
+            return
+        names = [f"{steps} steps" for steps in config.validation_nfe]
+        if teacher is not None:
+            names.insert(0, f"teacher, {config.validation_teacher_steps}")
+            if not rows:
+                with adapters_off(adapter_layers(teacher.unet)), trainer.accelerator.autocast():  # it may be cast
+                    rows.append(sample(teacher, config.validation_teacher_steps, config.validation_guidance_scale))
+        scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
+        with trainer.export_weights() as student:
+            pipe = make_pipeline(student)
+            samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
+        grid = image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
+        publish_grid(trainer, grid)
+
+    return callback
+
+
+@dataclass
+class ImageValidationConfig:
+    """Grids of samples while training: fixed seeds, a row for each number of steps."""
+
+    validation_images: int = HfArg(default=8, help="Images in a row; 0, no grids.")
+    validation_prompts: list[str] | None = HfArg(
+        default=None, help="Prompts of a model that reads text, one after the other; none, no grids of it."
+    )
+    validation_steps: int = HfArg(default=500, help="Optimizer steps between grids.")
+    validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2], help="Sampling steps, a row of the grid each.")
+
+    def __post_init__(self) -> None:
+        values = {"steps": self.validation_steps, "nfe": min(self.validation_nfe, default=1)}
+        for name, value in {**values, "images": self.validation_images}.items():
+            if value < (least := int(name != "images")):
+                raise ValueError(f"--validation_{name} must be at least {least}, but it is {value}.")
+
+
+def image_grids(
+    config: ImageValidationConfig,
+    make_pipeline: Callable[[nn.Module], DiffusionPipeline],
+    scheduler: EDMConsistencyScheduler,
+    resolution: int | None = None,
+) -> Callable[[Trainer, Loss], None]:
+    """As `sample_grid`, for models in EDM's coordinates, which most often take no prompts.
+
+    Args:
+        scheduler: The pipeline's.
+        resolution: Of a model that reads text; None for one that does not.
+
+    Raises:
+        ValueError: The scheduler has not so many steps, or prompts are for nobody.
+    """
+    points, known = scheduler.config.num_train_timesteps, len(scheduler.config.recommended_sigmas)
+    if too_many := [steps for steps in config.validation_nfe if steps > points and steps != known]:
+        raise ValueError(f"--validation_nfe {too_many[0]} is more than the {points} points of the grid; give fewer.")
+    if config.validation_prompts and resolution is None:
+        raise ValueError("--validation_prompts are for a model that reads text: leave them out.")
+    count, prompts = config.validation_images, config.validation_prompts or []
+    captions = [prompts[i % len(prompts)] for i in range(count)] if prompts else [f"seed {i}" for i in range(count)]
+
+    def sample(pipe: DiffusionPipeline, steps: int) -> Tensor:
+        pipe.to(pipe.unet.device)
+        if resolution is not None:
+            return generate(pipe, captions, range(count), steps, 1.0, count, resolution)[0]
+        return generate_unprompted(pipe, range(count), steps, count)[0]
+
+    def callback(trainer: Trainer, loss: Loss) -> None:
+        due = trainer.step % config.validation_steps == 0 and trainer.accelerator.is_main_process
+        if not due or not count or (resolution is not None and not prompts):
+            return
+        with trainer.export_weights() as student:
+            pipe = make_pipeline(student)
+            samples = [sample(pipe, steps) for steps in config.validation_nfe]
+        names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
+        publish_grid(trainer, image_grid(samples, names, captions))
+
+    return callback
+
+
+def publish_grid(trainer: Trainer, grid: Image.Image) -> None:
+    """Saves `samples/step-<n>.png` and shows it in the tracker."""
+    folder = trainer.output_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    grid.save(folder / f"step-{trainer.step:06d}.png")
+    pixels, name = np.asarray(grid.convert("RGB")), trainer.config.report_to
+    for tracker in trainer.accelerator.trackers:
+        TRACK_IMAGE[name](tracker, pixels, trainer.step)
+
+
+def _to_trackio(tracker: GeneralTracker, pixels: np.ndarray, step: int) -> None:
+    import trackio
+
+    tracker.log({"samples": trackio.Image(pixels)}, step=step)
+
+
+TRACK_IMAGE = {
+    "tensorboard": lambda tracker, pixels, step: tracker.log_images(
+        {"samples": pixels[None]}, step=step, dataformats="NHWC"
+    ),
+    "wandb": lambda tracker, pixels, step: tracker.log_images({"samples": [pixels]}, step=step),
+    "trackio": _to_trackio,
+}

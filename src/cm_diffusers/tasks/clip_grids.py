@@ -1,0 +1,65 @@
+"""Frames of sampled clips while a video model trains: a row for each prompt and number of steps."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.tasks.callbacks import ValidationConfig, publish_grid
+from cm_diffusers.types import Loss
+
+
+def clip_grid(
+    config: ValidationConfig,
+    make_pipeline: Callable[[nn.Module], DiffusionPipeline],
+    num_frames: int,
+    resolution: int,
+    guidance_scale: float,
+    teacher: DiffusionPipeline | None = None,
+) -> Callable[[Trainer, Loss], None]:
+    """A callback that saves `samples/step-<n>.png` and shows it in the tracker.
+
+    Args:
+        make_pipeline: Trained network -> the pipeline it samples in.
+        num_frames: Of a clip; all are shown.
+        guidance_scale: Of the trained network; the teacher's is the config's.
+        teacher: Sampled once, above the rest.
+    """
+    asked = [(prompt, seed) for prompt in config.validation_prompts or [] for seed in config.validation_seeds]
+    above: list[tuple[str, Tensor]] = []
+
+    def sample(pipe: DiffusionPipeline, name: str, steps: int, scale: float) -> list[tuple[str, Tensor]]:
+        return [(f"{prompt}: {name}", _clip(pipe, prompt, seed, steps, scale)) for prompt, seed in asked]
+
+    def _clip(pipe: DiffusionPipeline, prompt: str, seed: int, steps: int, scale: float) -> Tensor:
+        frames = pipe.to(pipe.unet.device)(
+            prompt,
+            num_frames=num_frames,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pt",
+        ).frames
+        return frames[0].float().cpu()
+
+    def callback(trainer: Trainer, loss: Loss) -> None:
+        if not asked or trainer.step % config.validation_steps or not trainer.accelerator.is_main_process:
+            return
+        if teacher is not None and not above:
+            steps = config.validation_teacher_steps
+            with trainer.accelerator.autocast():
+                above.extend(sample(teacher, f"teacher, {steps}", steps, config.validation_guidance_scale))
+        rows = list(above)
+        with trainer.export_weights() as network, trainer.accelerator.autocast():
+            pipe = make_pipeline(network)
+            for steps in config.validation_nfe:
+                rows += sample(pipe, str(steps), steps, guidance_scale)
+        grid = image_grid([clip for _, clip in rows], [name for name, _ in rows], [str(i) for i in range(num_frames)])
+        publish_grid(trainer, grid)
+
+    return callback

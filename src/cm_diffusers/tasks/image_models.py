@@ -1,0 +1,264 @@
+"""Networks in EDM's coordinates: the diffusion model that is distilled or tuned, or a new one, trained from data.
+
+With the network goes all that is needed to train and publish it: its view, VAE, statistics, or text-to-image pipeline.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL, ConsistencyModelPipeline, DiffusionPipeline, ModelMixin, UNet2DModel
+from torch import nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.cache import Vae
+from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.data.streaming import streaming_batches
+from cm_diffusers.data.text_image import text_image_batches
+from cm_diffusers.data.unprompted import LatentStatistics, measure_statistics, unprompted_batches
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.diffusion.views import EDMView, View, VPView
+from cm_diffusers.models.dropout import DropoutConfig, set_dropout
+from cm_diffusers.models.teachers import LOADING, TeacherConfig, check_vae, load_teacher
+from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
+from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
+from cm_diffusers.publishing.images import images_pipeline, text_pipeline
+from cm_diffusers.schedulers import EDMConsistencyScheduler
+from cm_diffusers.types import Batch
+
+
+@dataclass
+class StartConfig:
+    """The diffusion model to start from."""
+
+    pretrained_teacher_model: str = HfArg(
+        help="Folder or Hub id of a diffusion model: of train_edm.py, DDPM or DDIM (UNet2DModel), Stable Diffusion (XL)."
+    )
+    teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
+    teacher_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
+    sigma_data: float | None = HfArg(
+        default=None,
+        help="Standard deviation of what the network sees as data; if not given, 0.5, for Stable Diffusion's latents 1. "
+        "Models of train_edm.py have their own.",
+    )
+
+
+@dataclass
+class NewModelConfig:
+    """The network to train from data alone."""
+
+    unet_config: str = HfArg(help="JSON file with the settings of a UNet2DModel; sizes and channels follow the data.")
+    sigma_data: float = HfArg(default=0.5, help="Standard deviation of the data; latents are scaled to it.")
+    noise_conditioning: Literal["adm", "edm"] = HfArg(
+        default="adm", help="What the network is told of sigma: adm, 250 ln sigma; edm, ln sigma / 4."
+    )
+    pretrained_vae: str | None = HfArg(
+        default=None, help="Folder or Hub id of an AutoencoderKL, to train on its latents; pixels if not given."
+    )
+
+
+@dataclass
+class ClassConfig:
+    """Classes of the images."""
+
+    label_column: str | None = HfArg(
+        default=None, help="Integer column with the class of an image; without, the network learns no classes."
+    )
+    num_classes: int | None = HfArg(default=None, help="Number of classes; that of the pretrained model by default.")
+
+
+NEW_MODEL_CONFIGS = (NewModelConfig, DataConfig, ClassConfig, DropoutConfig)  # what `new_image_model` takes
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """A network, how it is called, and what is around it.
+
+    Attributes:
+        vae: Where it works in latents.
+        statistics: Of these latents; None for a network of the latents as they are.
+        pipe: The text-to-image pipeline that it is in, where it reads text.
+    """
+
+    unet: ModelMixin
+    view: View
+    vae: AutoencoderKL | None = None
+    statistics: LatentStatistics | None = None
+    pipe: DiffusionPipeline | None = None
+
+    def pipeline(self, unet: nn.Module, scheduler: EDMConsistencyScheduler) -> DiffusionPipeline:
+        """What a student made of it is published in."""
+        if self.pipe is not None:
+            return text_pipeline(self.pipe, unet, scheduler)
+        return images_pipeline(unet, scheduler, self.vae, self.statistics)
+
+    def sampler(self, unet: nn.Module, scheduler: EDMConsistencyScheduler) -> DiffusionPipeline:
+        """The same with our own class, which takes any noise levels, where `pipeline` has a stock one."""
+        pipe = self.pipeline(unet, scheduler)
+        if isinstance(pipe, ConsistencyModelPipeline):
+            pipe = ConsistencyImagesPipeline(unet, scheduler)
+            pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def batches(
+        self,
+        data: DataConfig,
+        classes: ClassConfig,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Callable[[int], Iterator[Batch]]:
+        """The data source that its network trains on."""
+        if self.pipe is not None:
+            if classes.label_column or classes.num_classes:
+                raise ValueError("--label_column has no effect on a model that reads text: leave it out.")
+            source = streaming_batches if data.streaming else text_image_batches
+            return source(data, Encoders.from_pipeline(self.pipe), seed, rank, world_size, device)
+        known = self.unet.config.num_class_embeds
+        if classes.num_classes not in (None, known) or (classes.label_column and known is None):
+            found = "takes no classes" if known is None else f"has {known} classes"
+            raise ValueError(f"The network {found}: leave out --num_classes{' and --label_column' * (known is None)}.")
+        options, downscale = {"label_column": classes.label_column, "num_classes": known}, 1
+        if self.vae is not None:
+            vae = Vae.from_model(self.vae)
+            options, downscale = options | {"vae": vae, "statistics": self.statistics}, vae.downscale
+        if (side := self.unet.config.sample_size * downscale) != data.resolution:
+            raise ValueError(f"The network is made for images of {side} pixels: give --resolution {side}.")
+        return unprompted_batches(data, seed, rank, world_size, device, **options, sigma_data=self.view.sigma_data)
+
+
+def load_image_model(config: StartConfig) -> ImageModel:
+    """A diffusion model in float32, frozen, seen in EDM's coordinates.
+
+    Raises:
+        ValueError: Out of reach, or not a model that this can be.
+    """
+    path = config.pretrained_teacher_model
+    index = _index(config)
+    if any(name.startswith("text_encoder") for name in index):
+        pipe = load_teacher(TeacherConfig(path, config.teacher_revision, config.teacher_variant))
+        return ImageModel(pipe.unet, _vp_view(pipe.scheduler, config.sigma_data, 1.0), vae=pipe.vae, pipe=pipe)
+    ours = index["_class_name"] in WITHOUT_PROMPT
+    loader = ConsistencyPipeline if ours else DiffusionPipeline
+    pipe = loader.from_pretrained(path, revision=config.teacher_revision, variant=config.teacher_variant, **LOADING)
+    _check_start(path, pipe, ours)
+    pipe.unet.requires_grad_(False).eval()
+    return (
+        _edm_model(path, pipe, config.sigma_data)
+        if ours
+        else ImageModel(pipe.unet, _vp_view(pipe.scheduler, config.sigma_data, 0.5))
+    )
+
+
+def _index(config: StartConfig) -> dict:
+    path = config.pretrained_teacher_model
+    try:
+        return DiffusionPipeline.load_config(path, revision=config.teacher_revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
+
+
+def _check_start(path: str, pipe: DiffusionPipeline, ours: bool) -> None:
+    unet, kind = getattr(pipe, "unet", None), type(pipe).__name__
+    if not isinstance(unet, UNet2DModel) or unet.config.in_channels != unet.config.out_channels:
+        raise ValueError(
+            f"{path} is a {kind} with {type(unet).__name__}; give a model with a UNet2DModel that predicts as many channels "
+            "as it sees, or a Stable Diffusion pipeline."
+        )
+    if not isinstance(unet.config.sample_size, int):
+        raise ValueError(f"The network of {path} has no square sample_size in its config; write it there.")
+    if ours and (pipe.scheduler.config.boundary_scalings, pipe.scheduler.gamma) != ("edm", 0):
+        raise ValueError(f"{path} is a consistency model already; give the diffusion model that it came from.")
+    if not ours and set(pipe.components) != {"unet", "scheduler"}:
+        found = ", ".join(sorted(set(pipe.components) - {"unet", "scheduler"}))
+        raise ValueError(
+            f"{path} is a {kind}, which also has {found}; give a model of pixels, or one of train_edm.py."
+        )
+    if getattr(pipe, "vae", None) is None and unet.config.in_channels != 3:
+        raise ValueError(f"The network of {path} sees {unet.config.in_channels} channels, but images have 3 here.")
+
+
+def _vp_view(scheduler: object, sigma_data: float | None, default: float) -> VPView:
+    process = DiscreteVP.from_scheduler(scheduler)
+    return VPView(process, scheduler.config.prediction_type, default if sigma_data is None else sigma_data)
+
+
+def _edm_model(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> ImageModel:
+    """A diffusion model of this package."""
+    settings = pipe.scheduler.config
+    if sigma_data is not None and sigma_data != settings.sigma_data:
+        raise ValueError(
+            f"--sigma_data is {sigma_data}, but {path} was trained with {settings.sigma_data}: leave it out."
+        )
+    mean, std = pipe.config.get("latents_mean"), pipe.config.get("latents_std")
+    statistics = None if std is None else LatentStatistics(mean, std)
+    vae = None if pipe.vae is None else pipe.vae.requires_grad_(False).eval()
+    return ImageModel(pipe.unet, EDMView(settings.sigma_data, settings.noise_conditioning), vae, statistics)
+
+
+def new_image_model(
+    config: NewModelConfig,
+    data: DataConfig,
+    classes: ClassConfig,
+    dropout: DropoutConfig,
+    device: torch.device | str = "cpu",
+) -> ImageModel:
+    """A network with random weights for the images, or for their latents, which are measured.
+
+    Raises:
+        ValueError: The settings are not those of a `UNet2DModel`, or do not fit the data.
+    """
+    if (classes.label_column is None) != (classes.num_classes is None):
+        raise ValueError("--label_column and --num_classes go together: give both for classes, or neither.")
+    vae = statistics = None
+    size, channels = data.resolution, 3
+    if config.pretrained_vae is not None:
+        vae = load_vae(config.pretrained_vae)
+        encoder = Vae.from_model(vae)
+        statistics = measure_statistics(data, encoder, device)
+        size, channels = size // encoder.downscale, vae.config.latent_channels
+    unet = _new_unet(config.unet_config, size, channels, classes.num_classes)
+    set_dropout(unet, dropout)
+    return ImageModel(unet.train(), EDMView(config.sigma_data, config.noise_conditioning), vae, statistics)
+
+
+def load_vae(path: str) -> AutoencoderKL:
+    """Of a folder or repository of its own, or of a pipeline's."""
+    try:
+        vae = AutoencoderKL.from_pretrained(path, **LOADING)
+    except (OSError, ValueError) as alone:
+        try:
+            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **LOADING)
+        except (OSError, ValueError):
+            raise ValueError(f"--pretrained_vae {path} does not load: {str(alone).splitlines()[0]}") from alone
+    check_vae(path, vae)
+    return vae.requires_grad_(False).eval()
+
+
+def _new_unet(path: str, size: int, channels: int, num_classes: int | None) -> UNet2DModel:
+    try:
+        settings = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--unet_config {path} cannot be read as JSON: {error}") from error
+    derived = {"sample_size": size, "in_channels": channels, "out_channels": channels, "num_class_embeds": num_classes}
+    if clash := sorted(settings.keys() & derived.keys()):
+        raise ValueError(f"--unet_config {path} sets {', '.join(clash)}, which follow from the data: leave them out.")
+    try:
+        unet = UNet2DModel(**settings, **derived)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--unet_config {path} is no UNet2DModel: {error}") from error
+    if size % (factor := 2 ** (len(unet.down_blocks) - 1)):
+        raise ValueError(
+            f"The network of --unet_config {path} halves {size} to fractions: give it a multiple of {factor}."
+        )
+    if unet.config.time_embedding_type != "positional":
+        raise ValueError(
+            f"--unet_config {path}: time_embedding_type must be positional, for noise is told as a logarithm."
+        )
+    return unet

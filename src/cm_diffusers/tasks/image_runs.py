@@ -1,0 +1,129 @@
+"""What the training scripts of models in EDM's coordinates share: from networks and objective to a published folder."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from torch import nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.sources import DataConfig, source_name
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.dropout import DropoutConfig, set_dropout
+from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.images import images_record, images_scheduler
+from cm_diffusers.publishing.pipelines import save_pipeline
+from cm_diffusers.publishing.provenance import describe_run
+from cm_diffusers.schedulers import EDMConsistencyScheduler
+from cm_diffusers.tasks.callbacks import ImageValidationConfig, image_grids
+from cm_diffusers.tasks.image_models import ClassConfig, ImageModel, NewModelConfig, StartConfig
+from cm_diffusers.types import Networks
+
+
+logger = logging.getLogger(__name__)
+SECOND_SIGMA = 0.821  # of two-step sampling of CIFAR-10 in iCT (2310.14189) and ECT (2406.14548)
+
+
+WHAT_A_RUN_IS = (StartConfig, NewModelConfig, DropoutConfig, ClassConfig, DataConfig)  # beside method and training
+
+
+@dataclass
+class ResultConfig:
+    """How the result is sampled and stored."""
+
+    recommended_sigmas: list[float] | None = HfArg(
+        default=None,
+        help="Noise levels that the result recommends to sample at, descending; a student's if not given: sigma_max and "
+        f"{SECOND_SIGMA}.",
+    )
+    save_fp16: bool = HfArg(default=False, help="Store network and VAE in half precision.")
+
+
+SHARED_CONFIGS = (
+    DropoutConfig, ClassConfig, DataConfig, OptimConfig, TrainConfig, ImageValidationConfig, ResultConfig, HubConfig,
+)  # fmt: skip
+
+
+def trainable_copy(unet: ModelMixin, dropout: DropoutConfig) -> nn.Module:
+    student = copy.deepcopy(unet).requires_grad_(True).train()
+    set_dropout(student, dropout)
+    return student
+
+
+def student_scheduler(
+    model: ImageModel,
+    method: Any,
+    result: ResultConfig,
+    boundary: str,
+    num_scales: int,
+    sigmas: Sequence[float] | None = None,
+    gamma: float = 1.0,
+) -> EDMConsistencyScheduler:
+    """How the result is sampled: as it was trained.
+
+    Args:
+        method: A config with sigma_min and sigma_max, and with rho where there is a grid.
+        boundary: "cm" or "edm".
+        num_scales: Points of the grid that numbers of steps refer to.
+        sigmas: Noise levels to recommend if the flags name none; sigma_max and `SECOND_SIGMA` if not given.
+        gamma: Share of fresh noise.
+    """
+    second = [SECOND_SIGMA] if method.sigma_min < SECOND_SIGMA < method.sigma_max else []
+    sigmas = result.recommended_sigmas or sigmas or [method.sigma_max, *second]
+    rho = getattr(method, "rho", 7.0)
+    bounds = method.sigma_min, method.sigma_max
+    clips = model.vae is None
+    return images_scheduler(model.view, boundary, *bounds, rho, num_scales, list(sigmas), clips, gamma)
+
+
+def train_images(
+    name: str,
+    model: ImageModel,
+    nets: Networks,
+    objective: Any,
+    scheduler: EDMConsistencyScheduler,
+    configs: Sequence[object],
+    w: float = 0.0,
+) -> None:
+    """Train, save `<output_dir>/pipeline` with record and card, and push it where that was asked for.
+
+    Args:
+        name: Of the method, in the record.
+        model: The start, and what is around the network.
+        nets: To train.
+        scheduler: Of the result.
+        configs: The script's, for its flags and for the card; those of `SHARED_CONFIGS` among them.
+        w: Guidance that is distilled into a student of text.
+    """
+    given = {type(config): config for config in configs}
+    classes, data, optim, train, validation, result, hub = (given[kind] for kind in SHARED_CONFIGS[1:])
+    if nets.target is None or hasattr(objective, "target_decay"):
+        refuse_changed(train, "ema_decay", f"with {name}: it has no averaged target, or one on a schedule")
+    repo_id = check_hub(hub, train.output_dir, train.report_to)
+    resolution = None if model.pipe is None else data.resolution
+    grids = image_grids(validation, lambda unet: model.sampler(unet, scheduler), scheduler, resolution)
+    settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
+    trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
+    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
+    trainer.fit(model.batches(data, classes, train.seed, rank, ranks, device))
+    if trainer.accelerator.is_main_process:
+        base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
+        folder, steps = Path(train.output_dir) / "pipeline", len(scheduler.config.recommended_sigmas)
+        guidance = "none" if model.pipe is None else "distilled"
+        known = None if model.pipe else model.unet.config.num_class_embeds
+        provenance = describe_run(
+            configs, model.pipe, base, source_name(data), repo_id or str(folder), num_classes=known
+        )
+        with trainer.export_weights() as unet:
+            pipe = model.pipeline(unet, scheduler)
+            record = images_record(name, base or "", guidance, w, pipe.scheduler, steps)
+            save_pipeline(pipe, folder, result.save_fp16, record, provenance)
+        if repo_id:
+            logger.info("Published: %s", push_folder(folder, repo_id, hub))
+    trainer.accelerator.end_training()

@@ -1,0 +1,175 @@
+"""What reward fine-tuning leaves to look at, and what stops it: reward curves, rewards that are not trained for, diversity."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.reward_history import COLUMNS, RewardHistory
+from cm_diffusers.data.rollouts import Task
+from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.evaluation.report import replace_file
+from cm_diffusers.rewards import Reward
+from cm_diffusers.types import Loss
+
+
+CURVES = "rewards"
+
+
+@dataclass
+class GuardConfig:
+    """What is watched beside the reward: over-optimised, it rises while the images get worse."""
+
+    guard_steps: int = HfArg(default=50, help="Optimizer steps between looks; the first is before training.")
+    guard_prompts: int = HfArg(default=8, help="So many prompts are looked at, the first ones; 0, none.")
+    guard_samples: int = HfArg(default=8, help="Images of each, always from the same noise.")
+    held_out_rewards: list[str] = HfArg(
+        default_factory=list,
+        help="Rewards that are not trained for, as for --rewards; a good sign if they do not fall.",
+    )
+    stop_held_out: float | None = HfArg(
+        default=None, help="Stop when a held-out reward is so many deviations, of before training, below its start."
+    )
+    stop_diversity: float | None = HfArg(
+        default=None, help="Stop when the images of a prompt differ by less than this share of what they did before."
+    )
+    stop_kl: float | None = HfArg(
+        default=None,
+        help="Stop when samples diverge by more from the model before training; with --kl_in_advantage or --kl_coef.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.guard_steps < 1 or self.guard_prompts < 0 or self.guard_samples < 2:
+            raise ValueError("--guard_steps must be at least 1, --guard_prompts 0 and --guard_samples 2.")
+        if self.stop_held_out is not None and not (self.held_out_rewards and self.guard_prompts):
+            raise ValueError(
+                "--stop_held_out watches --held_out_rewards on --guard_prompts: give them, or leave it out."
+            )
+
+    def looks_alone(self) -> "GuardConfig":
+        """What a resumed run must share: a stopped one may go on with other thresholds."""
+        return replace(self, stop_held_out=None, stop_diversity=None, stop_kl=None)
+
+
+class Guard:
+    """A callback that looks at always the same prompts and noise, and stops the training when it should.
+
+    Args:
+        config: See `GuardConfig`.
+        trainer: Whose student it is; its objective has a policy.
+        task: What is drawn, and its images; the score is an `ImageScore`.
+        rewards: What is watched, the trained one first.
+        history: Gets a row of each look, the first before training: step, diversity, then of each reward mean and deviation.
+            Diversity is the mean distance between two images of one prompt.
+    """
+
+    def __init__(
+        self, config: GuardConfig, trainer: Trainer, task: Task, rewards: dict[str, Reward], history: RewardHistory
+    ) -> None:
+        self.config, self.trainer, self.task, self.rewards, self.history = config, trainer, task, rewards, history
+        if config.guard_prompts and trainer.step == 0:
+            self._look()
+
+    @property
+    def looks(self) -> list[dict[str, float]]:
+        """To show: step, diversity as a share of that before training, mean rewards by name."""
+        rows = self.history.looks
+        return [
+            {"step": step, "diversity": diversity / rows[0][1]} | dict(zip(self.rewards, numbers[::2], strict=True))
+            for step, diversity, *numbers in rows
+        ]
+
+    def __call__(self, trainer: Trainer, loss: Loss) -> None:
+        kl = self.history.rows[-1][COLUMNS.index("kl")] if self.history.rows else 0.0
+        if self.config.stop_kl is not None and kl > self.config.stop_kl:
+            trainer.stopping = f"samples diverge by {kl:.2e} from the model before training."
+        if self.config.guard_prompts and trainer.step % self.config.guard_steps == 0:
+            self._look()
+            seen = self.looks[-1]
+            trainer.accelerator.log({f"guard/{name}": value for name, value in seen.items()}, step=trainer.step)
+            trainer.stopping = trainer.stopping or self._reason()
+
+    def _reason(self) -> str:
+        """To stop; "" if there is none."""
+        config, first, last = self.config, self.history.looks[0], self.history.looks[-1]
+        if config.stop_diversity is not None and last[1] < config.stop_diversity * first[1]:
+            return f"images of one prompt differ by {last[1] / first[1]:.2f} of what they did before."
+        for place, name in enumerate(self.rewards):
+            mean, deviation = first[2 + 2 * place], first[3 + 2 * place]
+            fell = mean - last[2 + 2 * place]
+            if place and config.stop_held_out is not None and fell > config.stop_held_out * deviation:
+                return f"{name}, which is not trained for, fell from {mean:.4g} to {mean - fell:.4g}."
+        return ""
+
+    def _look(self) -> None:
+        with self.trainer.export_weights() as student, torch.no_grad():
+            apart, found = zip(*(self._prompt(student, n) for n in range(self._count)), strict=True)
+        row = [float(self.trainer.step), sum(apart) / len(apart)]
+        for values in torch.cat(found, dim=1):
+            row += [values.mean().item(), values.std().item()]
+        same = torch.tensor(
+            row, dtype=torch.float64, device=self.trainer.device
+        )  # or processes might disagree on stopping
+        self.history.looks.append(tuple(self.trainer.accelerator.reduce(same, reduction="mean").tolist()))
+
+    @property
+    def _count(self) -> int:
+        return min(self.config.guard_prompts, self.task.num_prompts)
+
+    def _prompt(self, student: torch.nn.Module, number: int) -> tuple[float, Tensor]:
+        """Distance between images of one prompt, and rewards `(R, guard_samples)`, float64."""
+        trainer, policy, count = self.trainer, self.trainer.objective.policy, self.config.guard_samples
+        generator = torch.Generator().manual_seed(trainer.config.seed + number)
+        noise = torch.randn(policy.num_steps + 1, count, *self.task.shape, generator=generator).to(trainer.device)
+        asked = torch.full((count,), number, device=trainer.device)
+        with trainer.accelerator.autocast():
+            *_, (_, _, _, end) = policy.walk(student, noise, *self.task.conditions(asked))
+        images, worth = self.task.score.images(end), self.task.score.worth
+        rewards = [worth(images, asked, reward).double().cpu() for reward in self.rewards.values()]
+        return torch.pdist(images.flatten(1).float()).mean().item(), torch.stack(rewards)
+
+
+def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Loss], None]:
+    """A callback that keeps `rewards.json` and `rewards.png` in the run's folder as new as its checkpoints and looks."""
+
+    def callback(trainer: Trainer, loss: Loss) -> None:
+        config, looks = trainer.config, guard.looks
+        looked = bool(looks) and looks[-1]["step"] == trainer.step
+        ends = trainer.step == config.max_train_steps or bool(trainer.stopping)
+        is_due = looked or ends or trainer.step % config.checkpointing_steps == 0
+        if not (trainer.accelerator.is_main_process and is_due):
+            return
+        rollouts = [dict(zip(COLUMNS, row, strict=True)) for row in history.rows]
+        content = json.dumps({"rollouts": rollouts, "looks": looks}, indent=1) + "\n"
+        replace_file(trainer.output_dir / f"{CURVES}.json", lambda path: path.write_text(content, "utf-8"))
+        figure = plot(rollouts, looks)
+        replace_file(trainer.output_dir / f"{CURVES}.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+
+    return callback
+
+
+def plot(rollouts: list[dict[str, float]], looks: list[dict[str, float]]) -> Figure:
+    """Reward over passes of the network and over hours, and what the guard saw over steps."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    over_passes, over_time, watched = figure.subplots(1, 3)
+    for axes, key, unit, label in (
+        (over_passes, "passes", 1.0, "network evaluations"),
+        (over_time, "seconds", 60.0, "minutes"),
+    ):
+        places, rewards = [row[key] / unit for row in rollouts], [row["reward"] for row in rollouts]
+        axes.plot(places, rewards)
+        axes.set(xlabel=label, ylabel="reward")
+        axes.grid(alpha=0.3)
+    for name in [name for name in (looks[0] if looks else {}) if name != "step"]:
+        values = torch.tensor([look[name] for look in looks], dtype=torch.float64)
+        span = (values - values[0]).abs().max().clamp(min=1e-12)
+        watched.plot([look["step"] for look in looks], ((values - values[0]) / span).tolist(), marker=".", label=name)
+    watched.set(xlabel="step", ylabel="change, of the largest seen")
+    watched.grid(alpha=0.3)
+    if looks:
+        watched.legend(fontsize="small")
+    return figure

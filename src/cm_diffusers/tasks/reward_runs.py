@@ -1,0 +1,270 @@
+"""What the scripts of reward fine-tuning share: the model, what it is asked for, and what its images are worth."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
+from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
+from cm_diffusers.models.students import frozen_copy
+from cm_diffusers.models.teachers import TeacherConfig, load_teacher
+from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.policy.policy import Conditions, Policy
+from cm_diffusers.publishing.pipelines import lcm_pipeline
+from cm_diffusers.record import Record, base_model_of, read_record
+from cm_diffusers.rewards import Reward
+from cm_diffusers.rewards.base import Metadata
+from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
+from cm_diffusers.types import Networks
+
+
+ENCODED_AT_ONCE = 64  # prompts
+PROMPT_FILES = (".txt", ".jsonl")
+
+
+@dataclass
+class RewardModelConfig(FinetuneConfig):
+    """The model to tune, and how it is sampled for that."""
+
+    sampler: Literal["consistency", "ddim"] = HfArg(
+        default="consistency",
+        help="consistency: a student, by the scheduler of its record. ddim: a diffusion model, by DDIM with --eta (DDPO).",
+    )
+    num_inference_steps: int = HfArg(default=4, help="Steps of sampling, in training as later.")
+    guidance_scale: float | None = HfArg(default=None, help="As in diffusers; a student's own if not given.")
+    eta: float = HfArg(default=1.0, help="ddim: its noise.")
+    lora: bool = HfArg(default=True, help="Train adapters on the model instead of the model.")
+    lora_rank: int = HfArg(default=16, help="Rank of the adapters.")
+    lora_alpha: float = HfArg(default=32.0, help="Scale of the adapters, times 1 / rank.")
+    lora_target_modules: list[str] = HfArg(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], help="Names of the layers that get adapters."
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ValueError(f"--num_inference_steps must be at least 1, but it is {self.num_inference_steps}.")
+
+
+@dataclass
+class RewardConfig:
+    """What is sampled, and what is good."""
+
+    rewards: list[str] = HfArg(
+        help="What is added up: jpeg_compressibility, jpeg_incompressibility, aesthetic, clip_score, pick_score, hpsv2, "
+        "hpsv2.1, image_reward, classifier:FOLDER, multi_view:MODULE:FUNCTION, or MODULE:FUNCTION of images (B, 3, H, W) in "
+        "[0, 1], prompts and metadata."
+    )
+    reward_weights: list[float] | None = HfArg(default=None, help="Weights of --rewards; 1 if not given.")
+    prompts: list[str] = HfArg(
+        default_factory=lambda: ["simple_animals"],
+        help="Prompts; or one set: simple_animals, imagenet_animals, animal_activities, fashion; or a file with one a line.",
+    )
+
+    def load_prompts(self) -> list[Prompt]:
+        """
+        Raises:
+            ValueError: As `load_prompts` of `data.prompts`.
+        """
+        (first, *others) = self.prompts or [""]
+        is_source = not others and (first in PROMPT_SETS or first.endswith(PROMPT_FILES) or os.path.isfile(first))
+        return load_prompts(first if is_source else self.prompts)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model that is to be tuned.
+
+    Attributes:
+        pipe: Its stock pipeline, frozen.
+        record: A student's.
+        policy: How it is sampled.
+        embedded: Guidance scale that the network is told, where it takes one.
+    """
+
+    pipe: DiffusionPipeline
+    record: Record | None
+    policy: Policy
+    embedded: float | None = None
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.policy.guidance_scale if self.embedded is None else self.embedded
+
+    def pipeline(self, unet: UNet2DConditionModel) -> DiffusionPipeline:
+        """The stock pipeline with this network."""
+        if self.record is not None:
+            return lcm_pipeline(self.pipe, unet, self.pipe.scheduler)
+        pipe = type(self.pipe).from_pipe(self.pipe, unet=unet)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipe.unet
+
+    def shape(self, resolution: int | None) -> tuple[int, int, int]:
+        """Of latents.
+
+        Raises:
+            ValueError: The VAE does not divide the resolution.
+        """
+        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        side = resolution or self.unet.config.sample_size * factor
+        if side % factor:
+            raise ValueError(
+                f"--resolution {side} must be a multiple of {factor}, by which the VAE makes images smaller."
+            )
+        return self.unet.config.in_channels, side // factor, side // factor
+
+
+def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
+    """
+    Args:
+        final_std: Noise of the last step.
+
+    Raises:
+        ValueError: It is out of reach or no such model, or cannot be sampled so.
+    """
+    if config.sampler == "ddim":
+        where = config.pretrained_student_model, config.student_revision, config.student_variant
+        pipe = load_teacher(TeacherConfig(*where))
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        scale = 1.0 if config.guidance_scale is None else config.guidance_scale
+        return Tuned(pipe, None, Policy(pipe.scheduler, config.num_inference_steps, scale, final_std, config.eta))
+    pipe, record = load_student(config)
+    scale = record.recommended_guidance_scale if config.guidance_scale is None else config.guidance_scale
+    embeds = record.guidance == "embedded"
+    policy = Policy(pipe.scheduler, config.num_inference_steps, 1.0 if embeds else scale, final_std)
+    return Tuned(pipe, record, policy, scale if embeds else None)
+
+
+def tuned_networks(unet: UNet2DConditionModel, config: RewardModelConfig, keeps_start: bool) -> Networks:
+    """The model that learns, and what it was before as `teacher`.
+
+    Args:
+        keeps_start: Whether that is needed; with adapters it costs nothing.
+    """
+    if config.lora:
+        sizes = config.lora_rank, config.lora_alpha, config.lora_dropout
+        student = add_lora(unet, *sizes, config.lora_target_modules)
+        return Networks(student, teacher=WithoutAdapters(student))
+    before = frozen_copy(unet) if keeps_start else None
+    return Networks(unet.requires_grad_(True).train(), teacher=before)
+
+
+def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, teacher: str | None) -> LCMObjective:
+    """The loss that a student was distilled with; its networks join those that are given.
+
+    Args:
+        tuned: The student.
+        nets: Its network that learns; gets the teacher, and a target where that is not a LoRA.
+        source: Where the student is.
+        teacher: Folder or Hub id of the diffusion model; the student's base model, or that of this, if not given.
+
+    Raises:
+        ValueError: The teacher cannot be loaded, or predicts something else.
+    """
+    record, config = tuned.record, tuned.pipe.scheduler.config
+    teacher = teacher or _diffusion_model_of(record, source.pretrained_student_model)
+    pipe = load_teacher(TeacherConfig(teacher))
+    kinds = pipe.scheduler.config.prediction_type, config.prediction_type
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"The teacher {teacher} predicts {kinds[0]} and the student {kinds[1]}; give the diffusion model that the student "
+            "came from as --pretrained_teacher_model."
+        )
+    nets.teacher = pipe.unet
+    if not adapter_layers(nets.student):
+        nets.target = frozen_copy(nets.student)
+    grid = {"num_ddim_timesteps": config.original_inference_steps, "timestep_scaling_factor": config.timestep_scaling}
+    method = LCMConfig(w_min=record.w_min, w_max=record.w_max, **grid)
+    process = DiscreteVP.from_scheduler(pipe.scheduler)
+    return LCMObjective(method, process, pipe.scheduler.config.prediction_type, tuned.unet.config.time_cond_proj_dim)
+
+
+def _diffusion_model_of(record: Record, student: str) -> str:
+    """Where it all began: a student that was tuned has a student as its base model."""
+    base = base_model_of(record, student)
+    earlier = read_record(base)
+    return base if earlier is None else _diffusion_model_of(earlier, base)
+
+
+@dataclass
+class PromptConditions:
+    """Numbers of prompts `(B,)` -> the network's arguments with them, and without any."""
+
+    table: Conditions  # the empty prompt comes last
+    constant: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, tuned: Tuned, prompts: Sequence[str], resolution: int | None, device: torch.device
+    ) -> "PromptConditions":
+        encoders, texts = Encoders.from_pipeline(tuned.pipe), [*prompts, ""]
+        with torch.no_grad(), placed(encoders.towers, device):
+            starts = range(0, len(texts), ENCODED_AT_ONCE)
+            parts = [encoders.encode_prompts(texts[start : start + ENCODED_AT_ONCE]) for start in starts]
+        constant = {}
+        if tuned.embedded is not None:
+            w = torch.tensor([tuned.embedded - 1])
+            constant["timestep_cond"] = guidance_embedding(w, tuned.unet.config.time_cond_proj_dim)
+        if encoders.micro_conditioning:
+            side = tuned.shape(resolution)[1] * 2 ** (len(tuned.pipe.vae.config.block_out_channels) - 1)
+            constant["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
+        return cls({name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, constant)
+
+    def __call__(self, numbers: Tensor) -> tuple[Conditions, Conditions]:
+        return self._of(numbers), self._of(torch.full_like(numbers, -1))
+
+    def _of(self, numbers: Tensor) -> Conditions:
+        rows = {name: value[numbers.cpu()].to(numbers.device) for name, value in self.table.items()}
+        return rows | {
+            name: value.expand(len(numbers), -1).to(numbers.device) for name, value in self.constant.items()
+        }
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """What latents `(B, C, h, w)` are worth as images of the prompts with these numbers `(B,)`; with a gradient."""
+
+    pipe: DiffusionPipeline
+    prompts: list[Prompt]
+    reward: Reward
+
+    def __call__(self, latents: Tensor, numbers: Tensor) -> Tensor:
+        return self.worth(self.images(latents), numbers, self.reward)
+
+    def worth(self, images: Tensor, numbers: Tensor, reward: Reward) -> Tensor:
+        """`(B,)`, by this or another reward."""
+        with torch.autocast(images.device.type, enabled=False):
+            return reward(images, *told(self.prompts, numbers))
+
+    def of_texts(self, latents: Tensor, texts: list[str], metadata: Metadata | None) -> Tensor:
+        """`(B,)`, as images of any prompts."""
+        images = self.images(latents)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.reward(images, texts, metadata)
+
+    def images(self, latents: Tensor) -> Tensor:
+        """`(B, 3, H, W)` in [0, 1]."""
+        config = self.pipe.vae.config
+        with torch.autocast(latents.device.type, enabled=False):
+            decoded = self.pipe.vae.decode(
+                latents.float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            )
+        return (decoded.sample / 2 + 0.5).clamp(0, 1)
+
+
+def told(prompts: list[Prompt], numbers: Tensor) -> tuple[list[str], Metadata]:
+    """Texts and metadata of the prompts with these numbers `(B,)`."""
+    texts, metadata = zip(*(prompts[number] for number in numbers.tolist()), strict=True)
+    return list(texts), list(metadata)

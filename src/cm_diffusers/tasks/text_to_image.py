@@ -1,0 +1,160 @@
+"""Finished students as the start of further training."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
+from cm_diffusers.models.critics import CriticConfig
+from cm_diffusers.models.students import frozen_copy
+from cm_diffusers.models.teachers import LOADING, check_vae
+from cm_diffusers.objectives.lcf import LCFConfig
+from cm_diffusers.pipelines.manners import Manners
+from cm_diffusers.publishing.pipelines import lcm_record
+from cm_diffusers.record import Record, base_model_of, read_record
+from cm_diffusers.types import Networks
+
+
+PAPER_RANGES = {"embedded": (2.0, 14.0), "distilled": (6.5, 6.5)}  # of w: 2310.04378 and 2311.05556
+
+
+@dataclass
+class FinetuneConfig:
+    """The student to go on from, and what of it trains."""
+
+    pretrained_student_model: str = HfArg(
+        help="Folder or Hub id of a latent consistency model, or of a LoRA of this package, which is fused."
+    )
+    student_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
+    student_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
+    lora: bool = HfArg(default=False, help="Train adapters on the student instead of the student.")
+    lora_rank: int = HfArg(default=64, help="Rank of the adapters.")
+    lora_alpha: float = HfArg(default=64.0, help="Scale of the adapters, times 1 / rank.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapters.")
+    lora_target_modules: list[str] = HfArg(
+        default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
+    )
+    save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE in half precision.")
+
+
+def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
+    """A student's stock pipeline in float32, frozen, with the scheduler it is sampled with, and its record.
+
+    Of a published latent consistency model without a record, scheduler and network tell what the record would.
+
+    Raises:
+        ValueError: Out of reach, not a latent consistency model, or with non-finite weights.
+    """
+    path = config.pretrained_student_model
+    record = read_record(path, revision=config.student_revision)
+    pipe = _load(path, record, config)
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+        raise ValueError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a student of one.")
+    check_vae(path, pipe.vae)
+    if record is not None and record.method not in ("lcm", "lcf", "scott", "rlcm", "direct_reward"):
+        raise ValueError(f"{path} was made by {record.method!r}; fine-tuning is for latent consistency models (lcm).")
+    record = record or _inferred(path, pipe)
+    if broken := [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]:
+        raise ValueError(
+            f"The student {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew."
+        )
+    pipe.scheduler = LCMScheduler.from_config({k: v for k, v in record.scheduler.items() if k != "_class_name"})
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return pipe, record
+
+
+def _load(path: str, record: Record | None, config: FinetuneConfig) -> DiffusionPipeline:
+    revision, options = config.student_revision, {**LOADING, "variant": config.student_variant}
+    lora = record is not None and not _is_pipeline(path, revision)
+    if lora and config.lora:
+        raise ValueError(
+            f"{path} is a LoRA, and one LoRA on another cannot be published; leave --lora out (or give "
+            "--no_lora), which fuses it first, or give a whole student."
+        )
+    try:
+        if not lora:
+            return DiffusionPipeline.from_pretrained(path, revision=revision, **options)
+        pipe = DiffusionPipeline.from_pretrained(base_model_of(record, path), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        what = f"{record.base_model}, which the LoRA {path} belongs on," if lora else path
+        raise ValueError(f"{what} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
+    pipe.load_lora_weights(path, revision=revision)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    return pipe
+
+
+def _is_pipeline(path: str, revision: str | None) -> bool:
+    if Path(path).exists():
+        return (Path(path) / "model_index.json").is_file()
+    try:
+        return bool(DiffusionPipeline.load_config(path, revision=revision))
+    except OSError:
+        return False
+
+
+def _inferred(path: str, pipe: DiffusionPipeline) -> Record:
+    manners, scheduler = Manners.of(None, pipe.unet), pipe.scheduler
+    if not (manners.guidance == "embedded" or isinstance(scheduler, LCMScheduler)):
+        raise ValueError(
+            f"{path} is a {type(pipe).__name__} with {type(scheduler).__name__} and no record: nothing says that it is "
+            "a latent consistency model; make one with distill_lcm.py first."
+        )
+    record = lcm_record(
+        path,
+        manners.guidance,
+        *PAPER_RANGES[manners.guidance],
+        manners.guidance_scale,
+        scheduler if isinstance(scheduler, LCMScheduler) else LCMScheduler.from_config(scheduler.config),
+    )
+    return replace(record, recommended_num_inference_steps=manners.num_inference_steps)
+
+
+def with_guidance_of(record: Record, method: LCFConfig, config: FinetuneConfig) -> tuple[LCFConfig, Record]:
+    """The method with the guidance range it will train on, and the record of what comes of it.
+
+    Raises:
+        ValueError: A range was given for a student that takes no guidance.
+    """
+    made_from = replace(record, method="lcf", base_model=config.pretrained_student_model)
+    given = {name: value for name in ("w_min", "w_max") if (value := getattr(method, name)) is not None}
+    if record.guidance != "embedded":
+        if given:
+            raise ValueError(
+                f"--{next(iter(given))} has no effect: {config.pretrained_student_model} takes no guidance as an input; "
+                "leave it out."
+            )
+        return method, made_from
+    bounds = {"w_min": record.w_min, "w_max": record.w_max} | given
+    scale = min(max(record.recommended_guidance_scale, bounds["w_min"] + 1), bounds["w_max"] + 1)
+    return replace(method, **bounds), replace(made_from, **bounds, recommended_guidance_scale=scale)
+
+
+def finetune_networks(unet: UNet2DConditionModel, config: FinetuneConfig) -> Networks:
+    """The student with its EMA target, or with adapters and then its own target."""
+    if config.lora:
+        return Networks(
+            add_lora(unet, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+        )
+    student = unet.requires_grad_(True).train()
+    return Networks(student, target=frozen_copy(student))
+
+
+def critic_optim(config: CriticConfig, student: OptimConfig) -> OptimConfig:
+    """How the critic learns."""
+    return replace(
+        student,
+        learning_rate=config.critic_learning_rate,
+        adam_beta1=config.critic_adam_beta1,
+        adam_beta2=config.critic_adam_beta2,
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        lr_cooldown_steps=0,
+    )

@@ -1,0 +1,128 @@
+"""Checks of flags that need no network."""
+
+from dataclasses import fields
+from typing import Any
+
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.models.critics import CriticConfig, unused_flags
+from cm_diffusers.models.students import StudentConfig, require_autocast
+from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
+
+
+OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
+OF_FULL = "save_fp16 unet_time_cond_proj_dim"
+
+
+def check_student(config: StudentConfig, mixed_precision: str) -> None:
+    """
+    Raises:
+        ValueError: A value out of range, or a flag that would have no effect.
+    """
+    check_adapters(config)
+    require_autocast(config, mixed_precision)
+    dim = config.unet_time_cond_proj_dim
+    if dim < 4 or dim % 2:
+        raise ValueError(f"--unet_time_cond_proj_dim must be an even number from 4 on, but it is {dim}.")
+
+
+def check_adapters(config: Any) -> None:
+    """As `check_student`, of what all configs with `lora` share."""
+    names, where = (OF_FULL, "with --lora") if config.lora else (OF_ADAPTERS, "without --lora")
+    refuse_changed(config, names, where)
+    if config.lora_rank < 1:
+        raise ValueError(f"--lora_rank must be at least 1, but it is {config.lora_rank}.")
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout must be at least 0 and below 1, but it is {config.lora_dropout}.")
+
+
+def check_scott(method: SCottConfig, judge: CriticConfig, max_train_steps: int) -> None:
+    """
+    Raises:
+        ValueError: A flag that would have no effect, or a critic that could not play.
+    """
+    refuse_changed(method, "eta" if method.sde == "er_sde" else "noise_scale solver_order", f"with --sde {method.sde}")
+    refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
+    if judge.critic == "none":
+        refuse_changed(method, ADVERSARIAL_FLAGS, "with --critic none")
+        return
+    refuse_changed(method, "renoise_below" * (method.critic_inputs == "clean"), "with --critic_inputs clean")
+    if judge.critic == "vision" and method.critic_inputs != "clean":
+        raise ValueError("--critic vision judges images without noise: give it --critic_inputs clean.")
+    if method.adversarial_start >= max_train_steps:
+        raise ValueError(
+            f"The critic would start at step {method.adversarial_start} (--adversarial_start) of {max_train_steps}: give "
+            "it an earlier step, or --critic none."
+        )
+
+
+def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, train: Any, validation: Any) -> None:
+    """
+    Args:
+        source, method, drawn, watched, train, validation: The configs of `finetune_rlcm.py`.
+
+    Raises:
+        ValueError: A flag that would have no effect, or probabilities that dropout would make random.
+    """
+    _check_tuned(source, watched, validation)
+    if method.final_step != "stochastic":
+        refuse_changed(method, "final_std", f"with --final_step {method.final_step}")
+    if method.loss != "ppo":
+        refuse_changed(method, "clip_range", f"with --loss {method.loss}")
+    if drawn.baseline != "per_prompt":
+        refuse_changed(drawn, "buffer_size min_count", f"with --baseline {drawn.baseline}")
+    if drawn.baseline == "group" and drawn.samples_per_prompt < 2:
+        raise ValueError(
+            "--baseline group compares samples of one prompt, so it needs --samples_per_prompt of at least 2: one alone is "
+            "neither better nor worse."
+        )
+    for name, config in (("kl_coef", method), ("kl_in_advantage", drawn)):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name} must not be negative, but it is {getattr(config, name)}.")
+    if not (drawn.kl_in_advantage or method.kl_coef):
+        refuse_changed(watched, "stop_kl", "without --kl_in_advantage or --kl_coef, which compute divergences")
+    refuse_changed(train, "ema_decay", "here: there is no averaged target")
+    if source.lora_dropout:
+        raise ValueError("--lora_dropout would make the probabilities of samples random: leave it out.")
+
+
+def check_direct_reward(
+    source: Any, wanted: Any, method: Any, data: Any, watched: Any, train: Any, validation: Any
+) -> None:
+    """
+    Args:
+        source, wanted, method, data, watched, train, validation: The configs of `finetune_direct_reward.py`.
+
+    Raises:
+        ValueError: A flag that would have no effect, or a model without a distillation.
+    """
+    _check_tuned(source, watched, validation)
+    where = f"with --through {method.through}"
+    if method.through != "single_step":
+        refuse_changed(method, "reward_weight pretrained_teacher_model", where)
+        others = {f.name for f in fields(data)} - {"resolution", "train_batch_size"}
+        refuse_changed(data, " ".join(others), f"{where}, which needs no images")
+    elif source.sampler == "ddim":
+        raise ValueError(
+            "--through single_step is for a student, whose distillation it joins: give one, or another --through."
+        )
+    elif not watched.guard_prompts:
+        refuse_changed(wanted, "prompts", f"{where} and --guard_prompts 0: captions are those of the data")
+    if method.through != "trajectory":
+        refuse_changed(method, "kl_coef", where)
+    if not method.kl_coef:
+        refuse_changed(watched, "stop_kl", "without --kl_coef, which computes divergences")
+    if source.lora or method.through != "single_step":
+        refuse_changed(train, "ema_decay", "here: there is no averaged target")
+
+
+def _check_tuned(source: Any, watched: Any, validation: Any) -> None:
+    """What both scripts of reward fine-tuning share."""
+    check_adapters(source)
+    refuse_changed(
+        validation, "validation_guidance_scale validation_teacher_steps", "here: samples are as in training"
+    )
+    if source.sampler != "ddim":
+        refuse_changed(source, "eta", f"with --sampler {source.sampler}")
+    if not watched.guard_prompts:
+        names = "guard_steps guard_samples held_out_rewards stop_held_out stop_diversity"
+        refuse_changed(watched, names, "without --guard_prompts")

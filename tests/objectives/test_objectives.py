@@ -1,0 +1,174 @@
+"""The battery every objective passes: a table of methods x checks, on real (tiny) networks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import LCMScheduler
+from tiny import tiny_scheduler, tiny_unet, tiny_vae
+
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.models.critics import CriticConfig, make_critic
+from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
+from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
+from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
+from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
+from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
+from cm_diffusers.policy.policy import Policy
+from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks
+from cm_diffusers.types import Batch, Networks, Progress
+
+
+VP = DiscreteVP.from_scheduler(tiny_scheduler())
+PROGRESS = Progress(0, 10)
+
+
+@dataclass
+class Case:
+    objective: object
+    networks: Callable[[], Networks]
+    batch: Callable[[int], Batch]
+
+
+def latents(size):
+    states = torch.randn(2, size, 5, 32)
+    return Batch(
+        torch.randn(size, 4, 8, 8), {"encoder_hidden_states": states[0]}, {"encoder_hidden_states": states[1]}
+    )
+
+
+def pixels(size):
+    return Batch(torch.rand(size, 3, 32, 32) * 2 - 1)
+
+
+def networks(**settings):
+    return make_networks(tiny_unet(dropout=0.1), StudentConfig(unet_time_cond_proj_dim=16, lora_rank=4, **settings))
+
+
+def lcm(prediction_type="epsilon", lora=False, **settings):
+    objective = LCMObjective(LCMConfig(**settings), VP, prediction_type, None if lora else 16)
+    return Case(objective, lambda: networks(lora=lora), latents)
+
+
+def lcf(prediction_type="epsilon", embedded=True, lora=False, **settings):
+    dim = 16 if embedded else None
+
+    def networks():
+        return finetune_networks(
+            tiny_unet(dropout=0.1, time_cond_proj_dim=dim), FinetuneConfig("", lora=lora, lora_rank=4)
+        )
+
+    return Case(LCFObjective(LCFConfig(2.0, 14.0, **settings), VP, prediction_type, dim), networks, latents)
+
+
+def scott(prediction_type="epsilon", critic="none", lora=False, **settings):
+    settings = {"adversarial_start": 0, "adversarial_ramp": 0} | settings
+    config = SCottConfig(**settings)
+    objective = SCottObjective(config, VP, prediction_type, None if lora else 16, critic != "none")
+
+    def with_critic():
+        nets = networks(lora=lora)
+        nets.critic = make_critic(nets, CriticConfig(critic, critic_channels=16, critic_lora_rank=4))
+        if nets.critic is not None:
+            nets.critic.requires_grad_(False)  # as the trainer does in the student's turn
+        return nets
+
+    return Case(objective, with_critic, latents)
+
+
+def diffusion(prediction_type):
+    objective = DiffusionObjective(DiffusionConfig(prediction_type, condition_dropout=0.5), VP)
+    return Case(objective, lambda: Networks(tiny_unet()), latents)
+
+
+def direct(through):
+    """The reward is negative, so that the loss is not."""
+    distillation = LCMObjective(LCMConfig(), VP, "epsilon", None) if through == "single_step" else None
+    policy = Policy(LCMScheduler.from_config(tiny_scheduler().config), 2)
+
+    def score(x0, texts, metadata):
+        return -x0.square().mean((1, 2, 3))
+
+    objective = DirectRewardObjective(DirectRewardConfig(through), policy, score, (4, 8, 8), distillation)
+    return Case(objective, lambda: networks(lora=True), latents)
+
+
+CASES = {
+    "lcm": lcm(),
+    "lcm-heun": lcm(solver="heun"),
+    "lcm-dpm_2s": lcm(solver="dpm_2s"),
+    "lcm-l2-v": lcm("v_prediction", loss_type="l2", num_ddim_timesteps=20),
+    "lcm-lora-epsilon": lcm(lora=True),
+    "lcm-lora-v": lcm("v_prediction", lora=True),
+    "lcm-lora-sample": lcm("sample", lora=True),
+    "scott": scott(),
+    "scott-ddim-huber-v": scott("v_prediction", sde="ddim", loss_type="huber"),
+    "scott-heads": scott(critic="heads"),
+    "scott-heads-lora": scott("sample", critic="heads", lora=True, adversarial_loss="lsgan"),
+    "scott-paper": scott(critic="lora_decoder", critic_inputs="clean", adversarial_weight=0.4),
+    "lcf": lcf(),
+    "lcf-l2-v": lcf("v_prediction", loss_type="l2"),
+    "lcf-plain-sample": lcf("sample", embedded=False),
+    "lcf-lora": lcf(lora=True),
+    "direct-single_step": direct("single_step"),
+    "direct-last_step": direct("last_step"),
+    "direct-trajectory": direct("trajectory"),
+    "diffusion-epsilon": diffusion("epsilon"),
+    "diffusion-v": diffusion("v_prediction"),
+    "diffusion-sample": diffusion("sample"),
+    "autoencoder": Case(
+        AutoencoderObjective(AutoencoderConfig()), lambda: Networks(AutoencoderWithPosterior(tiny_vae())), pixels
+    ),
+}
+
+
+@pytest.fixture(params=CASES, ids=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_loss_is_a_finite_scalar_with_detached_logs(case, size):
+    loss = case.objective(case.networks(), case.batch(size), PROGRESS)
+    assert loss.value.shape == ()
+    assert loss.value.dtype == torch.float32
+    assert 0 < loss.value.item() < float("inf")
+    assert all(log.shape == () and log.isfinite() and not log.requires_grad for log in loss.logs.values())
+
+
+def test_gradient_reaches_the_student_only(case):
+    nets = case.networks()
+    before = {role: {n: v.clone() for n, v in net.state_dict().items()} for role, net in nets.items()}
+    case.objective(nets, case.batch(2), PROGRESS).value.backward()
+    trainable = [p for p in nets.student.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
+    assert any(p.grad.any() for p in trainable)
+    others = [p for role, net in nets.items() for p in net.parameters() if role != "student" or not p.requires_grad]
+    assert all(p.grad is None for p in others)
+    for role, net in nets.items():  # nothing moves before the optimizer does
+        assert all(torch.equal(value, before[role][name]) for name, value in net.state_dict().items())
+
+
+def test_seed_decides_the_loss(case):
+    nets, batch = case.networks(), case.batch(3)
+
+    def value(seed):
+        torch.manual_seed(seed)
+        return case.objective(nets, batch, PROGRESS).value.item()
+
+    assert value(1) == value(1) != value(2)
+
+
+def test_the_student_plays_first_and_a_critic_if_there_is_one(case):
+    (name, loss), *others = case.objective.players.items()
+    assert (name, loss) == ("student", case.objective)
+    assert [name for name, _ in others] == ["critic"] * (case.networks().critic is not None)
+
+
+def test_every_new_input_learns_from_the_first_step():
+    nets = networks()
+    CASES["lcm"].objective(nets, latents(2), PROGRESS).value.backward()
+    assert nets.student.time_embedding.cond_proj.weight.grad.abs().max() > 0
