@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.report import Row, filled_columns, replace_file
+from cm_diffusers.measured import distance_name
 
 
 WINDOW = 5  # roll-outs of a running mean
@@ -26,7 +27,7 @@ COLUMNS = {  # of a reward's block: key -> heading and format
     "reward": ("reward before → after", "{}"),
     "agreement": ("agreement before → after", "{}"),
     "vendi": ("Vendi before → after", "{}"),
-    "fid": ("FID before → after", "{}"),
+    "fid": ("{distance} before → after", "{}"),
     "passes": ("network evaluations", "{}"),
     "cpu_minutes": ("CPU minutes", "{}"),
     "reached_passes": ("evaluations to {baseline}'s best reward", "{}"),
@@ -133,7 +134,8 @@ def write_reward_study(
 
 def markdown(rows: list[Row], baseline: str, setting: Setting) -> str:
     """A block for each reward, and what the numbers are."""
-    columns = {key: (head.format(baseline=baseline), form) for key, (head, form) in COLUMNS.items()}
+    names = {"baseline": baseline, "distance": distance_name(setting.extractor)}
+    columns = {key: (head.format(**names), form) for key, (head, form) in COLUMNS.items()}
     blocks = []
     for (reward,), of_reward in grouped(rows, "reward").items():
         groups = grouped(of_reward, "method", "steps")

@@ -1,18 +1,19 @@
 """Tables and plots of a study: every number the mean over the seeds, with half its range."""
 
 import json
-import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cm_diffusers.evaluation import report, video_report
-from cm_diffusers.evaluation.report import Row, Setting
+from cm_diffusers.evaluation.report import Row, Setting, replace_file
 from cm_diffusers.evaluation.video_report import VideoSetting
 from cm_diffusers.measured import BASELINES, REAL, REAL_CLIPS, TEACHER
 
@@ -28,6 +29,7 @@ PLOTTED = {
     Setting: ("fid", "coverage", "recall", "vendi"),
     VideoSetting: ("direction_accuracy", "fd_frames", "fd_differences", "content_drift"),
 }
+DPI = 120
 LOGARITHMIC = ("fid", "fd_frames", "fd_differences")
 Rows = list[Row]
 
@@ -40,16 +42,32 @@ def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Sett
         rows: Of all pipelines and seeds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = []
+    made = list(pages(tables, rows, setting))
+    for page in made:
+        replace_file(folder / f"{page.name}.md", lambda path, text=page.text: path.write_text(text, "utf-8"))
+        replace_file(
+            folder / f"{page.name}.png", lambda path, plot=page.plot: plot().savefig(path, dpi=DPI, format="png")
+        )
+    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    replace_file(folder / "rows.json", lambda path: path.write_text(numbers, "utf-8"))
+    return "\n".join(page.text for page in made)
+
+
+class Page(NamedTuple):
+    """A table as Markdown, and what draws its plot."""
+
+    name: str
+    text: str
+    plot: Callable[[], Figure]
+
+
+def pages(tables: dict[str, dict], rows: Rows, setting: Setting | VideoSetting) -> Iterator[Page]:
+    """Arguments as of `write_study`."""
+    titles = report.headed(COLUMNS, setting.extractor)
+    metrics = {key: titles[key][0] for key in PLOTTED[type(setting)]}
     for name, table in tables.items():
         chosen = [row for row in rows if _belongs(row, table)]
-        texts.append(markdown(chosen, setting))
-        plot = PLOTS[table["plot"]](chosen, PLOTTED[type(setting)])
-        _replace(folder / f"{name}.md", lambda path, text=texts[-1]: path.write_text(text, "utf-8"))
-        _replace(folder / f"{name}.png", lambda path, plot=plot: plot.savefig(path, dpi=120, format="png"))
-    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
-    _replace(folder / "rows.json", lambda path: path.write_text(numbers, "utf-8"))
-    return "\n".join(texts)
+        yield Page(name, markdown(chosen, setting), partial(PLOTS[table["plot"]], chosen, metrics))
 
 
 def _belongs(row: Row, table: dict) -> bool:
@@ -76,7 +94,7 @@ def markdown(rows: Rows, setting: Setting | VideoSetting) -> str:
     started = any("start_minutes" in row for row in rows)
     metrics = METRICS[type(setting)]
     heads = ["", "seeds", "CPU minutes", *["of its start"] * started, "NFE", "guidance"]
-    heads += [COLUMNS[key][0] for key in metrics]
+    heads += [report.headed(COLUMNS, setting.extractor)[key][0] for key in metrics]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for (name, steps, guidance), group in grouped(rows, "pipeline", "num_inference_steps", "guidance_scale").items():
         seeds = "–" if name in BASELINES else str(len(group))
@@ -112,20 +130,20 @@ def _cell(found: tuple[float, float] | None, form: str, several: bool) -> str:
     return form.format(found[0]) + (f" ±{form.format(found[1])}" if several else "")
 
 
-def plot_over_steps(rows: Rows, metrics: Sequence[str]) -> Figure:
-    """One panel for each metric, one line for each variant."""
+def plot_over_steps(rows: Rows, metrics: Mapping[str, str]) -> Figure:
+    """One panel for each metric, key -> title; one line for each variant."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, metric in zip(figure.subplots(2, 2).flat, metrics, strict=True):
         for (name,), group in grouped(_of_variants(rows), "pipeline").items():
             found = _spreads(sorted(group, key=lambda row: row["num_inference_steps"]), "num_inference_steps", metric)
             means, ranges = _split(found)
             axes.errorbar([str(steps) for steps in found], means, ranges, marker="o", capsize=3, label=name)
-        _finish(axes, metric, rows, axes.axhline)
+        _finish(axes, metric, metrics[metric], rows, axes.axhline)
         axes.set_xlabel("NFE (steps)")
     return figure
 
 
-def plot_over_variants(rows: Rows, metrics: Sequence[str]) -> Figure:
+def plot_over_variants(rows: Rows, metrics: Mapping[str, str]) -> Figure:
     """One panel for each metric, one line of dots for each variant, one colour for each number of steps."""
     height = 1.2 + 0.3 * len(grouped(_of_variants(rows), "pipeline"))
     figure = Figure(figsize=(12, height), layout="constrained")
@@ -134,12 +152,12 @@ def plot_over_variants(rows: Rows, metrics: Sequence[str]) -> Figure:
             found = _spreads(group, "pipeline", metric)
             means, ranges = _split(found)
             axes.errorbar(means, list(found), xerr=ranges, fmt="o", capsize=3, label=f"{steps} NFE")
-        _finish(axes, metric, rows, axes.axvline)
+        _finish(axes, metric, metrics[metric], rows, axes.axvline)
     figure.axes[0].invert_yaxis()
     return figure
 
 
-def plot_over_cost(rows: Rows, metrics: Sequence[str]) -> Figure:
+def plot_over_cost(rows: Rows, metrics: Mapping[str, str]) -> Figure:
     """One panel for each metric, a point for each variant; those named alike up to a comma are joined by a line.
 
     The cost is that of the training and of what it started from.
@@ -157,7 +175,7 @@ def plot_over_cost(rows: Rows, metrics: Sequence[str]) -> Figure:
                 style = {"color": f"C{place}", "linestyle": "-" if steps == 1 else "--", "capsize": 3, "marker": "o"}
                 x, y, half = zip(*points, strict=True) if points else ((), (), ())
                 axes.errorbar(x, y, half, label=f"{method}, {steps} NFE", **style)
-        _finish(axes, metric, rows, axes.axhline)
+        _finish(axes, metric, metrics[metric], rows, axes.axhline)
         axes.set_xlabel("CPU minutes of training, with those of its start")
     return figure
 
@@ -175,7 +193,7 @@ def _split(found: dict[object, tuple[float, float]]) -> tuple[list[float], list[
     return [mean for mean, _ in found.values()], [half for _, half in found.values()]
 
 
-def _finish(axes: Axes, metric: str, rows: Rows, line: Callable[..., object]) -> None:
+def _finish(axes: Axes, metric: str, title: str, rows: Rows, line: Callable[..., object]) -> None:
     """Real images and the teacher's best effort as lines; the legend once."""
     teacher = sorted((row for row in rows if row["pipeline"] == TEACHER), key=lambda row: row["num_inference_steps"])
     for row in [row for row in rows if row["pipeline"] in (REAL, REAL_CLIPS)] + teacher[-1:]:
@@ -185,16 +203,10 @@ def _finish(axes: Axes, metric: str, rows: Rows, line: Callable[..., object]) ->
             line(row[metric], color="grey", linestyle=style, label=label)
     if metric in LOGARITHMIC:
         (axes.set_yscale if line == axes.axhline else axes.set_xscale)("log")
-    axes.set_title(COLUMNS[metric][0])
+    axes.set_title(title)
     axes.grid(alpha=0.3)
     if axes is axes.figure.axes[0]:
         axes.legend(fontsize="small")
 
 
 PLOTS = {"steps": plot_over_steps, "variants": plot_over_variants, "cost": plot_over_cost}
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    write(aside)
-    os.replace(aside, path)

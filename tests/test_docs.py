@@ -2,15 +2,34 @@
 
 import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from cm_diffusers.measured import FOLDER, GRID, clips_of, read_measured
+from cm_diffusers.measured import FOLDER, GRID, clips_of, distance_name, read_measured
 from cm_diffusers.publishing.sharing import ShareConfig, prepare
 
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import redraw
+
+
 update_docs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "update_docs.py"))
+
+
+TABLES = {page: text for page, text, _ in (*redraw.evaluations(), *redraw.studies())}
+
+
+@pytest.mark.parametrize("page", TABLES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_tables_are_what_the_numbers_beside_them_say(page):
+    assert page.read_text("utf-8") == TABLES[page]
+
+
+@pytest.mark.parametrize("extractor", ["assets/fashion_classifier", "runs/x/fashion_classifier/", "inception"])
+def test_only_inception_features_give_an_fid(extractor):
+    assert distance_name(extractor) == ("FID" if extractor == "inception" else "FD-fashion")
 
 
 @pytest.mark.parametrize("page", update_docs["PAGES"], ids=lambda page: page.parent.name)

@@ -95,7 +95,7 @@ def test_table_has_a_block_for_each_reward():
     text = report.markdown(report.with_costs(RUNS, "DDPO"), "DDPO", SETTING)
     heads, _, ddpo, quick, control, other_heads, _, alone = cells(text)
     assert heads == [
-        "", "seeds", "steps", "reward before → after", "agreement before → after", "Vendi before → after", "FID before → after",
+        "", "seeds", "steps", "reward before → after", "agreement before → after", "Vendi before → after", "FD-net before → after",
         "network evaluations", "CPU minutes", "evaluations to DDPO's best reward", "share of DDPO's", "share of its time",
     ]  # fmt: skip
     quality = ["1.000 → 2.500 ±0.500"] * 2 + ["1.00 → 2.50 ±0.50", "1.0 → 2.5 ±0.5"]

@@ -185,7 +185,7 @@ def test_the_start_s_cost_counts(tmp_path):
     rows = [row("ours", 0, 1, 2.0, 10.0), row("tuned", 0, 1, 3.0, 1.0) | {"start_minutes": 5.0}]
     lines = study_report.markdown(rows, SETTING).splitlines()
     assert [line.split(" | ")[1:4] for line in lines[2:4]] == [["1", "10", "–"], ["1", "1", "5"]]
-    axes = study_report.plot_over_cost(rows, study_report.PLOTTED[Setting]).axes[0]
+    axes = study_report.plot_over_cost(rows, dict.fromkeys(study_report.PLOTTED[Setting], "")).axes[0]
     assert [line.get_xdata().tolist() for line in axes.get_lines() if line.get_marker() == "o"] == [[10.0], [6.0]]
 
 

@@ -17,6 +17,15 @@ REAL_CLIPS = "other real clips"
 BASELINES = (REAL, REAL_CLIPS, TEACHER)
 
 
+def distance_name(extractor: str) -> str:
+    """What the Fréchet distance on these features is called: numbers on other features than Inception's are no FID.
+
+    Args:
+        extractor: "inception", or the folder of a classifier: "assets/fashion_classifier" gives "FD-fashion".
+    """
+    return "FID" if extractor == "inception" else f"FD-{Path(extractor).name.removesuffix('_classifier')}"
+
+
 @dataclass(frozen=True)
 class Measured:
     """The rows of a student, of its teacher and of other real images, and what they depend on.
@@ -51,17 +60,17 @@ class Measured:
         extractor = self.setting["extractor"]
         agreement = {"agreement": ("prompt_agreement", f"prompt agreement by {extractor}")}
         if self.of_clips:
-            distance = f"Fréchet distance of {{}}, features of {extractor}"
+            name, features = distance_name(extractor), f"Fréchet distance, features of {extractor}"
             return {
                 "direction_accuracy": ("direction_accuracy", "share of clips that move as told"),
-                "fd_frames": ("frechet_distance", distance.format("frames")),
-                "fd_differences": ("frechet_distance", distance.format("differences of frames")),
+                "fd_frames": ("frechet_distance", f"{name} of frames ({features})"),
+                "fd_differences": ("frechet_distance", f"{name} of differences of frames ({features})"),
                 "fvd": ("fvd", f"FVD, features of {self.setting['video_extractor']}"),
                 **agreement,
             }
         standard = extractor == "inception"
         distance = "fid" if standard else "frechet_distance"
-        name = "FID" if standard else f"Fréchet distance, features of {extractor}"
+        name = distance_name(extractor) + ("" if standard else f" (Fréchet distance, features of {extractor})")
         return {
             "fid": (distance, name),
             **agreement,

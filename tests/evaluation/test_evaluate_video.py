@@ -341,7 +341,7 @@ def test_table_and_file_names() -> None:
     setting = VideoSetting(4, 8, 32, 0, "net", None, 1.4, 4, 0.3, 0.01234, "data", "a machine", "float32", 2)
     rows = [{"pipeline": "x", "num_inference_steps": 2, "direction_accuracy": 0.5, "fvd": None, "fd_frames": 1.239}]
     lines = markdown_table(rows, setting).splitlines()
-    assert lines[0] == "| pipeline | NFE | direction accuracy | FD of frames |"
+    assert lines[0] == "| pipeline | NFE | direction accuracy | FD-net of frames |"
     assert lines[2] == "| x | 2 | 0.500 | 1.24 |"
     assert "below 0.0123" in lines[4]
     assert clips_of("AnimateLCM, w/o init") == "AnimateLCM_w_o_init.gif"

@@ -262,7 +262,7 @@ def test_table_drops_empty_columns_and_names_its_setting() -> None:
     rows = [{"pipeline": "x", "num_inference_steps": 2, "fid": 1.234, "clip_score": None, "agreement": 0.5}]
     rows.append(rows[0] | {"agreement": None})
     lines = markdown_table(rows, setting).splitlines()
-    assert lines[0] == "| pipeline | NFE | FID to data | agreement |"
+    assert lines[0] == "| pipeline | NFE | FD-net to data | agreement |"
     assert lines[2:4] == ["| x | 2 | 1.23 | 0.500 |", "| x | 2 | 1.23 | – |"]
     assert "8 images, seed 3, extractor net" in lines[5]
     assert "0.969" in lines[5]
@@ -323,10 +323,10 @@ def test_evaluate_end_to_end(parts: Path, monkeypatch: pytest.MonkeyPatch, capsy
     )
     assert found["setting"]["num_images"] == 8
     assert "8 images, seed 0" in table
-    with Image.open(parts / "out" / "grid.png") as grid, Image.open(parts / "out" / "fid.png") as plot:
+    with Image.open(parts / "out" / "grid.png") as grid, Image.open(parts / "out" / "plot.png") as plot:
         assert grid.height > 13 * 96
         assert plot.size == (900, 600)
-    assert sorted(p.name for p in (parts / "out").iterdir()) == ["fid.png", "grid.png", "table.json", "table.md"]
+    assert sorted(p.name for p in (parts / "out").iterdir()) == ["grid.png", "plot.png", "table.json", "table.md"]
 
 
 def test_real_images_are_measured_where_there_are_enough(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,9 +156,9 @@ def test_numbers_are_named_as_they_were_computed() -> None:
     assert fid.metric_args == protocol
     assert (agreement.metric_type, agreement.metric_value) == ("prompt_agreement", 0.75)
     own = next(Measured({**SETTING, "extractor": "assets/classifier"}, ROWS[:2]).results())
-    assert (own.metric_type, own.metric_name[:49]) == (
+    assert (own.metric_type, own.metric_name) == (
         "frechet_distance",
-        "Fréchet distance, features of assets/classifier; 4 steps"[:49],
+        "FD-classifier (Fréchet distance, features of assets/classifier); 4 steps, guidance scale 3",
     )
 
 
@@ -193,7 +193,7 @@ def test_measurements_of_clips_stand_in_the_card() -> None:
     measured = Measured(CLIPS, CLIP_ROWS)
     card = model_card(replace(RECORD, method="animatelcm"), PROVENANCE_OF_IT, measured, "evaluation/clips.gif")
     assert "| my clips | 4 | 1 | 0.900 |" in card
-    assert "Fréchet distances are computed on the features of `assets/classifier`" in card
+    assert "FD-classifier are Fréchet distances on the features of `assets/classifier`" in card
     assert "![Sample grid](evaluation/clips.gif)" in card
     direction, distance = measured.results()
     assert (direction.task_type, direction.metric_type, direction.metric_value) == (
@@ -201,8 +201,8 @@ def test_measurements_of_clips_stand_in_the_card() -> None:
         "direction_accuracy",
         0.9,
     )
-    assert (
-        distance.metric_name == "Fréchet distance of frames, features of assets/classifier; 4 steps, guidance scale 1"
+    assert distance.metric_name == (
+        "FD-classifier of frames (Fréchet distance, features of assets/classifier); 4 steps, guidance scale 1"
     )
     assert direction.metric_args["num_clips"] == 24
 

@@ -53,7 +53,7 @@ class EvaluationConfig:
     clip_model: str | None = HfArg(
         default=None, help="CLIP model for the CLIP score of pipelines that read prompts, a Hub id or a folder."
     )
-    output_dir: str = HfArg(default="runs/evaluation", help="Where table.md, table.json, grid.png and fid.png go.")
+    output_dir: str = HfArg(default="runs/evaluation", help="Where table.md, table.json, grid.png and plot.png go.")
 
 
 class Comparison:

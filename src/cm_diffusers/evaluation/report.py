@@ -11,15 +11,17 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cm_diffusers.measured import distance_name
+
 
 Row = dict[str, str | int | float | None]
 
-COLUMNS = {  # key of a row -> heading and format
+COLUMNS = {  # key of a row -> heading, where the distance on the extractor's features is named, and format
     "pipeline": ("pipeline", "{}"),
     "num_inference_steps": ("NFE", "{}"),
     "guidance_scale": ("guidance", "{:g}"),
-    "fid": ("FID to data", "{:.2f}"),
-    "fid_teacher": ("FID to teacher", "{:.2f}"),
+    "fid": ("{distance} to data", "{:.2f}"),
+    "fid_teacher": ("{distance} to teacher", "{:.2f}"),
     "agreement": ("agreement", "{:.3f}"),
     "coverage": ("coverage", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
@@ -56,6 +58,12 @@ def hardware() -> str:
     return f"{device}, torch {torch.__version__}"
 
 
+def headed(columns: Mapping[str, tuple[str, str]], extractor: str) -> dict[str, tuple[str, str]]:
+    """The columns with the name of the Fréchet distance on these features in their headings."""
+    distance = distance_name(extractor)
+    return {key: (heading.format(distance=distance), form) for key, (heading, form) in columns.items()}
+
+
 def filled_columns(rows: list[Row], columns: Mapping[str, tuple[str, str]]) -> str:
     """A Markdown table of the columns, key -> heading and format, in which some row has a value."""
     keys = [key for key in columns if any(row.get(key) is not None for row in rows)]
@@ -67,15 +75,15 @@ def filled_columns(rows: list[Row], columns: Mapping[str, tuple[str, str]]) -> s
 def markdown_table(rows: list[Row], setting: Setting) -> str:
     """The table with the columns that hold a value, and the setting in words below it."""
     return (
-        f"{filled_columns(rows, COLUMNS)}\n\n{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
+        f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
         f"reference {setting.reference}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
         "NFE counts steps: classifier-free guidance runs the network on both branches in each.\n"
     )
 
 
-def plot_fid(rows: list[Row]) -> Figure:
-    """FID to the data over steps, both logarithmic: one line per pipeline and guidance scale."""
+def plot(rows: list[Row], setting: Setting) -> Figure:
+    """Fréchet distance to the data over steps, both logarithmic: one line per pipeline and guidance scale."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lines: dict[tuple, list[Row]] = {}
@@ -90,7 +98,7 @@ def plot_fid(rows: list[Row]) -> Figure:
         label = name if guidance is None else f"{name}, guidance {guidance:g}"
         axes.plot(steps, [row["fid"] for row in points], marker="o", label=label)
     ticks = sorted({row["num_inference_steps"] for points in lines.values() for row in points})
-    axes.set(xscale="log", yscale="log", xlabel="NFE (steps)", ylabel="FID to data")
+    axes.set(xscale="log", yscale="log", xlabel="NFE (steps)", ylabel=headed(COLUMNS, setting.extractor)["fid"][0])
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -99,14 +107,14 @@ def plot_fid(rows: list[Row]) -> Figure:
 
 
 def write_report(folder: Path, rows: list[Row], setting: Setting, grid: Image.Image) -> str:
-    """Writes `table.md`, `table.json`, `grid.png` and `fid.png`; returns the Markdown table."""
+    """Writes `table.md`, `table.json`, `grid.png` and `plot.png`; returns the Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(rows, setting)
     numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
     replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
     replace_file(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
     replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
-    replace_file(folder / "fid.png", lambda path: plot_fid(rows).savefig(path, dpi=150, format="png"))
+    replace_file(folder / "plot.png", lambda path: plot(rows, setting).savefig(path, dpi=150, format="png"))
     return table
 
 

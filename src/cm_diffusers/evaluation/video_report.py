@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.report import Row, filled_columns, replace_file
+from cm_diffusers.evaluation.report import Row, filled_columns, headed, replace_file
 from cm_diffusers.measured import clips_of
 
 
@@ -22,8 +22,8 @@ COLUMNS = {  # key of a row -> heading and format
     "direction_accuracy": ("direction accuracy", "{:.3f}"),
     "velocity_residual": ("off constant velocity, px", "{:.2f}"),
     "static_rate": ("static", "{:.3f}"),
-    "fd_frames": ("FD of frames", "{:.2f}"),
-    "fd_differences": ("FD of differences", "{:.2f}"),
+    "fd_frames": ("{distance} of frames", "{:.2f}"),
+    "fd_differences": ("{distance} of differences", "{:.2f}"),
     "fvd": ("FVD", "{:.1f}"),
     "agreement": ("agreement", "{:.3f}"),
     "content_drift": ("content drift", "{:.3f}"),
@@ -70,7 +70,7 @@ class Shown(NamedTuple):
 def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
     """The table with the columns that hold a value, and the setting in words below it."""
     return (
-        f"{filled_columns(rows, COLUMNS)}\n\n{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
+        f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
         f"{setting.seed}, extractor {setting.extractor}, reference {setting.reference}. Direction: at least "
         f"{setting.min_speed:g} px per frame; chance is 0.25 for clips that move and 0 for static ones. Static: mean frame "
         f"change below {setting.static_threshold:.4f}. Drifts: distance to the first frame, of features and of colours. "
@@ -79,7 +79,7 @@ def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
     )
 
 
-def plot(rows: list[Row]) -> Figure:
+def plot(rows: list[Row], setting: VideoSetting) -> Figure:
     """Direction accuracy and Fréchet distances over steps: one line per pipeline and guidance scale, real ones dotted."""
     keys = [key for key in PLOTTED if any(row.get(key) is not None for row in rows)]
     sampled = [row for row in rows if row["num_inference_steps"] is not None]
@@ -94,7 +94,7 @@ def plot(rows: list[Row]) -> Figure:
             steps, values = zip(*((row["num_inference_steps"], row[key]) for row in points), strict=True)
             axes.plot(steps, values, marker="o", label=f"{name}, guidance {guidance:g}")
         ticks = sorted({row["num_inference_steps"] for row in sampled})
-        axes.set(xscale="log", xlabel="NFE (steps)", ylabel=COLUMNS[key][0])
+        axes.set(xscale="log", xlabel="NFE (steps)", ylabel=headed(COLUMNS, setting.extractor)[key][0])
         axes.set(yscale="linear" if key == "direction_accuracy" else "log")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.xaxis.minorticks_off()
@@ -119,7 +119,7 @@ def write_report(
     grid = image_grid([part.clips[0] for part in shown], [part.label for part in shown], heads)
     replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
     replace_file(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
-    replace_file(folder / "plot.png", lambda path: plot(rows).savefig(path, dpi=150, format="png"))
+    replace_file(folder / "plot.png", lambda path: plot(rows, setting).savefig(path, dpi=150, format="png"))
     replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
     for name in dict.fromkeys(part.pipeline for part in shown):
         write_animation(folder / clips_of(name), [part for part in shown if part.pipeline == name], prompts)

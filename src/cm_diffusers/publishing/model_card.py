@@ -4,7 +4,7 @@ from textwrap import dedent
 
 from huggingface_hub import ModelCardData
 
-from cm_diffusers.measured import TEACHER, Measured
+from cm_diffusers.measured import TEACHER, Measured, distance_name
 from cm_diffusers.publishing.image_card import (
     EDM_METHODS,
     TASK,
@@ -198,7 +198,10 @@ def _measurements(measured: Measured) -> list[str]:
         table = report.markdown_table(measured.rows, report.Setting(**measured.setting)).strip()
     said = [BASELINE] if any(row["pipeline"] == TEACHER for row in measured.rows) else []
     distances = EXTRACTOR_OF_CLIPS if measured.of_clips else EXTRACTOR
-    said += [] if measured.setting["extractor"] == "inception" else [distances.format(**measured.setting)]
+    extractor = measured.setting["extractor"]
+    said += (
+        [] if extractor == "inception" else [distances.format(distance=distance_name(extractor), extractor=extractor)]
+    )
     return ["## Measured", *([" ".join(said)] if said else []), table]
 
 
@@ -227,10 +230,10 @@ UNSTATED = {
 }
 
 BASELINE = "The teacher's rows are the baseline."
-EXTRACTOR = "FID is computed on the features of `{extractor}` and compares only with itself."
-EXTRACTOR_OF_CLIPS = (
-    "Fréchet distances are computed on the features of `{extractor}` and compare only with each other."
+EXTRACTOR = (
+    "{distance} is the Fréchet distance on the features of `{extractor}`: it compares only with itself, not with FID."
 )
+EXTRACTOR_OF_CLIPS = "{distance} are Fréchet distances on the features of `{extractor}`: they compare only with each other, not with FID."
 
 CALL = """\
     image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]

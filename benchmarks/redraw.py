@@ -1,0 +1,56 @@
+"""Write the tables and plots of assets/results anew from the numbers beside them, without measuring anything."""
+
+import json
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import reward_study_report
+import study_report
+from matplotlib.figure import Figure
+
+from cm_diffusers.evaluation import report, video_report
+from cm_diffusers.evaluation.report import replace_file
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "assets" / "results"
+REWARDS, BASELINE = RESULTS / "rewards", "DDPO"  # its curves need the trainings' histories
+Page = tuple[Path, str, Callable[[], Figure] | None]  # file, text, plot
+
+
+def evaluations() -> Iterator[Page]:
+    """Of `training/evaluate.py` and `evaluate_video.py`."""
+    for path in sorted(RESULTS.glob("*/table.json")):
+        content = json.loads(path.read_text("utf-8"))
+        kind = video_report if "num_clips" in content["setting"] else report
+        setting = (video_report.VideoSetting if kind is video_report else report.Setting)(**content["setting"])
+        rows = content["rows"]
+        yield (
+            path.with_name("table.md"),
+            kind.markdown_table(rows, setting),
+            lambda k=kind, r=rows, s=setting: k.plot(r, s),
+        )
+
+
+def studies() -> Iterator[Page]:
+    """Of `benchmarks/study.py` and `reward_study.py`."""
+    for path in sorted(RESULTS.glob("*/rows.json")):
+        content, name = json.loads(path.read_text("utf-8")), path.parent.name
+        if path.parent == REWARDS:
+            setting = reward_study_report.Setting(**content["setting"])
+            yield path.with_name("table.md"), reward_study_report.markdown(content["rows"], BASELINE, setting), None
+            continue
+        kind = video_report.VideoSetting if "num_clips" in content["setting"] else report.Setting
+        tables = tomllib.loads((ROOT / "benchmarks/studies" / f"{name}.toml").read_text("utf-8"))["tables"]
+        for page in study_report.pages(tables, content["rows"], kind(**content["setting"])):
+            yield path.with_name(f"{page.name}.md"), page.text, page.plot
+
+
+if __name__ == "__main__":
+    for page, text, draw in (*evaluations(), *studies()):
+        replace_file(page, lambda path, text=text: path.write_text(text, "utf-8"))
+        if draw:
+            plot = page.with_name("plot.png" if page.stem == "table" else f"{page.stem}.png")
+            dpi = 150 if page.stem == "table" else study_report.DPI
+            replace_file(plot, lambda path, draw=draw, dpi=dpi: draw().savefig(path, dpi=dpi, format="png"))
