@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-upstream quality style clean
+.PHONY: help demo test test-slow test-upstream docs quality style clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -17,7 +17,7 @@ $(STAMP):
 	@test -x $(VENV)/bin/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[train,test,quality]"
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[train,test,quality,docs]"
 	@rm -f $(VENV)/.ready-*
 	@touch $@
 
@@ -36,6 +36,10 @@ test-upstream: $(STAMP)  ## diffusers' own suites on our classes: make test-upst
 	@test -n "$(DIFFUSERS)" || { echo "make: name a diffusers checkout: make test-upstream DIFFUSERS=/path/to/diffusers" >&2; exit 1; }
 	$(VENV)/bin/python tests/outside/run.py $(DIFFUSERS) -n 2
 
+docs: $(STAMP)  ## build the documentation into docs/_build/html; warnings are errors
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "Documentation: docs/_build/html/index.html"
+
 quality: $(STAMP)  ## check lint and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -45,5 +49,5 @@ style: $(STAMP)  ## fix lint and format
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove caches and build output (.venv, data, runs and demo stay)
-	rm -rf .pytest_cache .ruff_cache build dist
+	rm -rf .pytest_cache .ruff_cache build dist docs/_build docs/api/generated
 	find src tests training pipelines benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The architecture as assertions: sizes, imports, one class per file, and a PAPERS.md that keeps its promises."""
+"""The architecture as assertions: sizes, imports, one class per file, and a docs/papers.md that keeps its promises."""
 
 import ast
 import importlib.util
@@ -32,7 +32,7 @@ WINGS = """
 """.split()
 NOUNS = {"types", "record", "measured", "errors"}
 ALLOWED = {"torch", "numpy", "diffusers", "transformers", "huggingface_hub", *sys.stdlib_module_names}
-PAPERS = (ROOT / "PAPERS.md").read_text()
+PAPERS = (ROOT / "docs" / "papers.md").read_text()
 ROWS = [line for line in PAPERS.splitlines() if line.startswith("|")]
 TEXT = {".py", ".args", ".md", ".toml", ".json", ".txt", ".yml", ".yaml"}
 # Written so that no pattern matches its own source.
@@ -75,9 +75,9 @@ def load(path: Path) -> ModuleType:
 
 
 def script_of(recipe: Path) -> Path:
-    """The script in the PAPERS.md row that names the recipe."""
+    """The script in the docs/papers.md row that names the recipe."""
     rows = [row for row in ROWS if f"recipes/{recipe.name}`" in row]
-    assert len(rows) == 1, f"{recipe.name} must be named in exactly one row of PAPERS.md, found {len(rows)}"
+    assert len(rows) == 1, f"{recipe.name} must be named in exactly one row of docs/papers.md, found {len(rows)}"
     return ROOT / re.search(r"`(training/\w+\.py)`", rows[0]).group(1)
 
 
@@ -164,7 +164,7 @@ def test_every_objective_has_its_paper(path: Path) -> None:
     assert f"`objectives/{path.name}`" in PAPERS
 
 
-@pytest.mark.parametrize("page", ["PAPERS.md", "WISHES.md"])
+@pytest.mark.parametrize("page", ["docs/papers.md", "docs/wishes.md"])
 def test_pages_name_files_that_exist(page: str) -> None:
     named = re.findall(r"`([a-z][\w/.]*(?:\.py|\.args|\.md|/))`", (ROOT / page).read_text())
     roots = (ROOT, SRC, ROOT / "training")

@@ -19,18 +19,22 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
 
     `--recipe FILE.args` reads flags from a file; flags given on the command line win.
     """
-    parser = HfArgumentParser(
-        configs,
-        description=description,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-        epilog="--recipe FILE.args reads flags from a file, as those in training/recipes; flags given here win.",
-    )
-    *parsed, unknown = parser.parse_args_into_dataclasses(
+    *parsed, unknown = make_parser(configs, description).parse_args_into_dataclasses(
         args=_with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; --help lists those it has.")
     return tuple(parsed)
+
+
+def make_parser(configs: Sequence[type], description: str) -> HfArgumentParser:
+    """What reads the command line; `parse_configs` handles `--recipe` before."""
+    return HfArgumentParser(
+        configs,
+        description=description,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+        epilog="--recipe FILE.args reads flags from a file, as those in training/recipes; flags given here win.",
+    )
 
 
 def _with_recipes(argv: Sequence[str] | None) -> list[str]:
