@@ -16,6 +16,17 @@ from cm_diffusers.evaluation.report import replace_file
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "assets" / "results"
 REWARDS, BASELINE = RESULTS / "rewards", "DDPO"  # its curves need the trainings' histories
+SUMMARY = (
+    "pipeline",
+    "num_inference_steps",
+    "guidance_scale",
+    "fid",
+    "agreement",
+    "coverage",
+    "recall",
+    "vendi",
+    "ms_per_image",
+)
 Page = tuple[Path, str, Callable[[], Figure] | None]  # file, text, plot
 
 
@@ -33,6 +44,17 @@ def evaluations() -> Iterator[Page]:
         )
 
 
+def summary() -> Iterator[Page]:
+    """Of the students of text, at the guidance of their cards: what README.md shows."""
+    content = json.loads((RESULTS / "students" / "table.json").read_text("utf-8"))
+    setting = report.Setting(**content["setting"])
+    columns = report.headed(report.COLUMNS, setting.extractor)
+    columns = {key: columns[key] for key in SUMMARY}
+    rows = [row for row in content["rows"] if row["guidance_scale"] != 2 and row["num_inference_steps"] != 8]
+    said = f"{setting.num_images} images, seed {setting.seed}; {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}."
+    yield RESULTS / "students" / "summary.md", f"{report.filled_columns(rows, columns)}\n\n{said}\n", None
+
+
 def studies() -> Iterator[Page]:
     """Of `benchmarks/study.py` and `reward_study.py`."""
     for path in sorted(RESULTS.glob("*/rows.json")):
@@ -48,7 +70,7 @@ def studies() -> Iterator[Page]:
 
 
 if __name__ == "__main__":
-    for page, text, draw in (*evaluations(), *studies()):
+    for page, text, draw in (*evaluations(), *summary(), *studies()):
         replace_file(page, lambda path, text=text: path.write_text(text, "utf-8"))
         if draw:
             plot = page.with_name("plot.png" if page.stem == "table" else f"{page.stem}.png")
