@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-upstream quality style clean
+.PHONY: help demo test test-slow test-upstream quality style single-files clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -43,6 +43,9 @@ quality: $(STAMP)  ## check lint and format
 style: $(STAMP)  ## fix lint and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+single-files: $(STAMP)  ## write pipelines/ from pipeline_sources/
+	$(VENV)/bin/python pipeline_sources/write.py
 
 clean:  ## remove caches and build output (.venv, data, runs and demo stay)
 	rm -rf .pytest_cache .ruff_cache build dist
