@@ -144,7 +144,7 @@ def test_long_imports_are_wrapped_as_ruff_wraps_them(tmp_path: Path) -> None:
         (MAIN.replace("LIMIT = 2", "math = 2"), "math of turns.py has the name of something else"),
         (
             MAIN.replace("import Tensor\n", "import Tensor\nfrom numpy import pi as math\n") + "math",
-            "math of turns.py",
+            "math of main.py has the name",
         ),
     ],
 )
