@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-upstream quality style single-files clean
+.PHONY: help demo test test-slow test-upstream quality style clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -44,6 +44,7 @@ style: $(STAMP)  ## fix lint and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+.PHONY: single-files
 single-files: $(STAMP)  ## write pipelines/ from pipeline_sources/
 	$(VENV)/bin/python pipeline_sources/write.py
 
