@@ -48,6 +48,10 @@ style: $(STAMP)  ## fix lint and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+.PHONY: single-files
+single-files: $(STAMP)  ## write pipelines/ from pipeline_sources/
+	$(VENV)/bin/python pipeline_sources/write.py
+
 clean:  ## remove caches and build output (.venv, data, runs and demo stay)
 	rm -rf .pytest_cache .ruff_cache build dist docs/_build docs/api/generated
-	find src tests training pipelines benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests training pipelines pipeline_sources benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

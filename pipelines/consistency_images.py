@@ -1,3 +1,4 @@
+# Written by `make single-files` in cm_diffusers, from pipeline_sources/consistency_images.py: change that, not this.
 """Images without prompts from students in EDM's coordinates, as they were trained, without installing cm_diffusers.
 
 A single file for `custom_pipeline`. It needs diffusers alone and serves the consistency models that cm_diffusers makes
@@ -17,7 +18,7 @@ network and noise levels, and knows no latents. Images are those of `Consistency
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
@@ -46,7 +47,64 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from torch import Generator, Tensor
 
 
-RECORD = "cm_diffusers.json"
+def input_scaling(sigma: Tensor, sigma_data: float) -> Tensor:
+    """c_in `(B,)` of EDM (2206.00364, Table 1): c_in x has unit variance."""
+    return 1 / (sigma.double() ** 2 + sigma_data**2).sqrt()
+
+
+def cm_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out `(B,)` of consistency models (2303.01469, Appendix C); exactly (1, 0) at sigma = sigma_min."""
+    shifted = sigma.double() - sigma_min
+    return 1 / (1 + (shifted / sigma_data) ** 2), shifted * sigma_data * input_scaling(sigma, sigma_data)
+
+
+def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out `(B,)` of EDM's denoiser (2206.00364, Table 1); exactly (1, 0) at sigma = 0."""
+    sigma = sigma.double()
+    return 1 / (1 + (sigma / sigma_data) ** 2), sigma * sigma_data * input_scaling(sigma, sigma_data)
+
+
+# (sigma, sigma_min, sigma_data) -> (c_skip, c_out): where f(x, sigma) = x, at sigma_min or at 0
+BOUNDARY_SCALINGS: dict[str, Callable[[Tensor, float, float], tuple[Tensor, Tensor]]] = {
+    "cm": cm_scalings,
+    "edm": lambda sigma, sigma_min, sigma_data: edm_scalings(sigma, sigma_data),
+}
+# c_noise, what a network is told of sigma: part of its architecture. "adm" as `CMStochasticIterativeScheduler`.
+NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "edm": lambda sigma: sigma.log() / 4,
+    "adm": lambda sigma: 1000 * torch.log(sigma + 1e-44) / 4,
+}
+
+
+def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """`(points,)` ascending sigmas of EDM (2206.00364, Eq. 5), float64: even in sigma^(1 / rho), with exact ends."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    grid = torch.linspace(low, high, points, dtype=torch.float64) ** rho
+    grid[0], grid[-1] = sigma_min, sigma_max
+    return grid
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """on_x and on_output `(B,)` with F = on_x x + on_output output, for the output of a variance-preserving network.
+
+    The network is shown x / sqrt(1 + sigma^2). F is (D - c_skip x) / c_out with its denoiser D and EDM's scalings,
+    simplified by hand: no two terms cancel that need not.
+
+    Args:
+        prediction_type: What the output is: "epsilon", "v_prediction" or "sample".
+    """
+    sigma = sigma.double()
+    edm, vp = (sigma**2 + sigma_data**2).sqrt(), (1 + sigma**2).sqrt()
+    if prediction_type == "epsilon":  # D = x - sigma output
+        return sigma / (sigma_data * edm), -edm / sigma_data
+    if prediction_type == "v_prediction":  # D = (x - sigma vp output) / vp^2
+        return sigma * (1 - sigma_data**2) / (sigma_data * vp**2 * edm), -edm / (sigma_data * vp)
+    if prediction_type == "sample":  # D = output
+        return -sigma_data / (sigma * edm), edm / (sigma * sigma_data)
+    raise ValueError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
 
 
 class StudentScheduler(SchedulerMixin, ConfigMixin):
@@ -81,10 +139,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         recommended_sigmas: list[float] | None = None,
     ) -> None:
-        ends = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-        grid = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** rho
-        grid[0], grid[-1] = sigma_min, sigma_max
-        self.grid = grid.flip(0).tolist()
+        self.grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
         self.floor = sigma_min if boundary_scalings == "cm" else 0.0  # the noise level of f
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
@@ -133,7 +188,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """What the network is shown `(B, ...)`."""
         std = 1.0 if self.config.network == "vp" else self.config.sigma_data
-        return sample * float(1 / (self.sigmas[self.done] ** 2 + std**2).sqrt())
+        return sample * float(input_scaling(self.sigmas[self.done], std))
 
     def step(
         self,
@@ -164,29 +219,42 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         if self.config.network == "vp":
             times = np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
             return torch.as_tensor(times)
-        return sigmas.log() / 4 if self.config.noise_conditioning == "edm" else 1000 * torch.log(sigmas + 1e-44) / 4
+        return NOISE_CONDITIONINGS[self.config.noise_conditioning](sigmas)
 
     def _consistency(self, output: Tensor, sigma: Tensor, x: Tensor) -> Tensor:
         """f(x, sigma), exactly x at sigma = floor."""
-        std, shifted = self.config.sigma_data, sigma - self.floor
-        c_skip = 1 / (1 + (shifted / std) ** 2)
-        c_out = shifted * std * (1 / (sigma**2 + std**2).sqrt())
-        on_x, on_output = map(float, self._as_edm(sigma))
-        c_skip, c_out = float(c_skip), float(c_out)
+        on_x, on_output = 0.0, 1.0  # F = on_x x + on_output output
+        if self.config.network == "vp":
+            on_x, on_output = map(float, vp_scalings(sigma, self.config.sigma_data, self.config.prediction_type))
+        scalings = BOUNDARY_SCALINGS[self.config.boundary_scalings]
+        c_skip, c_out = map(float, scalings(sigma, self.config.sigma_min, self.config.sigma_data))
         f = (c_skip + c_out * on_x) * x + c_out * on_output * output
         return f.clamp(-1, 1) if self.config.clip_denoised else f
 
-    def _as_edm(self, sigma: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """on_x and on_output with F = on_x x + on_output output, where the network is one of EDM or not."""
-        if self.config.network == "edm":
-            return 0.0, 1.0
-        std = self.config.sigma_data
-        edm, vp = (sigma**2 + std**2).sqrt(), (1 + sigma**2).sqrt()
-        if self.config.prediction_type == "epsilon":
-            return sigma / (std * edm), -edm / std
-        if self.config.prediction_type == "v_prediction":
-            return sigma * (1 - std**2) / (std * vp**2 * edm), -edm / (std * vp)
-        return -std / (sigma * edm), edm / (sigma * std)
+
+Generators = Generator | list[Generator] | None
+
+
+def _drawn(classes: int, batch: int, generator: Generators) -> Tensor:
+    """Labels `(B,)`, each by its generator if there is a list."""
+    if isinstance(generator, list):
+        return torch.cat([_drawn(classes, 1, one) for one in generator])
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(classes, (batch,), generator=generator, device=device).cpu()
+
+
+RECORD = "cm_diffusers.json"
+
+
+def read_record(source: str) -> dict[str, Any]:
+    """The record of a folder or Hub repository; {} where there is none, or none in reach."""
+    path = Path(source) / RECORD
+    if not Path(source).exists():
+        try:
+            path = Path(hf_hub_download(source, RECORD))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+            return {}
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 @dataclass
@@ -230,7 +298,7 @@ class PortableImagesPipeline(DiffusionPipeline):
     @property
     def record(self) -> dict[str, Any]:
         """How the student was made; {} where nothing tells."""
-        return self.config.record or _read(self.config.get("_name_or_path") or "")
+        return self.config.record or read_record(self.config.get("_name_or_path") or "")
 
     @torch.no_grad()
     def __call__(
@@ -336,21 +404,3 @@ def _batch(**given: Any) -> int:
     if len(set(counts.values())) > 1:
         raise ValueError(f"batch_size, class_labels, latents and generator must be equally many, got {counts}.")
     return next(iter(counts.values()), 1)
-
-
-def _drawn(classes: int, batch: int, generator: Generator | list[Generator] | None) -> Tensor:
-    """Labels `(B,)`, each by its generator if there is a list."""
-    if isinstance(generator, list):
-        return torch.cat([_drawn(classes, 1, one) for one in generator])
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(classes, (batch,), generator=generator, device=device).cpu()
-
-
-def _read(source: str) -> dict[str, Any]:
-    path = Path(source) / RECORD
-    if not Path(source).exists():
-        try:
-            path = Path(hf_hub_download(source, RECORD))
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-            return {}
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

@@ -1,0 +1,200 @@
+"""Long videos by a few-step student of short clips: each clip looks back at the one before it, without cm_diffusers.
+
+A single file for `custom_pipeline`, after CoNo (2406.05082), adapted to few steps. It takes what `AnimateDiffPipeline`
+takes, with any consistency student: AnimateLCM, those of cm_diffusers.
+
+    import torch
+    from diffusers import DiffusionPipeline, LCMScheduler, MotionAdapter
+
+    pipe = DiffusionPipeline.from_pretrained(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        motion_adapter=MotionAdapter.from_pretrained("wangfuyun/AnimateLCM"),
+        custom_pipeline="pipelines/video_look_back.py",
+        trust_remote_code=True,
+    )
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, beta_schedule="linear")
+    pipe.load_lora_weights("wangfuyun/AnimateLCM", weight_name="AnimateLCM_sd15_t2v_lora.safetensors")
+    frames = pipe({0: "a fox in the snow", 26: "a fox on a beach"}, num_frames=56).frames[0]
+
+The video is extended clip by clip. A clip of N frames begins with the last N1 frames of the one before, and is made twice:
+
+1. Extension. Its noise is that of the clip before in another order, with that of the common frames where they are now. In
+   the first steps the common frames are tied: their predictions are those that were made for the clip before.
+2. Bridge, which takes its place. It is tied on both sides, to the clip before by N1 frames and to the extension by the last
+   N2; the frames between get noise of their own.
+
+The next clip extends the bridge. In both, the mean of the predicted frames is drawn towards that of the clip before.
+
+A step of a consistency model replaces most of the noise, so what the paper does to the first noise is done to that of every
+step, or nothing would be left of it. Predictions are of clean frames: where the noise is the same, they say what predicted
+noise says. The paper's regularization, a gradient step on the squared distance of two means, moves each frame by a multiple
+of their difference; that multiple is `regularization` here. Its default is not the paper's, whose norm is not told.
+"""
+
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from diffusers import AnimateDiffPipeline
+from diffusers.pipelines.animatediff import AnimateDiffPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .shared.long_video import (
+    Generators,
+    Prompt,
+    clip_length,
+    decoded,
+    denoised,
+    encoded,
+    latent_shape,
+    noised_again,
+    predicted,
+    texts_of_frames,
+)
+
+
+@dataclass
+class Clip:
+    """What sampling a clip used and found.
+
+    Attributes:
+        noise: At the start and after each step but the last, `(steps, B, C, N, h, w)`.
+        clean: The prediction of each step, each `(B, C, N, h, w)`; the last is the result.
+    """
+
+    noise: Tensor
+    clean: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Tie:
+    """The frames `here` follow the frames `there`, as many, of another clip."""
+
+    here: slice
+    clip: Clip
+    there: slice
+
+
+def look_back_order(length: int, common: int) -> Tensor:
+    """Which noise of the clip before each frame `(N,)` has: that of its last `common` frames, then the rest backwards.
+
+    That is all of it reversed, with the first frames turned round again.
+    """
+    order = torch.arange(length).flip(0)
+    return torch.cat([order[:common].flip(0), order[common:]])
+
+
+def regularized(clean: Tensor, before: Tensor, weight: float) -> Tensor:
+    """Frames `(B, C, N, h, w)` whose mean over frames moves to that of the clip before, all the way at weight 1."""
+    return clean + weight * (before.mean(2, keepdim=True) - clean.mean(2, keepdim=True))
+
+
+class VideoLookBackPipeline(AnimateDiffPipeline):
+    """`AnimateDiffPipeline` for videos of any length, with consistency students and a scheduler of theirs."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt | list[Prompt],
+        num_frames: int = 56,
+        clip_frames: int | None = None,
+        left_frames: int | None = None,
+        right_frames: int | None = None,
+        tied_share: float = 0.8,
+        regularization: float = 0.1,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 4,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        decode_chunk_size: int = 16,
+        return_dict: bool = True,
+    ) -> AnimateDiffPipelineOutput | tuple:
+        """Videos.
+
+        Args:
+            prompt: A text for the video, or texts by the frame at which they start, {0: "...", 26: "..."}; or a list of
+                these, one for each video.
+            num_frames: Length of the video; clips are made until it is reached, and the rest of the last is cut off.
+            clip_frames: N, frames that the network sees at once; by default 16, or all its motion modules know if fewer.
+            left_frames: N1, frames that a clip has in common with the one before; by default 6 of 16.
+            right_frames: N2, frames that the bridge has in common with the extension; by default 8 of 16.
+            tied_share: The share of steps, rounded up, in which common frames are tied; of 4 steps 0.8 are all.
+            regularization: From 0 to 1, how much of the difference between mean frames is taken away in each step.
+            height, width: Size in pixels, by default that of the network.
+            num_inference_steps: How often each clip is denoised.
+            guidance_scale: Above 1, the network is asked with and without the prompt.
+            negative_prompt: What guidance leads away from, in all frames.
+            generator: Draws all noise; one for each video makes it independent of its batch.
+            output_type: "pil", "np" (B, F, H, W, C), "pt" (B, F, C, H, W), both in [0, 1], or "latent" (B, C, F, h, w).
+            decode_chunk_size: Frames that are decoded at once.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: The request is malformed, or network or scheduler cannot fulfil it.
+        """
+        N = clip_length(self, clip_frames, num_frames, num_inference_steps)
+        N1 = N * 3 // 8 if left_frames is None else left_frames
+        N2 = N // 2 if right_frames is None else right_frames
+        if num_frames > N and not (N1 >= 1 and N2 >= 1 and N1 + N2 < N):
+            raise ValueError(
+                f"left_frames and right_frames must be at least 1 and leave some of the {N} frames of a clip between "
+                f"them, got {N1} and {N2}."
+            )
+        if not (0 <= tied_share <= 1 and 0 <= regularization <= 1):
+            raise ValueError(
+                f"tied_share and regularization must be from 0 to 1, got {tied_share} and {regularization}."
+            )
+        rows = texts_of_frames(prompt, num_frames)
+        shape, self._guidance_scale = latent_shape(self, len(rows), height, width, generator), guidance_scale
+        text = encoded(self, rows, negative_prompt)
+
+        def drawn(frames: int) -> Tensor:
+            where = (generator, text.device, text.dtype)
+            draws = [randn_tensor((*shape[:2], frames, *shape[2:]), *where) for _ in range(num_inference_steps)]
+            return torch.stack(draws)
+
+        def sampled(noise: Tensor, start: int, *ties: Tie) -> Clip:
+            places = torch.arange(start, start + N).clamp(max=num_frames - 1)
+            return self._sampled(Clip(noise), text[:, places], regularization, tied_steps, *ties)
+
+        tied_steps = ceil(tied_share * num_inference_steps - 1e-9)  # 0.55 * 20 is above 11
+        first, last, right = slice(0, N1), slice(N - N1, N), slice(N - N2, N)
+        clip = sampled(drawn(N), 0)
+        frames = [clip.clean[-1]]
+        for start in self.progress_bar(range(N - N1, num_frames - N1, N - N1) if num_frames > N else []):
+            before = Tie(first, clip, last)
+            extension = sampled(clip.noise[:, :, :, look_back_order(N, N1)], start, before)
+            between = drawn(N - N1 - N2)
+            noise = torch.cat([clip.noise[:, :, :, last], between, extension.noise[:, :, :, right]], dim=3)
+            clip = sampled(noise, start, before, Tie(right, extension, right))
+            frames.append(clip.clean[-1][:, :, N1:])
+        latents = torch.cat(frames, dim=2)[:, :, :num_frames]
+        return decoded(self, latents, output_type, decode_chunk_size, return_dict)
+
+    def _sampled(self, clip: Clip, text: Tensor, regularization: float, tied_steps: int, *ties: Tie) -> Clip:
+        """Fills in the predictions of a clip, which has its noise already.
+
+        Args:
+            clip: The clip.
+            text: As `encoded`, of its frames.
+            regularization: As in `regularized`.
+            tied_steps: In how many steps ties hold.
+            ties: The first is to the clip before; none for the first clip of a video.
+        """
+        self.scheduler.set_timesteps(len(clip.noise), device=text.device)
+        timesteps = self.scheduler.timesteps
+        x = clip.noise[0] * self.scheduler.init_noise_sigma
+        for i, t in enumerate(timesteps):
+            clean = denoised(self, predicted(self, x, t, text), t, x)
+            if ties:
+                clean = regularized(clean, ties[0].clip.clean[i], regularization)
+            for tie in ties if i < tied_steps else ():
+                clean[:, :, tie.here] = tie.clip.clean[i][:, :, tie.there]
+            clip.clean.append(clean)
+            if i + 1 < len(timesteps):
+                x = noised_again(self, clean, clip.noise[i + 1], timesteps[i + 1])
+        return clip
