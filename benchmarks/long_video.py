@@ -49,7 +49,9 @@ Draw = Callable[[list[str], range], Tensor]
 class LongVideoConfig:
     """What is drawn, and how it is measured."""
 
-    student: str = HfArg(default="assets/fashion_animatelcm", help="Folder or Hub id of a video student.")
+    student: str = HfArg(
+        default="runs/animatelcm_student_fashion/student", help="Folder or Hub id of a video student."
+    )
     moving_articles: str = HfArg(default="assets/fashion_captioned/test", help="Images that real clips are made of.")
     feature_extractor: str = HfArg(default="assets/fashion_classifier", help="Folder of a saved ImageClassifier.")
     num_frames: int = HfArg(default=32, help="Frames of a video.")
