@@ -28,6 +28,7 @@ from cm_diffusers.evaluation.metrics import frechet_distance
 from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
 from cm_diffusers.evaluation.report import filled_columns, hardware, replace_file
 from cm_diffusers.evaluation.video_report import Shown, write_animation
+from cm_diffusers.evaluation.video_sampling import load_video_pipeline
 
 
 FILES = Path(__file__).resolve().parent.parent / "pipelines"
@@ -70,7 +71,7 @@ CONFIGS = (LongVideoConfig,)
 
 def ways(config: LongVideoConfig) -> dict[str, tuple[int, Draw]]:
     """By name: how many clips the network sees in each step, and (prompts, seeds) -> videos (B, F, 3, R, R)."""
-    pipe = ConsistencyVideoPipeline.from_pretrained(config.student)
+    pipe = ConsistencyVideoPipeline.from_pipe(load_video_pipeline(config.student))
     parts = {name: pipe.components[name] for name in AnimateDiffPipeline._get_signature_keys(AnimateDiffPipeline)[0]}
     N, F, half = config.clip_frames, config.num_frames, config.clip_frames // 2
 
