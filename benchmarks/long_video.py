@@ -26,8 +26,9 @@ from cm_diffusers.evaluation import motion
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance
 from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
-from cm_diffusers.evaluation.report import filled_columns, hardware, replace_file
+from cm_diffusers.evaluation.report import filled_columns, hardware, headed, replace_file
 from cm_diffusers.evaluation.video_report import Shown, write_animation
+from cm_diffusers.evaluation.video_sampling import load_video_pipeline
 
 
 FILES = Path(__file__).resolve().parent.parent / "pipelines"
@@ -39,7 +40,7 @@ COLUMNS = {  # key of a row -> heading and format
     "colour_drift": ("colour drift", "{:.3f}"),
     "seams": ("change at seams / elsewhere", "{:.2f}"),
     "static_rate": ("static", "{:.3f}"),
-    "fd_frames": ("FD of frames", "{:.2f}"),
+    "fd_frames": ("{distance} of frames", "{:.2f}"),
     "seconds": ("s/video", "{:.2f}"),
 }
 Draw = Callable[[list[str], range], Tensor]
@@ -49,7 +50,9 @@ Draw = Callable[[list[str], range], Tensor]
 class LongVideoConfig:
     """What is drawn, and how it is measured."""
 
-    student: str = HfArg(default="assets/fashion_animatelcm", help="Folder or Hub id of a video student.")
+    student: str = HfArg(
+        default="runs/animatelcm_student_fashion/student", help="Folder or Hub id of a video student."
+    )
     moving_articles: str = HfArg(default="assets/fashion_captioned/test", help="Images that real clips are made of.")
     feature_extractor: str = HfArg(default="assets/fashion_classifier", help="Folder of a saved ImageClassifier.")
     num_frames: int = HfArg(default=32, help="Frames of a video.")
@@ -68,7 +71,7 @@ CONFIGS = (LongVideoConfig,)
 
 def ways(config: LongVideoConfig) -> dict[str, tuple[int, Draw]]:
     """By name: how many clips the network sees in each step, and (prompts, seeds) -> videos (B, F, 3, R, R)."""
-    pipe = ConsistencyVideoPipeline.from_pretrained(config.student)
+    pipe = ConsistencyVideoPipeline.from_pipe(load_video_pipeline(config.student))
     parts = {name: pipe.components[name] for name in AnimateDiffPipeline._get_signature_keys(AnimateDiffPipeline)[0]}
     N, F, half = config.clip_frames, config.num_frames, config.clip_frames // 2
 
@@ -188,7 +191,7 @@ def seams(videos: Tensor, clip_frames: int) -> float:
 
 def markdown(rows: list[dict], config: LongVideoConfig) -> str:
     return (
-        f"{filled_columns(rows, COLUMNS)}\n\n{config.num_videos} videos of {config.num_frames} frames from {config.student}, which sees "
+        f"{filled_columns(rows, headed(COLUMNS, config.feature_extractor))}\n\n{config.num_videos} videos of {config.num_frames} frames from {config.student}, which sees "
         f"{config.clip_frames} at once; {config.num_inference_steps} steps, seeds from {config.seed}. Content drift: mean "
         f"cosine distance to the first frame, features of {config.feature_extractor}, of things that stay upright. Seams are "
         f"between frames {config.clip_frames} and {config.clip_frames + 1} and so on. FreeNoise draws one video at a time, "

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cm_diffusers.measured import FOLDER, GRID, clips_of, distance_name, read_measured
+from cm_diffusers.publishing.model_card import LORA_WEIGHTS
 from cm_diffusers.publishing.sharing import ShareConfig, prepare
 
 
@@ -60,8 +61,26 @@ def test_evaluations_beside_the_weights_are_those_of_the_results(folder):
 def test_sharing_a_bundled_student_again_keeps_its_card(folder, tmp_path):
     bundled = update_docs["ROOT"] / "assets" / folder
     shutil.copytree(bundled, tmp_path / folder)
+    if folder in update_docs["REMADE"]:
+        put_weights(tmp_path / folder)
     prepare(ShareConfig(str(tmp_path / folder)))
-    assert (tmp_path / folder / "README.md").read_text("utf-8") == (bundled / "README.md").read_text("utf-8")
+    card = update_docs["with_note"]((tmp_path / folder / "README.md").read_text("utf-8"), folder)
+    assert card == (bundled / "README.md").read_text("utf-8")
+
+
+def put_weights(folder):
+    """Files in the places of the weights that are not bundled."""
+    for config in folder.rglob("config.json"):
+        config.with_name("diffusion_pytorch_model.safetensors").touch()
+    if not (folder / "model_index.json").is_file():
+        (folder / LORA_WEIGHTS).touch()
+
+
+def test_a_pipeline_without_weights_is_not_shared():
+    with pytest.raises(
+        ValueError, match="fashion_scott' has no weights for text_encoder, unet, vae; make or download"
+    ):
+        prepare(ShareConfig(str(update_docs["ROOT"] / "assets" / "fashion_scott")))
 
 
 def test_every_bundled_model_has_its_card():

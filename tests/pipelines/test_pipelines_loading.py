@@ -29,11 +29,11 @@ from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline, tiny_xl_unet
 
 from cm_diffusers import record as record_module
-from cm_diffusers.pipelines import ConsistencyImg2ImgPipeline, ConsistencyPipeline
+from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyImg2ImgPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.manners import LCM_GUIDANCE_SCALE
 from cm_diffusers.record import RECORD, Record, read_record, write_record
 from cm_diffusers.schedulers import ConsistencyScheduler
-from pipelines.test_pipelines import LORA, PROMPTS, STUDENT, TEACHER, images, seeded
+from pipelines.test_pipelines import ASSETS, LORA, PROMPTS, STUDENT, TEACHER, images, seeded
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Nothing says:UserWarning", "ignore:There is no safety checker")
@@ -106,6 +106,19 @@ def test_a_folder_without_pipeline_or_record_says_so(tmp_path: Path) -> None:
     shutil.copy(LORA / LORA_WEIGHTS, tmp_path)
     with pytest.raises(ValueError, match=r"neither a model_index\.json nor the record of a LoRA"):
         ConsistencyPipeline.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    message = "has no weights for unet; make or download them, its README.md may say how"
+    for kind in (ConsistencyPipeline, ConsistencyImg2ImgPipeline):
+        with pytest.raises(ValueError, match=message):
+            kind.from_pretrained(tmp_path)
+    ConsistencyPipeline.from_pretrained(tmp_path, unet=tiny_unet())
+    for kind in (ConsistencyPipeline, ConsistencyImagesPipeline):
+        with pytest.raises(ValueError, match="fashion_cd' has no weights for unet, vae; make"):
+            kind.from_pretrained(ASSETS / "fashion_cd")
 
 
 def test_a_published_lcm_works_without_a_record(tmp_path: Path) -> None:

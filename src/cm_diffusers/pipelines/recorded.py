@@ -1,8 +1,11 @@
 """The record of a student in a pipeline: part of its config, and beside its weights wherever it is saved."""
 
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline
 
 from cm_diffusers.record import RECORD, Record, write_record
 
@@ -15,6 +18,16 @@ class RecordedMixin:
         """How the student was made; None where the checkpoint does not tell."""
         entry = self.config.get("record")
         return entry and Record(**{field.name: entry[field.name] for field in fields(Record)})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """As in diffusers.
+
+        Raises:
+            ValueError: It is a folder that lacks the weights of a part that the caller does not give.
+        """
+        check_has_weights(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Saves the record along, which diffusers lets happen between the weights and an upload."""
@@ -29,3 +42,23 @@ def of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments that say where on the Hub and in the cache a file is."""
     names = ("token", "revision", "cache_dir", "local_files_only")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def check_has_weights(source: str | Path, given: Collection[str] = ()) -> None:
+    """A folder of a pipeline has a file of weights beside the settings of each network.
+
+    Args:
+        source: Folder or Hub id; only folders are looked into.
+        given: Names of parts that are not needed.
+
+    Raises:
+        ValueError: A network has none.
+    """
+    folder = Path(source)
+    index = DiffusionPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}
+    parts = set(index) - set(given)
+    networks = [path.parent for path in sorted(folder.glob("*/config.json")) if path.parent.name in parts]
+    if lacking := [path.name for path in networks if all(file.suffix == ".json" for file in path.iterdir())]:
+        raise ValueError(
+            f"{str(source)!r} has no weights for {', '.join(lacking)}; make or download them, its README.md may say how."
+        )

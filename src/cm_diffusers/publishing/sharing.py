@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.measured import BASELINES, FOLDER, GRID, TABLE, Measured, clips_of, read_measured
+from cm_diffusers.pipelines.recorded import check_has_weights
 from cm_diffusers.publishing.image_card import is_stock
 from cm_diffusers.publishing.model_card import LORA_WEIGHTS, PIPELINE_FILE, model_card
 from cm_diffusers.publishing.pipelines import SAMPLES, written_aside
@@ -58,8 +59,9 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
         name: Hub id it will be loaded by; None keeps the present name.
 
     Raises:
-        ValueError: The folder holds no result of a training script, or the evaluation none of this student; a teacher
-            is named where there was none; or the single file is no pipeline for this folder.
+        ValueError: The folder holds no result of a training script, or a pipeline without weights, or the evaluation
+            none of this student; a teacher is named where there was none; or the single file is no pipeline for this
+            folder.
     """
     folder = Path(config.folder)
     record = read_record(folder) if folder.is_dir() else None
@@ -68,6 +70,7 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
             f"{folder} holds no pipeline or LoRA with its {RECORD}; give the folder that a training script ended with, "
             "such as runs/NAME/pipeline, runs/NAME/lora or runs/NAME/student."
         )
+    check_has_weights(folder)
     provenance = read_provenance(folder)
     if config.base_model and not record.base_model:
         raise ValueError(f"{folder} was trained from data alone, so --base_model names nothing; leave it out.")
