@@ -4,13 +4,14 @@ import os
 import sys
 from pathlib import Path
 
-import cm_diffusers
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # also for notebooks
+
+import cm_diffusers  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
-os.environ["HF_HUB_OFFLINE"] = "1"  # for the notebook
-os.environ["TQDM_DISABLE"] = "1"
 
 project = "cm_diffusers"
 author = "the authors of cm_diffusers"
@@ -25,7 +26,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_templates"]
 nitpicky = False
 
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "dollarmath"]
@@ -38,6 +39,7 @@ nb_merge_streams = True
 default_role = "code"  # single backticks in docstrings
 add_module_names = False
 autosummary_generate = True
+napoleon_use_ivar = True  # a field of a dataclass is described once, in its "Attributes"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
@@ -46,3 +48,13 @@ templates_path = ["_templates"]
 html_theme = "furo"
 html_title = "cm_diffusers"
 html_copy_source = False
+
+
+def skip_member(app, what, name, member, skip, options) -> bool | None:
+    """Leaves out what pipelines and schedulers inherit from diffusers, which documents it."""
+    module = getattr(getattr(member, "fget", member), "__module__", None) or ""
+    return True if module.split(".")[0] == "diffusers" else None
+
+
+def setup(app) -> None:
+    app.connect("autodoc-skip-member", skip_member)
