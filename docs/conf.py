@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # also for notebooks
 
-import cm_diffusers  # noqa: E402
+import cm_diffusers
 
 
 ROOT = Path(__file__).resolve().parents[1]
