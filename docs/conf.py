@@ -18,6 +18,7 @@ author = "the authors of cm_diffusers"
 copyright = "2026, the authors of cm_diffusers"
 release = cm_diffusers.__version__
 extensions = [
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -35,7 +36,9 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"
 
+smartquotes_action = "q"  # a flag keeps its two dashes
 default_role = "code"  # single backticks in docstrings
 add_module_names = False
 autosummary_generate = True
@@ -45,6 +48,7 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
 templates_path = ["_templates"]
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "cm_diffusers"
 html_copy_source = False
