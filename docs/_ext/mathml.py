@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 def visit(self, node: nodes.math | nodes.math_block) -> None:
     block = isinstance(node, nodes.math_block)
     try:
-        self.body.append(latex2mathml.tex2mathml(node.astext(), as_block=block))
+        formula = latex2mathml.tex2mathml(node.astext(), as_block=block)
+        self.body.append(f'<div style="padding: 0.7em 0; overflow-x: auto">{formula}</div>' if block else formula)
     except SyntaxError as error:
         logger.warning("docutils' LaTeX does not read %r: %s", node.astext(), error, location=node)
     raise nodes.SkipNode
