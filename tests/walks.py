@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from unittest import mock
@@ -30,6 +31,7 @@ PARSING = {"__post_init__", "<lambda>"}  # how flags check themselves and make t
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+@cache
 def name_of(code: CodeType) -> str | None:
     """`objectives/lcm.py` or `training/distill_lcm.py`; None for code that is not ours, or that an import runs."""
     path = Path(code.co_filename)
