@@ -32,6 +32,7 @@ nitpicky = False
 
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+myst_ref_domains = ["std", "py"]  # that of sphinx-argparse cannot be asked
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
@@ -45,7 +46,12 @@ autosummary_generate = True
 napoleon_use_ivar = True  # a field of a dataclass is described once, in its "Attributes"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
+autodoc_default_options = {
+    "members": True,
+    "undoc-members": True,
+    "special-members": "__call__",
+    "show-inheritance": True,
+}
 templates_path = ["_templates"]
 
 html_math_renderer = "mathml"
