@@ -1,0 +1,1 @@
+"""Sources of batches: images, captions, clips, prompts and rollouts, encoded once and kept on disk."""

@@ -40,7 +40,7 @@ def aspect_ratio_buckets(resolution: int, step: int, max_ratio: float) -> list[S
 def nearest_buckets(sizes: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
     """Numbers (N,) of the buckets with the aspect ratios nearest to those of `sizes` (N, 2), heights and widths.
 
-    The distance is |log(h / w) - log(bh / bw)|, which treats tall and wide alike; a tie goes to the earlier bucket.
+    The distance is `|log(h / w) - log(bh / bw)|`, which treats tall and wide alike; a tie goes to the earlier bucket.
     """
     ratios, choices = (np.log(pairs[:, 0] / pairs[:, 1]) for pairs in (np.asarray(sizes), np.asarray(buckets)))
     distances = np.abs(ratios[:, None] - choices[None])

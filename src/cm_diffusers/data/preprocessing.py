@@ -124,7 +124,7 @@ def resize(image: Image.Image, target: Size, interpolation: str) -> np.ndarray:
 
 
 def crop(pixels: np.ndarray, target: Size, view: View) -> np.ndarray:
-    """Cuts `view` out of (H, W, 3): (*target, 3)."""
+    """Cuts `view` out of (H, W, 3): `(*target, 3)`."""
     top, left = corner(Size(*pixels.shape[:2]), target, view)
     cut = pixels[top : top + target.height, left : left + target.width]
     return cut[:, ::-1] if view.flip else cut

@@ -1,0 +1,1 @@
+"""Measuring: metrics, tables, plots and grids of samples."""

@@ -83,7 +83,7 @@ def direction_accuracy(
 
 
 def frame_change(clips: Tensor) -> Tensor:
-    """Mean of |x_{f+1} - x_f| over frames, channels and pixels (N,), in [0, 1]; 0 for a static clip."""
+    """Mean of `|x_{f+1} - x_f|` over frames, channels and pixels (N,), in [0, 1]; 0 for a static clip."""
     return clips.diff(dim=1).abs().mean((1, 2, 3, 4))
 
 
@@ -97,7 +97,7 @@ def static_threshold(change_of_real: Tensor) -> float:
 
 
 def mass_change(clips: Tensor) -> Tensor:
-    """Mean of |m_{f+1} - m_f| over frames, m_f the frame's brightness, over the clip's mean of m_f: (N,), at least 0.
+    """Mean of `|m_{f+1} - m_f|` over frames, m_f the frame's brightness, over the clip's mean of m_f: (N,), at least 0.
 
     Things that stay in the frame and keep their size have 0; a black clip too.
     """
@@ -145,7 +145,7 @@ def centred(clips: Tensor, zoom: float = 1.0) -> Tensor:
 def frame_differences(clips: Tensor) -> Tensor:
     """(1 + x_{f+1} - x_f) / 2 (N, F - 1, 3, H, W) in [0, 1]: an image of the motion between two frames, 0.5 without.
 
-    Signed, because |x_{f+1} - x_f| is the same for a clip and for its reverse. For the Fréchet distance over that of
+    Signed, because `|x_{f+1} - x_f|` is the same for a clip and for its reverse. For the Fréchet distance over that of
     real clips to each other, the signed one also rises more for ghosts (33 against 9) and slow motion, with features
     of the bundled classifier on moving articles; for flicker it rises less, which `mass_change` sees.
     """

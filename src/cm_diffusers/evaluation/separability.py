@@ -138,7 +138,7 @@ def probe(real: Tensor, fake: Tensor, seed: int = 0) -> tuple[float, float]:
 
 
 def logistic_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (D,) and bias () that minimise the sum of cross-entropies plus |weights|^2 / 2.
+    """Weights (D,) and bias () that minimise the sum of cross-entropies plus `|weights|^2 / 2`.
 
     Args:
         x: Standardised features (N, D) in float64.

@@ -40,7 +40,7 @@ class VideoSetting:
     """What the numbers of a table depend on besides the pipelines.
 
     Attributes:
-        static_threshold: Mean |x_{f+1} - x_f| below which a clip counts as static.
+        static_threshold: Mean `|x_{f+1} - x_f|` below which a clip counts as static.
     """
 
     num_clips: int

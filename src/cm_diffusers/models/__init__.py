@@ -1,0 +1,1 @@
+"""Networks: teachers, students, adapters (LoRA), motion modules and critics, loaded, made and checked."""

@@ -1,0 +1,1 @@
+"""One file per method: the loss of each, and nothing else."""

@@ -37,7 +37,7 @@ class ConsistencyPipeline(
 
     It serves Stable Diffusion's shape (one text encoder) and Stable Diffusion XL's (both, or the second alone). How
     guidance works and how many steps are taken by default follows from the student's record (`pipe.manners`), see
-    `cm_diffusers.record.Record`; without a record from the checkpoint itself.
+    `cm_diffusers.record.Record`; without a record from the checkpoint itself::
 
         pipe = ConsistencyPipeline.from_pretrained("assets/fashion_lcm")
         image = pipe("a photo of a bag").images[0]

@@ -73,7 +73,7 @@ def stock_scheduler(scheduler: EDMConsistencyScheduler) -> CMStochasticIterative
 class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionPipeline):
     """Samples a student of `UNet2DModel`'s kind, in pixels or latents, with classes or without.
 
-    It takes folders of this package and published ones of `ConsistencyModelPipeline`, whose images it makes, too:
+    It takes folders of this package and published ones of `ConsistencyModelPipeline`, whose images it makes, too::
 
         pipe = ConsistencyImagesPipeline.from_pretrained("openai/diffusers-cd_imagenet64_l2")
         image = pipe(class_labels=145, sigmas=[80.0, 0.821]).images[0]

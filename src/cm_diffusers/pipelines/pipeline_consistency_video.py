@@ -36,7 +36,7 @@ class ConsistencyVideoPipeline(VideoLoaderMixin, AnimateDiffPipeline):
     """Text to video with a few-step student: ours, AnimateLCM, or any motion adapter with an LCM-LoRA.
 
     As stock `AnimateDiffPipeline`, with LoRA, IP-Adapter, FreeNoise and FreeInit; steps, guidance and number of frames
-    are by default what the student wants, see `ConsistencyPipeline`.
+    are by default what the student wants, see `ConsistencyPipeline`::
 
         pipe = ConsistencyVideoPipeline.from_pretrained("runs/animatelcm/student")
         export_to_gif(pipe("an ankle boot moving left").frames[0], "boot.gif")

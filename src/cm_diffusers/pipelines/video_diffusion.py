@@ -1,6 +1,6 @@
 """AnimateLCM-SVD (2402.00769): Stable Video Diffusion in 1 to 8 steps.
 
-The stock pipeline samples it, with the scheduler and the weights from here:
+The stock pipeline samples it, with the scheduler and the weights from here::
 
     file = hf_hub_download("wangfuyun/AnimateLCM-SVD-xt", "AnimateLCM-SVD-xt-1.1.safetensors")
     pipe = StableVideoDiffusionPipeline.from_pretrained(

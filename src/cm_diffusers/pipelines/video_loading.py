@@ -33,7 +33,7 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
 
         That is: a pipeline of AnimateDiff's shape; one of Stable Diffusion's, with `motion_adapter=...`; or a student
         whose motion adapter is at the root of its folder with a LoRA beside it: of this package, or in the layout of
-        "wangfuyun/AnimateLCM", for which
+        "wangfuyun/AnimateLCM", for which::
 
             ConsistencyVideoPipeline.from_pretrained(
                 "wangfuyun/AnimateLCM", base_model="emilianJR/epiCRealism", weight_name="AnimateLCM_sd15_t2v_lora.safetensors"

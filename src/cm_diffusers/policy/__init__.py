@@ -1,0 +1,1 @@
+"""Sampling seen as decisions: trajectories, their probabilities and advantages, for reward fine-tuning."""

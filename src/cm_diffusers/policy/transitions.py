@@ -92,7 +92,7 @@ def log_prob(transition: Transition, action: Tensor, reduction: Reduction = "sum
 
 
 def kl_divergence(transition: Transition, reference: Transition, reduction: Reduction = "sum") -> Tensor:
-    """KL(transition || reference) = |mean - mean_ref|^2 / (2 std^2) `(B,)` of two laws with one std, float64.
+    """`KL(transition || reference) = |mean - mean_ref|^2 / (2 std^2)` `(B,)` of two laws with one std, float64.
 
     Raises:
         ValueError: The step adds no noise, or the laws are not of the same step.

@@ -1,0 +1,1 @@
+"""What leaves a run: pipelines, LoRA files, records, model cards and uploads to the Hub."""

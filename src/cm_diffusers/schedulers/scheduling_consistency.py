@@ -59,7 +59,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     Attributes:
         noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of
-            the sample, the generator, the device and the dtype. Frames `(B, C, F, H, W)` share their noise with
+            the sample, the generator, the device and the dtype. Frames `(B, C, F, H, W)` share their noise with::
 
                 lambda shape, *where: randn_tensor((*shape[:2], 1, *shape[3:]), *where).expand(shape)
     """

@@ -25,7 +25,7 @@ from cm_diffusers.schedulers.scheduling_consistency import (
 class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     """Multistep consistency sampling (2303.01469, Algorithm 1) at any descending noise levels.
 
-    A step from sigma to sigma' denoises, f = c_skip x + c_out F, and noises again:
+    A step from sigma to sigma' denoises, f = c_skip x + c_out F, and noises again::
 
         x' = f + e' ((1 - gamma) (x - f) / e + sqrt(1 - (1 - gamma)^2) s_noise z),    e^2 = sigma^2 - floor^2
 
