@@ -49,7 +49,7 @@ def main() -> None:
     if train.gradient_checkpointing:
         tuned.pipe.vae.enable_gradient_checkpointing()
     trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, data, watched.looks_alone()])
-    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
+    rank, ranks, device = trainer.place
     tuned.pipe.vae.to(device)
     watching = {name: load_reward(name).to(device) for name in watched.held_out_rewards}
     conditions = PromptConditions.of(tuned, [text for text, _ in prompts], data.resolution, device)

@@ -18,7 +18,8 @@ from torch import Tensor
 from cm_diffusers.diffusion.views import EDMView, VPView
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.pipeline_consistency_images import stock_scheduler
-from cm_diffusers.publishing.image_card import EDM_METHODS
+from cm_diffusers.publishing.card import EDM_METHODS
+from cm_diffusers.publishing.pipelines import scheduler_entry
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 
@@ -170,6 +171,4 @@ def images_record(
     """
     if method not in EDM_METHODS:
         raise ValueError(f"Unknown method {method!r}; give one of {', '.join(EDM_METHODS)}.")
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    entry = {"_class_name": type(scheduler).__name__, **config}
-    return Record(method, base_model, guidance, w, w, 1.0, num_inference_steps, entry)
+    return Record(method, base_model, guidance, w, w, 1.0, num_inference_steps, scheduler_entry(scheduler))

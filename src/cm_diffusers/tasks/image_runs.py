@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
-from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.images import images_record, images_scheduler
 from cm_diffusers.publishing.pipelines import save_pipeline
-from cm_diffusers.publishing.provenance import describe_run
+from cm_diffusers.publishing.provenance import Provenance, describe_run
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.tasks.callbacks import ImageValidationConfig, image_grids
 from cm_diffusers.tasks.image_models import ClassConfig, ImageModel, NewModelConfig, StartConfig
+from cm_diffusers.tasks.publish import publish
 from cm_diffusers.types import Networks
 
 
@@ -110,20 +112,16 @@ def train_images(
     grids = image_grids(validation, lambda unet: model.sampler(unet, scheduler), scheduler, resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
-    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
-    trainer.fit(model.batches(data, classes, train.seed, rank, ranks, device))
-    if trainer.accelerator.is_main_process:
-        base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
-        folder, steps = Path(train.output_dir) / "pipeline", len(scheduler.config.recommended_sigmas)
-        guidance = "none" if model.pipe is None else "distilled"
-        known = None if model.pipe else model.unet.config.num_class_embeds
-        provenance = describe_run(
-            configs, model.pipe, base, source_name(data), repo_id or str(folder), num_classes=known
-        )
-        with trainer.export_weights() as unet:
-            pipe = model.pipeline(unet, scheduler)
-            record = images_record(name, base or "", guidance, w, pipe.scheduler, steps)
-            save_pipeline(pipe, folder, result.save_fp16, record, provenance)
-        if repo_id:
-            logger.info("Published: %s", push_folder(folder, repo_id, hub))
-    trainer.accelerator.end_training()
+    trainer.fit(model.batches(data, classes, train.seed, *trainer.place))
+    base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
+    steps, guidance = len(scheduler.config.recommended_sigmas), "none" if model.pipe is None else "distilled"
+    known = None if model.pipe else model.unet.config.num_class_embeds
+    describe = partial(describe_run, configs, model.pipe, base, source_name(data), num_classes=known)
+
+    def save(unet: nn.Module, folder: Path, provenance: Provenance) -> None:
+        pipe = model.pipeline(unet, scheduler)
+        record = images_record(name, base or "", guidance, w, pipe.scheduler, steps)
+        save_pipeline(pipe, folder, result.save_fp16, record, provenance)
+
+    if address := publish(trainer, "pipeline", describe, save, repo_id, hub):
+        logger.info("Published: %s", address)
