@@ -18,7 +18,7 @@ from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.publishing.hub import HubConfig, check_hub
-from cm_diffusers.publishing.images import images_record, images_scheduler
+from cm_diffusers.publishing.images import images_record, network_of
 from cm_diffusers.publishing.pipelines import save_pipeline
 from cm_diffusers.publishing.provenance import Provenance, describe_run
 from cm_diffusers.schedulers import EDMConsistencyScheduler
@@ -74,14 +74,21 @@ def student_scheduler(
         boundary: "cm" or "edm".
         num_scales: Points of the grid that numbers of steps refer to.
         sigmas: Noise levels to recommend if the flags name none; sigma_max and `SECOND_SIGMA` if not given.
-        gamma: Share of fresh noise.
+        gamma: 1 for a consistency model; 0 makes a step Euler's, for a diffusion model with the boundary "edm".
     """
     second = [SECOND_SIGMA] if method.sigma_min < SECOND_SIGMA < method.sigma_max else []
     sigmas = result.recommended_sigmas or sigmas or [method.sigma_max, *second]
-    rho = getattr(method, "rho", 7.0)
-    bounds = method.sigma_min, method.sigma_max
-    clips = model.vae is None
-    return images_scheduler(model.view, boundary, *bounds, rho, num_scales, list(sigmas), clips, gamma)
+    return EDMConsistencyScheduler(
+        num_train_timesteps=num_scales,
+        sigma_min=method.sigma_min,
+        sigma_max=method.sigma_max,
+        rho=getattr(method, "rho", 7.0),
+        clip_denoised=model.vae is None,
+        boundary_scalings=boundary,
+        gamma=gamma,
+        recommended_sigmas=list(sigmas),
+        **network_of(model.view),
+    )
 
 
 def train_images(
