@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from cm_diffusers.measured import TEACHER, Measured, distance_name
 from cm_diffusers.publishing.card import EDM_METHODS, METHODS, TAGS, card, made_by
@@ -26,6 +26,8 @@ def model_card(
         single_file: Whether `PIPELINE_FILE` lies beside the weights.
     """
     lora, text = bool(provenance.settings.get("lora")), provenance.family is not None
+    if measured and not text:
+        measured = replace(measured, rows=[{**row, "guidance_scale": None} for row in measured.rows])
     title, how, paper = METHODS[f"{record.method}-lora" if lora else record.method]
     base, kind = public(record.base_model), Kind.of(record, provenance)
     origin = f"{how} {_link(base, provenance)} with cm_diffusers, after {paper}, and trained on {provenance.data}"
@@ -39,7 +41,7 @@ def model_card(
         _license(provenance, bool(base)),
         "## Use",
         *usage(record, provenance, base, single_file),
-        *(_measurements(measured if text else _with_guidance(measured, None)) if measured else []),
+        *(_measurements(measured) if measured else []),
         *([f"## Samples\n\n{_caption(text, measured)}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
         made_by(provenance),
@@ -59,7 +61,7 @@ def _front(record: Record, provenance: Provenance, task: str, measured: Measured
         "datasets": dataset if dataset.count("/") == 1 else None,
         "widget": [{"text": prompt} for prompt in settings.get("validation_prompts") or []],
         "model_name": provenance.name if measured else None,
-        "eval_results": _results(measured, task, provenance.family is not None) if measured else None,
+        "eval_results": list(measured.results()) if measured else None,
     }
     return ModelCardData(
         **provenance.license,
@@ -74,25 +76,6 @@ def _method_tags(method: str) -> list[str]:
     """What the Hub may list it under, from the general to the method."""
     general = [] if method == "edm" else ["consistency-model"] if method in EDM_METHODS else ["lcm"]
     return [*general, method]
-
-
-def _results(measured: Measured, task: str, text: bool) -> list[EvalResult]:
-    """The student's numbers for the Hub; without prompts, without the guidance that those of `Measured` name."""
-    if text:
-        return list(measured.results())
-    return [
-        replace(
-            result,
-            task_type=task,
-            metric_name=result.metric_name.partition(", guidance")[0],
-            metric_args={name: value for name, value in result.metric_args.items() if name != "guidance_scale"},
-        )
-        for result in _with_guidance(measured, 1.0).results()
-    ]
-
-
-def _with_guidance(measured: Measured, scale: float | None) -> Measured:
-    return replace(measured, rows=[{**row, "guidance_scale": scale} for row in measured.rows])
 
 
 def _link(base: str, provenance: Provenance) -> str:
@@ -149,9 +132,8 @@ def _measurements(measured: Measured) -> list[str]:
     said = [BASELINE] if any(row["pipeline"] == TEACHER for row in measured.rows) else []
     distances = EXTRACTOR_OF_CLIPS if measured.of_clips else EXTRACTOR
     extractor = measured.setting["extractor"]
-    said += (
-        [] if extractor == "inception" else [distances.format(distance=distance_name(extractor), extractor=extractor)]
-    )
+    if extractor != "inception":
+        said.append(distances.format(distance=distance_name(extractor), extractor=extractor))
     return ["## Measured", *([" ".join(said)] if said else []), table]
 
 
