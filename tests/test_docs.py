@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cm_diffusers.measured import FOLDER, GRID, clips_of, distance_name, read_measured
-from cm_diffusers.publishing.model_card import LORA_WEIGHTS
 from cm_diffusers.publishing.sharing import ShareConfig, prepare
+from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -1,6 +1,6 @@
 """Distil a Stable Diffusion + AnimateDiff teacher into a 1-8 step video student, stage by stage (AnimateLCM)."""
 
-from pathlib import Path
+from functools import partial
 
 from diffusers import LCMScheduler
 
@@ -14,11 +14,13 @@ from cm_diffusers.models.motion import MotionConfig, check_frames, load_motion_a
 from cm_diffusers.models.students import require_autocast
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig
-from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.pipelines import lcm_record
 from cm_diffusers.publishing.provenance import describe_run, public
-from cm_diffusers.tasks.animatelcm import Parts, StageConfig, idle_settings, make_stage, stage_grid
+from cm_diffusers.tasks.animatelcm import Parts, StageConfig, idle_settings, make_stage
 from cm_diffusers.tasks.callbacks import ValidationConfig
+from cm_diffusers.tasks.clip_grids import stage_grid
+from cm_diffusers.tasks.publish import publish
 
 
 CONFIGS = (
@@ -43,20 +45,18 @@ def main() -> None:
     samples = stage_grid(config, validation, stage, Parts(image, adapter, ddim), *shape)
     settings = [source, motion, config, data, method]
     trainer = Trainer(train, stage.nets, stage.objective, optim, settings, callbacks=samples)
-    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
-    batches = video_batches(data, Encoders.from_pipeline(image), train.seed, rank, ranks, device, **stage.wanted)
+    batches = video_batches(data, Encoders.from_pipeline(image), train.seed, *trainer.place, **stage.wanted)
     trainer.fit(stage.views(batches))
-    if trainer.accelerator.is_main_process:
-        record = lcm_record(source.pretrained_teacher_model, "distilled", method.w_min, method.w_max, 1.0, scheduler)
-        folder = Path(train.output_dir) / stage.result
-        seen = f"single frames of {public(data.source)}" if config.stage == "image_lora" else data.source
-        name, idle = repo_id or str(folder), idle_settings(config.stage)
-        provenance = describe_run(configs, image, source.pretrained_teacher_model, seen, name, idle)
-        with trainer.export_weights() as network:
-            stage.save(network, folder, record, provenance)
-        if repo_id:
-            print(push_folder(folder, repo_id, hub))
-    trainer.accelerator.end_training()
+    base, seen = source.pretrained_teacher_model, data.source
+    seen = f"single frames of {public(seen)}" if config.stage == "image_lora" else seen
+    record = lcm_record(base, "distilled", method.w_min, method.w_max, 1.0, scheduler)
+    describe = partial(describe_run, configs, image, base, seen, left_out=idle_settings(config.stage))
+
+    def save(network, folder, provenance):
+        stage.save(network, folder, record, provenance)
+
+    if address := publish(trainer, stage.result, describe, save, repo_id, hub):
+        print(address)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,19 @@
 """Distil a Stable Diffusion teacher into a 1-4 step student with stochastic teacher steps and a critic: SCott."""
 
-from dataclasses import replace
-from pathlib import Path
-
-from cm_diffusers.data.generated import GenerationConfig, training_batches
-from cm_diffusers.data.sources import DataConfig, source_name
+from cm_diffusers.data.generated import GenerationConfig
+from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
-from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
-from cm_diffusers.publishing.provenance import describe_run
-from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
-from cm_diffusers.tasks.text_to_image import critic_optim
+from cm_diffusers.publishing.hub import HubConfig, check_hub
+from cm_diffusers.tasks.callbacks import ValidationConfig
+from cm_diffusers.tasks.text_to_image import critic_optim, distill
 from cm_diffusers.tasks.text_to_image_checks import check_scott, check_student
 
 
@@ -29,8 +24,7 @@ CONFIGS = (
 
 
 def main() -> None:
-    configs = parse_configs(CONFIGS, __doc__)
-    source, student, data, generation, method, judge, optim, train, validation, hub = configs
+    source, student, _, _, method, judge, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
     check_scott(method, judge, train.max_train_steps)
     seed_everything(train.seed)
     check_student(student, train.mixed_precision)
@@ -39,34 +33,11 @@ def main() -> None:
     embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
     process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
     objective = SCottObjective(method, process, prediction_type, embedding_dim, judge.critic != "none")
-    scheduler = lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
-
-    def make_pipeline(unet):
-        return lcm_pipeline(teacher, unet, scheduler)
-
-    scale = 1.0 if student.lora else validation.validation_guidance_scale
     nets = make_networks(teacher.unet, student)
     nets.critic = make_critic(nets, judge, teacher.vae)
     optims = {"student": optim, "critic": critic_optim(judge, optim)}
-    grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
-    settings = [source, student, data, generation, judge]
-    trainer = Trainer(train, nets, objective, optims, settings, callbacks=[grid])
-    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
-    trainer.fit(training_batches(data, generation, teacher, train.seed, rank, ranks, device))
-    if trainer.accelerator.is_main_process:
-        guidance, base = "distilled" if student.lora else "embedded", source.pretrained_teacher_model
-        record = replace(lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler), method="scott")
-        folder = Path(train.output_dir) / ("lora" if student.lora else "pipeline")
-        name, data_name = repo_id or str(folder), source_name(data) or generation.prompts_file
-        provenance = describe_run(configs, teacher, base, data_name, name)
-        with trainer.export_weights() as unet:
-            if student.lora:
-                save_lora(unet, folder, record, provenance)
-            else:
-                save_pipeline(make_pipeline(unet), folder, student.save_fp16, record, provenance)
-        if repo_id:
-            print(push_folder(folder, repo_id, hub))
-    trainer.accelerator.end_training()
+    if address := distill("scott", teacher, nets, objective, optims, configs, repo_id):
+        print(address)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.prompt_batches import Remembered, prompt_batches
-from cm_diffusers.data.rollouts import Task
 from cm_diffusers.data.sampler import Position
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.data.streaming import streaming_batches
@@ -13,13 +12,12 @@ from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
-from cm_diffusers.rewards import load_reward, load_rewards, require_differentiable
-from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.rewards import load_rewards, require_differentiable
+from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.publish_rewards import publish_run
-from cm_diffusers.tasks.reward_reports import Guard, GuardConfig, reward_curves
+from cm_diffusers.tasks.reward_reports import Guard, GuardConfig, reports, watched_task
 from cm_diffusers.tasks.reward_runs import (
     ImageScore,
-    PromptConditions,
     RewardConfig,
     RewardModelConfig,
     distillation_of,
@@ -49,26 +47,17 @@ def main() -> None:
     if train.gradient_checkpointing:
         tuned.pipe.vae.enable_gradient_checkpointing()
     trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, data, watched.looks_alone()])
-    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
-    tuned.pipe.vae.to(device)
-    watching = {name: load_reward(name).to(device) for name in watched.held_out_rewards}
-    conditions = PromptConditions.of(tuned, [text for text, _ in prompts], data.resolution, device)
+    rank, ranks, device = trainer.place
+    task, rewards = watched_task(tuned, score, watched, data.resolution, device)
     if joined:
         load = streaming_batches if data.streaming else text_image_batches
         batches = load(data, Encoders.from_pipeline(tuned.pipe), train.seed, rank, ranks, device)
     else:
-        batches = prompt_batches(prompts, conditions, data.train_batch_size, Position(train.seed, rank, ranks))
+        batches = prompt_batches(prompts, task.conditions, data.train_batch_size, Position(train.seed, rank, ranks))
     remembered = Remembered(batches, objective.passes)
-    guard = Guard(
-        watched,
-        trainer,
-        Task(shape, len(prompts), conditions, score),
-        {"reward": reward} | watching,
-        remembered.history,
-    )
-    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=data.resolution)
+    guard = Guard(watched, trainer, task, rewards, remembered.history)
     images = data.train_batch_size * train.gradient_accumulation_steps * ranks
-    trainer.callbacks += [remembered.remember(images), guard, reward_curves(remembered.history, guard), grids]
+    trainer.callbacks += [remembered.remember(images), *reports(guard, tuned, validation, data.resolution)]
     trainer.fit(remembered)
     trained_on = source_name(data) if joined else "its own samples"
     publish_run("direct_reward", trainer, tuned, configs, trained_on, repo_id)

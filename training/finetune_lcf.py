@@ -1,6 +1,6 @@
 """Fine-tune a latent consistency model on own captioned images, without a teacher (LCF)."""
 
-from pathlib import Path
+from functools import partial
 
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig, source_name
@@ -12,10 +12,11 @@ from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
-from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.publishing.pipelines import lcm_pipeline, save_lora, save_pipeline
+from cm_diffusers.publishing.hub import HubConfig, check_hub
+from cm_diffusers.publishing.pipelines import lcm_pipeline
 from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks, load_student, with_guidance_of
 from cm_diffusers.tasks.text_to_image_checks import check_adapters
 
@@ -44,23 +45,14 @@ def main() -> None:
     samples = sample_grid(validation, make_pipeline, guidance_scale=scale, resolution=data.resolution)
     nets = finetune_networks(before.unet, source)
     trainer = Trainer(train, nets, objective, optim, settings=[source, data], callbacks=[samples])
-    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
     batches = streaming_batches if data.streaming else text_image_batches
-    trainer.fit(batches(data, Encoders.from_pipeline(before), train.seed, rank, ranks, device))
-    if trainer.accelerator.is_main_process:
-        folder = Path(train.output_dir) / ("lora" if source.lora else "pipeline")
-        name = repo_id or str(folder)
-        configs = source, data, method, optim, train, validation, hub  # with the guidance range it trained on
-        settings = configs, before, source.pretrained_student_model, source_name(data), name
-        provenance = describe_run(*settings, left_out=OF_TEACHERS.split())
-        with trainer.export_weights() as unet:
-            if source.lora:
-                save_lora(unet, folder, record, provenance)
-            else:
-                save_pipeline(make_pipeline(unet), folder, source.save_fp16, record, provenance)
-        if repo_id:
-            print(push_folder(folder, repo_id, hub))
-    trainer.accelerator.end_training()
+    trainer.fit(batches(data, Encoders.from_pipeline(before), train.seed, *trainer.place))
+    configs = source, data, method, optim, train, validation, hub  # with the guidance range it trained on
+    base, unused = source.pretrained_student_model, OF_TEACHERS.split()
+    describe = partial(describe_run, configs, before, base, source_name(data), left_out=unused)
+    save = partial(save_student, source, make_pipeline, record)
+    if address := publish(trainer, "lora" if source.lora else "pipeline", describe, save, repo_id, hub):
+        print(address)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """Tune a few-step student, or a diffusion model, for a reward of its images, by policy gradients (RLCM, DDPO)."""
 
-from cm_diffusers.data.rollouts import RolloutConfig, Rollouts, Task
+from cm_diffusers.data.rollouts import RolloutConfig, Rollouts
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
-from cm_diffusers.rewards import load_reward, load_rewards, require_differentiable
-from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.rewards import load_rewards, require_differentiable
+from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.publish_rewards import publish_run
-from cm_diffusers.tasks.reward_reports import Guard, GuardConfig, reward_curves
+from cm_diffusers.tasks.reward_reports import Guard, GuardConfig, reports, watched_task
 from cm_diffusers.tasks.reward_runs import (
     ImageScore,
-    PromptConditions,
     RewardConfig,
     RewardModelConfig,
     load_tuned,
@@ -40,15 +39,10 @@ def main() -> None:
     objective = RLCMObjective(method, tuned.policy, score)
     nets = tuned_networks(tuned.unet, source, keeps_start=bool(method.kl_coef or drawn.kl_in_advantage))
     trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, drawn, watched.looks_alone()])
-    device, resolution = trainer.device, drawn.resolution
-    tuned.pipe.vae.to(device)
-    watching = {name: load_reward(name).to(device) for name in watched.held_out_rewards}
-    conditions = PromptConditions.of(tuned, [text for text, _ in prompts], resolution, device)
-    task = Task(tuned.shape(resolution), len(prompts), conditions, score)
+    task, rewards = watched_task(tuned, score, watched, drawn.resolution, trainer.device)
     data = Rollouts(drawn, trainer, task)
-    guard = Guard(watched, trainer, task, {"reward": reward} | watching, data.history)
-    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=resolution)
-    trainer.callbacks += [guard, reward_curves(data.history, guard), grids]
+    guard = Guard(watched, trainer, task, rewards, data.history)
+    trainer.callbacks += reports(guard, tuned, validation, drawn.resolution)
     trainer.fit(data)
     publish_run("rlcm", trainer, tuned, configs, "its own samples", repo_id)
 

@@ -16,7 +16,7 @@ from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
-from cm_diffusers.publishing.pipelines import written_aside
+from cm_diffusers.publishing.folders import written_aside
 from cm_diffusers.types import Networks
 
 

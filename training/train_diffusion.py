@@ -53,8 +53,7 @@ def main() -> None:
     objective = DiffusionObjective(method, DiscreteVP.from_scheduler(pipe.scheduler))
     grid = sample_grid(validation, lambda _: pipe)
     trainer = Trainer(train, Networks(student), objective, optim, settings=[data, shape], callbacks=[grid])
-    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    trainer.fit(token_batches(data, Vae.from_model(vae), pipe.tokenizer, train.seed, rank, ranks, trainer.device))
+    trainer.fit(token_batches(data, Vae.from_model(vae), pipe.tokenizer, train.seed, *trainer.place))
     with trainer.export_weights():
         if trainer.accelerator.is_main_process:
             save_pipeline(pipe, Path(train.output_dir) / "pipeline", model.save_fp16)

@@ -1,7 +1,7 @@
 """Make an image model a video model: train motion modules between its frozen layers on clips with captions (AnimateDiff)."""
 
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.video import VideoDataConfig, video_batches
@@ -22,11 +22,12 @@ from cm_diffusers.models.motion import (
 )
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
-from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
+from cm_diffusers.publishing.hub import HubConfig, check_hub
+from cm_diffusers.publishing.pipelines import MotionResultConfig, save_motion_adapter
 from cm_diffusers.publishing.provenance import describe_run
-from cm_diffusers.publishing.video import MotionResultConfig, save_motion_adapter
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.clip_grids import clip_grid
+from cm_diffusers.tasks.publish import publish
 from cm_diffusers.types import Networks
 
 
@@ -60,17 +61,15 @@ def main() -> None:
     grid = clip_grid(validation, make_pipeline, *shape)
     settings = [source, motion, new, data]
     trainer = Trainer(train, Networks(unet), objective, optim, settings, callbacks=[grid])
-    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
-    trainer.fit(video_batches(data, Encoders.from_pipeline(image), train.seed, rank, ranks, device))
-    if trainer.accelerator.is_main_process:
-        folder = Path(train.output_dir) / "motion_adapter"
-        provenance = describe_run(configs, image, source.pretrained_teacher_model, data.source, repo_id or str(folder))
-        with trainer.export_weights() as network:
-            trained = motion_adapter_of(network, adapter)
-            save_motion_adapter(trained, scheduler, folder, result.save_fp16, provenance)
-        if repo_id:
-            print(push_folder(folder, repo_id, hub))
-    trainer.accelerator.end_training()
+    trainer.fit(video_batches(data, Encoders.from_pipeline(image), train.seed, *trainer.place))
+
+    def save(network, folder, provenance):
+        trained = motion_adapter_of(network, adapter)
+        save_motion_adapter(trained, scheduler, folder, result.save_fp16, provenance)
+
+    describe = partial(describe_run, configs, image, source.pretrained_teacher_model, data.source)
+    if address := publish(trainer, "motion_adapter", describe, save, repo_id, hub):
+        print(address)
 
 
 if __name__ == "__main__":

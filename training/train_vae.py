@@ -16,7 +16,7 @@ from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.small_stable_diffusion import SmallVAEConfig, new_vae
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
-from cm_diffusers.publishing.pipelines import save_model
+from cm_diffusers.publishing.folders import write_result
 from cm_diffusers.types import Networks
 
 
@@ -58,7 +58,7 @@ def main() -> None:
             figures["test"] = measure(vae, data, final.latent_samples, train.seed)
         vae.register_to_config(scaling_factor=1 / figures["train"]["latent_std"])  # 2112.10752, Appendix G
         if accelerator.is_main_process:
-            save_model(vae, Path(train.output_dir) / "vae")
+            write_result(Path(train.output_dir) / "vae", [vae.save_pretrained])
             figures |= {"samples": final.latent_samples, "seed": train.seed}
             (Path(train.output_dir) / "metrics.json").write_text(json.dumps(figures, indent=1))
             print(json.dumps(figures))

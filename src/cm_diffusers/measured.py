@@ -32,7 +32,7 @@ class Measured:
 
     Attributes:
         setting: Number of images, seed, feature extractor, reference images, hardware ... by name.
-        rows: One for each number of steps and guidance scale.
+        rows: One for each number of steps and guidance scale; that is None where the student takes no prompts.
     """
 
     setting: dict[str, object]
@@ -81,13 +81,15 @@ class Measured:
         reference = str(self.setting["reference"])
         steps = f"{row['num_inference_steps']} step{'s' if row['num_inference_steps'] > 1 else ''}"
         count = "num_clips" if self.of_clips else "num_images"
-        sampling = {name: row[name] for name in ("num_inference_steps", "guidance_scale")}
+        scale = row["guidance_scale"]
+        sampling = {name: row[name] for name in ("num_inference_steps", "guidance_scale") if row[name] is not None}
+        of_images = "unconditional-image-generation" if scale is None else "text-to-image"
         return EvalResult(
-            task_type="text-to-video" if self.of_clips else "text-to-image",
+            task_type="text-to-video" if self.of_clips else of_images,
             dataset_type=reference,
             dataset_name=reference,
             metric_type=kind,
-            metric_name=f"{words}; {steps}, guidance scale {row['guidance_scale']:g}",
+            metric_name=f"{words}; {steps}{'' if scale is None else f', guidance scale {scale:g}'}",
             metric_value=round(row[metric], 4),
             metric_args=sampling | {name: self.setting[name] for name in (count, "seed", "dtype")},
         )

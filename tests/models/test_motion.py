@@ -28,8 +28,8 @@ from cm_diffusers.models.motion import (
     train_motion,
 )
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
+from cm_diffusers.publishing.pipelines import save_motion_adapter
 from cm_diffusers.publishing.provenance import Provenance
-from cm_diffusers.publishing.video import save_motion_adapter
 from cm_diffusers.types import Batch, Networks, Progress
 
 

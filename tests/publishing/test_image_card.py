@@ -18,8 +18,8 @@ from tiny_xl import tiny_xl_pipeline, tiny_xl_unet
 from cm_diffusers.measured import Measured
 from cm_diffusers.publishing import hub
 from cm_diffusers.publishing import provenance as module
+from cm_diffusers.publishing.card import EDM_METHODS
 from cm_diffusers.publishing.hub import HubConfig, push_folder
-from cm_diffusers.publishing.image_card import EDM_METHODS, PACKAGE_NEEDED
 from cm_diffusers.publishing.images import images_record, text_pipeline
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.pipelines import save_pipeline
@@ -32,6 +32,7 @@ from cm_diffusers.publishing.provenance import (
     write_provenance,
 )
 from cm_diffusers.publishing.sharing import ShareConfig, prepare
+from cm_diffusers.publishing.student_kinds import PACKAGE_NEEDED
 from cm_diffusers.record import Record
 from publishing.test_model_card import PROVENANCE_OF_IT, SETTING, SomeConfig
 from publishing.test_publish_images import CLASSES, saved, scheduler_of, student, unet2d, vp_view

@@ -21,8 +21,9 @@ from cm_diffusers.engine.cli import parse_configs
 from cm_diffusers.measured import Measured, read_measured
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig
+from cm_diffusers.publishing.card import METHODS
 from cm_diffusers.publishing.hub import HubConfig
-from cm_diffusers.publishing.model_card import LORA_WEIGHTS, METHODS, model_card
+from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.publishing.provenance import (
     PROVENANCE,
@@ -34,6 +35,7 @@ from cm_diffusers.publishing.provenance import (
     write_provenance,
 )
 from cm_diffusers.publishing.sharing import ShareConfig, attach_evaluation, prepare
+from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS
 from cm_diffusers.record import Record, read_record
 
 

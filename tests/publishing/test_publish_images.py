@@ -27,7 +27,7 @@ from cm_diffusers import ConsistencyImagesPipeline, ConsistencyPipeline, EDMCons
 from cm_diffusers.diffusion.preconditioning import BOUNDARY_SCALINGS
 from cm_diffusers.diffusion.process import DiscreteVP, append_dims
 from cm_diffusers.diffusion.views import EDMView, VPView
-from cm_diffusers.publishing.images import images_pipeline, images_record, images_scheduler, text_pipeline
+from cm_diffusers.publishing.images import images_pipeline, images_record, network_of, text_pipeline
 from cm_diffusers.publishing.pipelines import save_pipeline
 from cm_diffusers.record import read_record
 
@@ -63,8 +63,10 @@ def vp_view(prediction_type: str = "epsilon", sigma_data: float = 0.5) -> VPView
 
 def scheduler_of(view, boundary: str = "cm", recommended: list[float] | None = None, **options):
     low, high = EDM if isinstance(view, EDMView) else VP
-    options = {"clip_denoised": False, **options}
-    return images_scheduler(view, boundary, low, high, 7.0, 18, recommended, **options)
+    options = {"sigma_min": low, "sigma_max": high, "num_train_timesteps": 18, "clip_denoised": False, **options}
+    return EDMConsistencyScheduler(
+        boundary_scalings=boundary, recommended_sigmas=recommended, **options, **network_of(view)
+    )
 
 
 def latents_student() -> tuple:
@@ -110,7 +112,7 @@ def saved(pipe, folder: Path, method: str = "ect", fp16: bool = False) -> Path:
 @pytest.mark.parametrize("config", SCHEDULES)
 def test_the_noise_of_a_teacher_is_kept_to_the_last_bit(config: dict, tmp_path: Path) -> None:
     view = VPView(DiscreteVP.from_scheduler(DDIMScheduler(1000, **config)), "epsilon", 0.5)
-    images_scheduler(view, "cm", 0.1, 10.0, 7.0, 18, None, False).save_pretrained(tmp_path)
+    scheduler_of(view, sigma_min=0.1, sigma_max=10.0).save_pretrained(tmp_path)
     found = EDMConsistencyScheduler.from_pretrained(tmp_path).config
     fields = {name: found[name] for name in ("beta_start", "beta_end", "beta_schedule", "trained_betas")}
     again = LCMScheduler(found.num_vp_timesteps, **fields)
@@ -176,7 +178,8 @@ def test_recommended_levels_are_the_default(tmp_path: Path) -> None:
 
 class TestStock:
     def test_every_field_comes_back(self, tmp_path: Path) -> None:
-        scheduler = images_scheduler(EDMView(0.7, "adm"), "cm", 0.01, 50.0, 5.0, 30, [50.0, 0.9], True)
+        options = {"sigma_min": 0.01, "sigma_max": 50.0, "rho": 5.0, "num_train_timesteps": 30, "clip_denoised": True}
+        scheduler = scheduler_of(EDMView(0.7, "adm"), recommended=[50.0, 0.9], **options)
         pipe = images_pipeline(unet2d(), scheduler)
         assert type(pipe) is ConsistencyModelPipeline
         again = ConsistencyPipeline.from_pretrained(saved(pipe, tmp_path / "student")).scheduler

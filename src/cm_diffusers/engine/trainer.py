@@ -85,6 +85,7 @@ class Trainer:
         callbacks: `(trainer, loss) -> None` after each optimizer step, on every rank.
 
     Attributes:
+        place: Rank, number of ranks and device, as sources of batches take them.
         stopping: Why training ends after this step; callbacks set it, on all ranks alike.
     """
 
@@ -102,6 +103,7 @@ class Trainer:
         self.source, self.source_state = None, {}
         optims = optim if isinstance(optim, dict) else dict.fromkeys(objective.players, optim)
         self.accelerator = make_accelerator(config.mixed_precision, config.report_to, config.output_dir)
+        self.place = self.accelerator.process_index, self.accelerator.num_processes, self.device
         self.identity = run_identity(
             type(objective).__name__, self.accelerator.num_processes, config, objective.config, *settings, **optims
         )

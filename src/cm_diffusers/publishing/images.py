@@ -18,7 +18,8 @@ from torch import Tensor
 from cm_diffusers.diffusion.views import EDMView, VPView
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.pipeline_consistency_images import stock_scheduler
-from cm_diffusers.publishing.image_card import EDM_METHODS
+from cm_diffusers.publishing.card import EDM_METHODS
+from cm_diffusers.publishing.pipelines import scheduler_entry
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 
@@ -40,48 +41,15 @@ class Statistics(Protocol):
     std: list[float]
 
 
-def images_scheduler(
-    view: EDMView | VPView,
-    boundary: str,
-    sigma_min: float,
-    sigma_max: float,
-    rho: float,
-    num_scales: int,
-    recommended_sigmas: list[float] | None,
-    clip_denoised: bool,
-    gamma: float = 1.0,
-) -> EDMConsistencyScheduler:
-    """The scheduler whose grid, scalings and network are those of training.
-
-    Args:
-        view: How training called the network.
-        boundary: "cm" or "edm".
-        sigma_min, sigma_max, rho, num_scales: The Karras grid.
-        recommended_sigmas: What samples are best taken at; None for a number of steps on the grid.
-        clip_denoised: For pixels.
-        gamma: 1 for a consistency model; 0 makes a step Euler's, for a diffusion model with the boundary "edm".
-    """
-    return EDMConsistencyScheduler(
-        num_train_timesteps=num_scales,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-        sigma_data=view.sigma_data,
-        rho=rho,
-        clip_denoised=clip_denoised,
-        boundary_scalings=boundary,
-        gamma=gamma,
-        recommended_sigmas=recommended_sigmas,
-        **_network(view),
-    )
-
-
-def _network(view: EDMView | VPView) -> dict[str, object]:
+def network_of(view: EDMView | VPView) -> dict[str, object]:
+    """Settings of `EDMConsistencyScheduler` that say how training called the network."""
     if isinstance(view, EDMView):
-        return {"network": "edm", "noise_conditioning": view.noise_conditioning}
+        return {"network": "edm", "noise_conditioning": view.noise_conditioning, "sigma_data": view.sigma_data}
     alphas_cumprod = view.with_signal.alphas_cumprod
     known = (schedule for schedule in SCHEDULES if _makes(schedule, alphas_cumprod))
     return {
         "network": "vp",
+        "sigma_data": view.sigma_data,
         "prediction_type": view.prediction_type,
         "num_vp_timesteps": len(alphas_cumprod),
         **next(known, {"trained_betas": _betas(alphas_cumprod)}),
@@ -170,6 +138,4 @@ def images_record(
     """
     if method not in EDM_METHODS:
         raise ValueError(f"Unknown method {method!r}; give one of {', '.join(EDM_METHODS)}.")
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    entry = {"_class_name": type(scheduler).__name__, **config}
-    return Record(method, base_model, guidance, w, w, 1.0, num_inference_steps, entry)
+    return Record(method, base_model, guidance, w, w, 1.0, num_inference_steps, scheduler_entry(scheduler))

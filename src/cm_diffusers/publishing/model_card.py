@@ -1,49 +1,14 @@
 """Model cards that say what was done: nothing to fill in by hand."""
 
-from textwrap import dedent
+from dataclasses import replace
 
 from huggingface_hub import ModelCardData
 
 from cm_diffusers.measured import TEACHER, Measured, distance_name
-from cm_diffusers.publishing.image_card import (
-    EDM_METHODS,
-    TASK,
-    classes,
-    count,
-    image_calls,
-    image_results,
-    image_usage,
-    is_stock,
-    kind_tags,
-    needed,
-    without_guidance,
-)
+from cm_diffusers.publishing.card import EDM_METHODS, METHODS, TAGS, card, made_by
 from cm_diffusers.publishing.provenance import Provenance, public
-from cm_diffusers.publishing.video_card import VIDEO_METHODS, VIDEO_TASK, code_block, is_video, video_usage
+from cm_diffusers.publishing.student_kinds import Kind, count, usage
 from cm_diffusers.record import Record
-
-
-LCM = "[Latent Consistency Models](https://arxiv.org/abs/2310.04378)"
-LCM_LORA = "[LCM-LoRA](https://arxiv.org/abs/2311.05556)"
-SCOTT = "[SCott](https://arxiv.org/abs/2403.01505)"
-RLCM = "[RLCM](https://arxiv.org/abs/2404.03673)"
-REWARD_GRADIENTS = "[RG-LCD](https://arxiv.org/abs/2403.11027), [DRaFT](https://arxiv.org/abs/2309.17400)"
-METHODS = {  # method of the record, with "-lora" where that is so -> title, how, paper
-    "lcm": ("Latent consistency model", "distilled from", LCM),
-    "lcm-lora": ("LCM-LoRA", "distilled from", LCM_LORA),
-    "scott": ("Stochastic consistency distillation (SCott)", "distilled from", SCOTT),
-    "scott-lora": ("Stochastic consistency distillation (SCott, LoRA)", "distilled from", f"{SCOTT}, {LCM_LORA}"),
-    "lcf": ("Latent consistency fine-tuning", "fine-tuned from", LCM),
-    "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
-    "rlcm": ("Consistency model tuned for a reward (RLCM)", "tuned from", RLCM),
-    "rlcm-lora": ("Consistency model tuned for a reward (RLCM, LoRA)", "tuned from", RLCM),
-    "direct_reward": ("Consistency model tuned by a reward's gradient", "tuned from", REWARD_GRADIENTS),
-    "direct_reward-lora": ("Consistency model tuned by a reward's gradient (LoRA)", "tuned from", REWARD_GRADIENTS),
-    **EDM_METHODS,
-    **VIDEO_METHODS,
-}
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-PIPELINE_FILE = "pipeline.py"  # as diffusers looks for it where custom_pipeline is a folder or Hub id
 
 
 def model_card(
@@ -61,52 +26,42 @@ def model_card(
         single_file: Whether `PIPELINE_FILE` lies beside the weights.
     """
     lora, text = bool(provenance.settings.get("lora")), provenance.family is not None
+    if measured and not text:
+        measured = replace(measured, rows=[{**row, "guidance_scale": None} for row in measured.rows])
     title, how, paper = METHODS[f"{record.method}-lora" if lora else record.method]
-    base = public(record.base_model)
+    base, kind = public(record.base_model), Kind.of(record, provenance)
     origin = f"{how} {_link(base, provenance)} with cm_diffusers, after {paper}, and trained on {provenance.data}"
     if rewards := provenance.settings.get("rewards"):
         origin += f", for {' + '.join(rewards)}"
     alone = f"trained on {provenance.data} with cm_diffusers, after {paper}"
-    parts = [
-        f"---\n{_front(record, provenance, lora, measured).to_yaml()}\n---",
-        f"# {title} of {base or provenance.data}",
-        f"Makes {'clips' if is_video(record.method) else 'images'} in about {count(record.recommended_num_inference_steps)}. It was {origin if base else alone}.",
-        *([_guidance(record)] if text else classes(provenance)),
+    steps = count(record.recommended_num_inference_steps)
+    sections = [
+        f"Makes {kind.makes} in about {steps}. It was {origin if base else alone}.",
+        *([_guidance(record)] if text else _classes(provenance)),
         _license(provenance, bool(base)),
         "## Use",
-        *_use(record, provenance, base, lora, single_file),
-        *(_beside(record, provenance) if single_file else []),
-        *(_measurements(measured if text else without_guidance(measured)) if measured else []),
+        *usage(record, provenance, base, single_file),
+        *(_measurements(measured) if measured else []),
         *([f"## Samples\n\n{_caption(text, measured)}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
-        f"Code: cm_diffusers at `{provenance.commit}`.\n\n```bash\n{provenance.command}\n```",
+        made_by(provenance),
         "\n".join(["| setting | value |", "|---|---|", *_rows(provenance.settings)]),
     ]
-    return "\n\n".join(parts) + "\n"
+    front = _front(record, provenance, kind.task, measured)
+    return card(front.to_yaml(), f"{title} of {base or provenance.data}", sections)
 
 
-def _use(record: Record, provenance: Provenance, base: str, lora: bool, single_file: bool) -> list[str]:
-    if is_video(record.method):
-        return video_usage(record, provenance, base)
-    if provenance.family is None:
-        return image_usage(record, provenance, single_file)
-    return _usage(record, provenance, base, lora, single_file)
-
-
-def _front(record: Record, provenance: Provenance, lora: bool, measured: Measured | None) -> ModelCardData:
-    task = TASK if provenance.family is None else VIDEO_TASK if is_video(record.method) else "text-to-image"
-    tags = [task, "diffusers", "diffusers-training", "cm_diffusers", *kind_tags(record.method)]
-    tags += ["lora", "template:sd-lora"] if lora else []
-    prompts = provenance.settings.get("validation_prompts") or []
-    dataset = provenance.settings.get("dataset_name") or ""
-    results = image_results if provenance.family is None else Measured.results
+def _front(record: Record, provenance: Provenance, task: str, measured: Measured | None) -> ModelCardData:
+    settings, lora = provenance.settings, provenance.settings.get("lora")
+    tags = [task, *TAGS, *_method_tags(record.method), *(["lora", "template:sd-lora"] if lora else [])]
+    dataset = settings.get("dataset_name") or ""
     optional = {
         "base_model": provenance.base_id,
         "base_model_relation": provenance.base_id and ("adapter" if lora else "finetune"),
         "datasets": dataset if dataset.count("/") == 1 else None,
-        "widget": [{"text": prompt} for prompt in prompts],
+        "widget": [{"text": prompt} for prompt in settings.get("validation_prompts") or []],
         "model_name": provenance.name if measured else None,
-        "eval_results": list(results(measured)) if measured else None,
+        "eval_results": list(measured.results()) if measured else None,
     }
     return ModelCardData(
         **provenance.license,
@@ -115,6 +70,12 @@ def _front(record: Record, provenance: Provenance, lora: bool, measured: Measure
         tags=list(dict.fromkeys([*tags, *([provenance.family] if provenance.family else [])])),
         **{name: value for name, value in optional.items() if value},
     )
+
+
+def _method_tags(method: str) -> list[str]:
+    """What the Hub may list it under, from the general to the method."""
+    general = [] if method == "edm" else ["consistency-model"] if method in EDM_METHODS else ["lcm"]
+    return [*general, method]
 
 
 def _link(base: str, provenance: Provenance) -> str:
@@ -152,41 +113,13 @@ def _guidance(record: Record) -> str:
     return "This student cannot be guided: `guidance_scale` has no effect, and there is no negative prompt."
 
 
-def _usage(record: Record, provenance: Provenance, base: str, lora: bool, single_file: bool) -> list[str]:
-    values = {
-        "name": provenance.name,
-        "base": base,
-        "steps": record.recommended_num_inference_steps,
-        "scale": float(record.recommended_guidance_scale),
-        "weights": LORA_WEIGHTS,
-        "original": record.scheduler.get("original_inference_steps", 50),
-        "scaling": record.scheduler.get("timestep_scaling", 10.0),
-    }
-    package = "With the package; scheduler, steps and guidance come from the record beside the weights:"
-    stock = ["With diffusers alone:", code_block(LORA_ALONE if lora else PIPELINE_ALONE, values)]
-    alone = stock if is_stock(record) else [] if single_file else [needed(provenance)]
-    parts = [package, code_block(WITH_PACKAGE, values), *alone]
-    if lora and not provenance.base_id:
-        parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
-    if lora:
-        parts.append(
-            "For ComfyUI, A1111 and kohya's tools: the file in `comfyui/`, with the sampler `lcm`, "
-            f"{values['steps']} steps, CFG {values['scale']:g} and strength 1."
-        )
-    return parts
-
-
-def _beside(record: Record, provenance: Provenance) -> list[str]:
-    """How the single file is loaded; one that takes a prompt or replaces the package is also called."""
-    values = {
-        "name": provenance.name,
-        "steps": record.recommended_num_inference_steps,
-        "scale": float(record.recommended_guidance_scale),
-    }
-    if is_stock(record):
-        return [SINGLE_FILE, code_block(PIPELINE_BESIDE + ("" if provenance.family is None else CALL), values)]
-    calls = image_calls(record, provenance) if provenance.family is None else [CALL_AS_RECOMMENDED]
-    return [SINGLE_FILE, code_block("\n".join([dedent(PIPELINE_BESIDE).rstrip(), *calls]), values)]
+def _classes(provenance: Provenance) -> list[str]:
+    known = provenance.num_classes
+    if known is None:
+        return []
+    return [
+        f"It knows {known} classes: `class_labels` are numbers from 0 to {known - 1}, drawn at random if not given."
+    ]
 
 
 def _measurements(measured: Measured) -> list[str]:
@@ -199,9 +132,8 @@ def _measurements(measured: Measured) -> list[str]:
     said = [BASELINE] if any(row["pipeline"] == TEACHER for row in measured.rows) else []
     distances = EXTRACTOR_OF_CLIPS if measured.of_clips else EXTRACTOR
     extractor = measured.setting["extractor"]
-    said += (
-        [] if extractor == "inception" else [distances.format(distance=distance_name(extractor), extractor=extractor)]
-    )
+    if extractor != "inception":
+        said.append(distances.format(distance=distance_name(extractor), extractor=extractor))
     return ["## Measured", *([" ".join(said)] if said else []), table]
 
 
@@ -234,45 +166,3 @@ EXTRACTOR = (
     "{distance} is the Fréchet distance on the features of `{extractor}`: it compares only with itself, not with FID."
 )
 EXTRACTOR_OF_CLIPS = "{distance} are Fréchet distances on the features of `{extractor}`: they compare only with each other, not with FID."
-
-CALL = """\
-    image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]
-"""
-
-CALL_AS_RECOMMENDED = 'image = pipe("your prompt").images[0]'
-
-WITH_PACKAGE = """
-    from cm_diffusers import ConsistencyPipeline
-
-    pipe = ConsistencyPipeline.from_pretrained("{name}")
-    image = pipe("your prompt").images[0]
-"""
-
-PIPELINE_ALONE = """
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained("{name}")
-    image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]
-"""
-
-SINGLE_FILE = (
-    f"With diffusers and `{PIPELINE_FILE}`, the pipeline beside the weights; it is code that runs on your machine, so read "
-    "it first:"
-)
-
-PIPELINE_BESIDE = """
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
-"""
-
-LORA_ALONE = """
-    from diffusers import DiffusionPipeline, LCMScheduler
-
-    pipe = DiffusionPipeline.from_pretrained("{base}")
-    pipe.scheduler = LCMScheduler.from_config(
-        pipe.scheduler.config, original_inference_steps={original}, timestep_scaling={scaling}
-    )
-    pipe.load_lora_weights("{name}", weight_name="{weights}")
-    image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]
-"""

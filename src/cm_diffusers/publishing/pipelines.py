@@ -1,50 +1,34 @@
-"""Writing results: whole or not at all, as safetensors, with a record of how the student was made beside the weights."""
+"""The stock pipelines, schedulers and records of latent consistency models; pipelines, LoRAs and motion modules as folders."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import (
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
-    ModelMixin,
+    MotionAdapter,
+    SchedulerMixin,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.teachers import is_xl
+from cm_diffusers.publishing.folders import model_writer, write_result
 from cm_diffusers.publishing.lora_export import save_kohya
-from cm_diffusers.publishing.model_card import model_card
-from cm_diffusers.publishing.portable import forget_origin, lora_metadata, nest_text_encoders
-from cm_diffusers.publishing.provenance import Provenance, public, write_provenance
-from cm_diffusers.record import Record, write_record
+from cm_diffusers.publishing.other_cards import motion_card
+from cm_diffusers.publishing.portable import Lora, forget_origin, nest_text_encoders
+from cm_diffusers.publishing.provenance import Provenance, public
+from cm_diffusers.record import Record
 
 
-SAMPLES = "samples.png"  # the last validation grid of the training
+@dataclass
+class MotionResultConfig:
+    """How motion modules are stored."""
 
-
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
-    for leftover in (aside, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(aside, folder)
-    finally:
-        for leftover in (aside, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+    save_fp16: bool = HfArg(default=False, help="Store the motion modules in half precision.")
 
 
 def lcm_scheduler(teacher: DiffusionPipeline, original_inference_steps: int, timestep_scaling: float) -> LCMScheduler:
@@ -77,14 +61,13 @@ def lcm_pipeline(
 def lcm_record(
     base_model: str, guidance: str, w_min: float, w_max: float, guidance_scale: float, scheduler: LCMScheduler
 ) -> Record:
+    return Record("lcm", base_model, guidance, w_min, w_max, guidance_scale, 4, scheduler_entry(scheduler))
+
+
+def scheduler_entry(scheduler: SchedulerMixin) -> dict[str, object]:
+    """A scheduler as records have it: class and config, without what the libraries note for themselves."""
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    entry = {"_class_name": type(scheduler).__name__, **config}
-    return Record("lcm", base_model, guidance, w_min, w_max, guidance_scale, 4, entry)
-
-
-def save_model(model: ModelMixin, folder: Path) -> None:
-    with written_aside(folder) as aside:
-        model.save_pretrained(aside)
+    return {"_class_name": type(scheduler).__name__, **config}
 
 
 def save_pipeline(
@@ -93,49 +76,47 @@ def save_pipeline(
     fp16: bool,
     record: Record | None = None,
     provenance: Provenance | None = None,
+    card: str | None = None,
 ) -> None:
     """A complete pipeline folder that plain `DiffusionPipeline.from_pretrained` loads without this package.
 
     Args:
         fp16: Store UNet and VAE in half precision; diffusers loads them in float32 unless told otherwise.
             The text tower keeps its precision, for transformers computes in whatever it finds.
-        record: A student's; with `provenance`, its model card is written, too.
+        record, provenance, card: As for `write_result`.
     """
-    with written_aside(folder) as aside:
+
+    def write_weights(aside: Path) -> None:
         pipe.save_pretrained(aside)
         nest_text_encoders(aside)
         forget_origin(aside)
         for weights in [*aside.glob("unet/*.safetensors"), *aside.glob("vae/*.safetensors")] if fp16 else ():
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
-        write_texts(aside, record, provenance)
+
+    write_result(folder, [write_weights], record, provenance, card)
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path, record: Record, provenance: Provenance | None = None) -> None:
     """A LoRA in two forms, with its record; with `provenance`, also with its model card.
 
-    `pytorch_lora_weights.safetensors` for `load_lora_weights` is the raw PEFT state dict, with rank and alpha as
-    metadata: diffusers' own conversion loses the attention layers on reload. Without the dropout of training:
-    `load_lora_weights` would leave it on when sampling. `comfyui/<name>.safetensors` is for kohya's tools and their
-    kin; a folder below, so that no loader takes it for the other.
+    `Lora.write` for `load_lora_weights`. `comfyui/<name>.safetensors` is for kohya's tools and their kin; a folder
+    below, so that no loader takes it for the other.
     """
     name = f"{record.method}_lora_{public(record.base_model).rstrip('/').rpartition('/')[2]}"
-    with written_aside(folder) as aside:
-        StableDiffusionLoraLoaderMixin.save_lora_weights(
-            aside,
-            unet_lora_layers=get_peft_model_state_dict(unet),
-            unet_lora_adapter_metadata=lora_metadata(unet),
-        )
+
+    def write_kohya(aside: Path) -> None:
         save_kohya(unet, aside / "comfyui" / f"{name}.safetensors", name, record.scheduler["prediction_type"])
-        write_texts(aside, record, provenance)
+
+    write_result(folder, [Lora.of(unet).write, write_kohya], record, provenance)
 
 
-def write_texts(folder: Path, record: Record | None, provenance: Provenance | None) -> None:
-    """Record, provenance and model card, with the last sample grid of the run that `folder` belongs to."""
-    if record is not None:
-        write_record(record, folder)
-    if record is not None and provenance is not None:
-        grids = sorted((folder.parent / "samples").glob("step-*.png"))  # those of the run that ends here
-        if grids:
-            shutil.copyfile(grids[-1], folder / SAMPLES)
-        write_provenance(provenance, folder)
-        (folder / "README.md").write_text(model_card(record, provenance, grid=SAMPLES if grids else None), "utf-8")
+def save_motion_adapter(
+    adapter: MotionAdapter, scheduler: SchedulerMixin, folder: Path, fp16: bool, provenance: Provenance
+) -> None:
+    """What `MotionAdapter.from_pretrained` reads, the noise schedule for a scheduler's `from_pretrained`, and the card.
+
+    Args:
+        fp16: As for `model_writer`.
+    """
+    card = motion_card(provenance, scheduler.config.beta_schedule, adapter.config.motion_max_seq_length)
+    write_result(folder, [model_writer(adapter, fp16), scheduler.save_config], provenance=provenance, card=card)

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 
 ALWAYS = ("r", "lora_alpha")
@@ -43,3 +45,27 @@ def lora_metadata(network: nn.Module) -> dict[str, Any]:
     fields = {name: value for name, value in config.to_dict().items() if name in ALWAYS or value != defaults[name]}
     layers = sorted(path for path, layer in network.named_modules() if isinstance(layer, BaseTunerLayer))
     return fields | {"lora_dropout": 0.0, "target_modules": layers}
+
+
+class Lora(NamedTuple):
+    """A LoRA as it is saved: raw PEFT tensors and the fields that say how they are put on."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "Lora":
+        """The only one that is on a network."""
+        (name,) = network.peft_config
+        tensors = {key: value.cpu() for key, value in get_peft_model_state_dict(network, adapter_name=name).items()}
+        return cls(tensors, lora_metadata(network))
+
+    def write(self, folder: Path) -> None:
+        """`pytorch_lora_weights.safetensors` for `load_lora_weights`: the raw PEFT state dict, with rank and alpha as metadata.
+
+        diffusers' own conversion loses the attention layers on reload. Without the dropout of training: `load_lora_weights`
+        would leave it on when sampling.
+        """
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            folder, unet_lora_layers=self.tensors, unet_lora_adapter_metadata=self.metadata
+        )

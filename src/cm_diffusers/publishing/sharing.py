@@ -13,10 +13,10 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.measured import BASELINES, FOLDER, GRID, TABLE, Measured, clips_of, read_measured
 from cm_diffusers.pipelines.recorded import check_has_weights
-from cm_diffusers.publishing.image_card import is_stock
-from cm_diffusers.publishing.model_card import LORA_WEIGHTS, PIPELINE_FILE, model_card
-from cm_diffusers.publishing.pipelines import SAMPLES, written_aside
+from cm_diffusers.publishing.folders import SAMPLES, written_aside
+from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, read_license, read_provenance, write_provenance
+from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS, PIPELINE_FILE, is_stock
 from cm_diffusers.record import RECORD, Record, read_record, write_record
 
 

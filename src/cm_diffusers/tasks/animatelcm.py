@@ -1,5 +1,6 @@
 """The stages of AnimateLCM (2402.00769): which networks each has, what of them learns, and what is published."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,6 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.video import single_frames
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_lora
 from cm_diffusers.models.conditioned_unet import ConditionedUNet
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
@@ -29,13 +29,14 @@ from cm_diffusers.models.motion import check_same_schedule, inflate, motion_adap
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
+from cm_diffusers.publishing.folders import model_writer, write_result
+from cm_diffusers.publishing.other_cards import condition_card
 from cm_diffusers.publishing.pipelines import lcm_pipeline, save_lora
+from cm_diffusers.publishing.portable import Lora
 from cm_diffusers.publishing.provenance import Provenance
-from cm_diffusers.publishing.video import SpatialLora, fused, save_condition, save_video_student
 from cm_diffusers.record import Record
-from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
-from cm_diffusers.tasks.clip_grids import clip_grid
-from cm_diffusers.types import Batch, Loss, Networks
+from cm_diffusers.types import Batch, Networks
 
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def joint(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
         Networks(student, target=frozen_copy(student), teacher=_cast(teacher, config)),
         LCMObjective(method, parts.process, parts.prediction_type, None),
         lambda network: video_pipeline(parts.image, network, parts.adapter, parts.scheduler),
-        lambda network, *where: _save_student(config, parts, network, SpatialLora.of(network), *where),
+        lambda network, *where: _save_student(config, parts, network, Lora.of(network), *where),
         "student",
     )
 
@@ -202,15 +203,19 @@ def adapter(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
         grid = record.scheduler.get("original_inference_steps", 50), record.scheduler.get("timestep_scaling", 10.0)
     student = inflate(unet, parts.adapter).requires_grad_(False)
     edges = config.condition == "edges"
+    result = "controlnet" if edges else "image_adapter"
     condition = _new_controlnet(parts, unet) if edges else ImageToVideoAdapter.from_unet(unet)
     return Stage(
         Networks(ConditionedUNet(student, condition.train().requires_grad_(True))),
         LCFObjective(LCFConfig(loss_type=method.loss_type), parts.process, parts.prediction_type, None, *grid),
         None,
-        lambda network, folder, record, provenance: save_condition(
-            network.condition, folder, config.save_fp16, config.spatial_lora, provenance
+        lambda network, folder, record, provenance: write_result(
+            folder,
+            [model_writer(network.condition, config.save_fp16)],
+            provenance=provenance,
+            card=condition_card(provenance, result, config.spatial_lora),
         ),
-        "controlnet" if edges else "image_adapter",
+        result,
         wanted={"control": "edges"} if edges else {"first_frame": True},
     )
 
@@ -220,19 +225,33 @@ def _cast(teacher: UNetMotionModel, config: StageConfig) -> UNetMotionModel:
     return teacher.to({"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.cast_teacher_unet])
 
 
-def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionModel, SpatialLora, Record | None]:
-    """As `fused`, for a LoRA of the teacher's noise schedule."""
+def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionModel, Lora, Record | None]:
+    """A copy of the image model's network with a LoRA of its noise schedule in the weights, that LoRA, and its record.
+
+    Raises:
+        ValueError: It does not load or does not fit.
+    """
+    pipe = ConsistencyPipeline.from_pipe(parts.image, unet=copy.deepcopy(parts.image.unet), record=None)
     options = {"weight_name": config.spatial_lora_weight_name, "revision": config.spatial_lora_revision}
-    unet, lora, record = fused(parts.image, config.spatial_lora, **options)
-    if record is None:
+    pipe.load_lora_weights(
+        config.spatial_lora, **{name: value for name, value in options.items() if value is not None}
+    )
+    if others := sorted(set(pipe.get_list_adapters()) - {"unet"}):
+        raise ValueError(
+            f"The LoRA {config.spatial_lora} also has layers for {' and '.join(others)}: give one of the UNet alone."
+        )
+    if pipe.record is None:
         logger.warning(
             "%s does not say which noise schedule it was trained on; taken for the teacher's, %s.",
             config.spatial_lora,
             parts.scheduler.config.beta_schedule,
         )
     else:
-        check_same_schedule(parts.scheduler, record.scheduler, f"The LoRA {config.spatial_lora}")
-    return unet, lora, record
+        check_same_schedule(parts.scheduler, pipe.record.scheduler, f"The LoRA {config.spatial_lora}")
+    lora, record = Lora.of(pipe.unet), pipe.record
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    return pipe.unet, lora, record
 
 
 def _new_controlnet(parts: Parts, unet: UNet2DConditionModel) -> ControlNetModel:
@@ -250,34 +269,15 @@ def _save_student(
     config: StageConfig,
     parts: Parts,
     network: UNetMotionModel,
-    lora: SpatialLora,
+    lora: Lora,
     folder: Path,
     record: Record,
     provenance: Provenance,
 ) -> None:
-    modules = motion_adapter_of(network, parts.adapter)
+    """Motion modules, noise schedule and LoRA, as stock diffusers reads them."""
+    modules = model_writer(motion_adapter_of(network, parts.adapter), config.save_fp16)
     record = replace(record, method="animatelcm")
-    save_video_student(modules, lora, parts.scheduler, folder, config.save_fp16, record, provenance)
-
-
-def stage_grid(
-    config: StageConfig, validation: ValidationConfig, stage: Stage, teacher: Parts, num_frames: int, resolution: int
-) -> list[Callable[[Trainer, Loss], None]]:
-    """The callbacks that draw sample grids, the teacher's on top.
-
-    Args:
-        teacher: With the scheduler that it is sampled with.
-
-    Raises:
-        ValueError: Prompts were given for a stage without grids.
-    """
-    if stage.make_pipeline is None:
-        refuse_changed(validation, "validation_prompts", f"in stage {config.stage}: it takes more than prompts")
-        return []
-    if config.stage == "image_lora":
-        return [sample_grid(validation, stage.make_pipeline, teacher.image, 1.0, resolution)]
-    above = video_pipeline(teacher.image, stage.nets.teacher, teacher.adapter, teacher.scheduler)
-    return [clip_grid(validation, stage.make_pipeline, num_frames, resolution, 1.0, above)]
+    write_result(folder, [modules, parts.scheduler.save_config, lora.write], record, provenance)
 
 
 STAGES = {"image_lora": image_lora, "motion": motion, "joint": joint, "adapter": adapter}

@@ -6,9 +6,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.tasks.callbacks import ValidationConfig, publish_grid
+from cm_diffusers.models.motion import video_pipeline
+from cm_diffusers.tasks.animatelcm import Parts, Stage, StageConfig
+from cm_diffusers.tasks.callbacks import ValidationConfig, publish_grid, sample_grid
 from cm_diffusers.types import Loss
 
 
@@ -63,3 +66,23 @@ def clip_grid(
         publish_grid(trainer, grid)
 
     return callback
+
+
+def stage_grid(
+    config: StageConfig, validation: ValidationConfig, stage: Stage, teacher: Parts, num_frames: int, resolution: int
+) -> list[Callable[[Trainer, Loss], None]]:
+    """The callbacks that draw sample grids, the teacher's on top.
+
+    Args:
+        teacher: With the scheduler that it is sampled with.
+
+    Raises:
+        ValueError: Prompts were given for a stage without grids.
+    """
+    if stage.make_pipeline is None:
+        refuse_changed(validation, "validation_prompts", f"in stage {config.stage}: it takes more than prompts")
+        return []
+    if config.stage == "image_lora":
+        return [sample_grid(validation, stage.make_pipeline, teacher.image, 1.0, resolution)]
+    above = video_pipeline(teacher.image, stage.nets.teacher, teacher.adapter, teacher.scheduler)
+    return [clip_grid(validation, stage.make_pipeline, num_frames, resolution, 1.0, above)]

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
-from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.publishing.images import images_record, images_scheduler
+from cm_diffusers.publishing.hub import HubConfig, check_hub
+from cm_diffusers.publishing.images import images_record, network_of
 from cm_diffusers.publishing.pipelines import save_pipeline
-from cm_diffusers.publishing.provenance import describe_run
+from cm_diffusers.publishing.provenance import Provenance, describe_run
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.tasks.callbacks import ImageValidationConfig, image_grids
 from cm_diffusers.tasks.image_models import ClassConfig, ImageModel, NewModelConfig, StartConfig
+from cm_diffusers.tasks.publish import publish
 from cm_diffusers.types import Networks
 
 
@@ -72,14 +74,21 @@ def student_scheduler(
         boundary: "cm" or "edm".
         num_scales: Points of the grid that numbers of steps refer to.
         sigmas: Noise levels to recommend if the flags name none; sigma_max and `SECOND_SIGMA` if not given.
-        gamma: Share of fresh noise.
+        gamma: 1 for a consistency model; 0 makes a step Euler's, for a diffusion model with the boundary "edm".
     """
     second = [SECOND_SIGMA] if method.sigma_min < SECOND_SIGMA < method.sigma_max else []
     sigmas = result.recommended_sigmas or sigmas or [method.sigma_max, *second]
-    rho = getattr(method, "rho", 7.0)
-    bounds = method.sigma_min, method.sigma_max
-    clips = model.vae is None
-    return images_scheduler(model.view, boundary, *bounds, rho, num_scales, list(sigmas), clips, gamma)
+    return EDMConsistencyScheduler(
+        num_train_timesteps=num_scales,
+        sigma_min=method.sigma_min,
+        sigma_max=method.sigma_max,
+        rho=getattr(method, "rho", 7.0),
+        clip_denoised=model.vae is None,
+        boundary_scalings=boundary,
+        gamma=gamma,
+        recommended_sigmas=list(sigmas),
+        **network_of(model.view),
+    )
 
 
 def train_images(
@@ -110,20 +119,16 @@ def train_images(
     grids = image_grids(validation, lambda unet: model.sampler(unet, scheduler), scheduler, resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
-    rank, ranks, device = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.device
-    trainer.fit(model.batches(data, classes, train.seed, rank, ranks, device))
-    if trainer.accelerator.is_main_process:
-        base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
-        folder, steps = Path(train.output_dir) / "pipeline", len(scheduler.config.recommended_sigmas)
-        guidance = "none" if model.pipe is None else "distilled"
-        known = None if model.pipe else model.unet.config.num_class_embeds
-        provenance = describe_run(
-            configs, model.pipe, base, source_name(data), repo_id or str(folder), num_classes=known
-        )
-        with trainer.export_weights() as unet:
-            pipe = model.pipeline(unet, scheduler)
-            record = images_record(name, base or "", guidance, w, pipe.scheduler, steps)
-            save_pipeline(pipe, folder, result.save_fp16, record, provenance)
-        if repo_id:
-            logger.info("Published: %s", push_folder(folder, repo_id, hub))
-    trainer.accelerator.end_training()
+    trainer.fit(model.batches(data, classes, train.seed, *trainer.place))
+    base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
+    steps, guidance = len(scheduler.config.recommended_sigmas), "none" if model.pipe is None else "distilled"
+    known = None if model.pipe else model.unet.config.num_class_embeds
+    describe = partial(describe_run, configs, model.pipe, base, source_name(data), num_classes=known)
+
+    def save(unet: nn.Module, folder: Path, provenance: Provenance) -> None:
+        pipe = model.pipeline(unet, scheduler)
+        record = images_record(name, base or "", guidance, w, pipe.scheduler, steps)
+        save_pipeline(pipe, folder, result.save_fp16, record, provenance)
+
+    if address := publish(trainer, "pipeline", describe, save, repo_id, hub):
+        logger.info("Published: %s", address)

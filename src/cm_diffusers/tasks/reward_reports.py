@@ -13,7 +13,9 @@ from cm_diffusers.data.reward_history import COLUMNS, RewardHistory
 from cm_diffusers.data.rollouts import Task
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.report import replace_file
-from cm_diffusers.rewards import Reward
+from cm_diffusers.rewards import Reward, load_reward
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.reward_runs import ImageScore, PromptConditions, Tuned
 from cm_diffusers.types import Loss
 
 
@@ -131,6 +133,28 @@ class Guard:
         images, worth = self.task.score.images(end), self.task.score.worth
         rewards = [worth(images, asked, reward).double().cpu() for reward in self.rewards.values()]
         return torch.pdist(images.flatten(1).float()).mean().item(), torch.stack(rewards)
+
+
+def watched_task(
+    tuned: Tuned, score: ImageScore, config: GuardConfig, resolution: int | None, device: torch.device
+) -> tuple[Task, dict[str, Reward]]:
+    """What is drawn for the score's prompts, its VAE moved to the device; and the rewards to watch, the trained one first.
+
+    Raises:
+        ValueError: A held-out reward is unknown or out of reach.
+    """
+    tuned.pipe.vae.to(device)
+    held_out = {name: load_reward(name).to(device) for name in config.held_out_rewards}
+    conditions = PromptConditions.of(tuned, [text for text, _ in score.prompts], resolution, device)
+    return Task(tuned.shape(resolution), len(score.prompts), conditions, score), {"reward": score.reward} | held_out
+
+
+def reports(
+    guard: Guard, tuned: Tuned, validation: ValidationConfig, resolution: int | None
+) -> list[Callable[[Trainer, Loss], None]]:
+    """The callbacks that look at a run: its guard, curves of what that saw, and sample grids."""
+    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=resolution)
+    return [guard, reward_curves(guard.history, guard), grids]
 
 
 def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Loss], None]:

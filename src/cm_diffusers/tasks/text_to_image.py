@@ -1,24 +1,45 @@
-"""Finished students as the start of further training."""
+"""Text-to-image students: distilled from a teacher, and finished ones as the start of further training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.generated import GenerationConfig, training_batches
+from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
 from cm_diffusers.models.critics import CriticConfig
-from cm_diffusers.models.students import frozen_copy
-from cm_diffusers.models.teachers import LOADING, check_vae
+from cm_diffusers.models.students import StudentConfig, frozen_copy
+from cm_diffusers.models.teachers import LOADING, TeacherConfig, check_vae
 from cm_diffusers.objectives.lcf import LCFConfig
+from cm_diffusers.objectives.lcm import LCMObjective
+from cm_diffusers.objectives.scott import SCottObjective
 from cm_diffusers.pipelines.manners import Manners
-from cm_diffusers.publishing.pipelines import lcm_record
+from cm_diffusers.publishing.hub import HubConfig
+from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler
+from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.record import Record, base_model_of, read_record
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.types import Networks
 
 
+OF_A_DISTILLATION = (
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, TrainConfig, ValidationConfig, HubConfig,
+)  # fmt: skip
+WHAT_A_RUN_IS = (
+    TeacherConfig,
+    StudentConfig,
+    DataConfig,
+    GenerationConfig,
+    CriticConfig,
+)  # beside method and training
 PAPER_RANGES = {"embedded": (2.0, 14.0), "distilled": (6.5, 6.5)}  # of w: 2310.04378 and 2311.05556
 
 
@@ -39,6 +60,46 @@ class FinetuneConfig:
         default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
     )
     save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE in half precision.")
+
+
+def distill(
+    name: str,
+    teacher: DiffusionPipeline,
+    nets: Networks,
+    objective: LCMObjective | SCottObjective,
+    optim: OptimConfig | dict[str, OptimConfig],
+    configs: Sequence[object],
+    repo_id: str | None,
+) -> str | None:
+    """Train a student, save it with record and card, and push it where that was asked for.
+
+    Args:
+        name: Of the method, in the record.
+        nets: To train.
+        optim: As for `Trainer`.
+        configs: The script's, for its flags and for the card; those of `OF_A_DISTILLATION` among them.
+        repo_id: On the Hub; None to save alone.
+
+    Returns:
+        As `publish`.
+    """
+    given, method = {type(config): config for config in configs}, objective.config
+    source, student, data, generation, train, validation, hub = (given[kind] for kind in OF_A_DISTILLATION)
+    scheduler = lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
+
+    def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
+        return lcm_pipeline(teacher, unet, scheduler)
+
+    scale = 1.0 if student.lora else validation.validation_guidance_scale
+    grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
+    settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
+    trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
+    trainer.fit(training_batches(data, generation, teacher, train.seed, *trainer.place))
+    guidance, base = "distilled" if student.lora else "embedded", source.pretrained_teacher_model
+    record = replace(lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler), method=name)
+    describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
+    save = partial(save_student, student, make_pipeline, record)
+    return publish(trainer, "lora" if student.lora else "pipeline", describe, save, repo_id, hub)
 
 
 def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:

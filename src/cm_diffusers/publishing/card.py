@@ -1,0 +1,57 @@
+"""What all model cards share: the methods they tell of, and the skeleton that every kind of result fills with sections."""
+
+from collections.abc import Iterable
+
+from cm_diffusers.publishing.provenance import Provenance
+
+
+LCM = "[Latent Consistency Models](https://arxiv.org/abs/2310.04378)"
+LCM_LORA = "[LCM-LoRA](https://arxiv.org/abs/2311.05556)"
+SCOTT = "[SCott](https://arxiv.org/abs/2403.01505)"
+RLCM = "[RLCM](https://arxiv.org/abs/2404.03673)"
+REWARD_GRADIENTS = "[RG-LCD](https://arxiv.org/abs/2403.11027), [DRaFT](https://arxiv.org/abs/2309.17400)"
+CM = "[Consistency Models](https://arxiv.org/abs/2303.01469)"
+ANIMATELCM = "[AnimateLCM](https://arxiv.org/abs/2402.00769)"
+EDM_METHODS = {  # in EDM's coordinates
+    "cd": ("Consistency model (CD)", "distilled from", CM),
+    "ct": ("Consistency model (CT)", "tuned from", CM),
+    "ict": ("Consistency model (iCT)", "tuned from", "[iCT](https://arxiv.org/abs/2310.14189)"),
+    "slct": ("Latent consistency model (sLCT)", "tuned from", "[sLCT](https://arxiv.org/abs/2502.01441)"),
+    "ect": ("Consistency model (ECT)", "tuned from", "[ECT](https://arxiv.org/abs/2406.14548)"),
+    "edm": ("Diffusion model in EDM's coordinates", "tuned from", "[EDM](https://arxiv.org/abs/2206.00364)"),
+}
+METHODS = {  # method of the record, with "-lora" where that is so -> title, how, paper
+    "lcm": ("Latent consistency model", "distilled from", LCM),
+    "lcm-lora": ("LCM-LoRA", "distilled from", LCM_LORA),
+    "scott": ("Stochastic consistency distillation (SCott)", "distilled from", SCOTT),
+    "scott-lora": ("Stochastic consistency distillation (SCott, LoRA)", "distilled from", f"{SCOTT}, {LCM_LORA}"),
+    "lcf": ("Latent consistency fine-tuning", "fine-tuned from", LCM),
+    "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
+    "rlcm": ("Consistency model tuned for a reward (RLCM)", "tuned from", RLCM),
+    "rlcm-lora": ("Consistency model tuned for a reward (RLCM, LoRA)", "tuned from", RLCM),
+    "direct_reward": ("Consistency model tuned by a reward's gradient", "tuned from", REWARD_GRADIENTS),
+    "direct_reward-lora": ("Consistency model tuned by a reward's gradient (LoRA)", "tuned from", REWARD_GRADIENTS),
+    **EDM_METHODS,
+    "animatelcm": ("Video consistency model (AnimateLCM)", "distilled from", ANIMATELCM),
+}
+TAGS = ("diffusers", "diffusers-training", "cm_diffusers")  # of everything that is made here
+
+
+def card(front: str, title: str, sections: Iterable[str]) -> str:
+    """Markdown with the Hub's front matter.
+
+    Args:
+        front: YAML.
+        sections: Paragraphs, code blocks and tables, one below the other.
+    """
+    return "\n\n".join([f"---\n{front}\n---", f"# {title}", *sections]) + "\n"
+
+
+def code_block(template: str, values: dict[str, object]) -> str:
+    """Python code, in which `values` stand in the place of their names in braces."""
+    return f"```python\n{template.strip().format(**values)}\n```"
+
+
+def made_by(provenance: Provenance) -> str:
+    """The code and the command line that repeat the training."""
+    return f"Code: cm_diffusers at `{provenance.commit}`.\n\n```bash\n{provenance.command}\n```"

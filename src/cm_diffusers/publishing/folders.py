@@ -1,0 +1,81 @@
+"""Writing results: whole or not at all, as safetensors, with record, provenance and card beside the weights."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusers import ModelMixin
+
+from cm_diffusers.publishing.model_card import model_card
+from cm_diffusers.publishing.portable import forget_origin
+from cm_diffusers.publishing.provenance import Provenance, write_provenance
+from cm_diffusers.record import Record, write_record
+
+
+SAMPLES = "samples.png"  # the last validation grid of the training
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
+    for leftover in (aside, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(aside, folder)
+    finally:
+        for leftover in (aside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_result(
+    folder: Path,
+    writers: Iterable[Callable[[Path], None]],
+    record: Record | None = None,
+    provenance: Provenance | None = None,
+    card: str | None = None,
+) -> None:
+    """A folder with the result of a training, in place of an earlier one.
+
+    Args:
+        writers: Each puts a part of what the kind of result is made of into a folder.
+        record: A student's. With `provenance`, its model card is written too, with the last sample grid of the run.
+        card: Of what is no student; goes with `provenance`.
+    """
+    with written_aside(folder) as aside:
+        for write in writers:
+            write(aside)
+        if record is not None:
+            write_record(record, aside)
+        if provenance is not None and (record or card):
+            write_provenance(provenance, aside)
+            (aside / "README.md").write_text(card or _student_card(record, provenance, aside), "utf-8")
+
+
+def _student_card(record: Record, provenance: Provenance, folder: Path) -> str:
+    """With the last grid in `samples/` beside the folder: that of the run that ends here."""
+    grids = sorted((folder.parent / "samples").glob("step-*.png"))
+    if grids:
+        shutil.copyfile(grids[-1], folder / SAMPLES)
+    return model_card(record, provenance, grid=SAMPLES if grids else None)
+
+
+def model_writer(model: ModelMixin, fp16: bool) -> Callable[[Path], None]:
+    """Writes what `from_pretrained` of the model's class reads.
+
+    Args:
+        fp16: Store half precision; diffusers loads float32 unless told otherwise.
+    """
+
+    def write(folder: Path) -> None:
+        (model.half() if fp16 else model).save_pretrained(folder)
+        forget_origin(folder)
+
+    return write

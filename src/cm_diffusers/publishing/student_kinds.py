@@ -1,0 +1,194 @@
+"""What the model cards of the kinds of students say of their own: how each is loaded and called."""
+
+from typing import NamedTuple
+
+from cm_diffusers.publishing.card import code_block
+from cm_diffusers.publishing.provenance import Provenance
+from cm_diffusers.record import Record
+
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+PIPELINE_FILE = "pipeline.py"  # as diffusers looks for it where custom_pipeline is a folder or Hub id
+SHOWN = 4  # noise levels that are named one by one
+PACKAGE_NEEDED = "Diffusers alone cannot sample this student: cm_diffusers must be installed"
+SAMPLED_BY = {  # family of the teacher -> single file of the root folder `pipelines`
+    None: "consistency_images.py",
+    "stable-diffusion": "consistency_text_to_image.py",
+}
+SINGLE_FILE = (
+    f"With diffusers and `{PIPELINE_FILE}`, the pipeline beside the weights; it is code that runs on your machine, so read "
+    "it first:"
+)
+
+
+class Kind(NamedTuple):
+    """Templates of Python code, with the sentences above them.
+
+    Attributes:
+        task: As the Hub lists it.
+        makes: What comes out.
+        package: Sentence and code with this package.
+        alone: Sentence and code with diffusers alone, where that has the scheduler.
+        beside: What follows the loading of a single file where diffusers has the scheduler, and where not.
+    """
+
+    task: str
+    makes: str
+    package: tuple[str, str]
+    alone: tuple[str, str]
+    beside: tuple[str, str]
+
+    @classmethod
+    def of(cls, record: Record, provenance: Provenance) -> "Kind":
+        if record.method == "animatelcm":
+            return KINDS["clips"]
+        if provenance.family is None:
+            return KINDS["images"]
+        return KINDS["lora" if provenance.settings.get("lora") else "text"]
+
+
+def is_stock(record: Record) -> bool:
+    """Whether diffusers alone has the scheduler that samples right, and so the pipeline."""
+    return record.scheduler.get("_class_name") != "EDMConsistencyScheduler"
+
+
+def usage(record: Record, provenance: Provenance, base: str, single_file: bool) -> list[str]:
+    """Code that loads and calls it, with what it needs.
+
+    Args:
+        base: Public name of the base model.
+        single_file: Whether `PIPELINE_FILE` lies beside the weights.
+    """
+    kind, values, stock = Kind.of(record, provenance), _values(record, provenance, base), is_stock(record)
+    parts = [kind.package[0], code_block(kind.package[1], values)]
+    if stock:
+        parts += [kind.alone[0], code_block(kind.alone[1], values)]
+    elif not single_file:
+        parts.append(_needed(provenance))
+    if kind in (KINDS["lora"], KINDS["clips"]) and not provenance.base_id:
+        parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
+    if kind == KINDS["lora"]:
+        parts.append(FOR_OTHER_TOOLS.format(**values))
+    if single_file:
+        parts += [SINGLE_FILE, code_block(BESIDE + kind.beside[not stock], values)]
+    return parts
+
+
+def _values(record: Record, provenance: Provenance, base: str) -> dict[str, object]:
+    """What the templates name."""
+    asked = f"class_labels=[0, {provenance.num_classes - 1}]" if provenance.num_classes else "batch_size=4"
+    return {
+        "name": provenance.name,
+        "base": base,
+        "steps": record.recommended_num_inference_steps,
+        "scale": float(record.recommended_guidance_scale),
+        "frames": provenance.settings.get("sample_n_frames", 16),
+        "weights": LORA_WEIGHTS,
+        "original": record.scheduler.get("original_inference_steps", 50),
+        "scaling": record.scheduler.get("timestep_scaling", 10.0),
+        "asked": f"batch_size=2, {asked}" if provenance.num_classes else asked,
+        "calls": "\n".join(_image_calls(record, asked)),
+    }
+
+
+def _image_calls(record: Record, asked: str) -> list[str]:
+    """As recommended, and in one step where that is something else and makes images."""
+    sigmas = record.scheduler.get("recommended_sigmas") or []
+    steps = len(sigmas) or record.recommended_num_inference_steps
+    levels = f"at the noise levels {', '.join(f'{sigma:g}' for sigma in sigmas)}"
+    calls = [f"images = pipe({asked}).images  # {levels if 0 < len(sigmas) <= SHOWN else f'in {count(steps)}'}"]
+    if record.method != "edm" and steps > 1:
+        calls.append(f"images = pipe({asked}, num_inference_steps=1).images  # in one step")
+    return calls
+
+
+def count(steps: int) -> str:
+    return f"{steps} step{'s' if steps > 1 else ''}"
+
+
+def _needed(provenance: Provenance) -> str:
+    """What samples a student that diffusers alone cannot."""
+    file = SAMPLED_BY.get(provenance.family)
+    other = f", or its single file `pipelines/{file}` given as `custom_pipeline`" if file else ""
+    return f"{PACKAGE_NEEDED}{other}."
+
+
+FOR_OTHER_TOOLS = (
+    "For ComfyUI, A1111 and kohya's tools: the file in `comfyui/`, with the sampler `lcm`, {steps} steps, CFG {scale:g} and "
+    "strength 1."
+)
+WITH_PACKAGE = """
+from cm_diffusers import ConsistencyPipeline
+
+pipe = ConsistencyPipeline.from_pretrained("{name}")
+"""
+ALONE = """
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")
+"""
+BESIDE = """
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+"""
+AS_RECOMMENDED = 'image = pipe("your prompt").images[0]'
+CALL = 'image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]'
+LORA_ALONE = """
+from diffusers import DiffusionPipeline, LCMScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.scheduler = LCMScheduler.from_config(
+    pipe.scheduler.config, original_inference_steps={original}, timestep_scaling={scaling}
+)
+pipe.load_lora_weights("{name}", weight_name="{weights}")
+"""
+CLIPS_WITH_PACKAGE = """
+from cm_diffusers import ConsistencyVideoPipeline
+from diffusers.utils import export_to_gif
+
+pipe = ConsistencyVideoPipeline.from_pretrained("{name}")
+frames = pipe("your prompt", num_frames={frames}).frames[0]
+export_to_gif(frames, "clip.gif")
+"""
+CLIPS_ALONE = """
+from diffusers import AnimateDiffPipeline, LCMScheduler, MotionAdapter
+
+adapter = MotionAdapter.from_pretrained("{name}")
+pipe = AnimateDiffPipeline.from_pretrained("{base}", motion_adapter=adapter)
+pipe.scheduler = LCMScheduler.from_pretrained("{name}")
+pipe.load_lora_weights("{name}")
+frames = pipe(
+    "your prompt", num_frames={frames}, num_inference_steps={steps}, guidance_scale={scale}
+).frames[0]
+"""
+FROM_THE_RECORD = "With the package; scheduler, steps and guidance come from the record beside the weights:"
+OF_TEXT = Kind(
+    "text-to-image",
+    "images",
+    (FROM_THE_RECORD, WITH_PACKAGE + AS_RECOMMENDED),
+    ("With diffusers alone:", ALONE + CALL),
+    (CALL, AS_RECOMMENDED),
+)
+KINDS = {
+    "text": OF_TEXT,
+    "lora": OF_TEXT._replace(alone=("With diffusers alone:", LORA_ALONE + CALL)),
+    "images": Kind(
+        "unconditional-image-generation",
+        "images",
+        ("With the package; scheduler and noise levels come from beside the weights:", WITH_PACKAGE + "{calls}"),
+        ("With diffusers alone, in one step:", ALONE + "images = pipe({asked}, num_inference_steps=1).images"),
+        ("", "{calls}"),
+    ),
+    "clips": Kind(
+        "text-to-video",
+        "clips",
+        (
+            "Motion modules, the LoRA of the image layers and the scheduler lie here; the rest is the base model. With the "
+            "package, which finds it by the record:",
+            CLIPS_WITH_PACKAGE,
+        ),
+        ("With diffusers alone:", CLIPS_ALONE),
+        (CALL, AS_RECOMMENDED),
+    ),
+}

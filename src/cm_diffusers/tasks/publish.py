@@ -1,0 +1,64 @@
+"""The end of a training: its result described, saved and pushed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.publishing.hub import HubConfig, push_folder
+from cm_diffusers.publishing.pipelines import save_lora, save_pipeline
+from cm_diffusers.publishing.provenance import Provenance
+from cm_diffusers.record import Record
+
+
+def publish(
+    trainer: Trainer,
+    result: str,
+    describe: Callable[[str], Provenance],
+    save: Callable[[nn.Module, Path, Provenance], None],
+    repo_id: str | None,
+    hub: HubConfig,
+) -> str | None:
+    """Save what was trained, push it where that was asked for, and end the run.
+
+    Args:
+        result: Name of its folder in that of the run.
+        describe: Name that the card shall give -> provenance.
+        save: (trained network, folder, provenance) -> None.
+        repo_id: On the Hub; None to save alone.
+
+    Returns:
+        The address on the Hub; None where nothing was pushed, and beside the main process.
+    """
+    address = None
+    if trainer.accelerator.is_main_process:
+        folder = trainer.output_dir / result
+        provenance = describe(repo_id or str(folder))
+        with trainer.export_weights() as network:
+            save(network, folder, provenance)
+        if repo_id:
+            address = push_folder(folder, repo_id, hub)
+    trainer.accelerator.end_training()
+    return address
+
+
+def save_student(
+    config: Any,
+    make_pipeline: Callable[[UNet2DConditionModel], DiffusionPipeline],
+    record: Record,
+    unet: UNet2DConditionModel,
+    folder: Path,
+    provenance: Provenance,
+) -> None:
+    """A text-to-image student: its LoRA, or the whole pipeline.
+
+    Args:
+        config: Says which, by `lora`, and how a pipeline is stored, by `save_fp16`.
+    """
+    if config.lora:
+        save_lora(unet, folder, record, provenance)
+    else:
+        save_pipeline(make_pipeline(unet), folder, config.save_fp16, record, provenance)

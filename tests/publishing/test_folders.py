@@ -1,0 +1,66 @@
+"""Folders of results: whole or not at all, and what lies beside the weights of each kind."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cm_diffusers.publishing.folders import SAMPLES, write_result
+from publishing.test_model_card import PROVENANCE_OF_IT, RECORD
+
+
+WEIGHTS = "weights.safetensors"
+TOLD = {"training.json", "README.md"}
+
+
+def weights(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"new")
+
+
+def fails(folder: Path) -> None:
+    raise RuntimeError(f"after {sorted(path.name for path in folder.iterdir())}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a run that drew grids, with an earlier result in it."""
+    (tmp_path / "samples").mkdir()
+    for step, colour in ((5, "blue"), (10, "red")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"samples/step-{step:06d}.png")
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result/earlier.json").write_text("{}")
+    return tmp_path / "result"
+
+
+@pytest.mark.parametrize(
+    ("beside", "files"),
+    [
+        ({}, set()),
+        ({"record": RECORD}, {"cm_diffusers.json"}),
+        ({"provenance": PROVENANCE_OF_IT}, set()),  # of no student, and without a card
+        ({"record": RECORD, "provenance": PROVENANCE_OF_IT}, {"cm_diffusers.json", SAMPLES} | TOLD),
+        ({"provenance": PROVENANCE_OF_IT, "card": "A card.\n"}, TOLD),
+    ],
+    ids=["weights", "record", "provenance", "student", "card"],
+)
+def test_what_lies_beside_the_weights(folder: Path, beside: dict, files: set[str]) -> None:
+    write_result(folder, [weights], **beside)
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS} | files
+    assert not list(folder.parent.glob(".*"))
+    if SAMPLES in files:
+        assert Image.open(folder / SAMPLES).getpixel((0, 0)) == (255, 0, 0)
+        assert f"![Sample grid]({SAMPLES})" in (folder / "README.md").read_text()
+    if "card" in beside:
+        assert (folder / "README.md").read_text() == "A card.\n"
+
+
+def test_a_student_of_a_run_without_grids_shows_none(tmp_path: Path) -> None:
+    write_result(tmp_path / "result", [weights], RECORD, PROVENANCE_OF_IT)
+    assert "Sample grid" not in (tmp_path / "result/README.md").read_text()
+
+
+def test_what_fails_leaves_the_earlier_result(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match=WEIGHTS):
+        write_result(folder, [weights, fails], RECORD, PROVENANCE_OF_IT)
+    assert [path.name for path in folder.iterdir()] == ["earlier.json"]
+    assert not list(folder.parent.glob(".*"))
