@@ -37,6 +37,7 @@ test-upstream: $(STAMP)  ## diffusers' own suites on our classes: make test-upst
 	$(VENV)/bin/python tests/outside/run.py $(DIFFUSERS) -n 2
 
 docs: $(STAMP)  ## build the documentation into docs/_build/html; warnings are errors
+	rm -rf docs/api/generated
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
 
