@@ -16,6 +16,7 @@ from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline
 from transformers.hf_argparser import HfArg
 
+import cm_diffusers
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.cli import parse_configs
 from cm_diffusers.measured import Measured, read_measured
@@ -299,6 +300,15 @@ def test_a_command_repeats_its_settings(monkeypatch: pytest.MonkeyPatch) -> None
     assert parse_configs((TeacherConfig, StudentConfig), "", shlex.split(command)[2:]) == configs
 
 
+def test_a_command_of_an_installed_script_names_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(Path(cm_diffusers.__file__).parent / "training" / "distill_lcm.py")])
+    run = [SomeConfig(3)], tiny_pipeline(), "ada/x", "ada/photos", "runs/x"
+    assert describe_run(*run).command == "python -m cm_diffusers.training.distill_lcm --seed 3"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = "accelerate launch --num_processes 2 -m cm_diffusers.training.distill_lcm --seed 3"
+    assert describe_run(*run).command == launched
+
+
 def test_the_licence_is_read_from_a_folders_card(tmp_path: Path) -> None:
     assert read_license(str(tmp_path)) == {}
     (tmp_path / "README.md").write_text("---\nlicense: openrail++\ntags: [x]\n---\nA card.")
@@ -357,7 +367,7 @@ SINGLE_FILE = Path(__file__).parents[2] / "pipelines" / "consistency_text_to_ima
 
 def test_a_single_file_pipeline_travels_beside_the_weights(finished: Path) -> None:
     assert "custom_pipeline" not in (finished / "README.md").read_text()
-    for file in (str(SINGLE_FILE), None):  # and stays
+    for file in (SINGLE_FILE.name, str(SINGLE_FILE), None):  # and stays
         prepare(ShareConfig(str(finished), pipeline_file=file), "ada/student")
         assert (finished / "pipeline.py").read_bytes() == SINGLE_FILE.read_bytes()
         use = 'from_pretrained("ada/student", custom_pipeline="ada/student", trust_remote_code=True)'

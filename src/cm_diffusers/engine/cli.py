@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
 from traceback import extract_tb
 
@@ -17,7 +18,7 @@ from transformers import HfArgumentParser
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse the command line into one instance of each dataclass.
 
-    `--recipe FILE.args` reads flags from a file; flags given on the command line win.
+    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win.
     """
     *parsed, unknown = make_parser(configs, description).parse_args_into_dataclasses(
         args=_with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
@@ -33,18 +34,41 @@ def make_parser(configs: Sequence[type], description: str) -> HfArgumentParser:
         configs,
         description=description,
         formatter_class=ArgumentDefaultsHelpFormatter,
-        epilog="--recipe FILE.args reads flags from a file, as those in training/recipes; flags given here win.",
+        epilog="--recipe NAME reads flags from a file, by its path or by its name in the folder recipes beside the script; "
+        "flags given here win.",
     )
 
 
 def _with_recipes(argv: Sequence[str] | None) -> list[str]:
     """The words of the recipes, read as a shell would, then those of the command line."""
     recipes = ArgumentParser(add_help=False, allow_abbrev=False)
-    recipes.add_argument("--recipe", type=Path, action="append", default=[])
+    recipes.add_argument("--recipe", action="append", default=[])
     found, rest = recipes.parse_known_args(argv)
-    if missing := [str(path) for path in found.recipe if not path.is_file()]:
-        raise ValueError(f"--recipe {missing[0]}: there is no such file.")
-    return [word for path in found.recipe for word in shlex.split(path.read_text("utf-8"), comments=True)] + rest
+    texts = [shipped("--recipe", name, ".args").read_text("utf-8") for name in found.recipe]
+    return [word for text in texts for word in shlex.split(text, comments=True)] + rest
+
+
+def shipped(flag: str, name: str, suffix: str) -> Path:
+    """A file that is there, or else one of the folder `recipes` beside the running script.
+
+    Args:
+        flag: That names it.
+        name: A path, or a name in that folder with or without its suffix.
+        suffix: Of such files.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    folder = Path(sys.argv[0]).resolve().parent / "recipes"
+    places = (Path(name), folder / name, folder / f"{name}{suffix}")
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    names = (path.stem for path in folder.glob(f"*{suffix}"))
+    close = ", ".join(get_close_matches(Path(name).stem, names, cutoff=0.5))
+    raise ValueError(
+        f"{flag} {name}: there is no such file and none of that name in the folder recipes beside the script; "
+        + (f"close to it: {close}." if close else "give the path of one.")
+    )
 
 
 def run(main: Callable[[], None]) -> None:

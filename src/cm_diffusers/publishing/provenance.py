@@ -165,13 +165,21 @@ def _command(configs: Iterable[object]) -> str:
     """The script with every flag that is not its default, as `accelerate launch` starts it if on several processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     words = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    words.append(f"training/{Path(sys.argv[0]).name}")
+    words += _script()
     for config in configs:
         for field in fields(config):
             value = getattr(config, field.name)
             if field.name not in PRIVATE and value != _default(field):
                 words += _flag(field.name, public(value))
     return shlex.join(words)
+
+
+def _script() -> list[str]:
+    """By its path as in a checkout, by its module where it lies in the installed package."""
+    path = Path(sys.argv[0]).resolve()
+    if path.parent == Path(cm_diffusers.__file__).resolve().parent / "training":
+        return ["-m", f"cm_diffusers.training.{path.stem}"]
+    return [f"training/{path.name}"]
 
 
 def _default(field: Field) -> object:

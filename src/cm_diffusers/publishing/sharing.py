@@ -41,8 +41,8 @@ class ShareConfig:
     )
     pipeline_file: str | None = HfArg(
         default=None,
-        help="Single-file pipeline to put beside the weights as pipeline.py, "
-        "e.g. pipelines/consistency_text_to_image.py.",
+        help="Single-file pipeline to put beside the weights as pipeline.py: a path, or the name of one of this project's, "
+        "e.g. consistency_text_to_image.py.",
     )
 
 
@@ -78,14 +78,15 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
         record = replace(record, base_model=config.base_model)
         provenance = replace(provenance, base_id=config.base_model)
     provenance = replace(_with_license(provenance, config, record), name=name or provenance.name)
-    if config.pipeline_file:
-        _check_pipeline_file(Path(config.pipeline_file), folder, record)
+    single_file = _single_file(config.pipeline_file) if config.pipeline_file else None
+    if single_file:
+        _check_pipeline_file(single_file, folder, record)
     if config.evaluation:
         attach_evaluation(folder, Path(config.evaluation), config.evaluation_name)
     measured = read_measured(folder / FOLDER) if (folder / FOLDER).is_dir() else None
     grid = f"{FOLDER}/{measured.picture}" if measured else SAMPLES if (folder / SAMPLES).is_file() else None
-    if config.pipeline_file:
-        _put(folder / PIPELINE_FILE, Path(config.pipeline_file).read_bytes())
+    if single_file:
+        _put(folder / PIPELINE_FILE, single_file.read_bytes())
     card = model_card(record, provenance, measured, grid, (folder / PIPELINE_FILE).is_file())
     write_record(record, folder)
     write_provenance(provenance, folder)
@@ -97,6 +98,13 @@ def _put(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.write_bytes(content)
     os.replace(aside, path)
+
+
+def _single_file(name: str) -> Path:
+    """By its path, or by its name where the project's own lie: in the installed package, or in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (Path(name), package / "single_files" / name, package.parents[1] / "pipelines" / name)
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def _check_pipeline_file(path: Path, folder: Path, record: Record) -> None:
@@ -117,7 +125,7 @@ def _check_pipeline_file(path: Path, folder: Path, record: Record) -> None:
         raise ValueError(
             f"--pipeline_file {path} must hold exactly one subclass of DiffusionPipeline, but it holds "
             f"{', '.join(cls.__name__ for cls in found) or 'none'}; give a file such as "
-            "pipelines/consistency_text_to_image.py."
+            "consistency_text_to_image.py."
         )
     modules, _ = found[0]._get_signature_keys(found[0])
     parts = {name for name, entry in index.items() if isinstance(entry, list) and isinstance(entry[0], str)}

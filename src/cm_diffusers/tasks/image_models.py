@@ -6,7 +6,6 @@ With the network goes all that is needed to train and publish it: its view, VAE,
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.data.unprompted import LatentStatistics, measure_statistics, unprompted_batches
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, View, VPView
+from cm_diffusers.engine.cli import shipped
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.teachers import LOADING, TeacherConfig, check_vae, load_teacher
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
@@ -51,7 +51,10 @@ class StartConfig:
 class NewModelConfig:
     """The network to train from data alone."""
 
-    unet_config: str = HfArg(help="JSON file with the settings of a UNet2DModel; sizes and channels follow the data.")
+    unet_config: str = HfArg(
+        help="JSON file with the settings of a UNet2DModel, by its path or, beside a recipe, by its name; sizes and "
+        "channels follow the data."
+    )
     sigma_data: float = HfArg(default=0.5, help="Standard deviation of the data; latents are scaled to it.")
     noise_conditioning: Literal["adm", "edm"] = HfArg(
         default="adm", help="What the network is told of sigma: adm, 250 ln sigma; edm, ln sigma / 4."
@@ -241,9 +244,10 @@ def load_vae(path: str) -> AutoencoderKL:
     return vae.requires_grad_(False).eval()
 
 
-def _new_unet(path: str, size: int, channels: int, num_classes: int | None) -> UNet2DModel:
+def _new_unet(name: str, size: int, channels: int, num_classes: int | None) -> UNet2DModel:
+    path = shipped("--unet_config", name, ".json")
     try:
-        settings = json.loads(Path(path).read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--unet_config {path} cannot be read as JSON: {error}") from error
     derived = {"sample_size": size, "in_channels": channels, "out_channels": channels, "num_class_embeds": num_classes}
