@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-upstream docs quality style clean
+.PHONY: help demo test test-slow test-upstream docs wheel wheel-test quality style clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -40,6 +40,13 @@ docs: $(STAMP)  ## build the documentation into docs/_build/html; warnings are e
 	rm -rf docs/api/generated
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
+
+wheel: $(STAMP)  ## build the source distribution, and from it the wheel, into dist/
+	rm -rf dist
+	$(VENV)/bin/python -m build
+
+wheel-test: wheel  ## install the wheel in an empty environment and use it from an empty folder
+	PYTHON=$(VENV)/bin/python tests/outside/use_wheel.sh dist/*.whl
 
 quality: $(STAMP)  ## check lint and format
 	$(VENV)/bin/ruff check .
