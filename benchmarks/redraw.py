@@ -8,8 +8,10 @@ from pathlib import Path
 import reward_study_report
 import study_report
 from matplotlib.figure import Figure
+from PIL import Image
 
 from cm_diffusers.evaluation import report, video_report
+from cm_diffusers.evaluation.grids import MARGIN, MIN_TILE
 from cm_diffusers.evaluation.report import replace_file
 
 
@@ -26,6 +28,15 @@ SUMMARY = (
     "recall",
     "vendi",
     "ms_per_image",
+)
+TEASER = (
+    "real",
+    ("teacher", 50, 3.0),
+    ("teacher", 1, 3.0),
+    ("LCM", 1, 3.0),
+    ("LCM", 4, 3.0),
+    ("LCM-LoRA", 1, 1.0),
+    ("SCott", 1, 3.0),
 )
 Page = tuple[Path, str, Callable[[], Figure] | None]  # file, text, plot
 
@@ -55,6 +66,22 @@ def summary() -> Iterator[Page]:
     yield RESULTS / "students" / "summary.md", f"{report.filled_columns(rows, columns)}\n\n{said}\n", None
 
 
+def teaser() -> Image.Image:
+    """Some rows of the students' grid: what README.md and the first page of the documentation show."""
+    students = RESULTS / "students"
+    rows = json.loads((students / "table.json").read_text("utf-8"))["rows"]
+    drawn = [(row["pipeline"], row["num_inference_steps"], row["guidance_scale"]) for row in rows]
+    drawn = ["real", *(row for row in drawn if row[1] is not None)]
+    with Image.open(students / "grid.png") as grid:
+        height = MIN_TILE + MARGIN
+        top = grid.height - height * len(drawn)
+        bands = [(0, top), *((y := top + height * drawn.index(row), y + height) for row in TEASER)]
+        picture = Image.new("RGB", (grid.width, top + height * len(TEASER)), "white")
+        for place, (start, end) in enumerate(bands):
+            picture.paste(grid.crop((0, start, grid.width, end)), (0, place and top + height * (place - 1)))
+    return picture
+
+
 def studies() -> Iterator[Page]:
     """Of `benchmarks/study.py` and `reward_study.py`."""
     for path in sorted(RESULTS.glob("*/rows.json")):
@@ -76,3 +103,4 @@ if __name__ == "__main__":
             plot = page.with_name("plot.png" if page.stem == "table" else f"{page.stem}.png")
             dpi = 150 if page.stem == "table" else study_report.DPI
             replace_file(plot, lambda path, draw=draw, dpi=dpi: draw().savefig(path, dpi=dpi, format="png"))
+    replace_file(RESULTS / "students" / "teaser.png", lambda path: teaser().save(path, format="PNG", optimize=True))
