@@ -23,6 +23,9 @@ README = (ASSETS / "README.md").read_text("utf-8")
 BLOCK, MOST = 4096, 50 * 2**20  # bytes: what a file takes is a multiple of the first
 REMADE = runpy.run_path(str(ROOT / "benchmarks" / "update_docs.py"))["REMADE"]
 STUDY = {"runs/studies/animatelcm/LoRA-0/lora": "runs/animatelcm_lora_fashion/lora"}  # which made the bundled student
+NAMED = {
+    f"training/recipes/{p.name}": p.name for p in (ROOT / "training" / "recipes").glob("*.json")
+}  # by name, since
 FOLDERS = [
     *(path.name for path in sorted(ASSETS.iterdir()) if path.is_dir() and path.name != "results"),
     *(f"results/{path.name}" for path in sorted((ASSETS / "results").iterdir())),
@@ -85,7 +88,7 @@ def test_the_command_is_that_of_the_record(folder: str) -> None:
     _, path, *flags = commands()[folder][-1]
     configs = parse_configs(script(Path(path).stem).CONFIGS, "", flags)
     given = {key: public(value) for config in configs for key, value in asdict(config).items()}
-    places = {f"assets/{name}": place for name, place in REMADE.items()} | STUDY
+    places = {f"assets/{name}": place for name, place in REMADE.items()} | STUDY | NAMED
     recorded = json.loads((ASSETS / folder / "training.json").read_text("utf-8"))["settings"]
     moved = {key: places.get(value, value) if isinstance(value, str) else value for key, value in recorded.items()}
     assert {key: given[key] for key in moved} == moved
