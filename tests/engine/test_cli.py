@@ -64,6 +64,29 @@ def test_a_wrong_name_is_answered_with_those_close_to_it(installed, name, advice
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--sed", "3"], "--sed 3: this script has no such flag; did you mean --seed?"),
+        (["--qqqq"], "--qqqq: this script has no such flag; --help lists those it has."),
+        (["--see", "3"], "--see 3: this script has no such flag; did you mean --seed?"),  # no prefix is guessed
+        (["--seed", "three"], "argument --seed: invalid int value: 'three'; --help explains the flags."),
+        (["--seed"], "argument --seed: expected one argument; --help explains the flags."),
+    ],
+)
+def test_a_wrong_word_gets_one_sentence(capsys, words, sentence) -> None:
+    with pytest.raises(ValueError, match="flag") as refused:
+        parse_configs([Settings], "", words)
+    assert str(refused.value) == sentence
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_explains_recipes(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_configs([Settings], "A script.", ["--help"])
+    assert "--recipe NAME" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", [p for p in RECIPES if "--unet_config" in p.read_text()], ids=lambda p: p.stem)
 def test_settings_of_networks_lie_beside_the_recipes(installed, path) -> None:
     words = path.read_text().split()

@@ -3,12 +3,13 @@
 import logging
 import shlex
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
 from traceback import extract_tb
+from typing import NoReturn
 
 import diffusers
 import transformers
@@ -20,23 +21,42 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
 
     `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win.
     """
-    *parsed, unknown = make_parser(configs, description).parse_args_into_dataclasses(
+    parser = make_parser(configs, description)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
         args=_with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        raise ValueError(f"{' '.join(unknown)}: this script has no such flag; --help lists those it has.")
-    return tuple(parsed)
+        raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+    return tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
+
+
+def _advice(parser: ArgumentParser, unknown: list[str]) -> str:
+    known = [option for action in parser._actions for option in action.option_strings if len(option) > 2]
+    names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    close = dict.fromkeys(match for name in names for match in get_close_matches(name, known, n=2, cutoff=0.7))
+    return f"did you mean {' or '.join(close)}?" if close else "--help lists those it has."
+
+
+class _Parser(HfArgumentParser):
+    """Wrong words raise ValueError with one sentence; argparse would print every flag above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help explains the flags.")
 
 
 def make_parser(configs: Sequence[type], description: str) -> HfArgumentParser:
-    """What reads the command line; `parse_configs` handles `--recipe` before."""
-    return HfArgumentParser(
-        configs,
-        description=description,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-        epilog="--recipe NAME reads flags from a file, by its path or by its name in the folder recipes beside the script; "
-        "flags given here win.",
+    """What reads the command line; a flag must be written out. `parse_configs` reads the recipes before."""
+    parser = _Parser(
+        configs, description=description, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        default=SUPPRESS,
+        metavar="NAME",
+        help="File of flags, by its path or by its name in the folder recipes beside the script; flags given here win.",
+    )
+    return parser
 
 
 def _with_recipes(argv: Sequence[str] | None) -> list[str]:
