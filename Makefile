@@ -38,7 +38,7 @@ test-upstream: $(STAMP)  ## diffusers' own suites on our classes: make test-upst
 
 docs: $(STAMP)  ## build the documentation into docs/_build/html; warnings are errors
 	rm -rf docs/api/generated
-	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(VENV)/bin/python -m sphinx -j auto -W --keep-going -q -b html docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
 
 wheel: $(STAMP)  ## build the source distribution, and from it the wheel, into dist/
