@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-upstream quality style clean
+.PHONY: help demo test test-slow test-upstream wheel wheel-test quality style clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -35,6 +35,13 @@ test-slow: $(STAMP)  ## the longer training proofs
 test-upstream: $(STAMP)  ## diffusers' own suites on our classes: make test-upstream DIFFUSERS=/path/to/its/checkout
 	@test -n "$(DIFFUSERS)" || { echo "make: name a diffusers checkout: make test-upstream DIFFUSERS=/path/to/diffusers" >&2; exit 1; }
 	$(VENV)/bin/python tests/outside/run.py $(DIFFUSERS) -n 2
+
+wheel: $(STAMP)  ## build the source distribution, and from it the wheel, into dist/
+	rm -rf dist
+	$(VENV)/bin/python -m build
+
+wheel-test: wheel  ## install the wheel in an empty environment and use it from an empty folder
+	PYTHON=$(VENV)/bin/python tests/outside/use_wheel.sh dist/*.whl
 
 quality: $(STAMP)  ## check lint and format
 	$(VENV)/bin/ruff check .

@@ -21,8 +21,6 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from cm_diffusers.evaluation.metrics import clip_score
 from cm_diffusers.models.classifier import ImageClassifier
@@ -42,6 +40,14 @@ from cm_diffusers.rewards.multi_view import object_box, split_views
 from cm_diffusers.rewards.networks import NetworkReward, folded_head
 from cm_diffusers.rewards.open_clip import from_open_clip
 from cm_diffusers.rewards.preparation import Preparation
+
+
+try:  # the processors without torchvision, as they are called in transformers of today and in 5.0
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+except ImportError:
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    from transformers import ViTImageProcessor as ViTImageProcessorPil
 
 
 ROOT = Path(__file__).parents[2]
@@ -231,8 +237,8 @@ def clip_config() -> CLIPConfig:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP model whose towers see something."""
-    torch.manual_seed(0)
     model = CLIPModel(clip_config())
+    torch.manual_seed(0)  # here: how many numbers a new model draws is the version's
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
     nn.init.constant_(model.logit_scale, 3.0)

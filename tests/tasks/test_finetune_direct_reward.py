@@ -58,7 +58,7 @@ def test_the_reward_rises_in_both_directions(home, through):
     options = {"max_train_steps": 8, "guard_steps": 8, "train_batch_size": 4, "through": through, "learning_rate": 0.1}
     if through == "single_step":
         options = single_step(home) | options | {"no_lora": True, "learning_rate": 3e-3, "reward_weight": 100.0}
-        options |= {"max_train_steps": 16, "guard_steps": 16}
+        options |= {"max_train_steps": 24, "guard_steps": 24}
     folders = {w: tune(home, f"{through}{w:+}", **options, reward_weights=[w]) for w in (1.0, -1.0)}
     (start, more), (turned, less) = (redness(folders[w]) for w in (1.0, -1.0))
     assert start == -turned

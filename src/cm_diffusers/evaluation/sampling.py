@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -161,6 +162,8 @@ def _drawn(
     def draw(rows: slice, steps: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
         images = pipe(generator=generators, output_type="pt", **ask(rows, steps)).images
+        if isinstance(images, np.ndarray):  # DDPMPipeline of diffusers 0.40 knows no "pt"
+            images = torch.from_numpy(images).movedim(-1, 1)
         return (images.float() * 255).round().cpu() / 255
 
     draw(slice(0, batch_size), min(2, num_inference_steps))
