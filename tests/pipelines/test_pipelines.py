@@ -236,10 +236,8 @@ def test_output_types(kind) -> None:
 
 def test_half_precision_students_run_with_a_float32_text_encoder() -> None:
     pipe = ours(tiny_xl_pipeline())
-    start = {
-        "num_inference_steps": 1,
-        "latents": torch.randn(2, 4, 8, 8),
-    }  # not by seed: torch 2.6 draws others in bfloat16
+    # Latents, not a seed: torch 2.6 draws others in bfloat16.
+    start = {"num_inference_steps": 1, "latents": torch.randn(2, 4, 8, 8)}
     expected = images(pipe, **start)
     pipe.unet.to(torch.bfloat16)
     pipe.vae.to(torch.bfloat16)
