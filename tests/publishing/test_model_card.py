@@ -452,10 +452,10 @@ def test_weights_are_known_wherever_they_lie(finished: Path, tmp_path: Path) -> 
 
 
 def test_no_path_of_an_older_evaluation_gets_into_a_card(finished: Path, evaluation: Path) -> None:
-    measured_as(evaluation, {}, extractor="/home/ada/net_classifier", reference="/home/ada/photos")
+    measured_as(evaluation, {}, extractor="/srv/ada/net_classifier", reference="/srv/ada/photos")
     prepare(ShareConfig(str(finished), str(evaluation), "ours"))
     for written in ("README.md", "evaluation/table.json"):
-        assert "/home/ada" not in (finished / written).read_text()
+        assert "/srv/ada" not in (finished / written).read_text()
         assert "net_classifier" in (finished / written).read_text()
 
 
