@@ -29,6 +29,7 @@ from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
 from cm_diffusers.evaluation.report import filled_columns, hardware, headed, replace_file
 from cm_diffusers.evaluation.video_report import Shown, write_animation
 from cm_diffusers.evaluation.video_sampling import load_video_pipeline
+from cm_diffusers.places import public
 
 
 FILES = Path(__file__).resolve().parent.parent / "pipelines"
@@ -217,7 +218,11 @@ def main() -> None:
     for name, (calls, draw) in ways(config).items():
         comparison.draw(name, calls, draw)
     table = markdown(comparison.rows, config)
-    numbers = {"setting": asdict(config), "rows": comparison.rows, "distances": comparison.distances}
+    numbers = {
+        "setting": {key: public(value) for key, value in asdict(config).items()},
+        "rows": comparison.rows,
+        "distances": comparison.distances,
+    }
     write_report(folder, "long_video", table, numbers)
     replace_file(folder / "plot.png", lambda path: plot(comparison.distances).savefig(path, dpi=120, format="png"))
     write_animation(folder / "long_video.gif", comparison.shown, comparison.prompts[: config.num_shown])

@@ -18,7 +18,8 @@ from study import cpu_minutes, result, train
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import parse_configs, run
-from cm_diffusers.publishing.provenance import public, read_provenance
+from cm_diffusers.places import public
+from cm_diffusers.publishing.provenance import read_provenance
 
 
 HERE = Path(__file__).resolve().parent  # where trainings find shuffled rewards

@@ -21,6 +21,7 @@ from cm_diffusers.evaluation.metrics import frechet_distance, prompt_agreement, 
 from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
 from cm_diffusers.evaluation.report import hardware, replace_file
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
+from cm_diffusers.places import public
 from cm_diffusers.rewards import load_reward
 
 
@@ -65,7 +66,8 @@ class Measuring:
         self.labels = wanted_labels(self.extractor, self.reference)
         self.real = extract_features(self.extractor, self.reference.images)
         where = data.dataset_name or data.train_data_dir
-        self.setting = Setting(config.num_images, config.seed, config.feature_extractor, where, hardware())
+        extractor = public(config.feature_extractor)
+        self.setting = Setting(config.num_images, config.seed, extractor, public(where), hardware())
 
     def images(self, folder: Path, start: Start, steps: int, tuned: Path | None = None) -> Tensor:
         """Images `(N, 3, H, W)` as first drawn, which are kept in the folder with their origin.

@@ -23,12 +23,13 @@ from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
+from cm_diffusers.evaluation.report import refuse_one_name, row_names
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig
+from cm_diffusers.measured import RESULTS
 from cm_diffusers.models.motion import MotionConfig
 
 
 ROWS, COST = "rows.json", "cost.json"  # what is found beside a finished training
-RESULTS = "pipeline", "lora", "student"  # folders that training scripts end with
 MEASURES = {  # of images or of clips: how an evaluation's flags are read
     "images": (Comparison, (EvaluationConfig, ReferenceConfig)),
     "clips": (VideoComparison, (VideoEvaluationConfig, VideoDataConfig, MotionConfig)),
@@ -44,6 +45,10 @@ class StudyConfig:
     only: list[str] | None = HfArg(default=None, help="Train only these variants; all that is finished is reported.")
     work_dir: str = HfArg(default="runs/studies", help="Where trainings go, in a folder named after the study.")
     output_dir: str = HfArg(default="assets/results", help="Where tables and plots go, in a folder of that name, too.")
+
+
+def folder_name(variant: str) -> str:
+    return variant.replace(" ", "_")
 
 
 def train(command: str, seed: int, folder: Path) -> None:
@@ -146,7 +151,9 @@ class Study(NamedTuple):
 
     def comparison(self) -> Comparison | VideoComparison:
         compare, configs = MEASURES[self.measures]
-        return compare(*parse_configs(configs, __doc__, shlex.split(self.evaluation)))
+        config, *others = parse_configs(configs, __doc__, shlex.split(self.evaluation))
+        refuse_one_name([*row_names(config.pipelines, config.names), *self.commands])
+        return compare(config, *others)
 
     def is_measured(self, name: str) -> bool:
         return any(name in table["variants"] for table in self.tables.values())
@@ -167,6 +174,9 @@ def read_study(path: Path, only: list[str] | None) -> Study:
     for place, (name, command) in enumerate(commands.items()):
         if late := started_from(command, list(commands)[place:]):
             raise ValueError(f"{path}: {name} starts from {late[0]}, which must stand before it.")
+    spelled = [folder_name(name) for name in commands]
+    if twice := [name for name in commands if spelled.count(folder_name(name)) > 1]:
+        raise ValueError(f"{path}: {' and '.join(twice)} would be trained in one folder; rename one.")
     measures = study.get("measures", "images")
     if measures not in MEASURES:
         raise ValueError(f"{path}: measures is {measures!r}; one of {', '.join(MEASURES)}.")
@@ -180,7 +190,7 @@ def main() -> None:
     commands, steps, comparison = study.commands, study.steps, study.comparison()
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:
-        folders = {name: Path(config.work_dir) / path.stem / f"{name.replace(' ', '_')}-{seed}" for name in commands}
+        folders = {name: Path(config.work_dir) / path.stem / f"{folder_name(name)}-{seed}" for name in commands}
         for name, command in commands.items():
             folder, origin = folders[name], {"command": command, "evaluation": study.evaluation}
             origin |= {"steps": steps[name]} if name in steps else {}

@@ -14,7 +14,7 @@ import pytest
 from scripts import script
 
 from cm_diffusers.engine.cli import parse_configs
-from cm_diffusers.publishing.provenance import public
+from cm_diffusers.places import public
 
 
 ROOT = Path(__file__).parents[1]

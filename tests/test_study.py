@@ -152,6 +152,12 @@ def test_every_study_names_what_it_has(tmp_path):
     (tmp_path / "c.toml").write_text('measures = "sounds"\nevaluation = ""\n[pieces]\n[variants]\n[tables]\n')
     with pytest.raises(ValueError, match="measures is 'sounds'; one of images, clips"):
         study.read_study(tmp_path / "c.toml", None)
+    (tmp_path / "d.toml").write_text('evaluation = ""\n[pieces]\n[variants]\n"a b" = "x"\na_b = "y"\n[tables]\n')
+    with pytest.raises(ValueError, match="a b and a_b would be trained in one folder; rename one"):
+        study.read_study(tmp_path / "d.toml", None)
+    one = study.Study({"teacher-like": "x"}, {}, "--pipelines a/b --names teacher-like", {}, "images")
+    with pytest.raises(ValueError, match="Two rows would be called teacher-like"):
+        one.comparison()
     with pytest.raises(ValueError, match="there is no such file; studies lie in"):
         study.read_study(tmp_path / "b.toml", None)
 

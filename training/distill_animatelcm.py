@@ -14,9 +14,10 @@ from cm_diffusers.models.motion import MotionConfig, check_frames, load_motion_a
 from cm_diffusers.models.students import require_autocast
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig
+from cm_diffusers.places import public
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.pipelines import lcm_record
-from cm_diffusers.publishing.provenance import describe_run, public
+from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.animatelcm import Parts, StageConfig, idle_settings, make_stage
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.clip_grids import stage_grid

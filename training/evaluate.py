@@ -17,7 +17,8 @@ def main() -> None:
         raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
     comparison = Comparison(config, data)
     rows = comparison.run()
-    print(write_report(Path(config.output_dir), rows, comparison.setting, comparison.grid()))
+    folder = Path(config.output_dir)
+    print(write_report(folder, rows, comparison.setting, comparison.grid(), comparison.weights))
 
 
 if __name__ == "__main__":

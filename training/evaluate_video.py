@@ -18,7 +18,8 @@ def main() -> None:
         raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
     comparison = VideoComparison(config, data, adapter)
     rows, captions = comparison.run(), comparison.reference.captions[: config.num_shown]
-    print(write_report(Path(config.output_dir), rows, comparison.setting, comparison.shown, captions))
+    folder, shown = Path(config.output_dir), comparison.shown
+    print(write_report(folder, rows, comparison.setting, shown, captions, comparison.weights))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.averages import rebuild
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.places import public
 from cm_diffusers.publishing.pipelines import save_pipeline
-from cm_diffusers.publishing.provenance import public, read_provenance
+from cm_diffusers.publishing.provenance import read_provenance
 from cm_diffusers.record import read_record
 
 

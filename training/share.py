@@ -1,8 +1,9 @@
 """Share a finished student on the Hub, again or for the first time: card with measurements, licence, pipeline or LoRA."""
 
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.measured import run_name
 from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
-from cm_diffusers.publishing.sharing import ShareConfig, default_name, prepare
+from cm_diffusers.publishing.sharing import ShareConfig, prepare
 
 
 CONFIGS = (ShareConfig, HubConfig)
@@ -10,7 +11,7 @@ CONFIGS = (ShareConfig, HubConfig)
 
 def main() -> None:
     config, hub = parse_configs(CONFIGS, __doc__)
-    repo_id = check_hub(hub, default_name(config.folder))
+    repo_id = check_hub(hub, run_name(config.folder))
     folder = prepare(config, repo_id)
     print(
         push_folder(folder, repo_id, hub) if repo_id else f"{folder}/README.md is written; --push_to_hub uploads it."

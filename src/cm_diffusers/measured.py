@@ -1,5 +1,6 @@
 """What `training/evaluate.py` or `evaluate_video.py` measured of one student, as it travels with the weights and stands in the model card."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ TEACHER = "teacher"  # the name of its rows
 REAL = "other real images"  # the name of their row: what no pipeline of the same law would be beyond, but for chance
 REAL_CLIPS = "other real clips"
 BASELINES = (REAL, REAL_CLIPS, TEACHER)
+RESULTS = "pipeline", "lora", "student"  # folders that training scripts end with
 
 
 def distance_name(extractor: str) -> str:
@@ -100,14 +102,37 @@ def clips_of(pipeline: str) -> str:
     return re.sub(r"[^\w.-]+", "_", pipeline) + ".gif"
 
 
-def read_measured(folder: Path, name: str | None = None) -> Measured:
+def run_name(source: str) -> str:
+    """Of the run, where a folder is one that training scripts name after what is in it; else the last part."""
+    path = Path(source).resolve() if Path(source).exists() else Path(source)
+    return path.parent.name if path.is_dir() and path.name in RESULTS else path.name
+
+
+def weights_digest(source: str | Path) -> str | None:
+    """SHA-256 of a student's own weights, wherever they lie: of its network, or of its LoRA and motion modules.
+
+    None where none are here, as of a Hub id.
+    """
+    files = sorted(Path(source).glob("unet/*.safetensors")) or sorted(Path(source).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def read_measured(folder: Path, name: str | None = None, student: Path | None = None) -> Measured:
     """The rows of one student in the folder of an evaluation.
 
     Args:
-        name: The student's in the table; not needed if it is the only one beside the baselines.
+        name: The student's in the table; not needed if it is the only one beside the baselines, or found by its weights.
+        student: Its folder, where it must be the one that was measured; older evaluations do not tell.
 
     Raises:
-        ValueError: No evaluation, or no such student in it, or several and no name.
+        ValueError: No evaluation, or no such student in it, or several and no name, or two under one name; or what was
+            measured had other weights.
     """
     path = folder / TABLE
     if not path.is_file():
@@ -115,9 +140,25 @@ def read_measured(folder: Path, name: str | None = None) -> Measured:
             f"{folder} holds no {TABLE}; give the --output_dir of training/evaluate.py or evaluate_video.py."
         )
     content = json.loads(path.read_text("utf-8"))
+    wanted = _name_of(path, content, name, student)
+    rows = [row for row in content["rows"] if row["pipeline"] == wanted]
+    if len({(row["num_inference_steps"], row["guidance_scale"]) for row in rows}) < len(rows):
+        raise ValueError(f"{path} has several rows of {wanted} for the same steps and guidance; measure it anew.")
+    return Measured(content["setting"], [row for row in content["rows"] if row["pipeline"] in (*BASELINES, wanted)])
+
+
+def _name_of(path: Path, content: dict, name: str | None, student: Path | None) -> str:
+    """The student's name in a table: by its weights, by what was given, or as the only one."""
     names = list(dict.fromkeys(row["pipeline"] for row in content["rows"] if row["pipeline"] not in BASELINES))
-    wanted = names[0] if name is None and len(names) == 1 else name
+    digests = content.get("weights", {})
+    own = weights_digest(student) if student and digests else None
+    same = [one for one in names if own and digests.get(one) == own]
+    candidates = same or names
+    wanted = candidates[0] if name is None and len(candidates) == 1 else name
     if wanted not in names:
         found = "no --evaluation_name is given" if name is None else f"--evaluation_name is {name!r}"
         raise ValueError(f"{path} measured {', '.join(names) or 'no student'}, but {found}; give one of them.")
-    return Measured(content["setting"], [row for row in content["rows"] if row["pipeline"] in (*BASELINES, wanted)])
+    if own and digests.get(wanted) not in (None, own):
+        advice = f"give --evaluation_name {same[0]!r}" if same else "measure that folder"
+        raise ValueError(f"{path} measured as {wanted} other weights than those in {student}; {advice}.")
+    return wanted

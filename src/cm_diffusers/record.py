@@ -93,12 +93,25 @@ def base_model_of(record: Record, lora: str | Path) -> str:
 
     A relative name is looked for from the working directory, the LoRA's folder and each folder above it; at last, a
     folder of the same name beside the LoRA is taken for it.
+
+    Raises:
+        ValueError: It is the LoRA itself, or a folder without a pipeline, such as another LoRA.
     """
     name, home = Path(record.base_model), Path(lora).resolve()
     places = [home / name, *(parent / name for parent in home.parents), home.parent / name.name]
-    if name.exists() or not Path(lora).exists():
-        return record.base_model
-    return next((str(place) for place in places if (place / "model_index.json").is_file()), record.base_model)
+    found = record.base_model
+    if not _is_pipeline(name) and home.exists():
+        found = next((str(place) for place in places if _is_pipeline(place)), found)
+    if found == str(lora) or (Path(found).is_dir() and not _is_pipeline(Path(found))):
+        raise ValueError(
+            f"The record of {str(lora)!r} names {record.base_model!r} as the base model, which is no pipeline; name one "
+            f"as base_model in its {RECORD}."
+        )
+    return found
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
 
 
 def _refusal(error: Exception) -> int | None:

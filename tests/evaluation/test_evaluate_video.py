@@ -22,7 +22,7 @@ from cm_diffusers.evaluation.features import extract_features
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig, load_video_extractor
 from cm_diffusers.evaluation.video_report import VideoSetting, markdown_table
 from cm_diffusers.evaluation.video_sampling import generate_clips, load_video_pipeline, load_video_teacher
-from cm_diffusers.measured import clips_of
+from cm_diffusers.measured import clips_of, weights_digest
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.models.motion import MotionConfig
 from cm_diffusers.publishing import pipelines as publish
@@ -283,6 +283,13 @@ def test_evaluate_video_end_to_end(
     assert "| other real clips | – | – | 1.000 |" in table
     names = ["again_2.gif", "grid.png", "plot.png", "real.gif", "student.gif", "table.json", "table.md", "teacher.gif"]
     assert sorted(path.name for path in out.iterdir()) == names
+    assert found["weights"] == {
+        "student": weights_digest(parts / "student"),
+        "again/2": weights_digest(parts / "again"),
+    }
+    assert (found["setting"]["extractor"], found["setting"]["reference"]) == ("net", "articles")
+    for written in ("table.md", "table.json"):
+        assert str(parts) not in (out / written).read_text("utf-8")
     with Image.open(out / "teacher.gif") as clip, Image.open(out / "grid.png") as grid:
         assert clip.n_frames == 4
         assert clip.height > 3 * 96
@@ -294,7 +301,7 @@ def test_clips_without_directions(parts: Path, monkeypatch: pytest.MonkeyPatch) 
     flags = {"moving_articles": "", "num_clips": "", "train_data_dir": f"{parts / 'clips'}", "num_videos": "3"}
     evaluate(parts, monkeypatch, **flags, num_inference_steps="1", output_dir=f"{parts / 'plain'}")
     (row,) = json.loads((parts / "plain" / "table.json").read_text("utf-8"))["rows"]
-    assert row["pipeline"] == "student"
+    assert row["pipeline"] == parts.name  # the folder of the run
     assert row["direction_accuracy"] is row["velocity_residual"] is row["agreement"] is None
     assert row["fd_frames"] > 0
     assert "direction accuracy" not in (parts / "plain" / "table.md").read_text("utf-8").splitlines()[0]
@@ -306,6 +313,10 @@ def test_clips_without_directions(parts: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"pipelines": ""}, "Nothing to evaluate"),
         ({"pipelines": "{parts}/image"}, "is a StableDiffusionPipeline, which makes no clips"),
         ({"names": "a b"}, "2 names for 1 pipelines"),
+        (
+            {"pipelines": "a/x b/x", "feature_extractor": "none"},
+            "Two rows would be called x: give each pipeline a name",
+        ),
         ({"names": "real"}, "Two rows would be called real"),
         ({"num_videos": "1"}, "--num_videos must be at least 2"),
         ({"num_videos": "25"}, "--num_videos is 25, but there are 24 real clips"),

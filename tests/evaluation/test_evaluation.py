@@ -29,8 +29,9 @@ from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.reference import ReferenceConfig, in_turns, load_reference, load_references
-from cm_diffusers.evaluation.report import Setting, markdown_table
+from cm_diffusers.evaluation.report import Setting, markdown_table, row_names
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline
+from cm_diffusers.measured import weights_digest
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
 from cm_diffusers.publishing import pipelines as publish
@@ -257,6 +258,19 @@ def test_grid_holds_its_images_and_labels() -> None:
     assert (found[:, :30] < 128).any()  # a row label
 
 
+def test_rows_are_named_after_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("runs/a/pipeline", "runs/b/lora", "runs/c/student", "runs/d"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    sources = ["runs/a/pipeline", str(tmp_path / "runs/b/lora"), "runs/c/student/", "runs/d", "ada/lora", "ada/x"]
+    assert row_names(sources, None) == ["a", "b", "c", "d", "lora", "x"]
+    assert row_names(sources, list("uvwxyz")) == list("uvwxyz")
+    monkeypatch.chdir("runs/a/pipeline")
+    assert row_names(["."], None) == ["a"]
+    with pytest.raises(ValueError, match="Two rows would be called a: give each pipeline a name of its own"):
+        row_names([".", "../pipeline"], None)
+
+
 def test_table_drops_empty_columns_and_names_its_setting() -> None:
     setting = Setting(8, 3, "net", "data", "a machine", "float32", 4, 0.9693)
     rows = [{"pipeline": "x", "num_inference_steps": 2, "fid": 1.234, "clip_score": None, "agreement": 0.5}]
@@ -327,6 +341,10 @@ def test_evaluate_end_to_end(parts: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert grid.height > 13 * 96
         assert plot.size == (900, 600)
     assert sorted(p.name for p in (parts / "out").iterdir()) == ["grid.png", "plot.png", "table.json", "table.md"]
+    assert found["weights"] == {"student": weights_digest(parts / "lora"), "again": weights_digest(parts / "teacher")}
+    assert (found["setting"]["extractor"], found["setting"]["reference"]) == ("net", "data")
+    for written in ("table.md", "table.json"):
+        assert str(parts) not in (parts / "out" / written).read_text("utf-8")
 
 
 def test_real_images_are_measured_where_there_are_enough(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +375,11 @@ def test_real_images_are_measured_where_there_are_enough(parts: Path, monkeypatc
         ({"num_images": "5"}, "the metrics need more than 5"),
         ({"feature_extractor": "resnet"}, "Unknown feature extractor 'resnet'"),
         ({"names": "a b"}, "2 names for 1 pipelines"),
+        ({"names": "teacher"}, "'teacher' is what a baseline's rows are called: give another name by --names"),
+        (
+            {"pipelines": "a/x b/x", "feature_extractor": "none"},
+            "Two rows would be called x: give each pipeline a name",
+        ),
         ({"pipelines": ""}, "Nothing to evaluate"),
         (
             {"clip_model": "nobody/nothing", "num_inference_steps": "1"},
@@ -539,7 +562,10 @@ def test_variety_is_measured_within_a_class(image_folders: Path, monkeypatch: py
     ("flags", "message"),
     [
         ({"pipelines": "{parts}/classes", "label_column": ""}, "classes draws classes, but the reference names none"),
-        ({"pipelines": "{parts}/teacher"}, "The data has no column named text: choose from the columns found: image"),
+        (
+            {"pipelines": "{parts}/teacher", "names": "it"},
+            "The data has no column named text: choose from the columns found: image",
+        ),
         (
             {"train_data_dir": "{parts}/bare"},
             "The data has no column named label: choose from the columns found: image",

@@ -19,6 +19,7 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionPipeline,
     TCDScheduler,
+    UNet2DModel,
 )
 from diffusers.pipelines import pipeline_utils
 from huggingface_hub import ModelCard
@@ -29,10 +30,11 @@ from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline, tiny_xl_unet
 
 from cm_diffusers import record as record_module
-from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyImg2ImgPipeline, ConsistencyPipeline
+from cm_diffusers.evaluation.sampling import load_pipeline
+from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyImg2ImgPipeline, ConsistencyPipeline, loading
 from cm_diffusers.pipelines.manners import LCM_GUIDANCE_SCALE
 from cm_diffusers.record import RECORD, Record, read_record, write_record
-from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
 from pipelines.test_pipelines import ASSETS, LORA, PROMPTS, STUDENT, TEACHER, images, seeded
 
 
@@ -517,3 +519,47 @@ def test_the_stock_classes_take_a_stock_folder_with_our_record(tmp_path: Path) -
     pipe = ConsistencyPipeline.from_pretrained(tmp_path)
     assert pipe.record.recommended_num_inference_steps == 3
     assert pipe.scheduler.config.timestep_scaling == 5.0
+
+
+def test_a_base_model_is_found_from_a_folder_above_the_lora(tmp_path: Path, monkeypatch) -> None:
+    """Its record says "assets/fashion_teacher"; a folder of that name that holds no pipeline is passed over."""
+    shutil.copytree(LORA, tmp_path / "project/runs/mine/lora")
+    shutil.copytree(TEACHER, tmp_path / "project/assets/fashion_teacher")
+    (tmp_path / "elsewhere/assets/fashion_teacher").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pipe = ConsistencyPipeline.from_pretrained(tmp_path / "project/runs/mine/lora")
+    assert Path(pipe.config._name_or_path) == tmp_path / "project/assets/fashion_teacher"
+
+
+@pytest.mark.parametrize("load", [ConsistencyPipeline.from_pretrained, lambda lora: load_pipeline(str(lora))])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_lora_on_itself_or_on_another_is_refused(load, own: bool, tmp_path: Path) -> None:
+    for name, base in (("a", "a" if own else "b"), ("b", "a")):
+        shutil.copytree(LORA, tmp_path / name)
+        write_record(replace(read_record(LORA), base_model=str(tmp_path / base)), tmp_path / name)
+    with pytest.raises(ValueError, match="as the base model, which is no pipeline; name one") as error:
+        load(tmp_path / "a")
+    assert "\n" not in str(error.value)
+
+
+def test_a_repository_that_is_its_own_base_model_is_refused(monkeypatch) -> None:
+    record = replace(read_record(LORA), base_model="ada/b")
+    monkeypatch.setattr(loading, "read_record", lambda *args, **kwargs: record)
+    monkeypatch.setattr(loading, "_is_pipeline", lambda *args: False)
+    with pytest.raises(ValueError, match="'ada/b' as the base model, which is no pipeline"):
+        ConsistencyPipeline.from_pretrained("ada/b")
+    with pytest.raises(ValueError, match=r"belongs on 'ada/b', which cannot be loaded \(that is a LoRA as well\)"):
+        ConsistencyPipeline.from_pretrained("ada/a")
+
+
+@pytest.mark.parametrize("kind", ["unprompted", "through ConsistencyPipeline", "lora"])
+def test_a_base_model_that_nothing_takes_is_refused(kind: str, tmp_path: Path) -> None:
+    cls, source = ConsistencyPipeline, LORA
+    if kind != "lora":
+        cls = ConsistencyImagesPipeline if kind == "unprompted" else ConsistencyPipeline
+        source = tmp_path
+        shape = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        unet = UNet2DModel(8, layers_per_block=1, norm_num_groups=2, add_attention=False, **shape)
+        ConsistencyImagesPipeline(unet, EDMConsistencyScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="base_model is taken by ConsistencyVideoPipeline alone; leave it out"):
+        cls.from_pretrained(source, base_model=str(TEACHER))

@@ -1,5 +1,6 @@
 """Folders of results: whole or not at all, and what lies beside the weights of each kind."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,23 @@ def test_what_fails_leaves_the_earlier_result(folder: Path) -> None:
         write_result(folder, [weights, fails], RECORD, PROVENANCE_OF_IT)
     assert [path.name for path in folder.iterdir()] == ["earlier.json"]
     assert not list(folder.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(("umask", "files", "folders"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_a_result_is_as_readable_as_the_umask_says(folder: Path, umask: int, files: int, folders: int) -> None:
+    """safetensors writes what only the owner may read."""
+
+    def private(aside: Path) -> None:
+        (aside / "unet").mkdir()
+        for path in (aside / WEIGHTS, aside / "unet" / WEIGHTS):
+            path.touch(0o600)
+
+    before = os.umask(umask)
+    try:
+        write_result(folder, [private], RECORD, PROVENANCE_OF_IT)
+    finally:
+        os.umask(before)
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in found} == {files}
+    assert len(found) == 6
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder / "unet")} == {folders}

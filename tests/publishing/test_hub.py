@@ -78,6 +78,7 @@ def results(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     student = lcm_pipeline(teacher, tiny_unet(time_cond_proj_dim=8), scheduler)
     record = lcm_record("ada/teacher", "embedded", 0.0, 4.0, 1.0, scheduler)
     save_pipeline(student, run / "pipeline", False, record, provenance)
+    (run / "pipeline/clips.gif").write_bytes(b"GIF89a")
     for leftover in ("checkpoint-5/optimizer.safetensors", "unet/weights.bin", ".cache/x.json", "logs/events.txt"):
         (run / "pipeline" / leftover).parent.mkdir(exist_ok=True)
         (run / "pipeline" / leftover).write_text("not to be shared")
@@ -130,6 +131,7 @@ def test_a_push_is_whole_private_and_idempotent(hub: Hub, share: Run, results: P
     assert repo.commits == 1
     wanted = {"README.md", "model_index.json", "cm_diffusers.json", "training.json", "scheduler/scheduler_config.json"}
     assert wanted | {"unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"} <= set(repo.files)
+    assert "clips.gif" in repo.files  # the cards of clips show it
     leftovers = {"checkpoint-5", "weights.bin", ".cache", "logs"}
     assert not [path for path in repo.files if leftovers & set(path.split("/"))]
     card = repo.files["README.md"].decode()

@@ -19,7 +19,7 @@ from transformers.hf_argparser import HfArg
 import cm_diffusers
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.cli import parse_configs
-from cm_diffusers.measured import Measured, read_measured
+from cm_diffusers.measured import Measured, read_measured, weights_digest
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.publishing.card import METHODS
@@ -412,6 +412,51 @@ def test_of_several_students_one_must_be_named(finished: Path, evaluation: Path)
         read_measured(evaluation, "mine")
     with pytest.raises(ValueError, match=r"holds no table\.json"):
         read_measured(finished)
+
+
+def measured_as(evaluation: Path, weights: dict[str, str | None], **changes: object) -> None:
+    content = {"setting": SETTING | changes, "rows": ROWS, "weights": weights}
+    (evaluation / "table.json").write_text(json.dumps(content))
+
+
+def test_a_card_gets_the_numbers_of_its_own_weights(finished: Path, evaluation: Path) -> None:
+    measured_as(evaluation, {"ours": "0" * 64, "other": weights_digest(finished)})
+    prepare(ShareConfig(str(finished), str(evaluation)))  # found without a name
+    card = (finished / "README.md").read_text()
+    assert "| other | 4 |" in card
+    assert "| ours |" not in card
+    with pytest.raises(
+        ValueError, match=r"measured as ours other weights than those in .*; give --evaluation_name 'ot"
+    ):
+        prepare(ShareConfig(str(finished), str(evaluation), "ours"))
+    measured_as(evaluation, {"ours": "0" * 64})  # the other is a Hub id
+    with pytest.raises(ValueError, match=r"measured as ours other weights than those in .*; measure that folder"):
+        prepare(ShareConfig(str(finished), str(evaluation), "ours"))
+    prepare(ShareConfig(str(finished), str(evaluation), "other"))
+    assert (finished / "README.md").read_text() == card
+
+
+def test_two_students_of_one_name_are_not_told_apart(finished: Path, evaluation: Path) -> None:
+    rows = [row("pipeline", 4, 12.0), row("pipeline", 4, 99.0)]
+    (evaluation / "table.json").write_text(json.dumps({"setting": SETTING, "rows": rows}))
+    with pytest.raises(ValueError, match="several rows of pipeline for the same steps and guidance; measure it anew"):
+        prepare(ShareConfig(str(finished), str(evaluation), "pipeline"))
+
+
+def test_weights_are_known_wherever_they_lie(finished: Path, tmp_path: Path) -> None:
+    known = weights_digest(finished)
+    assert weights_digest(finished.rename(tmp_path / "moved")) == known
+    (tmp_path / "moved/unet/diffusion_pytorch_model.safetensors").write_bytes(b"others")
+    assert weights_digest(tmp_path / "moved") not in (None, known)
+    assert weights_digest("ada/student") is None
+
+
+def test_no_path_of_an_older_evaluation_gets_into_a_card(finished: Path, evaluation: Path) -> None:
+    measured_as(evaluation, {}, extractor="/srv/ada/net_classifier", reference="/srv/ada/photos")
+    prepare(ShareConfig(str(finished), str(evaluation), "ours"))
+    for written in ("README.md", "evaluation/table.json"):
+        assert "/srv/ada" not in (finished / written).read_text()
+        assert "net_classifier" in (finished / written).read_text()
 
 
 def test_a_result_without_provenance_is_refused(finished: Path) -> None:

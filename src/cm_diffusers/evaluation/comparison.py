@@ -1,7 +1,6 @@
 """Several pipelines on the same prompts or classes and seeds, measured against the same real images and teacher."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,10 +14,11 @@ from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
-from cm_diffusers.evaluation.report import Row, Setting, hardware
+from cm_diffusers.evaluation.report import Row, Setting, hardware, row_names
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline, reads_prompts, takes_classes
-from cm_diffusers.measured import REAL, TEACHER
+from cm_diffusers.measured import REAL, TEACHER, weights_digest
 from cm_diffusers.models.classifier import ImageClassifier
+from cm_diffusers.places import public
 from cm_diffusers.record import read_record
 
 
@@ -33,7 +33,9 @@ class EvaluationConfig:
         default_factory=list, help="Pipeline folders, Hub ids, or folders of published LoRAs."
     )
     names: list[str] | None = HfArg(
-        default=None, help="Names of --pipelines in the table; their last path part if absent."
+        default=None,
+        help="Names of --pipelines in the table; if absent, those of their runs: NAME of runs/NAME/pipeline, else the "
+        "last path part.",
     )
     teacher: str | None = HfArg(default=None, help="Pipeline whose samples are a second reference, and a baseline.")
     num_inference_steps: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Steps to sample with.")
@@ -67,21 +69,24 @@ class Comparison:
     """
 
     def __init__(self, config: EvaluationConfig, data: ReferenceConfig) -> None:
-        _validate(config)
+        self.names = _names(config)
         self.config, self.device = config, PartialState().device
         self.extractor = load_extractor(config.feature_extractor, self.device)
         self.reference, *others = load_references(data, config.num_images, 2)
         self.labels = wanted_labels(self.extractor, self.reference)
         self.real = extract_features(self.extractor, self.reference.images)
         self.teacher: dict[float | None, Tensor] = {}
+        self.weights = {
+            name: weights_digest(source) for name, source in zip(self.names, config.pipelines, strict=True)
+        }
         self.rows = [self._ceiling(other) for other in others]
         self.strips: list[tuple[str, Tensor]] = [("real", self.reference.images[:GRID_COLUMNS])]
         count = config.num_images
         self.setting = Setting(
             num_images=count,
             seed=config.seed,
-            extractor=config.feature_extractor,
-            reference=data.dataset_name or data.train_data_dir,
+            extractor=public(config.feature_extractor),
+            reference=public(data.dataset_name or data.train_data_dir),
             hardware=hardware(),
             dtype=config.dtype,
             batch_size=config.eval_batch_size,
@@ -94,7 +99,7 @@ class Comparison:
         if config.teacher is not None:
             steps = [config.reference_steps, *(n for n in config.num_inference_steps if n != config.reference_steps)]
             self.measure(config.teacher, TEACHER, steps)
-        for source, name in zip(config.pipelines, _names(config), strict=True):
+        for source, name in zip(config.pipelines, self.names, strict=True):
             self.measure(source, name, config.num_inference_steps)
         return self.rows
 
@@ -209,12 +214,7 @@ def wanted_labels(extractor: torch.nn.Module, reference: Reference) -> list[int 
 
 
 def _names(config: EvaluationConfig) -> list[str]:
-    return config.names or [Path(source).name for source in config.pipelines]
-
-
-def _validate(config: EvaluationConfig) -> None:
-    if len(_names(config)) != len(config.pipelines):
-        found = f"{len(config.names)} names for {len(config.pipelines)} pipelines"
-        raise ValueError(f"--names gives {found}: give one each.")
+    """Of the rows of each pipeline, where all that needs no data is right."""
     if config.num_images <= metrics.NEIGHBOURS:
         raise ValueError(f"--num_images is {config.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")
+    return row_names(config.pipelines, config.names)

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cm_diffusers.measured import distance_name
+from cm_diffusers.measured import BASELINES, distance_name, run_name
 
 
 Row = dict[str, str | int | float | None]
@@ -56,6 +56,30 @@ def hardware() -> str:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         device = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
     return f"{device}, torch {torch.__version__}"
+
+
+def row_names(sources: Sequence[str], names: Sequence[str] | None) -> list[str]:
+    """What the rows of pipelines are called: as told, or after their runs.
+
+    Raises:
+        ValueError: Not a name for each, or two rows would have one name.
+    """
+    chosen = list(names or map(run_name, sources))
+    if len(chosen) != len(sources):
+        raise ValueError(f"--names gives {len(chosen)} names for {len(sources)} pipelines: give one each.")
+    refuse_one_name(chosen)
+    return chosen
+
+
+def refuse_one_name(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: Two rows would have one name, or one that of real images or of the teacher.
+    """
+    if baselines := [name for name in names if name in BASELINES]:
+        raise ValueError(f"{baselines[0]!r} is what a baseline's rows are called: give another name by --names.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"Two rows would be called {twice[0]}: give each pipeline a name of its own by --names.")
 
 
 def headed(columns: Mapping[str, tuple[str, str]], extractor: str) -> dict[str, tuple[str, str]]:
@@ -106,11 +130,28 @@ def plot(rows: list[Row], setting: Setting) -> Figure:
     return figure
 
 
-def write_report(folder: Path, rows: list[Row], setting: Setting, grid: Image.Image) -> str:
-    """Writes `table.md`, `table.json`, `grid.png` and `plot.png`; returns the Markdown table."""
+def table_json(rows: list[Row], setting: object, weights: Mapping[str, str | None]) -> str:
+    """What `read_measured` reads.
+
+    Args:
+        setting: Dataclass.
+        weights: Name of each pipeline and the digest of its weights; None where they are not here.
+    """
+    known = {name: digest for name, digest in weights.items() if digest is not None}
+    return json.dumps({"setting": asdict(setting), "rows": rows, "weights": known}, indent=1) + "\n"
+
+
+def write_report(
+    folder: Path, rows: list[Row], setting: Setting, grid: Image.Image, weights: Mapping[str, str | None]
+) -> str:
+    """Writes `table.md`, `table.json`, `grid.png` and `plot.png`; returns the Markdown table.
+
+    Args:
+        weights: As for `table_json`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(rows, setting)
-    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    numbers = table_json(rows, setting, weights)
     replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
     replace_file(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
     replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))

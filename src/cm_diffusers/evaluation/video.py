@@ -20,11 +20,12 @@ from cm_diffusers.evaluation import motion
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance, label_in_prompt, prompt_agreement
 from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
-from cm_diffusers.evaluation.report import Row, hardware
+from cm_diffusers.evaluation.report import Row, hardware, row_names
 from cm_diffusers.evaluation.video_report import Shown, VideoSetting
 from cm_diffusers.evaluation.video_sampling import OF_ADAPTER, generate_clips, load_video_pipeline, load_video_teacher
-from cm_diffusers.measured import REAL_CLIPS, TEACHER, clips_of
+from cm_diffusers.measured import REAL_CLIPS, TEACHER, clips_of, weights_digest
 from cm_diffusers.models.motion import MotionConfig
+from cm_diffusers.places import public
 from cm_diffusers.record import read_record
 
 
@@ -41,7 +42,9 @@ class VideoEvaluationConfig:
         default_factory=list, help="Folders or Hub ids of video students, or of pipelines of AnimateDiff's shape."
     )
     names: list[str] | None = HfArg(
-        default=None, help="Names of --pipelines in the table; their last path part if absent."
+        default=None,
+        help="Names of --pipelines in the table; if absent, those of their runs: NAME of runs/NAME/student, else the "
+        "last path part.",
     )
     teacher: str | None = HfArg(
         default=None,
@@ -86,7 +89,7 @@ class VideoComparison:
     """
 
     def __init__(self, config: VideoEvaluationConfig, data: VideoDataConfig, adapter: MotionConfig) -> None:
-        _validate(config)
+        self.names = _names(config)
         if config.teacher is None:
             refuse_changed(adapter, f"pretrained_motion_adapter {OF_ADAPTER}", "without --teacher")
         self.config, self.data, self.adapter, self.device = config, data, adapter, PartialState().device
@@ -94,6 +97,9 @@ class VideoComparison:
         self.video_extractor = load_video_extractor(config.video_extractor) if config.video_extractor else None
         self.reference, *others = load_real_clips(data, config.num_videos, 2)
         self.real, shown = self._measured(self.reference.batches(config.eval_batch_size))
+        self.weights = {
+            name: weights_digest(source) for name, source in zip(self.names, config.pipelines, strict=True)
+        }
         self.shown = [Shown(FIRST_REAL, FIRST_REAL, shown)]
         self.setting = self._setting(motion.static_threshold(self.real["frame_change"]))
         self.rows = [self._row_of_real(other) for other in others]
@@ -105,7 +111,7 @@ class VideoComparison:
             steps = [config.teacher_steps, *(n for n in config.num_inference_steps if n != config.teacher_steps)]
             pipe = load_video_teacher(config.teacher, self.adapter, data.sample_n_frames, dtype, self.device)
             self._measure(pipe, TEACHER, steps, config.guidance_scales)
-        for source, name in zip(config.pipelines, _names(config), strict=True):
+        for source, name in zip(config.pipelines, self.names, strict=True):
             self.measure(source, name, config.num_inference_steps)
         return self.rows
 
@@ -136,13 +142,13 @@ class VideoComparison:
             num_frames=data.sample_n_frames,
             resolution=data.resolution,
             seed=config.seed,
-            extractor=config.feature_extractor,
+            extractor=public(config.feature_extractor),
             video_extractor=config.video_extractor,
             crop_zoom=config.crop_zoom,
             frames_per_clip=config.frames_per_clip,
             min_speed=motion.MIN_SPEED,
             static_threshold=threshold,
-            reference=data.moving_articles or source_name(clips.images),
+            reference=public(data.moving_articles or source_name(clips.images)),
             hardware=hardware(),
             dtype=config.dtype,
             batch_size=config.eval_batch_size,
@@ -253,13 +259,8 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _names(config: VideoEvaluationConfig) -> list[str]:
-    return config.names or [Path(source).name for source in config.pipelines]
-
-
-def _validate(config: VideoEvaluationConfig) -> None:
-    names = _names(config)
-    if len(names) != len(config.pipelines):
-        raise ValueError(f"--names gives {len(names)} names for {len(config.pipelines)} pipelines: give one each.")
+    """Of the rows of each pipeline, where all that needs no data is right."""
+    names = row_names(config.pipelines, config.names)
     files = [clips_of(name) for name in (FIRST_REAL, TEACHER, *names)]
     if twice := [file for file in files if files.count(file) > 1]:
         raise ValueError(
@@ -270,3 +271,4 @@ def _validate(config: VideoEvaluationConfig) -> None:
             raise ValueError(f"--{name} must be at least {least}, but it is {value}.")
     if config.crop_zoom <= 0:
         raise ValueError(f"--crop_zoom must be positive, but it is {config.crop_zoom}; 1 keeps the size.")
+    return names

@@ -1,8 +1,7 @@
 """What an evaluation of videos leaves behind: a Markdown table, its numbers as JSON, a plot, strips and animations."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.report import Row, filled_columns, headed, replace_file
+from cm_diffusers.evaluation.report import Row, filled_columns, headed, replace_file, table_json
 from cm_diffusers.measured import clips_of
 
 
@@ -104,16 +103,24 @@ def plot(rows: list[Row], setting: VideoSetting) -> Figure:
 
 
 def write_report(
-    folder: Path, rows: list[Row], setting: VideoSetting, shown: Sequence[Shown], prompts: Sequence[str]
+    folder: Path,
+    rows: list[Row],
+    setting: VideoSetting,
+    shown: Sequence[Shown],
+    prompts: Sequence[str],
+    weights: Mapping[str, str | None],
 ) -> str:
     """Writes `table.md`, `table.json`, `plot.png`, `grid.png` and a GIF of each pipeline; returns the Markdown table.
 
     The grid has the frames of the first clip of every row of the table; a GIF has a row for each number of steps and
     guidance scale, and a column for each of the first prompts.
+
+    Args:
+        weights: As for `table_json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(rows, setting)
-    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    numbers = table_json(rows, setting, weights)
     frames = [f"frame {number + 1}" for number in range(setting.num_frames)]
     heads = [f"{prompts[0]}: {frames[0]}", *frames[1:]]
     grid = image_grid([part.clips[0] for part in shown], [part.label for part in shown], heads)

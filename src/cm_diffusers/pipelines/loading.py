@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights
 from cm_diffusers.pipelines.manners import Manners, adopted_from, consistency_scheduler, contradiction
 from cm_diffusers.pipelines.pipeline_consistency_images import CarriedSchedulerMixin, ConsistencyImagesPipeline
-from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub
+from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, refuse_base_model
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
@@ -76,9 +76,11 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusi
 
         Raises:
             ValueError: A folder holds neither a pipeline nor a LoRA with its record, the LoRA's base model cannot be
-                loaded, or the student takes no prompts and this class is not `ConsistencyPipeline`.
+                loaded, or the student takes no prompts and this class is not `ConsistencyPipeline`; or a `base_model`
+                is given.
         """
         source = pretrained_model_name_or_path
+        refuse_base_model(kwargs)
         kwargs.setdefault("use_safetensors", True)
         record = read_record(source, **of_hub(kwargs))
         if not _is_pipeline(source, record, kwargs):
@@ -104,7 +106,10 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusi
         hub = of_hub(kwargs)
         kwargs.pop("revision", None)  # the LoRA's
         try:
-            pipe = cls.from_pretrained(base_model_of(record, source), **kwargs)
+            base = base_model_of(record, source)
+            if not _is_pipeline(base, read_record(base, **of_hub(kwargs)), kwargs):
+                raise ValueError("that is a LoRA as well")
+            pipe = cls.from_pretrained(base, **kwargs)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

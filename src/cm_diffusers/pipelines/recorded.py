@@ -24,8 +24,10 @@ class RecordedMixin:
         """As in diffusers.
 
         Raises:
-            ValueError: It is a folder that lacks the weights of a part that the caller does not give.
+            ValueError: It is a folder that lacks the weights of a part that the caller does not give; or a `base_model`
+                is given.
         """
+        refuse_base_model(kwargs)
         check_has_weights(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -42,6 +44,21 @@ def of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments that say where on the Hub and in the cache a file is."""
     names = ("token", "revision", "cache_dir", "local_files_only")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def refuse_base_model(kwargs: Collection[str]) -> None:
+    """
+    Args:
+        kwargs: Of `from_pretrained`; diffusers passes over what it does not know.
+
+    Raises:
+        ValueError: A base model is among them, which only clips take.
+    """
+    if "base_model" in kwargs:
+        raise ValueError(
+            "base_model is taken by ConsistencyVideoPipeline alone; leave it out, or, for a LoRA, load that base model "
+            "and call load_lora_weights."
+        )
 
 
 def check_has_weights(source: str | Path, given: Collection[str] = ()) -> None:

@@ -19,7 +19,10 @@ SAMPLES = "samples.png"  # the last validation grid of the training
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not."""
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not.
+
+    Its files are as readable as the umask lets new ones be, whatever wrote them: safetensors lets only the owner read.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
     for leftover in (aside, replaced):
@@ -27,12 +30,21 @@ def written_aside(folder: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        _follow_umask(aside)
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(aside, folder)
     finally:
         for leftover in (aside, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Gives files the permissions that the folder, which was just made, has by the umask."""
+    permissions = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(permissions)
 
 
 def write_result(

@@ -14,13 +14,14 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.publishing.provenance import is_path, public
+from cm_diffusers.places import public
+from cm_diffusers.publishing.provenance import is_path
 from cm_diffusers.record import RECORD, read_record
 
 
 logger = logging.getLogger(__name__)
 
-UPLOADED = "*.safetensors *.json *.txt *.model *.md *.py *.png *.jpg *.jpeg *.webp".split()  # no pickle
+UPLOADED = "*.safetensors *.json *.txt *.model *.md *.py *.png *.jpg *.jpeg *.webp *.gif".split()  # no pickle
 LEFT_OUT = ".* */.* checkpoint-* */checkpoint-* logs/* samples/* run.json".split()
 WAITS = (2.0, 8.0, 30.0)  # seconds before each further try
 CONNECTION = (HTTPError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)

@@ -5,8 +5,9 @@ from dataclasses import replace
 from huggingface_hub import ModelCardData
 
 from cm_diffusers.measured import TEACHER, Measured, distance_name
+from cm_diffusers.places import public
 from cm_diffusers.publishing.card import EDM_METHODS, METHODS, TAGS, card, made_by
-from cm_diffusers.publishing.provenance import Provenance, public
+from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.publishing.student_kinds import Kind, count, usage
 from cm_diffusers.record import Record
 

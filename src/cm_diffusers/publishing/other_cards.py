@@ -3,9 +3,10 @@
 import json
 from typing import NamedTuple
 
+from cm_diffusers.places import public
 from cm_diffusers.policy.policy import Policy
 from cm_diffusers.publishing.card import ANIMATELCM, TAGS, card, code_block, made_by
-from cm_diffusers.publishing.provenance import Provenance, public
+from cm_diffusers.publishing.provenance import Provenance
 
 
 class Kind(NamedTuple):

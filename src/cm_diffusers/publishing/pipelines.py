@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.teachers import is_xl
+from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import model_writer, write_result
 from cm_diffusers.publishing.lora_export import save_kohya
 from cm_diffusers.publishing.other_cards import motion_card
 from cm_diffusers.publishing.portable import Lora, forget_origin, nest_text_encoders
-from cm_diffusers.publishing.provenance import Provenance, public
+from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.record import Record
 
 

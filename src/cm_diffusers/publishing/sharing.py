@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.measured import BASELINES, FOLDER, GRID, TABLE, Measured, clips_of, read_measured
 from cm_diffusers.pipelines.recorded import check_has_weights
+from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import SAMPLES, written_aside
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, read_license, read_provenance, write_provenance
@@ -30,7 +31,8 @@ class ShareConfig:
         help="Output folder of training/evaluate.py or evaluate_video.py: its numbers and samples go into the card.",
     )
     evaluation_name: str | None = HfArg(
-        default=None, help="The student's name in that evaluation, where it measured several."
+        default=None,
+        help="The student's name in that evaluation, where it measured several and its weights do not tell which it is.",
     )
     base_model: str | None = HfArg(
         default=None, help="Hub id of the teacher, where the training used a local copy of it."
@@ -44,12 +46,6 @@ class ShareConfig:
         help="Single-file pipeline to put beside the weights as pipeline.py: a path, or the name of one of this project's, "
         "e.g. consistency_text_to_image.py.",
     )
-
-
-def default_name(folder: str) -> str:
-    """That of the run, where the folder is one that a training script names after what is in it."""
-    path = Path(folder).resolve()
-    return path.parent.name if path.name in ("pipeline", "lora", "student") else path.name
 
 
 def prepare(config: ShareConfig, name: str | None = None) -> Path:
@@ -179,7 +175,8 @@ def attach_evaluation(folder: Path, evaluation: Path, name: str | None) -> None:
     Args:
         name: The student's in the evaluation.
     """
-    measured = read_measured(evaluation, name)
+    measured = read_measured(evaluation, name, folder)
+    measured = replace(measured, setting={key: public(value) for key, value in measured.setting.items()})
     with written_aside(folder / FOLDER) as aside:
         (aside / TABLE).write_text(json.dumps(asdict(measured), indent=1) + "\n", "utf-8")
         picture = clips_of(_student(measured)) if measured.of_clips else GRID
