@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffusers import ModelMixin
 
+from cm_diffusers.engine.own_files import is_result_file, keep_foreign, remove
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.portable import forget_origin
 from cm_diffusers.publishing.provenance import Provenance, write_provenance
@@ -19,20 +20,25 @@ SAMPLES = "samples.png"  # the last validation grid of the training
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not."""
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not.
+
+    What a user has put beside our files stays; of a link the folder that it leads to is replaced.
+    """
+    folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
     for leftover in (aside, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     aside.mkdir()
     try:
         yield aside
+        keep_foreign(folder, aside, is_result_file)
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(aside, folder)
     finally:
         for leftover in (aside, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(leftover)
 
 
 def write_result(
