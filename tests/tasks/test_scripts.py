@@ -253,6 +253,56 @@ def test_wrong_input_gets_one_sentence(lcm, case) -> None:
     assert "\n" not in ended.value.code
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(flags: dict) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run_script("distill_lcm", **flags)
+    return ended.value.code
+
+
+def test_overwriting_keeps_a_finished_student_until_all_is_checked(lcm, tmp_path, monkeypatch) -> None:
+    run = lcm["output_dir"]
+    run_script("distill_lcm", **lcm)
+    (run / "notes.txt").write_text("the user's")
+    image_folder(run / "pictures", 2)
+    before, again = files(run), lcm | {"overwrite_output_dir": True, "seed": 1}
+    typos = {"train_data_dir": tmp_path / "dta", "pretrained_teacher_model": tmp_path / "no", "resolution": 30}
+    for name, value in typos.items():
+        assert str(value) in refused(again | {name: value})
+    for name in ("train_data_dir", "latent_cache_dir", "pretrained_teacher_model"):
+        for place in (run, run / "pictures"):
+            assert f"--{name} {place} lies in it" in refused(again | {name: place})
+    monkeypatch.chdir(run / "pictures")
+    assert "the working directory lies in it" in refused(again)
+    assert files(run) == before
+    monkeypatch.chdir(tmp_path)
+    run_script("distill_lcm", **again)
+    after = files(run)
+    assert after.keys() == before.keys()
+    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    assert after[weights] != before[weights]
+    assert [name for name in before if name.startswith(("notes", "pictures")) and after[name] != before[name]] == []
+
+
+def test_a_folder_of_pictures_is_no_output_folder(lcm) -> None:
+    lcm["output_dir"] = image_folder(lcm["output_dir"], 2)
+    before = files(lcm["output_dir"])
+    assert "but no run.json" in refused(lcm | {"overwrite_output_dir": True})
+    assert "lies in it" in refused(lcm | {"overwrite_output_dir": True, "train_data_dir": lcm["output_dir"]})
+    assert files(lcm["output_dir"]) == before
+
+
+def test_the_corrected_command_starts_with_latest_as_well(lcm, tmp_path) -> None:
+    for name, value in {"train_data_dir": tmp_path / "dta", "learning_rate": -1.0}.items():
+        refused(lcm | {name: value})
+        assert not lcm["output_dir"].exists()
+    run_script("distill_lcm", **lcm, resume_from_checkpoint="latest")
+    assert (lcm["output_dir"] / "pipeline" / "model_index.json").is_file()
+
+
 @pytest.mark.parametrize("flag", ["solver", "loss_type", "optimizer", "lr_scheduler", "mixed_precision", "vae_dtype"])
 def test_unknown_choices_are_answered_with_the_known_ones(lcm, flag) -> None:
     with pytest.raises(SystemExit) as ended:
