@@ -46,6 +46,7 @@ USERS = (
     "checkpoint-old/state.json",
     "other/run.json",
     "rewards.txt",
+    ".replaced-mine/checkpoint-4/state.json",
 )
 
 
@@ -155,6 +156,20 @@ def test_overwriting_acts_through_links(tmp_path, link) -> None:
     if link != "folder":  # what a link leads to is not the run's
         assert (real / "checkpoint-4" / "state.json").is_file()
         assert (real / "pipeline" / "model_index.json").is_file()
+
+
+def test_a_run_taken_up_in_another_folder_does_not_mix_with_what_is_there(tmp_path) -> None:
+    toy_trainer(tmp_path / "run", checkpointing_steps=2).fit(source())
+    there = content(finished(tmp_path / "there", seed=1, max_train_steps=6, checkpointing_steps=3))
+    moved = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-2")}
+    with pytest.raises(ValueError, match="already holds the files of another run"):
+        toy_trainer(tmp_path / "there", **moved)
+    again = toy_trainer(tmp_path / "there", **moved, overwrite_output_dir=True)
+    assert content(tmp_path / "there") == there
+    again.fit(source())
+    again.end()
+    assert checkpoints.find_checkpoint(tmp_path / "there", "latest").name == "checkpoint-4"
+    assert_same(tensors(tmp_path / "there" / "checkpoint-4"), tensors(tmp_path / "run" / "checkpoint-4"))
 
 
 def test_a_link_to_nothing_and_a_file_are_refused(tmp_path) -> None:

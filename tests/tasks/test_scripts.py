@@ -15,6 +15,7 @@ from scripts import FOLDER, data_flags, image_folder, run_script, script
 from tiny import tiny_pipeline, tiny_vae
 
 from cm_diffusers.engine.cli import parse_configs
+from cm_diffusers.engine.own_files import is_run_file
 from cm_diffusers.models.classifier import ImageClassifier
 
 
@@ -266,6 +267,7 @@ def refused(flags: dict) -> str:
 def test_overwriting_keeps_a_finished_student_until_all_is_checked(lcm, tmp_path, monkeypatch) -> None:
     run = lcm["output_dir"]
     run_script("distill_lcm", **lcm)
+    assert [name for name in files(run) if not is_run_file(name, "cm_diffusers")] == ["run.json"]
     (run / "notes.txt").write_text("the user's")
     image_folder(run / "pictures", 2)
     before, again = files(run), lcm | {"overwrite_output_dir": True, "seed": 1}
@@ -285,6 +287,23 @@ def test_overwriting_keeps_a_finished_student_until_all_is_checked(lcm, tmp_path
     weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
     assert after[weights] != before[weights]
     assert [name for name in before if name.startswith(("notes", "pictures")) and after[name] != before[name]] == []
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_a_lora_run_writes_what_is_listed_and_can_be_replaced(lcm, report_to) -> None:
+    grids = {
+        "validation_prompts": ["a bag"],
+        "validation_steps": 2,
+        "validation_nfe": [1],
+        "validation_teacher_steps": 2,
+    }
+    flags = lcm | grids | {"lora": True, "lora_rank": 2, "report_to": report_to, "ema_sigma_rels": [0.1]}
+    del flags["unet_time_cond_proj_dim"]
+    for more in ({}, {"overwrite_output_dir": True}):
+        run_script("distill_lcm", **flags, **more)
+        found = files(flags["output_dir"])
+        assert [name for name in found if not is_run_file(name, "cm_diffusers")] == ["run.json"]
+        assert {"lora", "samples", "averages", "checkpoint-2"} <= {name.partition("/")[0] for name in found}
 
 
 def test_a_folder_of_pictures_is_no_output_folder(lcm) -> None:

@@ -18,7 +18,7 @@ IN_RESULT = re.compile(
     r"|(?:diffusion_pytorch_model|model|pytorch_lora_weights)[\w.-]*\.safetensors"
     rf"|(?:{PARTS})/[^/]+\.(?:json|safetensors|txt|model)"
     r"|comfyui/[^/]+\.safetensors"
-    r"|(?:evaluation/)?(?:table\.md|table\.json|grid\.png|plot\.png|[\w-]+\.gif)"
+    r"|(?:evaluation/)?(?:table\.json|grid\.png|clips\.gif)"
 )
 IN_CHECKPOINT = re.compile(r"state\.json|[^/]+\.safetensors")
 IN_RUN = re.compile(

@@ -54,6 +54,7 @@ class RunFolder:
 
     Attributes:
         checkpoint: To continue from; None for a fresh start.
+        continues: Whether that is of the run in this very folder.
 
     Raises:
         ValueError: The folder holds another run or no run, or the checkpoint asked for is missing or of another run.
@@ -72,7 +73,8 @@ class RunFolder:
         self.checkpoint = checkpoints.find_checkpoint(path, resume) if resume else None
         if self.checkpoint:
             _refuse_other_run(self.checkpoint, checkpoints.read_state(self.checkpoint)["identity"], identity)
-        else:
+        self.continues = self.checkpoint is not None and self.checkpoint.parent.resolve() == path.resolve()
+        if not self.continues:
             _refuse_used(path, overwrite)
         accelerator.wait_for_everyone()  # all have looked before the main process changes anything
 
@@ -91,11 +93,12 @@ class RunFolder:
     def end(self) -> None:
         """Remove what this run has replaced: it has ended well."""
         for replaced in self.path.glob(f"{REPLACED}*") if self.is_main else ():
-            remove(replaced)
+            if replaced.name.removeprefix(REPLACED).isdigit():
+                remove(replaced)
 
     def _claim(self) -> Path | None:
         self.path.mkdir(parents=True, exist_ok=True)
-        replaced = None if self.checkpoint else self._set_aside()
+        replaced = None if self.continues else self._set_aside()
         content = json.dumps(self.identity | {LOGS: self.logs}, indent=1)
         (self.path / PARTIAL).write_text(content)
         os.replace(self.path / PARTIAL, self.path / IDENTITY)
@@ -115,8 +118,8 @@ class RunFolder:
         return replaced
 
     def _restore(self, replaced: Path) -> None:
-        failed = self.path / f"{REPLACED}failed"
-        failed.mkdir()
+        failed = self.path / f"{REPLACED}0"
+        failed.mkdir(exist_ok=True)
         move_own(self.path, failed, partial(is_run_file, logs=self.logs))
         move_own(replaced, self.path, partial(is_run_file, logs=_logs_of((replaced / IDENTITY).read_text())))
         os.replace(replaced / IDENTITY, self.path / IDENTITY)

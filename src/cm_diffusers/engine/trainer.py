@@ -274,7 +274,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.source_state = files.get("source", {})
         self.step = state["step"]
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self.folder.continues:
             forget_snapshots(self.output_dir, after=self.step)
         logger.info("Resumed from %s at step %d", path, self.step)
 
