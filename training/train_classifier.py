@@ -59,7 +59,7 @@ def main() -> None:
                 student.save_pretrained(folder)
                 (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
             print(json.dumps(figures))
-    accelerator.end_training()
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
     with trainer.export_weights():
         if trainer.accelerator.is_main_process:
             save_pipeline(pipe, Path(train.output_dir) / "pipeline", model.save_fp16)
-    trainer.accelerator.end_training()
+    trainer.end()
 
 
 if __name__ == "__main__":

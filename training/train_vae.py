@@ -62,7 +62,7 @@ def main() -> None:
             figures |= {"samples": final.latent_samples, "seed": train.seed}
             (Path(train.output_dir) / "metrics.json").write_text(json.dumps(figures, indent=1))
             print(json.dumps(figures))
-    accelerator.end_training()
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     for step, colour in ((5, "blue"), (10, "red")):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"samples/step-{step:06d}.png")
     (tmp_path / "result").mkdir()
-    (tmp_path / "result/earlier.json").write_text("{}")
+    (tmp_path / "result/model_index.json").write_text("{}")
     return tmp_path / "result"
 
 
@@ -63,7 +63,7 @@ def test_a_student_of_a_run_without_grids_shows_none(tmp_path: Path) -> None:
 def test_what_fails_leaves_the_earlier_result(folder: Path) -> None:
     with pytest.raises(RuntimeError, match=WEIGHTS):
         write_result(folder, [weights, fails], RECORD, PROVENANCE_OF_IT)
-    assert [path.name for path in folder.iterdir()] == ["earlier.json"]
+    assert [path.name for path in folder.iterdir()] == ["model_index.json"]
     assert not list(folder.parent.glob(".*"))
 
 

@@ -129,7 +129,7 @@ def test_resume_is_bit_exact(home, motion, lora, student, kind):
 
 def test_training_motion_resumes_bit_exactly(home, motion):
     sizes = {"motion_num_attention_heads": 4, "motion_max_seq_length": 4}
-    again = train(home, "train_motion", "motion-again", **sizes, resume_from_checkpoint=motion / "checkpoint-2")
+    again = train(home, "train_motion", "modules-again", **sizes, resume_from_checkpoint=motion / "checkpoint-2")
     expected = tensors(motion / "checkpoint-4")
     assert all(MOTION in name for name in expected if name.startswith("student/"))
     assert_same(tensors(again / "checkpoint-4"), expected)

@@ -15,6 +15,7 @@ from scripts import FOLDER, data_flags, image_folder, run_script, script
 from tiny import tiny_pipeline, tiny_vae
 
 from cm_diffusers.engine.cli import parse_configs
+from cm_diffusers.engine.own_files import is_run_file
 from cm_diffusers.models.classifier import ImageClassifier
 
 
@@ -208,8 +209,7 @@ WRONG = {
         with_flags(resolution=30),
         "--resolution 30 is not a multiple of 4, as the VAE needs: take 28 or 32",
     ),
-    "output folder": (used_output, "already holds the files of another run"),
-    "no checkpoint": (with_flags(resume_from_checkpoint="latest"), "there is no checkpoint in"),
+    "output folder": (used_output, "such as notes.txt, but no run.json"),
     "missing checkpoint": (with_flags(resume_from_checkpoint="checkpoint-7"), "no such checkpoint"),
     "half a checkpoint": (not_a_checkpoint, "is not a checkpoint: there is no state.json in it"),
     "learning rate": (with_flags(learning_rate=-1.0), "--learning_rate is -1.0"),
@@ -252,6 +252,74 @@ def test_wrong_input_gets_one_sentence(lcm, case) -> None:
     assert ended.value.code.startswith("error: ")
     assert words in ended.value.code
     assert "\n" not in ended.value.code
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(flags: dict) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run_script("distill_lcm", **flags)
+    return ended.value.code
+
+
+def test_overwriting_keeps_a_finished_student_until_all_is_checked(lcm, tmp_path, monkeypatch) -> None:
+    run = lcm["output_dir"]
+    run_script("distill_lcm", **lcm)
+    assert [name for name in files(run) if not is_run_file(name, "cm_diffusers")] == ["run.json"]
+    (run / "notes.txt").write_text("the user's")
+    image_folder(run / "pictures", 2)
+    before, again = files(run), lcm | {"overwrite_output_dir": True, "seed": 1}
+    typos = {"train_data_dir": tmp_path / "dta", "pretrained_teacher_model": tmp_path / "no", "resolution": 30}
+    for name, value in typos.items():
+        assert str(value) in refused(again | {name: value})
+    for name in ("train_data_dir", "latent_cache_dir", "pretrained_teacher_model"):
+        for place in (run, run / "pictures"):
+            assert f"--{name} {place} lies in it" in refused(again | {name: place})
+    monkeypatch.chdir(run / "pictures")
+    assert "the working directory lies in it" in refused(again)
+    assert files(run) == before
+    monkeypatch.chdir(tmp_path)
+    run_script("distill_lcm", **again)
+    after = files(run)
+    assert after.keys() == before.keys()
+    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    assert after[weights] != before[weights]
+    assert [name for name in before if name.startswith(("notes", "pictures")) and after[name] != before[name]] == []
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_a_lora_run_writes_what_is_listed_and_can_be_replaced(lcm, report_to) -> None:
+    grids = {
+        "validation_prompts": ["a bag"],
+        "validation_steps": 2,
+        "validation_nfe": [1],
+        "validation_teacher_steps": 2,
+    }
+    flags = lcm | grids | {"lora": True, "lora_rank": 2, "report_to": report_to, "ema_sigma_rels": [0.1]}
+    del flags["unet_time_cond_proj_dim"]
+    for more in ({}, {"overwrite_output_dir": True}):
+        run_script("distill_lcm", **flags, **more)
+        found = files(flags["output_dir"])
+        assert [name for name in found if not is_run_file(name, "cm_diffusers")] == ["run.json"]
+        assert {"lora", "samples", "averages", "checkpoint-2"} <= {name.partition("/")[0] for name in found}
+
+
+def test_a_folder_of_pictures_is_no_output_folder(lcm) -> None:
+    lcm["output_dir"] = image_folder(lcm["output_dir"], 2)
+    before = files(lcm["output_dir"])
+    assert "but no run.json" in refused(lcm | {"overwrite_output_dir": True})
+    assert "lies in it" in refused(lcm | {"overwrite_output_dir": True, "train_data_dir": lcm["output_dir"]})
+    assert files(lcm["output_dir"]) == before
+
+
+def test_the_corrected_command_starts_with_latest_as_well(lcm, tmp_path) -> None:
+    for name, value in {"train_data_dir": tmp_path / "dta", "learning_rate": -1.0}.items():
+        refused(lcm | {name: value})
+        assert not lcm["output_dir"].exists()
+    run_script("distill_lcm", **lcm, resume_from_checkpoint="latest")
+    assert (lcm["output_dir"] / "pipeline" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("flag", ["solver", "loss_type", "optimizer", "lr_scheduler", "mixed_precision", "vae_dtype"])

@@ -1,5 +1,8 @@
 """The processes, precision and tracker of a run."""
 
+import json
+
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -21,3 +24,20 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
             "whole weights on every rank. Run `accelerate config` and choose multi-GPU without sharding."
         )
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, report_to: str, project: str, identity: dict) -> None:
+    """Open the tracker, which makes its folder, unless it is open.
+
+    Args:
+        project: Its name.
+        identity: The settings of the run, which it shows.
+    """
+    if report_to != "none" and not accelerator.trackers:
+        scalars = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in identity.items()}
+        accelerator.init_trackers(project, config=scalars)
+
+
+def any_rank(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something holds on any rank; the same answer on all."""
+    return bool(accelerator.reduce(torch.tensor(int(here), device=accelerator.device), reduction="sum").item())

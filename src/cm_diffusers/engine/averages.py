@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from shutil import rmtree
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cm_diffusers.engine.checkpoints import write_folder
+from cm_diffusers.engine.own_files import remove_empty
 
 
 MOST_ERROR = 0.2  # of a rebuilt profile, relative, in the 2-norm
@@ -138,8 +138,10 @@ def list_snapshots(run: Path) -> list[Snapshot]:
 
 def forget_snapshots(run: Path, after: int) -> None:
     """Those of later steps: the run has gone back to an earlier one."""
-    for folder in {snapshot.path.parent for snapshot in list_snapshots(run) if snapshot.step > after}:
-        rmtree(folder)
+    for snapshot in list_snapshots(run):
+        if snapshot.step > after:
+            snapshot.path.unlink()
+            remove_empty(snapshot.path.parent, run)
 
 
 def profile_product(step_a: float, gamma_a: float, step_b: float, gamma_b: float) -> float:

@@ -1,15 +1,19 @@
 """Checkpoints of a run: safetensors and JSON in a folder that appears whole or not at all."""
 
 import json
+import logging
 import os
-import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cm_diffusers.engine.own_files import foreign_files, is_checkpoint_file, keep_foreign, remove
 
-PREFIX = "checkpoint-"
+
+logger = logging.getLogger(__name__)
+
+PREFIX, STATE = "checkpoint-", "state.json"
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
@@ -50,7 +54,7 @@ def write_checkpoint(output_dir: Path, step: int, tensors: dict[str, dict[str, T
         tensors: file stem -> named tensors.
         state: JSON, as `state.json`.
     """
-    return write_folder(output_dir / f"{PREFIX}{step}", tensors, {"state.json": state})
+    return write_folder(output_dir / f"{PREFIX}{step}", tensors, {STATE: state})
 
 
 def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, dict]) -> Path:
@@ -60,8 +64,9 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], texts: dict
         tensors: File stem -> named tensors.
         texts: File name -> JSON.
     """
+    final = Path(os.path.realpath(final))
     aside, replaced = (final.with_name(f".{final.name}.{suffix}") for suffix in ("partial", "replaced"))
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     aside.mkdir(parents=True)
     for stem, named in tensors.items():
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, aside / f"{stem}.safetensors")
@@ -70,19 +75,20 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], texts: dict
     for path in aside.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+    keep_foreign(final, aside, is_checkpoint_file)
     if final.exists():
         os.replace(final, replaced)
     os.replace(aside, final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
     return final
 
 
 def read_state(path: Path) -> dict:
     """The JSON of a checkpoint."""
     try:
-        return json.loads((path / "state.json").read_text())
+        return json.loads((path / STATE).read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is not a checkpoint: there is no state.json in it.") from error
+        raise ValueError(f"{path} is not a checkpoint: there is no {STATE} in it.") from error
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -92,7 +98,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [p for p in output_dir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    found = [p.parent for p in output_dir.glob(f"{PREFIX}*/{STATE}") if p.parent.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
 
 
@@ -111,9 +117,15 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
 
 
 def prune_checkpoints(output_dir: Path, limit: int) -> None:
-    """Keep the newest `limit` checkpoints; renamed first, so that a half-deleted one is never taken for a whole one."""
+    """Keep the newest `limit` checkpoints; renamed first, so that a half-deleted one is never taken for a whole one.
+
+    One with files of the user in it stays.
+    """
     for old in list_checkpoints(output_dir)[:-limit]:
+        if foreign := foreign_files(old, is_checkpoint_file):
+            logger.warning("%s is kept, for %s in it is not of a checkpoint.", old, foreign[0])
+            continue
         aside = old.with_name(f".{old.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         os.replace(old, aside)
-        shutil.rmtree(aside)
+        remove(aside)

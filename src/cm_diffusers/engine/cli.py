@@ -15,6 +15,8 @@ import diffusers
 import transformers
 from transformers import HfArgumentParser
 
+from cm_diffusers.engine.run_folder import refuse_inputs_inside
+
 
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse the command line into one instance of each dataclass.
@@ -27,6 +29,9 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+    for config in parsed[: len(configs)]:
+        if getattr(config, "overwrite_output_dir", False):
+            refuse_inputs_inside(config.output_dir, parsed[: len(configs)])
     return tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
 
 

@@ -1,6 +1,5 @@
 """The only training loop. It knows players, batches and progress, and no method."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +15,13 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine import checkpoints
-from cm_diffusers.engine.accelerator import make_accelerator
+from cm_diffusers.engine.accelerator import any_rank, make_accelerator, start_trackers
 from cm_diffusers.engine.averages import Averages, ema_update, forget_snapshots, power_of
-from cm_diffusers.engine.interrupts import StopRequest, stop_request
+from cm_diffusers.engine.interrupts import stop_request
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.run_folder import open_run_folder, run_identity
+from cm_diffusers.engine.run_folder import RunFolder, run_identity
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
 
@@ -34,7 +33,10 @@ class TrainConfig:
     """How long and how a run trains, and what it leaves behind."""
 
     output_dir: str = HfArg(default="runs/latest", help="Where checkpoints, samples, logs and the result go.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Delete what another run left in --output_dir.")
+    overwrite_output_dir: bool = HfArg(
+        default=False,
+        help="Replace an earlier run in --output_dir, no file of yours: set aside until training has ended, then removed.",
+    )
     seed: int = HfArg(default=0, help="Seeds data order, noise, times and dropout; a run is a function of it.")
     max_train_steps: int = HfArg(default=1000, help="Optimizer steps in all, those before a resume included.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches per optimizer step.")
@@ -53,7 +55,9 @@ class TrainConfig:
     )
     checkpointing_steps: int = HfArg(default=500, help="Optimizer steps between checkpoints.")
     checkpoints_total_limit: int | None = HfArg(default=None, help="Keep only the newest so many checkpoints.")
-    resume_from_checkpoint: str | None = HfArg(default=None, help='"latest", or a checkpoint folder; bit-exact.')
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help='"latest" (the start, where there is none yet), or a checkpoint folder; bit-exact.'
+    )
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = HfArg(default="tensorboard", help="Tracker.")
     tracker_project_name: str = HfArg(default="cm_diffusers", help="Project name for the tracker.")
     logging_steps: int = HfArg(default=10, help="Optimizer steps between entries in the tracker.")
@@ -109,7 +113,7 @@ class Trainer:
         )
         if getattr(objective, "spans_training", False):
             self.identity["max_train_steps"] = config.max_train_steps
-        resume_path = self._open_folder()
+        self.folder = RunFolder(config, self.identity, [objective.config, *settings], self.accelerator)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         for _, module in nets.items():
             module.to(self.device)
@@ -117,11 +121,8 @@ class Trainer:
                 module.compile()
         self.averages = Averages(nets.student, config.export_ema_decay, config.ema_sigma_rels)
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
-        if resume_path:
-            self.load(resume_path)
-        if config.report_to != "none":
-            scalars = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in self.identity.items()}
-            self.accelerator.init_trackers(config.tracker_project_name, config=scalars)
+        if self.folder.checkpoint:
+            self.load(self.folder.checkpoint)
 
     @property
     def device(self) -> torch.device:
@@ -147,10 +148,18 @@ class Trainer:
             FloatingPointError: A loss or gradient is not finite; the last checkpoint stands.
             SystemExit: SIGINT or SIGTERM arrived; a checkpoint was written.
         """
-        config, last_saved, self.source = self.config, self.step, batches
+        config, self.source = self.config, batches
         if self.source_state:
             batches.load_state(self.source_state)
         stream = iter(batches(self.step * config.gradient_accumulation_steps))
+        with self.folder.claimed():
+            start_trackers(self.accelerator, config.report_to, config.tracker_project_name, self.identity)
+            self._fit(stream)
+        if self.stopping:
+            logger.warning("Training ended at step %d of %d: %s", self.step, config.max_train_steps, self.stopping)
+
+    def _fit(self, stream: Iterator[Batch]) -> None:
+        config, last_saved = self.config, self.step
         quiet = not self.accelerator.is_local_main_process
         with stop_request() as request, tqdm(initial=self.step, total=config.max_train_steps, disable=quiet) as bar:
             while self.step < config.max_train_steps and not self.stopping:
@@ -159,7 +168,7 @@ class Trainer:
                 self._log(loss, images / (time.perf_counter() - started), bar)
                 for callback in self.callbacks:
                     callback(self, loss)
-                stopping = self._all_agree(request)
+                stopping = any_rank(self.accelerator, request.signum is not None)  # all leave at the same step
                 if stopping or self.step % config.checkpointing_steps == 0:
                     last_saved = self.save()
                 if stopping:
@@ -168,8 +177,11 @@ class Trainer:
                     )
         if last_saved != self.step:
             self.save()
-        if self.stopping:
-            logger.warning("Training ended at step %d of %d: %s", self.step, config.max_train_steps, self.stopping)
+
+    def end(self) -> None:
+        """The result is written: what this run has replaced goes, and the tracker is closed."""
+        self.folder.end()
+        self.accelerator.end_training()
 
     def training_step(self, stream: Iterator[Batch]) -> tuple[Loss, int]:
         """One optimizer step of every player; returns the mean loss of the first and the images seen by all ranks."""
@@ -262,7 +274,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.source_state = files.get("source", {})
         self.step = state["step"]
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self.folder.continues:
             forget_snapshots(self.output_dir, after=self.step)
         logger.info("Resumed from %s at step %d", path, self.step)
 
@@ -272,23 +284,6 @@ class Trainer:
             for model in models:
                 model.enable_gradient_checkpointing()
         return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
-
-    def _open_folder(self) -> Path | None:
-        """Only the main process touches the folder; the others look after it has."""
-        config, path = self.config, None
-        if self.accelerator.is_main_process:
-            path = open_run_folder(
-                self.output_dir, self.identity, config.overwrite_output_dir, config.resume_from_checkpoint
-            )
-        self.accelerator.wait_for_everyone()
-        if config.resume_from_checkpoint and path is None:
-            path = checkpoints.find_checkpoint(self.output_dir, config.resume_from_checkpoint)
-        return path
-
-    def _all_agree(self, request: StopRequest) -> bool:
-        """Whether any rank was asked to stop: all must leave at the same step."""
-        asked = torch.tensor(int(request.signum is not None), device=self.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum").item())
 
     def _log(self, loss: Loss, images_per_second: float, bar: tqdm) -> None:
         bar.update()

@@ -41,7 +41,7 @@ def publish(
             save(network, folder, provenance)
         if repo_id:
             address = push_folder(folder, repo_id, hub)
-    trainer.accelerator.end_training()
+    trainer.end()
     return address
 
 

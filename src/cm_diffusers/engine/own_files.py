@@ -1,0 +1,112 @@
+"""What a run writes into its folder: all that a later run may replace. Whatever else lies there is the user's."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+RESULTS = ("pipeline", "lora", "student", "motion_adapter", "controlnet", "image_adapter", "vae", "classifier")
+PARTS = (
+    "unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler|safety_checker|feature_extractor|"
+    "image_encoder|motion_adapter|controlnet"
+)
+IN_RESULT = re.compile(
+    r"README\.md|samples\.(?:png|gif)|pipeline\.py"
+    r"|(?:cm_diffusers|training|model_index|config|scheduler_config|metrics|\w+\.safetensors\.index)\.json"
+    r"|(?:diffusion_pytorch_model|model|pytorch_lora_weights)[\w.-]*\.safetensors"
+    rf"|(?:{PARTS})/[^/]+\.(?:json|safetensors|txt|model)"
+    r"|comfyui/[^/]+\.safetensors"
+    r"|(?:evaluation/)?(?:table\.json|grid\.png|clips\.gif)"
+)
+IN_CHECKPOINT = re.compile(r"state\.json|[^/]+\.safetensors")
+IN_RUN = re.compile(
+    r"samples/step-\d+\.(?:png|gif|webp|mp4)"
+    r"|averages/(?:step-\d+|\.step-\d+\.(?:partial|replaced))/[^/]+\.safetensors"
+    r"|rewards\.(?:json|png)|metrics\.json"
+    rf"|\.(?:checkpoint-\d+|{'|'.join(RESULTS)})\.(?:partial|replaced)/.*",
+    re.DOTALL,
+)
+LOGS = re.compile(r"(?:[\d.]+/)?(?:events\.out\.tfevents\.[^/]+|hparams\.yml)")
+FOLDERS = re.compile(rf"checkpoint-\d+|samples|averages|{'|'.join(RESULTS)}")
+
+
+def is_result_file(name: str) -> bool:
+    """Whether publishing writes it, by its path inside the result's folder."""
+    return bool(IN_RESULT.fullmatch(name))
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether `write_checkpoint` writes it, by its path inside the checkpoint."""
+    return bool(IN_CHECKPOINT.fullmatch(name))
+
+
+def is_run_file(name: str, logs: str) -> bool:
+    """Whether a run writes it, by its path inside the run's folder.
+
+    Args:
+        logs: Name of the tracker's folder.
+    """
+    first, _, rest = name.partition("/")
+    if re.fullmatch(r"checkpoint-\d+", first):
+        return is_checkpoint_file(rest)
+    return (
+        bool(IN_RUN.fullmatch(name))
+        or (first in RESULTS and is_result_file(rest))
+        or (first == logs and bool(LOGS.fullmatch(rest)))
+    )
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """Paths of files and links below a folder, relative to it; what a link leads to is not entered."""
+    for place, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in sorted([*names, *links]):
+            yield (Path(place) / name).relative_to(folder).as_posix()
+
+
+def foreign_files(folder: Path, is_ours: Callable[[str], bool]) -> list[str]:
+    """Paths of the user's files in a folder of ours, relative to it."""
+    return [name for name in files_in(folder) if not is_ours(name)]
+
+
+def keep_foreign(old: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
+    """Copy the user's files of a folder that is to be replaced into the one that takes its place."""
+    for name in foreign_files(old, is_ours) if old.is_dir() else ():
+        if not os.path.lexists(new / name):
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(old / name, new / name, follow_symlinks=False)
+
+
+def move_own(source: Path, goal: Path, is_ours: Callable[[str], bool]) -> None:
+    """Rename what a run wrote from one folder into another: whole where it can be, beside the user's files one by one.
+
+    A link with a name of ours is moved as a link; what it leads to stays as it is.
+    """
+    for entry in sorted(source.iterdir()):
+        inside = [entry.name] if not entry.is_dir() else [f"{entry.name}/{name}" for name in files_in(entry)]
+        mine = [name for name in inside if is_ours(name)]
+        if entry.is_symlink():
+            mine = [entry.name] if FOLDERS.fullmatch(entry.name) or is_ours(entry.name) else []
+        elif mine == inside and (mine or FOLDERS.fullmatch(entry.name)) and not (goal / entry.name).exists():
+            mine = [entry.name]
+        for name in mine:
+            (goal / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / name, goal / name)
+            remove_empty((source / name).parent, source)
+
+
+def remove_empty(folder: Path, above: Path) -> None:
+    """A folder and those around it, up to one that stays, as far as nothing is in them."""
+    while folder != above and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+
+
+def remove(path: Path) -> None:
+    """A folder, a file or a link; of a link not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
