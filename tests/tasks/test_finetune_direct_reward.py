@@ -1,6 +1,7 @@
 """`finetune_direct_reward.py` end to end on tiny pipelines: a student by all three gradients, and a diffusion model."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -103,12 +104,13 @@ def test_passes_are_those_of_all_images(home):
 def test_the_distillation_of_a_tuned_student_has_the_first_teacher(home):
     """Not the student that it was tuned from, which its record names."""
     whole = tune(home, "once", no_lora=True) / "pipeline"
-    source = RewardModelConfig(str(whole), lora=False)
-    once = load_tuned(source, 0.0)
-    twice = replace(once, record=replace(once.record, base_model=str(whole)))
+    again = shutil.copytree(whole, home / "twice" / "pipeline")
+    once, after = (RewardModelConfig(str(path), lora=False) for path in (whole, again))
+    tuned_once = load_tuned(once, 0.0)
+    tuned_twice = replace(tuned_once, record=replace(tuned_once.record, base_model=str(whole)))
     teacher = UNet2DConditionModel.from_pretrained(home / "teacher", subfolder="unet").state_dict()
-    assert any((value != teacher[name]).any() for name, value in once.unet.state_dict().items())
-    for tuned in (once, twice):
+    assert any((value != teacher[name]).any() for name, value in tuned_once.unet.state_dict().items())
+    for tuned, source in ((tuned_once, once), (tuned_twice, after)):
         nets = Networks(tuned.unet)
         distillation_of(tuned, nets, source, None)
         assert_same(nets.teacher.state_dict(), teacher)
