@@ -15,6 +15,7 @@ import diffusers
 import transformers
 from transformers import HfArgumentParser
 
+from cm_diffusers.engine.launcher import refuse_lone_processes
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
 
 
@@ -29,6 +30,7 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+    refuse_lone_processes(trains=any(hasattr(config, "max_train_steps") for config in parsed))
     for config in parsed[: len(configs)]:
         if getattr(config, "overwrite_output_dir", False):
             refuse_inputs_inside(config.output_dir, parsed[: len(configs)])

@@ -18,6 +18,7 @@ from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.accelerator import any_rank, make_accelerator, start_trackers
 from cm_diffusers.engine.averages import Averages, ema_update, forget_snapshots, power_of
 from cm_diffusers.engine.interrupts import stop_request
+from cm_diffusers.engine.launcher import take_launched
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
@@ -39,10 +40,19 @@ class TrainConfig:
     )
     seed: int = HfArg(default=0, help="Seeds data order, noise, times and dropout; a run is a function of it.")
     max_train_steps: int = HfArg(default=1000, help="Optimizer steps in all, those before a resume included.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches per optimizer step.")
+    gradient_accumulation_steps: int | None = HfArg(
+        default=None, help="Micro-batches per optimizer step; if not given, what accelerate's environment says, or 1."
+    )
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in backward to save memory.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="Autocast dtype; weights stay float32.")
-    compile: bool = HfArg(default=False, help="torch.compile every network.")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(
+        default=None,
+        help="Autocast dtype; weights stay float32. If not given, that of accelerate's launcher or config file, or no.",
+    )
+    compile: bool | None = HfArg(
+        default=None,
+        help="torch.compile every network; if not given, as accelerate's launcher or config file says, or not.",
+        metadata={"nargs": "?", "const": True},
+    )
     allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on NVIDIA GPUs from Ampere on.")
     ema_decay: float = HfArg(default=0.95, help="Rate of the EMA target network, where the method has one.")
     export_ema_decay: float = HfArg(
@@ -63,6 +73,7 @@ class TrainConfig:
     logging_steps: int = HfArg(default=10, help="Optimizer steps between entries in the tracker.")
 
     def __post_init__(self) -> None:
+        take_launched(self)
         counts = (
             "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit logging_steps"
         )

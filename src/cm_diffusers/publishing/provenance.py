@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 import cm_diffusers
+from cm_diffusers.engine.launcher import DEFAULTS
 from cm_diffusers.models.teachers import is_xl
 from cm_diffusers.places import LOCAL, public
 
@@ -156,6 +157,8 @@ def _script() -> list[str]:
 
 
 def _default(field: Field) -> object:
+    if field.name in DEFAULTS:
+        return DEFAULTS[field.name]
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
