@@ -111,7 +111,9 @@ def test_fp16_needs_a_gpu(tmp_path) -> None:
 def test_processes_that_would_each_be_a_run_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launcher, "_joined", lambda: 1)
-    with pytest.raises(ValueError, match="started 2 processes, but only 1 of them would train together, because no GPU"):
+    with pytest.raises(
+        ValueError, match="started 2 processes, but only 1 of them would train together, because no GPU"
+    ):
         settings()
     with pytest.raises(ValueError, match="started 2 processes, but this script is one"):
         parse_configs([], "", [])

@@ -368,7 +368,9 @@ def test_counts_are_positive(name) -> None:
 
 @pytest.mark.parametrize("settings", [{"learning_rate": -1e-4}, {"max_grad_norm": 0.0}])
 def test_optimizer_settings_are_in_range(settings) -> None:
-    with pytest.raises(ValueError, match=f"--{next(iter(settings))} is {next(iter(settings.values()))}"):
+    with pytest.raises(
+        ValueError, match=f"--{next(iter(settings))} must be .*, but it is {next(iter(settings.values()))}"
+    ):
         OptimConfig(**settings)
 
 

@@ -1,8 +1,10 @@
 """What every training script shares: flags from dataclasses, recipes, and one clear sentence for a wrong input."""
 
 import logging
+import os
 import shlex
 import sys
+import time
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -17,6 +19,10 @@ from transformers import HfArgumentParser
 
 from cm_diffusers.engine.launcher import refuse_lone_processes
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
+from cm_diffusers.ranges import check_ranges
+
+
+PATIENCE = 2.0  # seconds: a launcher ends the other processes within a fraction of one
 
 
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
@@ -30,6 +36,8 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+    for config in parsed[: len(configs)]:
+        check_ranges(config)
     refuse_lone_processes(trains=any(hasattr(config, "max_train_steps") for config in parsed))
     for config in parsed[: len(configs)]:
         if getattr(config, "overwrite_output_dir", False):
@@ -105,10 +113,22 @@ def run(main: Callable[[], None]) -> None:
     transformers.utils.logging.set_verbosity_error()
     try:
         main()
-    except (ValueError, FloatingPointError) as error:
-        if not _raised_here(error):
+    except Exception as error:
+        told = isinstance(error, FloatingPointError) or (isinstance(error, ValueError) and _raised_here(error))
+        _take_turn(told)
+        if not told:
             raise
         sys.exit(f"error: {error}")
+
+
+def _take_turn(told: bool) -> None:
+    """Of several processes one tells what is wrong: the launcher ends those that wait here once it has.
+
+    Args:
+        told: Whether it is one sentence; what else is raised may only follow from another process' end.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep((0 if told else 2 * PATIENCE) + (PATIENCE if int(os.environ.get("RANK", "0")) else 0))
 
 
 def _raised_here(error: Exception) -> bool:

@@ -64,7 +64,9 @@ def _asked(name: str, nothing: str) -> str | None:
 def _precision() -> str | None:
     asked = _asked("MIXED_PRECISION", "no")
     if asked not in (None, "bf16", "fp16"):
-        raise ValueError(f"accelerate's launcher or config file says --mixed_precision {asked}: take no, bf16 or fp16.")
+        raise ValueError(
+            f"accelerate's launcher or config file says --mixed_precision {asked}: take no, bf16 or fp16."
+        )
     return asked
 
 
@@ -81,7 +83,9 @@ def _compilation() -> bool | None:
     asked = _asked("DYNAMO_BACKEND", "no")
     if asked is None:
         return None
-    others = [f"{name.lower()} {value}" for name in DYNAMO if (value := _asked(f"DYNAMO_{name}", DYNAMO[name].lower()))]
+    others = [
+        f"{name.lower()} {value}" for name in DYNAMO if (value := _asked(f"DYNAMO_{name}", DYNAMO[name].lower()))
+    ]
     if asked != "inductor" or others:
         raise ValueError(
             f"accelerate's launcher or config file asks for dynamo with {', '.join([f'backend {asked}', *others])}, but "

@@ -16,13 +16,14 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.accelerator import any_rank, make_accelerator, start_trackers
-from cm_diffusers.engine.averages import Averages, ema_update, forget_snapshots, power_of
+from cm_diffusers.engine.averages import Averages, ema_update, forget_snapshots
 from cm_diffusers.engine.interrupts import stop_request
 from cm_diffusers.engine.launcher import take_launched
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.run_folder import RunFolder, run_identity
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
 
@@ -74,15 +75,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         take_launched(self)
-        counts = (
-            "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit logging_steps"
-        )
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, but it is {value}.")
-        for sigma_rel in self.ema_sigma_rels:
-            power_of(sigma_rel)
+        check_ranges(self)
 
 
 class Trainer:
