@@ -307,17 +307,17 @@ def test_the_package_s_network_is_frozen(monkeypatch):
     ("make", "settings", "message"),
     [
         (cd, {"num_scales": 1}, "--num_scales must be at least 2, but it is 1."),
-        (cd, {"w": float("nan")}, "--w is nan, but guidance is a number from -1 on; 0 is none."),
+        (cd, {"w": float("nan")}, "--w must be at least -1, but it is nan."),
         (cd, {"rho": 0.0}, "--rho must be above 0, but it is 0.0."),
         (cd, {"loss_type": "huber"}, "Unknown --loss_type 'huber'; one of l2, l1, lpips."),
-        (cd, {"sigma_min": 3.0, "sigma_max": 2.0}, "--sigma_min 3.0 and --sigma_max 2.0 are no range; give 0 < sigma_min < sigma_max."),
+        (cd, {"sigma_min": 3.0, "sigma_max": 2.0}, "--sigma_min 3.0 is above --sigma_max 2.0; swap them."),
         (cd, {"view": VPView(VP, "epsilon", 1.0), "sigma_min": 0.03}, "--sigma_max 80.0 is more noise than the network knows; give at most 14.614."),
         (ct, {"discretization_s_0": 0}, "--discretization_s_0 must be at least 1, but it is 0."),
         (ct, {"discretization_s_0": 200}, "--discretization_s_0 200 is above --discretization_s_1 150; swap them."),
         (ct, {"target_decay_0": 1.0}, "--target_decay_0 must be above 0 and below 1, but it is 1.0."),
         (ct, {"rho": -7.0}, "--rho must be above 0, but it is -7.0."),
         (ct, {"loss_type": "huber"}, "Unknown --loss_type 'huber'; one of l2, l1, lpips."),
-        (ct, {"sigma_min": 3.0, "sigma_max": 2.0}, "--sigma_min 3.0 and --sigma_max 2.0 are no range; give 0 < sigma_min < sigma_max."),
+        (ct, {"sigma_min": 3.0, "sigma_max": 2.0}, "--sigma_min 3.0 is above --sigma_max 2.0; swap them."),
     ],
 )  # fmt: skip
 def test_wrong_settings(make, settings, message):

@@ -154,7 +154,7 @@ def test_training_ends_there(tmp_path):
         ({"p_std": 0.0}, "--p_std must be above 0, but it is 0.0."),
         ({"rho": 0.0}, "--rho must be above 0, but it is 0.0."),
         ({"huber_c": -0.1}, "--huber_c must be at least 0, but it is -0.1."),
-        ({"sigma_min": 0.0}, "--sigma_min 0.0 and --sigma_max 80.0 are no range; give 0 < sigma_min < sigma_max."),
+        ({"sigma_min": 0.0}, "--sigma_min must be above 0, but it is 0.0."),
     ],
 )  # fmt: skip
 def test_wrong_settings(settings, message):
