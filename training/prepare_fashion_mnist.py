@@ -70,9 +70,10 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) 
 def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
     for split, prefix, count in (("train", "train", config.train_samples), ("test", "t10k", config.test_samples)):
-        hub, output = config.dataset_name, Path(config.output_dir) / split / f"{split}.parquet"
-        images, labels = read_hub(hub, split) if hub else read_idx(Path(config.idx_dir), prefix)
-        write(output, images, labels, balanced(labels, count, config.seed))
+        images, labels = (
+            read_hub(hub, split) if (hub := config.dataset_name) else read_idx(Path(config.idx_dir), prefix)
+        )
+        write(Path(config.output_dir, split, f"{split}.parquet"), images, labels, balanced(labels, count, config.seed))
 
 
 if __name__ == "__main__":

@@ -268,9 +268,8 @@ def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: object) ->
 
 
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
-    if mean is None and std is None:
-        return
-    if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0:
+    given = [numbers for numbers in (mean, std) if numbers is not None]
+    if given and (len(given) < 2 or {len(mean), len(std)} != {channels} or min(std) <= 0):
         raise ValueError(
             f"latents_mean and latents_std must both hold a number for each of the {channels} channels, latents_std "
             f"positive ones; got {mean} and {std}."
