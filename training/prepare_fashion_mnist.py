@@ -55,7 +55,8 @@ def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(turns[: count or None])
 
 
-def write(path: Path, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
+def write(path: Path, images: np.ndarray, labels: np.ndarray, count: int, seed: int) -> None:
+    rows = balanced(labels, count, seed)
     captions = [[f"a photo of {PHRASES[label]}", PHRASES[label]] for label in labels[rows]]
     files = []
     for row in rows:
@@ -70,10 +71,8 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) 
 def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
     for split, prefix, count in (("train", "train", config.train_samples), ("test", "t10k", config.test_samples)):
-        images, labels = (
-            read_hub(hub, split) if (hub := config.dataset_name) else read_idx(Path(config.idx_dir), prefix)
-        )
-        write(Path(config.output_dir, split, f"{split}.parquet"), images, labels, balanced(labels, count, config.seed))
+        hub, output = config.dataset_name, Path(config.output_dir, split, f"{split}.parquet")
+        write(output, *(read_hub(hub, split) if hub else read_idx(Path(config.idx_dir), prefix)), count, config.seed)
 
 
 if __name__ == "__main__":
