@@ -57,8 +57,7 @@ def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def write(path: Path, images: np.ndarray, labels: np.ndarray, count: int, seed: int) -> None:
     rows = balanced(labels, count, seed)
-    captions = [[f"a photo of {PHRASES[label]}", PHRASES[label]] for label in labels[rows]]
-    files = []
+    captions, files = [[f"a photo of {PHRASES[label]}", PHRASES[label]] for label in labels[rows]], []
     for row in rows:
         Image.fromarray(np.pad(images[row], 2)).save(buffer := io.BytesIO(), format="PNG", optimize=True)
         files.append({"bytes": buffer.getvalue(), "path": f"{row:05d}.png"})

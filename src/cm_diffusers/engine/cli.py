@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import sys
 import time
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -17,7 +16,9 @@ import diffusers
 import transformers
 from transformers import HfArgumentParser
 
+from cm_diffusers.engine.flag_names import OURS
 from cm_diffusers.engine.launcher import refuse_lone_processes
+from cm_diffusers.engine.recipes import with_recipes
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
 from cm_diffusers.ranges import check_ranges
 
@@ -28,11 +29,12 @@ PATIENCE = 2.0  # seconds: a launcher ends the other processes within a fraction
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse the command line into one instance of each dataclass.
 
-    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win.
+    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win, and the recipe
+    gives way to them as `with_recipes` says.
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
-        args=_with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
+        args=with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
@@ -48,7 +50,10 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
 def _advice(parser: ArgumentParser, unknown: list[str]) -> str:
     known = [option for action in parser._actions for option in action.option_strings if len(option) > 2]
     names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-    close = dict.fromkeys(match for name in names for match in get_close_matches(name, known, n=2, cutoff=0.7))
+    translated = [f"--{ours}" for name in names for ours in OURS.get(name[2:], "").split()]
+    close = dict.fromkeys(name for name in translated if name in known)
+    if not close:
+        close = dict.fromkeys(match for name in names for match in get_close_matches(name, known, n=2, cutoff=0.7))
     return f"did you mean {' or '.join(close)}?" if close else "--help lists those it has."
 
 
@@ -72,38 +77,6 @@ def make_parser(configs: Sequence[type], description: str) -> HfArgumentParser:
         help="File of flags, by its path or by its name in the folder recipes beside the script; flags given here win.",
     )
     return parser
-
-
-def _with_recipes(argv: Sequence[str] | None) -> list[str]:
-    """The words of the recipes, read as a shell would, then those of the command line."""
-    recipes = ArgumentParser(add_help=False, allow_abbrev=False)
-    recipes.add_argument("--recipe", action="append", default=[])
-    found, rest = recipes.parse_known_args(argv)
-    texts = [shipped("--recipe", name, ".args").read_text("utf-8") for name in found.recipe]
-    return [word for text in texts for word in shlex.split(text, comments=True)] + rest
-
-
-def shipped(flag: str, name: str, suffix: str) -> Path:
-    """A file that is there, or else one of the folder `recipes` beside the running script.
-
-    Args:
-        flag: That names it.
-        name: A path, or a name in that folder with or without its suffix.
-        suffix: Of such files.
-
-    Raises:
-        ValueError: There is neither.
-    """
-    folder = Path(sys.argv[0]).resolve().parent / "recipes"
-    places = (Path(name), folder / name, folder / f"{name}{suffix}")
-    if found := next((place for place in places if place.is_file()), None):
-        return found
-    names = (path.stem for path in folder.glob(f"*{suffix}"))
-    close = ", ".join(get_close_matches(Path(name).stem, names, cutoff=0.5))
-    raise ValueError(
-        f"{flag} {name}: there is no such file and none of that name in the folder recipes beside the script; "
-        + (f"close to it: {close}." if close else "give the path of one.")
-    )
 
 
 def run(main: Callable[[], None]) -> None:

@@ -89,7 +89,10 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max
     if config.lr_scheduler != "wsd" and config.lr_cooldown_steps:
         raise ValueError(f"--lr_cooldown_steps acts with --lr_scheduler wsd, not {config.lr_scheduler!r}.")
     if config.lr_warmup_steps + config.lr_cooldown_steps > max_steps:
-        raise ValueError(f"Warm-up and cooldown take more than the {max_steps} steps of the run; shorten them.")
+        raise ValueError(
+            f"--lr_warmup_steps {config.lr_warmup_steps} and --lr_cooldown_steps {config.lr_cooldown_steps} take more than the "
+            f"{max_steps} steps of the run (--max_train_steps): shorten them."
+        )
     if config.lr_scheduler == "wsd":
         warmup, cooldown = config.lr_warmup_steps, config.lr_cooldown_steps
         return LambdaLR(optimizer, lambda step: wsd_factor(step, warmup, cooldown, max_steps))
