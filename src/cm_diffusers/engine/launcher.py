@@ -25,7 +25,7 @@ def take_launched(config: Any) -> None:
         given = getattr(config, name)
         if given is not None and asked is not None and given != asked:
             raise ValueError(
-                f"--{name} is {given}, but accelerate's launcher or config file says {asked}: give it in one place."
+                f"--{name} is {given}, but accelerate's launcher or config file says {asked}: make them agree, or leave one out."
             )
         value = given if asked is None else asked
         setattr(config, name, default if value is None else value)

@@ -41,9 +41,7 @@ class TrainConfig:
     )
     seed: int = HfArg(default=0, help="Seeds data order, noise, times and dropout; a run is a function of it.")
     max_train_steps: int = HfArg(default=1000, help="Optimizer steps in all, those before a resume included.")
-    gradient_accumulation_steps: int | None = HfArg(
-        default=None, help="Micro-batches per optimizer step; if not given, what accelerate's environment says, or 1."
-    )
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Micro-batches per optimizer step; 1 if unset.")
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in backward to save memory.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(
         default=None,
@@ -269,6 +267,11 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint folder."""
         files, state = checkpoints.read_checkpoint(path)
+        if state["step"] > self.config.max_train_steps:
+            raise ValueError(
+                f"--max_train_steps is {self.config.max_train_steps}, but {path} is at step {state['step']} already: give at "
+                "least that, or an earlier checkpoint."
+            )
         for player in self.players:
             player.load_state(files, state["players"][player.name])
         if self.nets.target is not None:
@@ -284,8 +287,7 @@ class Trainer:
 
     def _make_player(self, name: str, optim: OptimConfig) -> Player:
         if self.config.gradient_checkpointing:
-            models = [m for m in getattr(self.nets, name).modules() if isinstance(m, ModelMixin)]
-            for model in models:
+            for model in [m for m in getattr(self.nets, name).modules() if isinstance(m, ModelMixin)]:
                 model.enable_gradient_checkpointing()
         return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
 
