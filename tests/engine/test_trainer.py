@@ -353,7 +353,7 @@ def test_a_missing_checkpoint_is_answered_with_what_there_is(tmp_path) -> None:
 
 def test_a_run_is_not_resumed_past_its_end(tmp_path) -> None:
     toy_trainer(tmp_path).fit(source())
-    with pytest.raises(ValueError, match="--max_train_steps is 3, but .*checkpoint-4 is at step 4 already"):
+    with pytest.raises(ValueError, match=r"--max_train_steps 3 is less than the 4 of .*checkpoint-4: give more"):
         toy_trainer(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
     assert toy_trainer(tmp_path, resume_from_checkpoint="latest").step == 4
 

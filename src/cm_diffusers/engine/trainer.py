@@ -269,8 +269,7 @@ class Trainer:
         files, state = checkpoints.read_checkpoint(path)
         if state["step"] > self.config.max_train_steps:
             raise ValueError(
-                f"--max_train_steps is {self.config.max_train_steps}, but {path} is at step {state['step']} already: give at "
-                "least that, or an earlier checkpoint."
+                f"--max_train_steps {self.config.max_train_steps} is less than the {state['step']} of {path}: give more steps."
             )
         for player in self.players:
             player.load_state(files, state["players"][player.name])
