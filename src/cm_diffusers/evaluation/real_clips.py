@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.data.clip_latents import ClipViews
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.video import VideoDataConfig, open_clips
 from cm_diffusers.engine.cli import refuse_changed
 
@@ -52,7 +53,8 @@ def load_real_clips(config: VideoDataConfig, num_videos: int, most: int) -> list
         ValueError: Wrong configuration, a flag that has no effect here, or too few clips.
     """
     refuse_changed(config, OF_TRAINING, "in an evaluation")
-    clips, images = open_clips(config)
+    found = Found(config.source, kind="clips")
+    clips, images = open_clips(config, found)
     views = ClipViews(clips, replace(images, center_crop=True), config.sample_n_frames, config.sample_stride, 1)
     usable = [row for row, texts in enumerate(clips.captions) if texts and clips.lengths[row]]
     if num_videos > len(usable):
