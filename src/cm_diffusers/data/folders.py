@@ -122,14 +122,14 @@ class Folder:
         return rows.remove_columns(sorted(replaced)).rename_column("__paths__", self.image_column)
 
 
-def checked_folder(path: str) -> Path:
+def checked_folder(path: str, flag: str = FLAG) -> Path:
     """
     Raises:
         ValueError: No such folder.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{FLAG} {folder} is not a folder: give a folder with images, clips or parquet files.")
+        raise ValueError(f"{flag} {folder} is not a folder: give a folder with images, clips or parquet files.")
     return folder
 
 

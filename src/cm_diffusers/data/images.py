@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -68,9 +69,11 @@ def usable_rows(
     Raises:
         ValueError: There is none.
     """
+    inside = f"{Path(found.source).expanduser()}/"
 
     def skip(reason: str, rows: np.ndarray) -> None:
-        found.skip(reason, (row_name(record_of(i), i) for i in rows[:SHOWN].tolist()), len(rows))
+        names = [row_name(record_of(i), i).removeprefix(inside) for i in rows[:SHOWN].tolist()]
+        found.skip(reason, names, len(rows))
 
     unreadable, faults = np.flatnonzero(~readable), {}
     for row in unreadable.tolist():

@@ -79,7 +79,8 @@ def fault_of(record: Any) -> str:
         return "in empty files"
     with suppress(Exception), Image.open(io.BytesIO(content)) as image:  # as in decode_image
         image.load()
-        return f"with numbers in place of colours ({image.mode}), whose black and white nothing tells"
+        if image.mode in ("F", "I"):
+            return "with numbers in place of colours, of which nothing tells what is black and white"
     return "that cannot be read"
 
 

@@ -91,8 +91,9 @@ class VideoDataConfig:
         Raises:
             ValueError: A folder that is named is not there.
         """
-        for folder in filter(None, (self.train_data_dir, self.moving_articles)):
-            checked_folder(folder)
+        for name in ("train_data_dir", "moving_articles"):
+            if (folder := getattr(self, name)) is not None:
+                checked_folder(folder, f"--{name}")
 
     @property
     def source(self) -> str:

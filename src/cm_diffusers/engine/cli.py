@@ -21,7 +21,8 @@ from cm_diffusers.engine.run_folder import refuse_inputs_inside
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse the command line into one instance of each dataclass.
 
-    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win.
+    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win. A config with a
+    method `check` is asked whether the files that it names are there, before anything is loaded.
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -32,6 +33,8 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     for config in parsed[: len(configs)]:
         if getattr(config, "overwrite_output_dir", False):
             refuse_inputs_inside(config.output_dir, parsed[: len(configs)])
+        if hasattr(config, "check"):
+            config.check()
     return tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
 
 

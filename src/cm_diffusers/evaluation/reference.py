@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
 from cm_diffusers.data.sources import DataConfig, load_image_text
 
@@ -35,6 +36,14 @@ class ReferenceConfig:
         default="lanczos", help="Filter that resizes the shorter side to --resolution."
     )
     cache_dir: str | None = HfArg(default=None, help="Where `datasets` keeps what it downloads.")
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: The local folder is not there.
+        """
+        if self.train_data_dir is not None:
+            checked_folder(self.train_data_dir)
 
 
 @dataclass(frozen=True)
