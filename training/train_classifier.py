@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import ClassLabel
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import checked_folder
@@ -46,18 +47,19 @@ def measure(model: ImageClassifier, reference: Reference) -> dict[str, float]:
 
 def main() -> None:
     config, data, method, optim, train = parse_configs(CONFIGS, __doc__)
-    names = (
-        load_image_text(data, [config.label_column], Found("reported by the batches"))
-        .features[config.label_column]
-        .names
-    )
+    labels = load_image_text(data, [config.label_column], Found("the batches report")).features[config.label_column]
+    if not isinstance(labels, ClassLabel):
+        raise ValueError(
+            f"--label_column {config.label_column} must be a ClassLabel with the classes' names, as `datasets` writes it "
+            f"into parquet files, but it is {labels}."
+        )
     test = load_reference(
         ReferenceConfig(
             train_data_dir=config.test_data_dir, label_column=config.label_column, resolution=data.resolution
         )
     )
     seed_everything(train.seed)
-    model = ImageClassifier(labels=names, channels=config.channels, image_size=data.resolution)
+    model = ImageClassifier(labels=labels.names, channels=config.channels, image_size=data.resolution)
     trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])
     accelerator = trainer.accelerator
     ranks = accelerator.process_index, accelerator.num_processes

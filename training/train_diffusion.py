@@ -46,7 +46,7 @@ CONFIGS = (
 def main() -> None:
     model, shape, data, method, optim, train, validation = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
-    captions = load_image_text(data, None, Found("reported by the batches"))[data.caption_column][:]
+    captions = load_image_text(data, None, Found("the batches report"))[data.caption_column][:]
     vae = AutoencoderKL.from_pretrained(model.pretrained_vae).eval()
     texts = chain.from_iterable(c if isinstance(c, list) else [c] for c in captions)
     pipe = new_pipeline(shape, vae, texts, method.prediction_type)

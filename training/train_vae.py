@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.images import image_batches
-from cm_diffusers.data.sampler import Source
+from cm_diffusers.data.sampler import Stream
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
@@ -39,7 +39,7 @@ CONFIGS = (SmallVAEConfig, MeasureConfig, DataConfig, AutoencoderConfig, OptimCo
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, images: Source, number: int) -> dict[str, float]:
+def measure(vae: AutoencoderKL, images: Stream, number: int) -> dict[str, float]:
     """Over so many batches: reconstruction error in [-1, 1] pixels and the standard deviation of sampled latents."""
     latents, errors = [], []
     for batch in (batch.to(vae.device) for batch in islice(images(), number)):

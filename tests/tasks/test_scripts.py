@@ -188,7 +188,10 @@ WRONG = {
         "no column named words: choose from the columns found: text",
     ),
     "image column": (other_image_column, "no column named image: choose from the columns found: picture, text"),
-    "corrupt images": (only_corrupt_images, "None of the 3 rows can be used: found 3 unreadable images"),
+    "corrupt images": (
+        only_corrupt_images,
+        "can be used: left out, images that cannot be read: 3 (0.png, 1.png, 2.png)",
+    ),
     "no data": (empty_folder("train_data_dir"), "holds no image and no parquet file"),
     "recipe": (with_flags(recipe="none.args"), "--recipe none.args: there is no such file"),
     "two sources": (

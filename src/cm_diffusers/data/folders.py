@@ -18,8 +18,8 @@ from cm_diffusers.data.file_names import (
     suffix_of,
 )
 from cm_diffusers.data.found import Found
-from cm_diffusers.data.tables import read_table, read_text
-from cm_diffusers.errors import readable
+from cm_diffusers.data.tables import read_table
+from cm_diffusers.errors import read_text, readable
 
 
 FLAG = "--train_data_dir"

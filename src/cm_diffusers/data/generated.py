@@ -16,7 +16,7 @@ from cm_diffusers.data.cache import Embeddings, cached_embeddings
 from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.found import Found
-from cm_diffusers.data.sampler import Position, Source, batch_generator, batch_rows, stream
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig, captions_of, check_values
 from cm_diffusers.data.streaming import streaming_batches
@@ -68,7 +68,7 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Source:
+) -> Stream:
     """The data source that the flags name: generated, streamed or cached; see the functions of that name."""
     encoders = Encoders.from_pipeline(teacher)
     if generation.prompts_file:
@@ -89,7 +89,7 @@ def generated_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Source:
+) -> Stream:
     """As `text_image_batches`, x0 (B, C, h, w) being samples of the teacher; drawn once and kept as float16.
 
     Sample i is drawn from prompt i modulo their number and from (seed, i), so more samples later keep those there are.
@@ -122,7 +122,7 @@ def generated_batches(
     numbers = np.array([table[prompt] for prompt in sampler.prompts])
     position = Position(seed, rank, world_size)
     source = _Source(config, shards, numbers, embeddings, position, encoders.micro_conditioning)
-    return stream(source.make, config.dataloader_num_workers, found)
+    return stream(source.make, config.dataloader_num_workers, found=found)
 
 
 def read_prompts(path: str, column: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cm_diffusers.data.found import SHOWN, Found
 from cm_diffusers.data.preprocessing import crop, decode_image, drawn_view, fault_of, resize, square, to_tensor
-from cm_diffusers.data.sampler import Position, Source, batch_generator, batch_rows, stream
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.sources import DataConfig, load_image_text, row_name, source_name
 
 
@@ -28,7 +28,7 @@ def image_batches(
     world_size: int = 1,
     label_column: str | None = None,
     num_classes: int | None = None,
-) -> Source:
+) -> Stream:
     """A data source of pixels x0 (B, 3, R, R) in [-1, 1], crops and flips drawn anew for every batch.
 
     Args:
@@ -53,7 +53,7 @@ def image_batches(
     images = Images(dataset.select_columns(config.image_column), config, found)
     make = partial(_make_batch, images=images, labels=labels, position=Position(seed, rank, world_size))
     found.report()
-    return stream(make, config.dataloader_num_workers, found)
+    return stream(make, config.dataloader_num_workers, found=found)
 
 
 def usable_rows(

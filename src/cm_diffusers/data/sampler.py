@@ -45,8 +45,13 @@ def batch_generator(k: int, position: Position) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data source: called with the number of the first batch, an endless iterator of batches; and what it found."""
+class Stream:
+    """A data source: a function from the number of the first batch to an endless iterator of batches.
+
+    Attributes:
+        batches: That function.
+        found: What is trained on and what is left out.
+    """
 
     batches: Callable[[int], Iterator[Batch]]
     found: Found
@@ -65,8 +70,8 @@ class BatchDataset(Dataset):
         return self.make(k)
 
 
-def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, found: Found) -> Source:
-    """The source of batches whose fields are `make(k) -> (x0, cond, uncond, ...)`."""
+def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: Found) -> Stream:
+    """The data source of `make(k) -> (x0, cond, uncond, ...)`, a batch's fields."""
 
     def batches(start: int) -> Iterator[Batch]:
         loader = DataLoader(
@@ -80,4 +85,4 @@ def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, found: Foun
         for fields in loader:
             yield Batch(*fields)
 
-    return Source(batches, found)
+    return Stream(batches, found=found)

@@ -22,7 +22,7 @@ from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.folders import checked_tables
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
-from cm_diffusers.data.sampler import SHUFFLE, Position, Source, batch_generator
+from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, batch_generator
 from cm_diffusers.data.sources import (
     DataConfig,
     captions_of,
@@ -52,7 +52,7 @@ def streaming_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Source:
+) -> Stream:
     """As `text_image_batches`, with nothing kept: crops, flips and captions are drawn and encoded anew for each batch.
 
     Every epoch visits the files in another order, and `config.shuffle_buffer_size` samples at a time are shuffled. A
@@ -89,7 +89,7 @@ def streaming_batches(
         for k in count(start):
             yield encoder.batch(window.take(size), batch_generator(k, reader.position))
 
-    return Source(batches, found)
+    return Stream(batches, found=found)
 
 
 def _check(config: DataConfig, encoders: Encoders) -> None:

@@ -8,22 +8,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import csv, parquet
 
+from cm_diffusers.errors import read_text
+
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, without the mark that some editors put before it.
-
-    Raises:
-        ValueError: It is not in UTF-8.
-    """
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"it is no text in UTF-8 (byte {error.object[error.start]:#04x} at place {error.start}), save it as such"
-        ) from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -17,7 +17,7 @@ from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.images import usable_rows
-from cm_diffusers.data.sampler import Position, Source, batch_generator, batch_rows, stream
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text, source_name
 
 
@@ -31,7 +31,7 @@ def text_image_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Source:
+) -> Stream:
     """A data source of scaled latents with text embeddings.
 
     Args:
@@ -54,7 +54,7 @@ def text_image_batches(
     with placed(encoders.towers, device):
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, config)
     source = _Source(encoders.vae, rows, texts, table, Position(seed, rank, world_size), encoders.micro_conditioning)
-    return stream(source.make, config.dataloader_num_workers, rows.found)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found)
 
 
 def token_batches(
@@ -65,12 +65,12 @@ def token_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Source:
+) -> Stream:
     """As `text_image_batches`, for training the text tower too: `cond["input_ids"]` (B, L) int64."""
     rows, texts = _load(config, vae, (copy.deepcopy(tokenizer),), False, device)
     table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     source = _Source(vae, rows, texts, _Tokens(table), Position(seed, rank, world_size))
-    return stream(source.make, config.dataloader_num_workers, rows.found)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found)
 
 
 class _Tokens(NamedTuple):

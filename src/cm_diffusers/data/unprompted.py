@@ -11,7 +11,7 @@ from cm_diffusers.data.cache import Posteriors, Vae, cached_posteriors
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.images import class_labels, image_batches, usable_rows
-from cm_diffusers.data.sampler import Position, Source, batch_generator, batch_rows, stream
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import row_ranges
 from cm_diffusers.data.sources import DataConfig, load_image_text, source_name
 from cm_diffusers.data.text_image import drawn_latents
@@ -43,7 +43,7 @@ def unprompted_batches(
     vae: Vae | None = None,
     statistics: LatentStatistics | None = None,
     sigma_data: float = 0.5,
-) -> Source:
+) -> Stream:
     """A data source of pixels (B, 3, R, R) in [-1, 1], or of a VAE's latents (B, C, h, w).
 
     Latents are drawn from the cached posteriors and scaled as Stable Diffusion does; with statistics then
@@ -79,7 +79,7 @@ def unprompted_batches(
         affine = mean, std / sigma_data
     source = _Source(latents, labels, affine, Position(seed, rank, world_size))
     latents.found.report()
-    return stream(source.make, config.dataloader_num_workers, latents.found)
+    return stream(source.make, config.dataloader_num_workers, found=latents.found)
 
 
 def measure_statistics(config: DataConfig, vae: Vae, device: torch.device | str = "cpu") -> LatentStatistics:

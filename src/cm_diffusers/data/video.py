@@ -18,7 +18,7 @@ from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.images import usable_rows
 from cm_diffusers.data.moving_articles import MovingArticles
-from cm_diffusers.data.sampler import Position, Source, batch_generator, batch_rows, stream
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import Tensors
 from cm_diffusers.data.sources import DataConfig, check_values, load_image_text
 from cm_diffusers.data.text_image import EMPTY, drawn_latents
@@ -116,7 +116,7 @@ def video_batches(
     *,
     first_frame: bool = False,
     control: Literal["edges"] | None = None,
-) -> Source:
+) -> Stream:
     """A data source of scaled latents of clips with text embeddings.
 
     Args:
@@ -148,10 +148,10 @@ def video_batches(
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, rows.views.images)
     position = Position(seed, rank, world_size)
     source = _Source(encoders.vae, rows, table, position, first_frame, control == "edges")
-    return stream(source.make, config.dataloader_num_workers, rows.found)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found)
 
 
-def single_frames(clips: Source) -> Source:
+def single_frames(clips: Stream) -> Stream:
     """The frames of clips `(B, C, F, h, w)` as images `(B F, C, h, w)`."""
     return replace(clips, batches=lambda start: map(_as_images, clips(start)))
 
