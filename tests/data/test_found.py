@@ -21,6 +21,7 @@ from cm_diffusers.data.prompts import load_prompts
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.tables import read_table
 from cm_diffusers.data.tars import tar_rows, tar_shards
+from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
 from data.test_streaming import write_tar
 
 
@@ -203,7 +204,7 @@ def test_what_metadata_does_not_name(tmp_path):
 
 
 def test_upper_case_metadata_and_files_beside_a_split_and_parquet(tmp_path):
-    folder = write_images(tmp_path / "set", "train/a.png", "b.png")
+    folder = write_images(tmp_path / "set", "train/a.png", "b.png", "test/c.png")
     (folder / "train" / "METADATA.CSV").write_text("file_name,text\na.png,a")
     read, found = opened(folder)
     assert read == {"a.png": "a"}
@@ -223,6 +224,15 @@ def test_a_subset_says_what_it_leaves(tmp_path):
     _, found = opened(folder, [], max_train_samples=4)
     number, names = counted(found)["rows beyond --max_train_samples 4"]
     assert (number, len(names)) == (5, 3)
+
+
+def test_a_reference_without_a_caption_is_named_where_captions_are_asked_for(tmp_path):
+    folder = write_images(tmp_path / "set", "a.png", "b.png")
+    (folder / "a.txt").write_text("a bag")
+    reference = load_reference(ReferenceConfig(train_data_dir=str(folder), resolution=4))
+    assert len(reference.images) == 2
+    with pytest.raises(ValueError, match="Row 1 of the reference set has no caption"):
+        _ = reference.prompts
 
 
 def test_what_tar_shards_leave_out(tmp_path):

@@ -7,6 +7,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first that is there is read
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # likewise
 NO_DATA = {"thumbs.db", "desktop.ini", "readme.md", "license"}
+SPLITS = {"train", "test", "validation", "val", "dev", "eval"}
 
 
 def suffix_of(path: PurePath) -> str:

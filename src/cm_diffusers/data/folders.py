@@ -13,6 +13,7 @@ from cm_diffusers.data.file_names import (
     IMAGE_SUFFIXES,
     METADATA,
     NO_DATA,
+    SPLITS,
     is_hidden,
     is_metadata,
     suffix_of,
@@ -56,10 +57,11 @@ class Folder:
         folder = top if metadata_file(top) or not (top / split).is_dir() else top / split
         files = sorted(file for file in top.rglob("*") if file.is_file())
         hidden = {file for file in files if is_hidden(file.relative_to(top))}
-        outside = {file for file in files if folder not in file.parents} - hidden
+        outside = {file for file in files if not file.is_relative_to(folder)} - hidden if folder != top else set()
         of_data = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".parquet")
         found.skip("hidden files", _names(top, (file for file in hidden if suffix_of(file) in of_data)))
-        found.skip(f"files outside its folder {split}", _names(top, outside))
+        others = (file for file in outside if file.relative_to(top).parts[0] not in SPLITS)
+        found.skip(f"files outside its folder {split}", _names(top, others))
         mine = [file for file in files if file not in hidden | outside]
         return cls(folder, mine, found, image_column, *options)
 

@@ -231,7 +231,9 @@ def open_clips(config: VideoDataConfig, found: Found) -> tuple[MovingArticles | 
     """
     images = _image_config(config)
     _validate(config, images)
-    clips = _moving_articles(config, images) if config.moving_articles else FileClips.of(images, config.span, found)
+    clips = (
+        _moving_articles(config, images, found) if config.moving_articles else FileClips.of(images, config.span, found)
+    )
     return clips, images
 
 
@@ -260,8 +262,9 @@ def _validate(config: VideoDataConfig, images: DataConfig) -> None:
         refuse_changed(config, "num_clips", "without --moving_articles")
 
 
-def _moving_articles(config: VideoDataConfig, images: DataConfig) -> MovingArticles:
-    articles = load_image_text(replace(images, train_data_dir=config.moving_articles, image_column="image"))
+def _moving_articles(config: VideoDataConfig, images: DataConfig, found: Found) -> MovingArticles:
+    source = replace(images, train_data_dir=config.moving_articles, image_column="image")
+    articles = load_image_text(source, None, found)
     return MovingArticles(articles, config.span, config.num_clips, caption_column=config.caption_column)
 
 
