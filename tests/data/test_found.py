@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from cm_diffusers.data.clip_sources import FileClips
 from cm_diffusers.data.encoders import too_long
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.generated import read_prompts
@@ -178,8 +179,8 @@ def test_what_a_folder_of_loose_files_holds(tmp_path, caplog):
     assert counted(found) == {
         "hidden files": (3, ["._A.png", ".ipynb_checkpoints/a.png", "__MACOSX/e.png"]),
         "files of another kind": (1, ["f.heic"]),
-        "captions without an image": (1, ["lost.txt"]),
-        "second captions of an image": (1, ["A.caption"]),
+        "captions without images": (1, ["lost.txt"]),
+        "second captions of images": (1, ["A.caption"]),
     }
     assert found.lines()[-1] == "several images with one caption file: 1 (b)"
     with caplog.at_level(logging.WARNING):
@@ -191,11 +192,12 @@ def test_what_a_folder_of_loose_files_holds(tmp_path, caplog):
 def test_what_metadata_does_not_name(tmp_path):
     folder = write_images(tmp_path / "set", "a.png", "b.png", "sub/c.png", "D.JPG", ".ipynb_checkpoints/a.png")
     (folder / "a.txt").write_text("not read")
+    (folder / "e.heic").write_bytes(b"?")
     (folder / "metadata.csv").write_text("file_name,text\na.png,a\n./a.png,again\nmissing.png,m\nsub/c.png,c")
     _, found = opened(folder)
     assert counted(found) == {
         "hidden files": (1, [".ipynb_checkpoints/a.png"]),
-        "files that metadata.csv does not name": (2, ["D.JPG", "b.png"]),
+        "files that metadata.csv does not name": (3, ["D.JPG", "b.png", "e.heic"]),
         "files beside metadata.csv, which is read": (1, ["a.txt"]),
     }
     assert found.lines()[-1] == "files in several rows: 1 (a.png)"
@@ -224,6 +226,22 @@ def test_a_subset_says_what_it_leaves(tmp_path):
     _, found = opened(folder, [], max_train_samples=4)
     number, names = counted(found)["rows beyond --max_train_samples 4"]
     assert (number, len(names)) == (5, 3)
+
+
+def test_what_a_folder_of_clips_holds(tmp_path):
+    folder = write_images(tmp_path / "set", "take/1.png", "take/2.png", "take/notes.png", ".hidden/1.png")
+    stills = [Image.new("L", (4, 4), level) for level in (0, 90)]
+    for name in ("A.GIF", "b.gif"):
+        stills[0].save(folder / name, format="GIF", save_all=True, append_images=stills[1:])
+    for name in ("take.caption", "A.txt", "b.txt", "b.caption", "lost.caption"):
+        (folder / name).write_bytes(MARK + f"from {name}".encode())
+    found = Found(str(folder), kind="clips")
+    clips = FileClips.of(config_of(folder, image_column="video"), 2, found)
+    assert clips.captions == [["from A.txt"], ["from b.txt"], ["from take.caption"]]
+    assert counted(found) == {
+        "hidden files": (1, [".hidden/1.png"]), "files of another kind": (1, ["take/notes.png"]),
+        "captions without clips": (1, ["lost.caption"]), "second captions of clips": (1, ["b.caption"]),
+    }  # fmt: skip
 
 
 def test_a_reference_without_a_caption_is_named_where_captions_are_asked_for(tmp_path):

@@ -7,7 +7,7 @@ import datasets
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cm_diffusers.data.clips import CLIP_SUFFIXES, FRAME_SUFFIXES, clip_name, is_frame, measure, read_frames
+from cm_diffusers.data.clips import CLIP_SUFFIXES, clip_name, is_frame, measure, read_frames
 from cm_diffusers.data.file_names import CAPTION_SUFFIXES, METADATA, suffix_of
 from cm_diffusers.data.folders import Folder
 from cm_diffusers.data.found import Found
@@ -80,7 +80,7 @@ def _load_rows(config: DataConfig, found: Found) -> datasets.Dataset:
     if config.dataset_name:
         dataset = from_hub(config)
     else:
-        dataset = open_folder(config, found).rows(_loose_clips, CLIP_SUFFIXES | FRAME_SUFFIXES)
+        dataset = open_folder(config, found).rows(_loose_clips)
     require_columns(dataset.column_names, columns)
     dataset = subset(dataset, config, found)
     of_frames = isinstance(dataset.features[config.image_column], datasets.List | datasets.LargeList)

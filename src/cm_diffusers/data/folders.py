@@ -65,18 +65,14 @@ class Folder:
         mine = [file for file in files if file not in hidden | outside]
         return cls(folder, mine, found, image_column, *options)
 
-    def rows(self, loose: Callable[["Folder"], datasets.Dataset], suffixes: Iterable[str]) -> datasets.Dataset:
-        """The rows of its metadata, else of its parquet files, else of loose files.
-
-        Args:
-            loose: Makes rows of loose files.
-            suffixes: Of the files that metadata names.
+    def rows(self, loose: Callable[["Folder"], datasets.Dataset]) -> datasets.Dataset:
+        """The rows of its metadata, else of its parquet files, else of loose files by `loose`.
 
         Raises:
             ValueError: Damaged or missing files or columns.
         """
         if metadata := metadata_file(self.path):
-            return self._from_metadata(metadata, set(suffixes))
+            return self._from_metadata(metadata)
         if tables := [file for file in self.files if suffix_of(file) == ".parquet"]:
             self.leave_out("files beside the parquet files, which are read", set(self.files) - set(tables))
             return from_parquet(tables, f"{FLAG} {self.path}", self.cache_dir)
@@ -92,12 +88,11 @@ class Folder:
         for file in sorted(of_texts, key=lambda file: CAPTION_SUFFIXES.index(suffix_of(file))):
             texts.setdefault(file.with_suffix(""), []).append(file)
         wanted, uses = {stem: texts.get(stem, []) for stem in stems}, Counter(stems)
-        self.leave_out(
-            "captions without an image", (file for stem in texts.keys() - uses.keys() for file in texts[stem])
-        )
-        self.leave_out("second captions of an image", (file for files in wanted.values() for file in files[1:]))
+        kind, alone = self.found.kind, texts.keys() - uses.keys()
+        self.leave_out(f"captions without {kind}", (file for stem in alone for file in texts[stem]))
+        self.leave_out(f"second captions of {kind}", (file for files in wanted.values() for file in files[1:]))
         shared = [stem for stem, number in uses.items() if number > 1 and wanted[stem]]
-        self.found.remark("several images with one caption file", _names(self.path, shared))
+        self.found.remark(f"several {kind} with one caption file", _names(self.path, shared))
         read = {stem: self._caption(files[0]) for stem, files in wanted.items() if files}
         return [read.get(stem, "") for stem in stems]
 
@@ -105,7 +100,7 @@ class Folder:
         with readable(f"{FLAG}: the file {file}"):
             return read_text(file).strip()
 
-    def _from_metadata(self, path: Path, suffixes: set[str]) -> datasets.Dataset:
+    def _from_metadata(self, path: Path) -> datasets.Dataset:
         texts = [self.caption_column] if self.caption_column else []
         with readable(f"{FLAG}: the file {path}"):
             table = read_table(path, ["file_name", *texts])
@@ -115,10 +110,10 @@ class Folder:
         names = [None if name is None else str(path.parent / name) for name in table["file_name"].to_pylist()]
         uses, others = Counter(map(Path, filter(None, names))), set(self.files) - {path}
         self.found.remark("files in several rows", _names(self.path, (file for file in uses if uses[file] > 1)))
-        unnamed = {file for file in others if suffix_of(file) in suffixes and not uses.keys() & {file, file.parent}}
-        self.leave_out(f"files that {path.name} does not name", unnamed)
-        beside = {file for file in others if suffix_of(file) in (*CAPTION_SUFFIXES, ".parquet") or is_metadata(file)}
-        self.leave_out(f"files beside {path.name}, which is read", beside - uses.keys())
+        unnamed = {file for file in others if not uses.keys() & {file, file.parent}}
+        beside = {file for file in unnamed if suffix_of(file) in (*CAPTION_SUFFIXES, ".parquet") or is_metadata(file)}
+        self.leave_out(f"files that {path.name} does not name", unnamed - beside)
+        self.leave_out(f"files beside {path.name}, which is read", beside)
         rows, replaced = datasets.Dataset(table), {"file_name", self.image_column} & set(table.column_names)
         rows = rows.add_column("__paths__", names)  # before the others go: without a column there are no rows
         return rows.remove_columns(sorted(replaced)).rename_column("__paths__", self.image_column)

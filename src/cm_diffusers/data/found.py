@@ -1,6 +1,7 @@
 """What a data source found, and all that it leaves out: said once in the log, and kept for who wants to show it."""
 
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -68,8 +69,9 @@ class Found:
         return "; ".join([f"{self.source}: {known or self.kind} to train on", *self.lines()]) + "."
 
     def report(self) -> None:
-        """One line in the log, a warning where something is left out or remarkable."""
-        logger.log(logging.WARNING if self.lines() else logging.INFO, "%s", self)
+        """One line in the log of the first process, a warning where something is left out or remarkable."""
+        if int(os.environ.get("RANK", "0")) == 0:
+            logger.log(logging.WARNING if self.lines() else logging.INFO, "%s", self)
 
     def _add(
         self, counts: dict[str, Counted], told: str, reason: str, names: Iterable[str], number: int | None

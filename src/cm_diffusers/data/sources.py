@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.file_names import IMAGE_SUFFIXES
 from cm_diffusers.data.folders import Folder, checked_folder, loose_images
 from cm_diffusers.data.found import SHOWN, Found
 from cm_diffusers.data.tars import FAULT, FIELDS, TAR_ROWS, tar_features, tar_rows, tar_shards
@@ -123,7 +122,7 @@ def load_image_text(
     elif config.dataset_name:
         dataset = from_hub(config)
     else:
-        dataset = open_folder(config, told, config.caption_column in wanted).rows(loose_images, IMAGE_SUFFIXES)
+        dataset = open_folder(config, told, config.caption_column in wanted).rows(loose_images)
     require_columns(dataset.column_names, [config.image_column, *wanted])
     dataset = subset(dataset, config, told)
     if found is None and told.lines():
