@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import datasets
@@ -55,7 +56,7 @@ class Folder:
         """
         top = checked_folder(path)
         folder = top if metadata_file(top) or not (top / split).is_dir() else top / split
-        files = sorted(file for file in top.rglob("*") if file.is_file())
+        files = sorted((file for file in top.rglob("*") if file.is_file()), key=attrgetter("parts"))
         hidden = {file for file in files if is_hidden(file.relative_to(top))}
         outside = {file for file in files if not file.is_relative_to(folder)} - hidden if folder != top else set()
         of_data = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".parquet")
@@ -157,7 +158,7 @@ def loose_images(folder: Folder) -> datasets.Dataset:
 
 
 def metadata_file(folder: Path) -> Path | None:
-    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if is_metadata(path) and path.is_file()}
+    found = {path.name.lower(): path for path in folder.iterdir() if is_metadata(path) and path.is_file()}
     return next((found[name] for name in METADATA if name in found), None)
 
 
