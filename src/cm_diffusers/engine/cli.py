@@ -30,7 +30,13 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     """Parse the command line into one instance of each dataclass.
 
     `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win, and the recipe
-    gives way to them as `with_recipes` says.
+    gives way to them as `with_recipes` says. A config with a method `check` is asked whether the files that it names are
+    there, before anything is loaded.
+
+    Args:
+        configs: Dataclasses of flags.
+        description: For --help.
+        argv: Words to parse in place of the command line's; what they name need not be there.
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -44,6 +50,8 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     for config in parsed[: len(configs)]:
         if getattr(config, "overwrite_output_dir", False):
             refuse_inputs_inside(config.output_dir, parsed[: len(configs)])
+        if argv is None and hasattr(config, "check"):
+            config.check()
     return tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
 
 

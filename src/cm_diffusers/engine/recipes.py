@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from cm_diffusers.errors import read_text, readable
+
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +38,16 @@ def with_recipes(argv: Sequence[str] | None) -> list[str]:
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", action="append", default=[])
     found, rest = parser.parse_known_args(argv)
-    texts = [shipped("--recipe", name, ".args").read_text("utf-8") for name in found.recipe]
-    recipe = _flags([word for text in texts for word in shlex.split(text, comments=True)])
+    recipe = _flags([word for name in found.recipe for word in _words(name)])
     given = {name for name, _ in _flags(rest)}
     recipe = [(name, words) for name, words in recipe if name not in _superseded(given)]
     return [word for _, words in _scaled(recipe, _flags(rest)) for word in words] + rest
+
+
+def _words(recipe: str) -> list[str]:
+    path = shipped("--recipe", recipe, ".args")
+    with readable(f"--recipe {recipe}"):
+        return shlex.split(read_text(path), comments=True)
 
 
 def _flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
