@@ -382,7 +382,6 @@ def test_students_that_cannot_be_finetuned(home, tmp_path):
         ({"prompts_file": "prompts.txt"}, "--prompts_file prompts.txt: this script has no such flag"),
         ({"validation_guidance_scale": 3.0}, "--validation_guidance_scale has no effect without a teacher"),
         ({"lora_rank": 3}, "--lora_rank has no effect without --lora"),
-        ({"lora": True, "save_fp16": True}, "--save_fp16 has no effect with --lora"),
         ({"lora": True, "lora_rank": 0}, "--lora_rank must be at least 1, but it is 0"),
     ],
 )

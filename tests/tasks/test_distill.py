@@ -27,6 +27,7 @@ from cm_diffusers.evaluation.grids import MARGIN, image_grid
 from cm_diffusers.evaluation.sampling import generate
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.pipelines.lora import PEFT_WEIGHTS
 
 
 GUIDANCE, SEEDS, NFE, TEACHER_STEPS = 6.0, [3, 4], [1, 2, 4, 8], 5
@@ -132,7 +133,7 @@ def published(either, teacher) -> DiffusionPipeline:
 
 def result(folder: Path) -> dict[str, Tensor]:
     weights = folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    return load_file(weights if weights.exists() else folder / "lora" / "pytorch_lora_weights.safetensors")
+    return load_file(weights if weights.exists() else folder / "lora" / PEFT_WEIGHTS)
 
 
 def inputs(network) -> dict[str, Tensor]:
@@ -229,7 +230,7 @@ def test_adapters_load_into_the_stock_pipeline(teacher, lora) -> None:
     config = next(iter(teacher.unet.peft_config.values()))
     assert (config.r, config.lora_alpha) == (4, 8)
     loaded = [name for name, _ in teacher.unet.named_parameters() if ".lora_" in name]
-    assert len(loaded) == len(average) == len(load_file(lora / "lora" / "pytorch_lora_weights.safetensors"))
+    assert len(loaded) == len(average) == len(load_file(lora / "lora" / PEFT_WEIGHTS))
     assert any("attn1.to_q" in name for name in loaded)
     found = outputs(teacher.unet, **given)
     assert torch.equal(found, outputs(nets.student.eval(), **given))

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights
+from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights, read_exact
 from cm_diffusers.pipelines.manners import Manners, adopted_from, consistency_scheduler, contradiction
 from cm_diffusers.pipelines.pipeline_consistency_images import CarriedSchedulerMixin, ConsistencyImagesPipeline
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, refuse_base_model
@@ -116,7 +116,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusi
                 f"The LoRA {str(source)!r} belongs on {record.base_model!r}, which cannot be loaded ({reason}); load "
                 "that base model from where it is and call load_lora_weights."
             ) from error
-        pipe.load_lora_weights(source, weight_name=LORA_WEIGHT_NAME_SAFE, **hub)
+        pipe.load_lora_weights(source, **hub)
         return pipe
 
     @classmethod
@@ -187,6 +187,23 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusi
             self.register_to_config(record=asdict(record))
             if adopted_from(self.scheduler):
                 self._adopt_scheduler()
+
+    @classmethod
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: Source | dict[str, Tensor], **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """As in diffusers; of a LoRA of this package the exact form, unless a `weight_name` says otherwise."""
+        source, name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
+        if not isinstance(source, dict) and name is None:
+            hub = of_hub(kwargs)
+            if exact := read_exact(source, kwargs.get("subfolder"), **hub):
+                parts = (exact.state_dict, None, exact.metadata)
+                return parts if kwargs.get("return_lora_metadata") else parts[:2]
+            if not Path(source).exists() and read_record(source, **hub):
+                kwargs["weight_name"] = (
+                    LORA_WEIGHT_NAME_SAFE  # which diffusers must be told where it may not ask the Hub
+                )
+        return super().lora_state_dict(source, **kwargs)
 
     def unload_lora_weights(self) -> None:
         """As in diffusers; record and scheduler are again those before the first LoRA, unless one was fused."""

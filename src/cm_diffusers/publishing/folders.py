@@ -9,8 +9,8 @@ from pathlib import Path
 from diffusers import ModelMixin
 
 from cm_diffusers.engine.own_files import is_result_file, keep_foreign, remove
+from cm_diffusers.pipelines.portable import forget_origin
 from cm_diffusers.publishing.model_card import model_card
-from cm_diffusers.publishing.portable import forget_origin
 from cm_diffusers.publishing.provenance import Provenance, write_provenance
 from cm_diffusers.record import Record, write_record
 

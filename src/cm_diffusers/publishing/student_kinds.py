@@ -68,7 +68,7 @@ def usage(record: Record, provenance: Provenance, base: str, single_file: bool) 
     if kind in (KINDS["lora"], KINDS["clips"]) and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if kind == KINDS["lora"]:
-        parts.append(FOR_OTHER_TOOLS.format(**values))
+        parts += [(NOT_ELSEWHERE if record.guidance == "embedded" else ELSEWHERE).format(**values), EXACT]
     if single_file:
         parts += [SINGLE_FILE, code_block(BESIDE + kind.beside[not stock], values)]
     return parts
@@ -113,10 +113,15 @@ def _needed(provenance: Provenance) -> str:
     return f"{PACKAGE_NEEDED}{other}."
 
 
-FOR_OTHER_TOOLS = (
-    "For ComfyUI, A1111 and kohya's tools: the file in `comfyui/`, with the sampler `lcm`, {steps} steps, CFG {scale:g} and "
-    "strength 1."
+ELSEWHERE = (
+    "For ComfyUI, A1111 and kohya's tools: the same file, `{weights}`, with the sampler `lcm`, {steps} steps, CFG {scale:g} "
+    "and strength 1."
 )
+NOT_ELSEWHERE = (
+    "ComfyUI and A1111 cannot sample this one: the network that it belongs on takes guidance as an input, which they do not "
+    "give."
+)
+EXACT = "For PEFT: `peft/`, exactly what was trained; with this package, it is what is loaded."
 WITH_PACKAGE = """
 from cm_diffusers import ConsistencyPipeline
 
