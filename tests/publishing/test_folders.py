@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from cm_diffusers.publishing.folders import SAMPLES, write_result
 from publishing.test_model_card import PROVENANCE_OF_IT, RECORD
@@ -15,7 +17,7 @@ TOLD = {"training.json", "README.md"}
 
 
 def weights(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes(b"new")
+    save_file({"w": torch.zeros(1)}, folder / WEIGHTS)
 
 
 def fails(folder: Path) -> None:
@@ -73,8 +75,8 @@ def test_a_result_is_as_readable_as_the_umask_says(folder: Path, umask: int, fil
 
     def private(aside: Path) -> None:
         (aside / "unet").mkdir()
-        for path in (aside / WEIGHTS, aside / "unet" / WEIGHTS):
-            path.touch(0o600)
+        weights(aside)
+        weights(aside / "unet")
 
     before = os.umask(umask)
     try:

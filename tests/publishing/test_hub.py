@@ -146,7 +146,7 @@ def test_an_interrupted_push_is_tried_again(hub: Hub, share: Run, results: Path)
     hub.trouble[:] = [500, "drop", 503]
     assert share(results / "lora", WRITE, hub_model_id="tiny-lora") == f"{hub.url}/ada/tiny-lora"
     assert hub.trouble == []
-    assert {"pytorch_lora_weights.safetensors", "comfyui/lcm_lora_teacher.safetensors"} <= set(
+    assert {"pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json"} <= set(
         hub.repos["ada/tiny-lora"].files
     )
 
@@ -205,7 +205,7 @@ def test_distillation_ends_on_the_hub_or_does_not_start(hub: Hub, run: Run, resu
     assert not [path for path, content in files.items() if str(results).encode() in content]
     assert json.loads(files["cm_diffusers.json"])["base_model"] == "teacher"
     assert read_record(tmp_path / "tiny-distilled/lora").base_model == str(results / "teacher")
-    assert {"README.md", "pytorch_lora_weights.safetensors", "comfyui/lcm_lora_teacher.safetensors"} <= set(files)
+    assert {"README.md", "pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors"} <= set(files)
     card = files["README.md"].decode()
     assert 'load_lora_weights("ada/tiny-distilled"' in card
     assert "license: creativeml-openrail-m" in card

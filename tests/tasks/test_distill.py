@@ -27,7 +27,7 @@ from cm_diffusers.evaluation.grids import MARGIN, image_grid
 from cm_diffusers.evaluation.sampling import generate
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
-from cm_diffusers.pipelines.lora import PEFT_WEIGHTS
+from cm_diffusers.pipelines.lora import PEFT_PREFIX, PEFT_WEIGHTS
 
 
 GUIDANCE, SEEDS, NFE, TEACHER_STEPS = 6.0, [3, 4], [1, 2, 4, 8], 5
@@ -133,7 +133,9 @@ def published(either, teacher) -> DiffusionPipeline:
 
 def result(folder: Path) -> dict[str, Tensor]:
     weights = folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    return load_file(weights if weights.exists() else folder / "lora" / PEFT_WEIGHTS)
+    if weights.exists():
+        return load_file(weights)
+    return {f"unet.{k.removeprefix(PEFT_PREFIX)}": v for k, v in load_file(folder / "lora" / PEFT_WEIGHTS).items()}
 
 
 def inputs(network) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers import ModelMixin
 
 from cm_diffusers.engine.own_files import is_result_file, keep_foreign, remove
-from cm_diffusers.pipelines.portable import forget_origin
+from cm_diffusers.pipelines.portable import forget_origin, sort_headers
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, write_provenance
 from cm_diffusers.record import Record, write_record
@@ -23,6 +23,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not.
 
     Its files are as readable as the umask lets new ones be, whatever wrote them: safetensors lets only the owner read.
+    Equal contents give equal bytes.
     What a user has put beside our files stays; of a link the folder that it leads to is replaced.
     """
     folder = Path(os.path.realpath(folder))
@@ -33,6 +34,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        sort_headers(aside.rglob("*.safetensors"))
         _follow_umask(aside)
         keep_foreign(folder, aside, is_result_file)
         if folder.exists():
@@ -92,6 +94,6 @@ def model_writer(model: ModelMixin, fp16: bool) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         (model.half() if fp16 else model).save_pretrained(folder)
-        forget_origin(folder)
+        forget_origin([folder / "config.json"])
 
     return write

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.teachers import is_xl
-from cm_diffusers.pipelines.portable import forget_origin, nest_text_encoders
+from cm_diffusers.pipelines.portable import make_portable
 from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import model_writer, write_result
 from cm_diffusers.publishing.lora_export import Lora
@@ -90,8 +90,7 @@ def save_pipeline(
 
     def write_weights(aside: Path) -> None:
         pipe.save_pretrained(aside)
-        nest_text_encoders(aside)
-        forget_origin(aside)
+        make_portable(aside)
         for weights in [*aside.glob("unet/*.safetensors"), *aside.glob("vae/*.safetensors")] if fp16 else ():
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
 

@@ -15,10 +15,10 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 import cm_diffusers
 from cm_diffusers.models.teachers import is_xl
+from cm_diffusers.pipelines.recorded import PROVENANCE
 from cm_diffusers.places import LOCAL, public
 
 
-PROVENANCE = "training.json"
 # Where files lay and who pushed them is nobody's business, and a token least of all.
 PRIVATE = set(
     "output_dir overwrite_output_dir cache_dir latent_cache_dir resume_from_checkpoint report_to "
@@ -41,6 +41,7 @@ class Provenance:
         commit: Of the code.
         settings: Flags and their values, without paths of the machine and without anything about the Hub.
         num_classes: Of a network that takes `class_labels`.
+        fused: Whether a LoRA, or motion modules, lie in the weights of a whole pipeline.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Provenance:
     commit: str
     settings: dict[str, object]
     num_classes: int | None = None
+    fused: bool = False
 
 
 def describe_run(
@@ -111,12 +113,16 @@ def read_provenance(folder: Path) -> Provenance:
     """
     path = folder / PROVENANCE
     try:
-        content = json.loads(path.read_text("utf-8"))
-        return Provenance(**{field.name: content[field.name] for field in fields(Provenance) if field.name in content})
+        return as_provenance(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} does not tell how the student was trained ({error!r}); give a folder that a training script wrote."
         ) from error
+
+
+def as_provenance(content: dict[str, object]) -> Provenance:
+    """What a newer release has added is passed over."""
+    return Provenance(**{field.name: content[field.name] for field in fields(Provenance) if field.name in content})
 
 
 def read_license(source: str, repo_type: str = "model") -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What the model cards of the kinds of students say of their own: how each is loaded and called."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from cm_diffusers.publishing.card import code_block
@@ -41,10 +42,22 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, record: Record, provenance: Provenance) -> "Kind":
         if record.method == "animatelcm":
-            return KINDS["clips"]
+            return KINDS["fused clips" if provenance.fused else "clips"]
         if provenance.family is None:
             return KINDS["images"]
-        return KINDS["lora" if provenance.settings.get("lora") else "text"]
+        return KINDS["lora" if is_lora(provenance) else "text"]
+
+
+def is_lora(provenance: Provenance) -> bool:
+    """Whether a LoRA is what lies beside the card."""
+    return bool(provenance.settings.get("lora")) and not provenance.fused
+
+
+def own_file(name: str) -> Path | None:
+    """A single file of this project, where they lie: in the installed package, or in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "single_files" / name, package.parents[1] / "pipelines" / name)
+    return next((place for place in places if place.is_file()), None)
 
 
 def is_stock(record: Record) -> bool:
@@ -175,6 +188,22 @@ OF_TEXT = Kind(
     ("With diffusers alone:", ALONE + CALL),
     (CALL, AS_RECOMMENDED),
 )
+OF_CLIPS = Kind(
+    "text-to-video",
+    "clips",
+    (
+        "Motion modules, the LoRA of the image layers and the scheduler lie here; the rest is the base model. With the "
+        "package, which finds it by the record:",
+        CLIPS_WITH_PACKAGE,
+    ),
+    ("With diffusers alone:", CLIPS_ALONE),
+    (CALL, AS_RECOMMENDED),
+)
+FRAMES_CALL = """
+frames = pipe(
+    "your prompt", num_frames={frames}, num_inference_steps={steps}, guidance_scale={scale}
+).frames[0]
+"""
 KINDS = {
     "text": OF_TEXT,
     "lora": OF_TEXT._replace(alone=("With diffusers alone:", LORA_ALONE + CALL)),
@@ -185,15 +214,8 @@ KINDS = {
         ("With diffusers alone, in one step:", ALONE + "images = pipe({asked}, num_inference_steps=1).images"),
         ("", "{calls}"),
     ),
-    "clips": Kind(
-        "text-to-video",
-        "clips",
-        (
-            "Motion modules, the LoRA of the image layers and the scheduler lie here; the rest is the base model. With the "
-            "package, which finds it by the record:",
-            CLIPS_WITH_PACKAGE,
-        ),
-        ("With diffusers alone:", CLIPS_ALONE),
-        (CALL, AS_RECOMMENDED),
+    "clips": OF_CLIPS,
+    "fused clips": OF_CLIPS._replace(
+        package=(FROM_THE_RECORD, CLIPS_WITH_PACKAGE), alone=("With diffusers alone:", ALONE + FRAMES_CALL.lstrip())
     ),
 }
