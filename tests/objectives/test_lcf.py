@@ -32,7 +32,7 @@ from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
-from cm_diffusers.record import RECORD, read_record, write_record
+from cm_diffusers.record import RECORD, base_model_of, read_record, write_record
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student, with_guidance_of
 from cm_diffusers.types import Batch, Networks, Progress
 
@@ -301,8 +301,9 @@ def test_resume_is_bit_exact(home):
 def test_adapters_belong_on_the_student(home):
     folder = finetune(home, "lora", lora=True, lora_rank=2, lora_alpha=4.0) / "lora"
     record = read_record(folder)
-    assert (record.method, record.base_model, record.guidance) == ("lcf", str(home / "embedded"), "embedded")
-    stock = DiffusionPipeline.from_pretrained(record.base_model)
+    assert (record.method, record.base_model, record.guidance) == ("lcf", "../../embedded", "embedded")
+    assert base_model_of(record, folder) == str(home / "embedded")
+    stock = DiffusionPipeline.from_pretrained(home / "embedded")
     plain = published(stock)
     stock.load_lora_weights(folder)
     adapted = published(stock)

@@ -406,8 +406,6 @@ def test_saving_loses_nothing(tmp_path: Path) -> None:
     again = ConsistencyPipeline.from_pretrained(tmp_path)
     assert again.record == pipe.record
     np.testing.assert_array_equal(images(again), expected)
-    (tmp_path / RECORD).unlink()
-    assert ConsistencyPipeline.from_pretrained(tmp_path).record == pipe.record  # also in model_index.json
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])

@@ -1,6 +1,7 @@
 """Folders of results: whole or not at all, and what lies beside the weights of each kind."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from cm_diffusers.publishing import folders
 from cm_diffusers.publishing.folders import SAMPLES, write_result
+from cm_diffusers.record import base_model_of, read_record
 from publishing.test_model_card import PROVENANCE_OF_IT, RECORD
 
 
@@ -60,6 +63,34 @@ def test_what_lies_beside_the_weights(folder: Path, beside: dict, files: set[str
 def test_a_student_of_a_run_without_grids_shows_none(tmp_path: Path) -> None:
     write_result(tmp_path / "result", [weights], RECORD, PROVENANCE_OF_IT)
     assert "Sample grid" not in (tmp_path / "result/README.md").read_text()
+
+
+@pytest.mark.parametrize("what", ["model_card", "shutil"])
+def test_a_card_or_grid_that_fails_does_not_stop_publishing(what: str, folder: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(folders, what, None)
+    write_result(folder, [weights], RECORD, PROVENANCE_OF_IT)
+    assert (folder / WEIGHTS).is_file()
+    assert (folder / "training.json").is_file()
+    assert (folder / "README.md").is_file() == (what == "shutil")
+    assert not (folder / SAMPLES).exists() or what == "model_card"
+    (line,) = caplog.messages
+    assert line.endswith("the result is published without it.")
+
+
+@pytest.mark.parametrize("given", ["relative", "absolute", "hub"])
+def test_a_base_model_is_found_from_wherever_scripts_are_started(given: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "models/teacher").mkdir(parents=True)
+    (tmp_path / "models/teacher/model_index.json").write_text("{}")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    names = {"relative": "../models/teacher", "absolute": str(tmp_path / "models/teacher"), "hub": "ada/teacher"}
+    result = tmp_path / "elsewhere/run/lora"
+    write_result(result, [weights], replace(RECORD, base_model=names[given]))
+    written = read_record(result)
+    assert written.base_model == ("ada/teacher" if given == "hub" else "../../../models/teacher")
+    monkeypatch.chdir("/")
+    wanted = "ada/teacher" if given == "hub" else str(tmp_path / "models/teacher")
+    assert base_model_of(written, result) == wanted
 
 
 def test_what_fails_leaves_the_earlier_result(folder: Path) -> None:

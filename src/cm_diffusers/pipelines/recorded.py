@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from cm_diffusers.pipelines.portable import make_portable
 from cm_diffusers.pipelines.stock import stock_index, stock_scheduler
+from cm_diffusers.places import public
 from cm_diffusers.record import RECORD, Record, write_record
 
 
@@ -95,7 +96,8 @@ class RecordedMixin:
         if self.record is None:
             (folder / RECORD).unlink(missing_ok=True)
         else:
-            write_record(self.record, folder)
+            base = self.record.base_model  # as seen from the folder it was loaded from
+            write_record(replace(self.record, base_model=public(base) if base.startswith("..") else base), folder)
         self.describe(folder, str(folder))
 
     def _upload_folder(self, working_dir: str | Path, repo_id: str, *args: Any, **kwargs: Any) -> Any:

@@ -140,7 +140,9 @@ def _measurements(measured: Measured) -> list[str]:
 
 
 def _rows(settings: dict[str, object]) -> list[str]:
-    return [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
+    """Those that acted: of a LoRA not those of a full student, and the reverse."""
+    idle = IDLE.get(settings.get("lora"), ())
+    return [f"| {name} | {value} |" for name, value in settings.items() if value is not None and name not in idle]
 
 
 def _caption(text: bool, measured: Measured | None) -> str:
@@ -164,6 +166,10 @@ UNSTATED = {
 }
 
 FUSED = "This is a whole pipeline: what was trained, or a LoRA, was put into the weights of the model it belongs on."
+IDLE = {  # by `lora`
+    True: {"unet_time_cond_proj_dim", "ema_decay"},
+    False: {"lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"},
+}
 BASELINE = "The teacher's rows are the baseline."
 EXTRACTOR = (
     "{distance} is the Fréchet distance on the features of `{extractor}`: it compares only with itself, not with FID."

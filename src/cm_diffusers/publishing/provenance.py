@@ -1,6 +1,7 @@
 """Where a student comes from: script, settings, data and teacher's licence, `training.json` beside its weights."""
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -18,6 +19,8 @@ from cm_diffusers.models.teachers import is_xl
 from cm_diffusers.pipelines.recorded import PROVENANCE
 from cm_diffusers.places import LOCAL, public
 
+
+logger = logging.getLogger(__name__)
 
 # Where files lay and who pushed them is nobody's business, and a token least of all.
 PRIVATE = set(
@@ -126,18 +129,30 @@ def as_provenance(content: dict[str, object]) -> Provenance:
 
 
 def read_license(source: str, repo_type: str = "model") -> dict[str, str]:
-    """The licence fields in the front matter of a README, in a folder or on the Hub; {} if unknown."""
+    """The licence fields in the front matter of a README, in a folder or on the Hub; {} if unknown.
+
+    What is wrong with a README is a warning: the licence is for the card, which comes after hours of training.
+    """
     try:
         here = Path(source).exists()
         path = Path(source, "README.md") if here else Path(hf_hub_download(source, "README.md", repo_type=repo_type))
+        metadata = (metadata_load(path) if path.is_file() else None) or {}
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
         return {}
-    metadata = (metadata_load(path) if path.is_file() else None) or {}
+    except Exception as error:  # of yaml, of the encoding, of what is no mapping
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        logger.warning("The README.md of %s is malformed (%s); the card will give no licence.", source, reason)
+        return {}
     found = {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
     listed = found.get("license")
     if isinstance(listed, list):  # as data sets have it; of several, none is that of everything
-        return {**found, "license": listed[0]} if len(listed) == 1 else {}
-    return found
+        found["license"] = listed[0] if len(listed) == 1 else None
+    if odd := sorted(key for key, value in found.items() if not isinstance(value, str | None)):
+        logger.warning(
+            "The README.md of %s gives no text as %s; the card will give no licence.", source, ", ".join(odd)
+        )
+        return {}
+    return found if found.get("license") or "license" not in found else {}
 
 
 def _command(configs: Iterable[object]) -> str:

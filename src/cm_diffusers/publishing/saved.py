@@ -16,7 +16,7 @@ EMPTY = "has been automatically generated"  # in those that diffusers makes for 
 
 
 def describe(pipe: RecordedMixin, folder: Path, name: str) -> None:
-    """Card and `training.json` where it is known how the weights were trained, and the single file that samples them.
+    """Card and `training.json` where it is known how a student was trained, and the single file that samples it.
 
     A card that somebody wrote stays.
 
@@ -24,7 +24,7 @@ def describe(pipe: RecordedMixin, folder: Path, name: str) -> None:
         folder: With the weights and the record.
         name: Folder or Hub id that the card's examples load.
     """
-    if pipe.stock_class() is None:
+    if pipe.record and pipe.stock_class() is None:
         _put_single_file(pipe, folder)
     provenance, card = _provenance(pipe, name), folder / "README.md"
     text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
