@@ -160,6 +160,10 @@ def test_resume_is_bit_exact(home, either) -> None:
     resumed = distil(home, f"{kind}-resumed", **KINDS[kind], **VALIDATION, resume_from_checkpoint=checkpoint)
     assert_same(tensors(resumed / "checkpoint-4"), tensors(either / "checkpoint-4"))
     assert_same(result(resumed), result(either))
+    published = "lora" if kind == "lora" else "pipeline"
+    files = [path.relative_to(either) for path in (either / published).rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert [str(path) for path in files if (resumed / path).read_bytes() != (either / path).read_bytes()] == []
 
 
 def test_the_cache_changes_nothing(home, full) -> None:
