@@ -49,9 +49,11 @@ def register() -> None:
 
 def _describe(pipe: RecordedMixin, folder: Path, name: str) -> None:
     """What publishing, which builds on the pipelines, writes beside one that is saved."""
+    from cm_diffusers.publishing.folders import optional
     from cm_diffusers.publishing.saved import describe
 
-    describe(pipe, folder, name)
+    with optional("Its card"):
+        describe(pipe, folder, name)
 
 
 RecordedMixin.describe = _describe

@@ -256,7 +256,8 @@ def test_a_lora_that_goes_takes_its_card_along(lora: Path, tmp_path: Path) -> No
 
 def test_training_json_of_no_meaning_is_passed_over(tmp_path: Path) -> None:
     ours(ConsistencyPipeline).save_pretrained(tmp_path / "a")
-    for content in ("{", "[]", '{"name": "x"}', "\xff"):
+    odd = json.dumps(asdict(PROVENANCE_OF_IT) | {"settings": 3})
+    for content in ("{", "[]", '{"name": "x"}', "\xff", odd):
         (tmp_path / "a/training.json").write_text(content, "latin-1")
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
         ConsistencyPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")

@@ -271,7 +271,7 @@ class ConsistencyPipeline(
 
     def stock_class(self) -> type[DiffusionPipeline] | None:
         """That for text to image, from which diffusers makes those for other tasks."""
-        if type(self.scheduler).__name__ in IN_SIGMA:
+        if self.unet is None or type(self.scheduler).__name__ in IN_SIGMA:
             return None
         if self.is_xl:
             return StableDiffusionXLPipeline

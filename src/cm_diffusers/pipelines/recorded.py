@@ -38,7 +38,8 @@ class RecordedMixin:
 
     @training.setter
     def training(self, value: dict[str, Any] | None) -> None:
-        self.unet._training = value
+        if self.unet is not None:
+            self.unet._training = value
 
     def stock_class(self) -> type[DiffusionPipeline] | None:
         """The class of diffusers that loads and samples it; None where there is none."""
