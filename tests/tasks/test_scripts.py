@@ -232,7 +232,6 @@ WRONG = {
         with_flags(lora_target_modules=["to_q"]),
         "--lora_target_modules has no effect without --lora",
     ),
-    "adapters in half": (adapters(save_fp16=True), "--save_fp16 has no effect with --lora"),
     "embedded adapters": (with_flags(lora=True), "--unet_time_cond_proj_dim has no effect with --lora"),
     "embedding": (with_flags(unet_time_cond_proj_dim=2), "--unet_time_cond_proj_dim must be an even number from 4 on"),
     "odd embedding": (with_flags(unet_time_cond_proj_dim=7), "an even number from 4 on, but it is 7"),

@@ -10,7 +10,7 @@ from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
 
 OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
-OF_FULL = "save_fp16 unet_time_cond_proj_dim"
+OF_FULL = "unet_time_cond_proj_dim"
 
 
 def check_student(config: StudentConfig, mixed_precision: str) -> None:
