@@ -226,7 +226,7 @@ def test_a_teacher_that_is_not_finite(tmp_path):
     weights["conv_in.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, file, metadata={"format": "pt"})
     assert refusal(tmp_path) == (
-        f"The teacher {tmp_path} holds 1 tensors that are not finite, such as conv_in.weight; get it anew."
+        f"The teacher {tmp_path} holds 1 tensors that are not finite, such as unet.conv_in.weight; get it anew."
     )
 
 

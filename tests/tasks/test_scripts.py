@@ -195,7 +195,7 @@ WRONG = {
         with_flags(dataset_name="x/y"),
         "exactly one is needed and --dataset_name and --train_data_dir were given",
     ),
-    "nan teacher": (nan_teacher, "holds 1 tensors that are not finite, such as conv_in.weight"),
+    "nan teacher": (nan_teacher, "holds 1 tensors that are not finite, such as unet.conv_in.weight"),
     "no pipeline": (empty_folder("pretrained_teacher_model"), "there is no model_index.json in it"),
     "no weights": (teacher_without_weights, "does not load: Error no file named"),
     "unknown teacher": (with_flags(pretrained_teacher_model="nobody/nothing"), "nor a Hub id within reach"),

@@ -50,7 +50,7 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassi
         raise ValueError(
             f"Unknown feature extractor {name!r}: give 'inception' or the folder of a saved ImageClassifier."
         )
-    return ImageClassifier.from_pretrained(name, torch_dtype=torch.float32).to(device).eval()
+    return ImageClassifier.from_pretrained(name, dtype=torch.float32, use_safetensors=True).to(device).eval()
 
 
 @torch.no_grad()

@@ -15,10 +15,18 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights
-from cm_diffusers.pipelines.manners import Manners, adopted_from, consistency_scheduler, contradiction
+from cm_diffusers.models.single_file import is_single_file
+from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights, folder_of
+from cm_diffusers.pipelines.manners import (
+    Manners,
+    adopted_from,
+    consistency_scheduler,
+    contradiction,
+    refuse_contradiction,
+)
 from cm_diffusers.pipelines.pipeline_consistency_images import CarriedSchedulerMixin, ConsistencyImagesPipeline
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, refuse_base_model
+from cm_diffusers.pipelines.single_file import SingleFileMixin
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
@@ -28,7 +36,7 @@ WITHOUT_PROMPT = ("ConsistencyImagesPipeline", "ConsistencyModelPipeline")
 IN_SIGMA = ("EDMConsistencyScheduler", "CMStochasticIterativeScheduler")
 
 
-class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusionXLLoraLoaderMixin):
+class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, RecordedMixin, StableDiffusionXLLoraLoaderMixin):
     """`from_pretrained`, `from_pipe`, `save_pretrained` and LoRAs of the consistency pipelines.
 
     The record of a student is part of the pipeline's config, so it survives whatever the config survives. The
@@ -70,17 +78,19 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusi
         student that takes no prompts.
 
         Args:
-            pretrained_model_name_or_path: Folder or Hub id.
+            pretrained_model_name_or_path: Folder or Hub id, or file, as for `from_single_file`.
             kwargs: As for `DiffusionPipeline.from_pretrained`; weights other than safetensors are only read with
                 `use_safetensors=None` or False. A `scheduler` among them is kept.
 
         Raises:
-            ValueError: A folder holds neither a pipeline nor a LoRA with its record, the LoRA's base model cannot be
-                loaded, or the student takes no prompts and this class is not `ConsistencyPipeline`; or a `base_model`
-                is given.
+            ValueError: A folder holds neither a pipeline nor a LoRA with its record, lacks weights, or is not as its
+                record says; the LoRA's base model cannot be loaded, or the student takes no prompts and this class is
+                not `ConsistencyPipeline`; or a `base_model` is given.
         """
         source = pretrained_model_name_or_path
         refuse_base_model(kwargs)
+        if is_single_file(source):
+            return cls.from_single_file(source, **kwargs)
         kwargs.setdefault("use_safetensors", True)
         record = read_record(source, **of_hub(kwargs))
         if not _is_pipeline(source, record, kwargs):
@@ -91,6 +101,8 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusi
             return ConsistencyImagesPipeline.from_pretrained(source, **kwargs)
         pipe = super().from_pretrained(source, **kwargs)
         if record is not None:
+            if kwargs.get("unet") is None:
+                refuse_contradiction(source, record, pipe.unet)
             pipe.register_to_config(record=asdict(record))
         if kwargs.get("scheduler") is None:
             pipe._adopt_scheduler()
@@ -174,7 +186,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusi
         source = pretrained_model_name_or_path_or_dict
         kwargs.setdefault("use_safetensors", True)
         hub = of_hub(kwargs)
-        folder = None if isinstance(source, dict) else _folder(source, kwargs.get("subfolder"))
+        folder = None if isinstance(source, dict) else folder_of(source, kwargs.get("subfolder"))
         if folder is not None:
             check_weights(source, kwargs)
         with self._all_or_nothing():
@@ -265,16 +277,10 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, RecordedMixin, StableDiffusi
             self.scheduler = consistency_scheduler(name, config)
 
 
-def _folder(source: Source, subfolder: str | None) -> Source:
-    """Where the record of a LoRA is: beside the weights."""
-    path = Path(source)
-    if not path.exists():
-        return source
-    return path.parent if path.is_file() else path / (subfolder or "")
-
-
 def _is_pipeline(source: Source, record: Record | None, kwargs: dict[str, Any]) -> bool:
     """False for what can only be a LoRA: a folder without model_index.json, or such a repository with a record."""
+    if Path(source).is_file():
+        return True
     if Path(source).exists():
         return (Path(source) / "model_index.json").is_file()
     if record is None:

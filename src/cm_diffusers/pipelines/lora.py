@@ -42,6 +42,14 @@ def check_weights(source: Source, kwargs: dict[str, Any]) -> None:
         )
 
 
+def folder_of(source: Source, subfolder: str | None) -> Source:
+    """Where the record of a LoRA is: beside the weights."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    return path.parent if path.is_file() else path / (subfolder or "")
+
+
 def check_fits_unet(state_dict: dict[str, Tensor], unet: nn.Module) -> None:
     """Every LoRA layer for the UNet has its place there, of the right width.
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
+from cm_diffusers.models.stored import check_stored
 from cm_diffusers.record import RECORD, Record, write_record
 
 
@@ -24,12 +25,16 @@ class RecordedMixin:
         """As in diffusers.
 
         Raises:
-            ValueError: It is a folder that lacks the weights of a part that the caller does not give; or a `base_model`
+            ValueError: It lacks weights of a part that the caller does not give, or has quantized ones; or a `base_model`
                 is given.
         """
         refuse_base_model(kwargs)
         check_has_weights(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("use_safetensors") and kwargs.get("quantization_config") is None:
+            where = {name: kwargs.get(name) for name in ("variant", "revision", "cache_dir")}
+            check_stored(pipe, pretrained_model_name_or_path, **where, given=kwargs)
+        return pipe
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Saves the record along, which diffusers lets happen between the weights and an upload."""
