@@ -9,9 +9,10 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from cm_diffusers.models.stored import FLOATS, header
 
@@ -71,10 +72,10 @@ def load_single_file(
             f"{next(iter(entries), None)}; give one with network, VAE and text encoder."
         )
     guidance = next((name for name in GUIDANCE if name in entries), None)
-    pipe = _converted(path, tower, config, entries[guidance]["shape"][1] if guidance else None)
+    pipe = _converted(path, tower, config)
     with safe_open(path, "pt") as file:
         if guidance:
-            pipe.unet.time_embedding.cond_proj.weight = nn.Parameter(file.get_tensor(guidance))
+            _embed_guidance(pipe.unet, file.get_tensor(guidance))
         says = {}
         if kind := _prediction_type(metadata, entries, file, tower, config):
             says = {"prediction_type": kind}
@@ -87,12 +88,22 @@ def load_single_file(
     return _latent_consistency_model(pipe) if guidance else pipe
 
 
-def _converted(path: str | Path, tower: str, config: str | None, guidance_dim: int | None) -> DiffusionPipeline:
+def _embed_guidance(unet: UNet2DConditionModel, weight: Tensor) -> None:
+    """What diffusers leaves out of the network: `weight` `(width, D)` of a linear layer without bias."""
+    width, dim = weight.shape
+    unet.time_embedding.cond_proj = nn.Linear(dim, width, bias=False)
+    unet.time_embedding.cond_proj.weight.data = weight
+    unet.register_to_config(time_cond_proj_dim=dim)
+
+
+def _converted(path: str | Path, tower: str, config: str | None) -> DiffusionPipeline:
     kind, origin = StableDiffusionXLPipeline if tower == OF_XL else StableDiffusionPipeline, config or CONFIGS[tower]
     known = kind._get_signature_keys(kind)[0]
     unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in known}
     try:
-        return kind.from_single_file(str(path), config=origin, time_cond_proj_dim=guidance_dim, **unused)
+        return kind.from_single_file(str(path), config=origin, time_cond_proj_dim=None, **unused)
+    except NotImplementedError as error:  # a weight has no value to be moved
+        raise ValueError(f"{path} lacks weights of its network or VAE; get a whole checkpoint.") from error
     except OSError as error:  # of the Hub, its cache, or a folder
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(

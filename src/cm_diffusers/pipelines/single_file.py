@@ -24,10 +24,12 @@ class SingleFileMixin:
             path: Of the file.
             config: Folder or Hub id of a pipeline of the same architecture.
             dtype: Of the weights.
-            parts: In place of its own.
+            parts: In place of its own; what says how a folder is read is passed over.
         """
-        record = read_record(path)
-        pipe = cls.from_pipe(load_single_file(path, config, dtype), record=record and asdict(record), **parts)
+        modules, options = cls._get_signature_keys(cls)
+        own, record = {name: value for name, value in parts.items() if name in {*modules, *options}}, read_record(path)
+        stock = load_single_file(path, config, parts.get("torch_dtype", dtype))
+        pipe = cls.from_pipe(stock, **{"record": record and asdict(record), **own})
         if record is not None:
             refuse_contradiction(path, record, pipe.unet)
         return pipe

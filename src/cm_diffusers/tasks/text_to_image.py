@@ -99,12 +99,13 @@ def distill(
     def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
         return lcm_pipeline(teacher, unet, scheduler)
 
-    scale = 1.0 if student.lora else validation.validation_guidance_scale
+    guidance = "distilled" if student.guidance_embedding_dim is None else "embedded"
+    scale = 1.0 if guidance == "distilled" else validation.validation_guidance_scale
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
     trainer.fit(training_batches(data, generation, teacher, train.seed, *trainer.place))
-    guidance, base = "distilled" if student.lora else "embedded", source.pretrained_teacher_model
+    base = source.pretrained_teacher_model
     record = replace(lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler), method=name)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
