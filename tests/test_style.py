@@ -176,6 +176,27 @@ def test_every_training_script_has_its_paper(path: Path) -> None:
     assert f"`training/{path.name}`" in PAPERS
 
 
+# Of these only JSON and texts are read; our own pipelines ask for safetensors themselves.
+NO_WEIGHTS = re.compile(r"(Tokenizer|Processor|Config|Scheduler)$|^Consistency\w*Pipeline$|^(super\(\)|cls)$")
+
+
+def loads_anything(path: Path) -> Iterator[str]:
+    """Calls that would open a pickle where there are no safetensors."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            said = {f"{word.arg or '**'}={ast.unparse(word.value)}" for word in node.keywords}
+            loads = node.func.attr in ("from_pretrained", "load_lora_weights", "load_lora_adapter")
+            kept = said & {"use_safetensors=True", "**=LOADING", "state_dict=tensors"}
+            if loads and not kept and not NO_WEIGHTS.search(ast.unparse(node.func.value)):
+                yield ast.unparse(node)
+
+
+@each([*SOURCES, *SCRIPTS, *sorted((ROOT / "benchmarks").glob("*.py"))])
+def test_no_pickle_is_opened(path: Path) -> None:
+    allowed = {"super().load_lora_weights(source, *args, **kwargs)"}  # after a default of use_safetensors
+    assert set(loads_anything(path)) - allowed == set()
+
+
 @pytest.mark.parametrize("folder", ["src", "tests", "training", "docs", "benchmarks", "pipelines"])
 def test_no_machine_paths_and_no_pickle(folder: str) -> None:
     files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix in TEXT and "_build" not in p.parts]

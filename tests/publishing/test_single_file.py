@@ -159,7 +159,7 @@ def test_an_embedding_of_guidance_has_no_place_there() -> None:
     pipe = tiny_pipeline()
     pipe.unet = make_student(pipe.unet, 16)
     with pytest.raises(
-        ValueError, match="ComfyUI and A1111 have no input, so .* --unet_time_cond_proj_dim 0, or a LoRA"
+        ValueError, match=r"ComfyUI and A1111 have no input, so .* --unet_time_cond_proj_dim 0, or a LoRA"
     ):
         original_layout(pipe)
 
@@ -285,7 +285,7 @@ def test_a_teacher_in_one_file(one) -> None:
     teacher = load_teacher(TeacherConfig(str(file), single_file_config=str(base)))
     assert_same(load_teacher(TeacherConfig(str(base))), teacher)
     assert not any(p.requires_grad for network in networks(teacher).values() for p in network.parameters())
-    with pytest.raises(ValueError, match="--single_file_config is for a .safetensors file, but .*base is none"):
+    with pytest.raises(ValueError, match=r"--single_file_config is for a .safetensors file, but .*base is none"):
         load_teacher(TeacherConfig(str(base), single_file_config=str(base)))
     with pytest.raises(ValueError, match="is a single file, which has no revision or variant fp16"):
         load_teacher(TeacherConfig(str(file), single_file_config=str(base), teacher_variant="fp16"))

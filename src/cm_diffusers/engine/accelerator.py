@@ -1,17 +1,25 @@
 """The processes, precision and tracker of a run."""
 
 import json
+import sys
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from cm_diffusers.places import without_secrets
+
 
 def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> Accelerator:
     """
     Raises:
-        ValueError: The tracker's package is missing, or weights would be sharded.
+        ValueError: The tracker's package is missing or would record a secret, or weights would be sharded.
     """
+    if report_to == "wandb" and (shown := [word for word in sys.argv if without_secrets(word) != word]):
+        raise ValueError(
+            f"--report_to wandb records the command line with what the address {without_secrets(shown[0])} holds beside "
+            "host and path; put that flag into a file and give it as --recipe."
+        )
     tracker = None if report_to == "none" else report_to
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with=tracker, project_dir=output_dir)
     if tracker and not accelerator.log_with:  # accelerate leaves it out without a word

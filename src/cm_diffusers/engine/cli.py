@@ -16,6 +16,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
+from cm_diffusers.places import without_secrets
 
 
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
@@ -106,7 +107,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, FloatingPointError) as error:
         if not _raised_here(error):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {without_secrets(str(error))}")
 
 
 def _raised_here(error: Exception) -> bool:

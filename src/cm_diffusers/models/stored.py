@@ -47,8 +47,8 @@ def check_stored(
             return
     for name in set(NETWORKS) - set(given):
         network = getattr(pipe, name, None)
-        dtypes = _stored(folder / name, variant) if _is_of(network, folder / name) else {}
-        if dtypes:
+        dtypes = _stored(folder / name, variant) if _is_of(network, folder / name) else None
+        if dtypes is not None:
             check_weights(f"The {name} of {source}", network, dtypes)
 
 
@@ -103,14 +103,14 @@ def _is_of(network: nn.Module | None, folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text("utf-8")).get("_class_name", kind) == kind
 
 
-def _stored(folder: Path, variant: str | None) -> dict[str, str]:
-    """Dtypes of the tensors of a network, by name; of its variant where it has that."""
+def _stored(folder: Path, variant: str | None) -> dict[str, str] | None:
+    """Dtypes of the tensors of a network, by name; of its variant where it has that; None without such files."""
     for suffix in (rf"\.{re.escape(variant)}", "") if variant else ("",):
         shard = r"-\d+-of-\d+"
         pattern = re.compile(rf"(diffusion_pytorch_)?model({suffix}({shard})?|{shard}{suffix})\.safetensors")
         if files := [path for path in sorted(folder.glob("*.safetensors")) if pattern.fullmatch(path.name)]:
             return {name: entry["dtype"] for path in files for name, entry in header(path)[0].items()}
-    return {}
+    return None
 
 
 def _plain(name: str) -> str:

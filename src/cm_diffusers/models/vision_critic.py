@@ -82,9 +82,9 @@ def _load_transformers(source: str) -> FeatureNetwork:
             "dinov2, convnext, resnet or swin, or a network in timm's format"
         )
     config.out_features = [config.stage_names[i] for i in levels(len(config.stage_names))]
-    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     # AutoBackbone itself would ask the Hub even for a folder
-    network, report = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, **options)
+    network, report = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, use_safetensors=True, **options)
     if missing := sorted(name for name in report["missing_keys"] if not name.startswith(ADDED_NORM)):
         raise ValueError(f"its file lacks {len(missing)} of its weights, such as {missing[0]}; get it anew")
     file = cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)

@@ -128,7 +128,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, RecordedMix
                 f"The LoRA {str(source)!r} belongs on {record.base_model!r}, which cannot be loaded ({reason}); load "
                 "that base model from where it is and call load_lora_weights."
             ) from error
-        pipe.load_lora_weights(source, weight_name=LORA_WEIGHT_NAME_SAFE, **hub)
+        pipe.load_lora_weights(source, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True, **hub)
         return pipe
 
     @classmethod
