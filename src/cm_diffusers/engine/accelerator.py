@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from cm_diffusers.extras import TRACKERS, missing
 from cm_diffusers.places import without_secrets
 
 
@@ -23,9 +24,7 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
     tracker = None if report_to == "none" else report_to
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with=tracker, project_dir=output_dir)
     if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
-        raise ValueError(
-            f"--report_to {tracker}: the package is not installed; pip install {tracker}, or give another tracker."
-        )
+        raise ValueError(missing(f"--report_to {tracker}", TRACKERS[tracker]))
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"Sharded training ({accelerator.distributed_type.value}) is not supported: checkpoints and moving averages need "

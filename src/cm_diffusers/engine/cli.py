@@ -16,6 +16,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
+from cm_diffusers.extras import check_installed
 from cm_diffusers.places import without_secrets
 
 
@@ -23,6 +24,9 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     """Parse the command line into one instance of each dataclass.
 
     `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win.
+
+    Args:
+        argv: In place of the command line; without it, what flags need must be installed.
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -30,6 +34,8 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+    if argv is None:  # a run, not a look at what flags would mean
+        check_installed(parsed[: len(configs)])
     for config in parsed[: len(configs)]:
         if getattr(config, "overwrite_output_dir", False):
             refuse_inputs_inside(config.output_dir, parsed[: len(configs)])

@@ -15,6 +15,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from cm_diffusers.errors import readable
+from cm_diffusers.extras import TIMM, missing
 from cm_diffusers.models.heads import head_body, zeroed
 
 
@@ -105,6 +106,8 @@ def _preparation(settings: dict) -> tuple[list[float], list[float], int | None]:
 def _load_timm(source: str) -> FeatureNetwork:
     try:
         import timm
+    except ModuleNotFoundError as error:
+        raise ValueError(missing("It", TIMM)) from error
     except (ImportError, RuntimeError) as error:  # timm imports torchvision, which raises RuntimeError if mismatched
         raise ValueError(f"it needs timm with a matching torchvision: {error}") from error
     name = f"local-dir:{Path(cached_file(source, SAFE_WEIGHTS_NAME)).parent}"  # config.json is there, too
