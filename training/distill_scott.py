@@ -29,7 +29,7 @@ def main() -> None:
     seed_everything(train.seed)
     check_student(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    teacher = load_teacher(source)
+    teacher = load_teacher(source, student.loaded_dtype)
     process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
     objective = SCottObjective(
         method, process, prediction_type, student.guidance_embedding_dim, judge.critic != "none"

@@ -13,6 +13,9 @@ from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_
 from cm_diffusers.types import Networks
 
 
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass
 class StudentConfig:
     """What becomes of the teacher's network."""
@@ -32,8 +35,14 @@ class StudentConfig:
     save_fp16: bool = HfArg(default=False, help="Store the full student's UNet and VAE in half precision.")
     cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
         default="no",
-        help="Keep the full student's teacher in half precision (with --mixed_precision of the same kind).",
+        help="Keep what does not train in half precision, the full student's teacher or the network below a LoRA (with "
+        "--mixed_precision of the same kind).",
     )
+
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """Of the teacher's network as it is loaded: a full student is copied from the whole weights."""
+        return DTYPES[self.cast_teacher_unet if self.lora else "no"]
 
     @property
     def guidance_embedding_dim(self) -> int | None:
@@ -51,16 +60,12 @@ def require_autocast(config: StudentConfig, mixed_precision: str) -> None:
 def make_networks(teacher: UNet2DConditionModel, config: StudentConfig) -> Networks:
     """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
     if config.lora:
-        if config.cast_teacher_unet != "no":
-            raise ValueError(
-                "--cast_teacher_unet is for the full student: with --lora, teacher and student share weights."
-            )
+        teacher.to(config.loaded_dtype)
         names = config.lora_target_modules
         student = add_lora(teacher, config.lora_rank, config.lora_alpha, config.lora_dropout, names)
         return Networks(student, teacher=WithoutAdapters(student))
     student = make_student(teacher, config.guidance_embedding_dim)
-    if config.cast_teacher_unet != "no":
-        teacher.to({"bf16": torch.bfloat16, "fp16": torch.float16}[config.cast_teacher_unet])
+    teacher.to(DTYPES[config.cast_teacher_unet])
     return Networks(student, target=frozen_copy(student), teacher=teacher)
 
 

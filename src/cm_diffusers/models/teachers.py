@@ -65,6 +65,13 @@ def frozen(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
+def release_encoders(pipe: DiffusionPipeline) -> None:
+    """Gives the memory of VAE and text towers back; of the pipeline, only the network can compute from here on."""
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if getattr(pipe, name, None) is not None:
+            getattr(pipe, name).to("meta")
+
+
 def load_stock(
     source: str | Path,
     dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,

@@ -23,6 +23,7 @@ from cm_diffusers.models.teachers import (
     check_vae,
     frozen,
     load_stock,
+    release_encoders,
 )
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.objectives.lcm import LCMObjective
@@ -104,12 +105,23 @@ def distill(
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
-    trainer.fit(training_batches(data, generation, teacher, train.seed, *trainer.place))
+    batches = training_batches(data, generation, teacher, train.seed, *trainer.place)
+    if not _needs_encoders(student, data, validation, given.get(CriticConfig)):
+        release_encoders(teacher)
+    trainer.fit(batches)
     base = source.pretrained_teacher_model
     record = replace(lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler), method=name)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
     return publish(trainer, "lora" if student.lora else "pipeline", describe, save, repo_id, hub)
+
+
+def _needs_encoders(
+    student: StudentConfig, data: DataConfig, validation: ValidationConfig, judge: CriticConfig | None
+) -> bool:
+    """Whether VAE or text towers are called after the cache is filled, or are part of the result."""
+    judges_images = judge is not None and judge.critic == "vision"
+    return not student.lora or data.streaming or bool(validation.validation_prompts) or judges_images
 
 
 def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
