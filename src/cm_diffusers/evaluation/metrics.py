@@ -136,7 +136,8 @@ def clip_score(images: Tensor, prompts: Sequence[str], model_id: str, batch_size
         ValueError: if the CLIP model cannot be loaded.
     """
     try:
-        model, processor = CLIPModel.from_pretrained(model_id), CLIPProcessor.from_pretrained(model_id)
+        model = CLIPModel.from_pretrained(model_id, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(model_id)
     except (OSError, ImportError) as error:
         raise ValueError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
     model.to(images.device).eval()
