@@ -1,9 +1,15 @@
-"""One clear sentence for data that cannot be read."""
+"""One clear sentence for what cannot be read, and for what cannot be written."""
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError
+
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -17,3 +23,29 @@ def readable(what: str) -> Iterator[None]:
             reason = reason.__cause__
         lines = str(reason).strip().splitlines() or [type(reason).__name__]
         raise ValueError(f"{what} cannot be read: {lines[0].rstrip('.: ')}.") from error
+
+
+@contextmanager
+def writable(what: str, size: int = 0, advice: str = "make room, or name another place") -> Iterator[None]:
+    """Errors of the disk inside the block become one ValueError: `what` cannot be written, and why.
+
+    Args:
+        size: Of it, in bytes; 0 if that is not known.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        of_rust = re.search(r"I/O error: (.+?) \(os error", str(error))
+        reason = of_rust[1] if of_rust else getattr(error, "strerror", None) or str(error)
+        needs = f" ({size / 2**20:,.1f} MiB are needed)" if size else ""
+        raise ValueError(f"{what} cannot be written: {reason}{needs}; {advice}.") from error
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Errors inside the block are a warning: it only shows something, and does not end a training."""
+    try:
+        yield
+    except Exception as error:  # memory, a full disk, a server that is down ...
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        logger.warning("%s failed, and training goes on: %s: %s", what, type(error).__name__, reason)
