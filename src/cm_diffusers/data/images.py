@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cm_diffusers.data.preprocessing import crop, decode_image, drawn_view, resize, square, to_tensor
+from cm_diffusers.data.preprocessing import content_hash, crop, decode_image, drawn_view, resize, square, to_tensor
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
+from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.types import Batch
 
@@ -51,7 +52,8 @@ def image_batches(
     labels = class_labels(dataset, label_column, num_classes) if label_column else None
     images = Images(dataset.select_columns(config.image_column), config)
     make = partial(_make_batch, images=images, labels=labels, position=Position(seed, rank, world_size))
-    return stream(make, config.dataloader_num_workers)
+    fingerprint = shard_key(images.digests, None if labels is None else labels.tolist())
+    return stream(make, config.dataloader_num_workers, fingerprint)
 
 
 def readable_rows(valid: np.ndarray, column: str) -> np.ndarray:
@@ -91,8 +93,9 @@ class Images:
     def __init__(self, dataset: datasets.Dataset, config: DataConfig) -> None:
         self.dataset, self.config = dataset, config
         keep = len(dataset) * 3 * config.resolution**2 < MEMORY_LIMIT
-        valid, self.memory = [], []
+        valid, self.memory, self.digests = [], [], []
         for record in dataset:
+            self.digests.append(content_hash(record[config.image_column]))
             image = decode_image(record[config.image_column])
             valid.append(image is not None)
             if keep and image is not None:

@@ -53,8 +53,24 @@ class BatchDataset(Dataset):
         return self.make(k)
 
 
-def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int) -> Callable[[int], Iterator[Batch]]:
-    """Turns `make(k) -> (x0, cond, uncond, ...)`, a batch's fields, into a function from the first batch number to an iterator of batches."""
+@dataclass(frozen=True)
+class Stream:
+    """A data source: a function from the number of the first batch to an endless iterator of batches.
+
+    Attributes:
+        batches: That function.
+        fingerprint: Names the content that the batches are made of, wherever it lies; "" if nothing is known of it.
+    """
+
+    batches: Callable[[int], Iterator[Batch]]
+    fingerprint: str = ""
+
+    def __call__(self, start: int = 0) -> Iterator[Batch]:
+        return self.batches(start)
+
+
+def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, fingerprint: str = "") -> Stream:
+    """The data source of `make(k) -> (x0, cond, uncond, ...)`, a batch's fields."""
 
     def batches(start: int = 0) -> Iterator[Batch]:
         loader = DataLoader(
@@ -68,4 +84,4 @@ def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int) -> Callable
         for fields in loader:
             yield Batch(*fields)
 
-    return batches
+    return Stream(batches, fingerprint)

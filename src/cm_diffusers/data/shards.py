@@ -18,9 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.errors import writable
 
 
 SHARD_ROWS = 1024
+SAMPLED = 2**16  # bytes, at each of three places of a file
 Tensors = dict[str, Tensor]
 Shard = Path | Tensors  # on disk or in memory
 
@@ -35,6 +37,23 @@ class Job(NamedTuple):
 
 def shard_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def files_fingerprint(files: list[str], *others: str) -> str:
+    """Of large files, by their sizes and three samples of each, and of what else there is; "" if one is not here."""
+    if not files or not all(map(os.path.isfile, files)):
+        return ""
+    return shard_key(*others, *map(_sample, files))
+
+
+def _sample(name: str) -> str:
+    size = os.path.getsize(name)
+    digest = hashlib.sha256(str(size).encode())
+    with open(name, "rb") as file:
+        for place in (0, size // 2, max(0, size - SAMPLED)):
+            file.seek(place)
+            digest.update(file.read(SAMPLED))
+    return digest.hexdigest()
 
 
 def row_ranges(rows: int, size: int = SHARD_ROWS) -> list[range]:
@@ -60,7 +79,8 @@ def build(
         with _bar(jobs, description) as bar:
             return [_collect(encode(job), bar) for job in jobs]
     folder = Path(config.latent_cache_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    with writable(f"The cache {folder}", advice="name another --latent_cache_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{job.key}.safetensors" for job in jobs]
     with _first_process():
         missing = {path: job for path, job in zip(paths, jobs, strict=True) if not path.is_file()}
@@ -95,8 +115,13 @@ def _collect(parts: Iterator[Tensors], bar: tqdm) -> Tensors:
 
 def _write(path: Path, tensors: Tensors) -> None:
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, aside)
-    os.replace(aside, path)
+    size = sum(value.nbytes for value in tensors.values())
+    try:
+        with writable(f"The cache {path.parent}", size, "make room, or name another --latent_cache_dir"):
+            save_file(tensors, aside)
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _first_process() -> AbstractContextManager[None]:

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
-from cm_diffusers.data.sampler import SHUFFLE, Position, batch_generator
+from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, batch_generator
+from cm_diffusers.data.shards import files_fingerprint
 from cm_diffusers.data.sources import (
     DataConfig,
     captions_of,
@@ -85,7 +86,13 @@ def streaming_batches(
         for k in count(start):
             yield encoder.batch(window.take(size), batch_generator(k, reader.position))
 
-    return batches
+    return Stream(batches, files_fingerprint(_files(config), encoders.vae.fingerprint, encoders.fingerprint))
+
+
+def _files(config: DataConfig) -> list[str]:
+    if config.train_shards_path_or_url:
+        return tar_shards(config.train_shards_path_or_url)
+    return [] if config.dataset_name else _parquet_files(config)
 
 
 def _check(config: DataConfig, encoders: Encoders) -> None:
@@ -105,13 +112,12 @@ def _check(config: DataConfig, encoders: Encoders) -> None:
 def _open(config: DataConfig) -> datasets.IterableDataset:
     image, caption = config.image_column, config.caption_column
     if config.train_shards_path_or_url:
-        arguments = {"shards": tar_shards(config.train_shards_path_or_url)}
-        arguments |= {"image_column": image, "caption_column": caption}
+        arguments = {"shards": _files(config), "image_column": image, "caption_column": caption}
         return datasets.IterableDataset.from_generator(
             tar_rows, features=tar_features(image, caption), gen_kwargs=arguments
         )
     load = partial(datasets.load_dataset, cache_dir=config.cache_dir, streaming=True)
-    files = None if config.dataset_name else _parquet_files(config)
+    files = _files(config)
     with readable(source_flag(config)):
         if files:
             dataset = load("parquet", data_files=files, split="train")

@@ -16,6 +16,7 @@ from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, cached_embeddin
 from cm_diffusers.data.encoders import Encoders, placed
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
+from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text
 from cm_diffusers.types import Batch
 
@@ -54,7 +55,7 @@ def text_image_batches(
     with placed(encoders.towers, device):
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, config)
     source = _Source(encoders.vae, rows, texts, table, Position(seed, rank, world_size), encoders.micro_conditioning)
-    return stream(source.make, config.dataloader_num_workers)
+    return stream(source.make, config.dataloader_num_workers, shard_key(rows.fingerprint, encoders.fingerprint))
 
 
 def token_batches(
@@ -70,7 +71,7 @@ def token_batches(
     rows, texts = _load(config, vae, False, device)
     table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     source = _Source(vae, rows, texts, _Tokens(table), Position(seed, rank, world_size))
-    return stream(source.make, config.dataloader_num_workers)
+    return stream(source.make, config.dataloader_num_workers, rows.fingerprint)
 
 
 class _Tokens(NamedTuple):
@@ -86,6 +87,7 @@ class _Rows:
     posteriors: Posteriors
     numbers: np.ndarray  # rows of the data set that can be used
     captions: list[list[int]]  # for each of them, its captions' numbers in the table
+    fingerprint: str  # of images, captions and VAE
 
 
 @dataclass(frozen=True)
@@ -149,4 +151,5 @@ def _load(config: DataConfig, vae: Vae, sized: bool, device: torch.device | str)
         logger.warning("Skipped %d of %d rows: found %s.", len(dataset) - len(numbers), len(dataset), counts)
     table = {"": EMPTY}
     by_row = [[table.setdefault(text, len(table)) for text in captions[i]] for i in numbers]
-    return _Rows(framing, posteriors, numbers, by_row), list(table)
+    fingerprint = shard_key(vae.fingerprint, framing.digests, captions)
+    return _Rows(framing, posteriors, numbers, by_row, fingerprint), list(table)

@@ -11,7 +11,7 @@ from cm_diffusers.data.cache import Posteriors, Vae, cached_posteriors
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.images import class_labels, image_batches, readable_rows
 from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
-from cm_diffusers.data.shards import row_ranges
+from cm_diffusers.data.shards import row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.text_image import drawn_latents
 from cm_diffusers.engine.cli import refuse_changed
@@ -78,7 +78,9 @@ def unprompted_batches(
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (statistics.mean, statistics.std))
         affine = mean, std / sigma_data
     source = _Source(latents, labels, affine, Position(seed, rank, world_size))
-    return stream(source.make, config.dataloader_num_workers)
+    classes = None if labels is None else labels.tolist()
+    fingerprint = shard_key(vae.fingerprint, latents.framing.digests, classes)
+    return stream(source.make, config.dataloader_num_workers, fingerprint)
 
 
 def measure_statistics(config: DataConfig, vae: Vae, device: torch.device | str = "cpu") -> LatentStatistics:

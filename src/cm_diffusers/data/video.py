@@ -17,8 +17,8 @@ from cm_diffusers.data.clip_sources import FileClips
 from cm_diffusers.data.edges import edges
 from cm_diffusers.data.encoders import Encoders, placed
 from cm_diffusers.data.moving_articles import MovingArticles
-from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
-from cm_diffusers.data.shards import Tensors
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
+from cm_diffusers.data.shards import Tensors, shard_key
 from cm_diffusers.data.sources import DataConfig, check_values, load_image_text
 from cm_diffusers.data.text_image import EMPTY, drawn_latents
 from cm_diffusers.engine.cli import refuse_changed
@@ -138,12 +138,12 @@ def video_batches(
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, rows.views.images)
     position = Position(seed, rank, world_size)
     source = _Source(encoders.vae, rows, table, position, first_frame, control == "edges")
-    return stream(source.make, config.dataloader_num_workers)
+    return stream(source.make, config.dataloader_num_workers, shard_key(rows.fingerprint, encoders.fingerprint))
 
 
-def single_frames(batches: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[Batch]]:
+def single_frames(clips: Stream) -> Stream:
     """The frames of clips `(B, C, F, h, w)` as images `(B F, C, h, w)`."""
-    return lambda start: map(_as_images, batches(start))
+    return Stream(lambda start: map(_as_images, clips(start)), clips.fingerprint)
 
 
 def _as_images(clips: Batch) -> Batch:
@@ -159,6 +159,7 @@ class _Rows:
     posteriors: Posteriors
     numbers: np.ndarray  # clips that can be used
     captions: list[list[int]]  # for each of them, its captions' numbers in the table
+    fingerprint: str  # of clips, captions and VAE
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,8 @@ def _load(config: VideoDataConfig, vae: Vae, device: torch.device | str) -> tupl
         logger.warning("Skipped %d of %d clips: found %s.", len(captioned) - len(numbers), len(captioned), counts)
     table = {"": EMPTY}
     by_clip = [[table.setdefault(text, len(table)) for text in clips.captions[i]] for i in numbers]
-    return _Rows(views, posteriors, numbers, by_clip), list(table)
+    fingerprint = shard_key(vae.fingerprint, clips.digests, clips.captions)
+    return _Rows(views, posteriors, numbers, by_clip, fingerprint), list(table)
 
 
 def open_clips(config: VideoDataConfig) -> tuple[MovingArticles | FileClips, DataConfig]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, fields
@@ -22,10 +23,9 @@ MAY_CHANGE = set(
 )
 FINGERPRINTS, DATA = "fingerprints", "data"  # key of the identity; and in it that of the data, beside flags of models
 NAMES_OF_DATA = set(
-    "dataset_name dataset_config_name dataset_split train_data_dir train_shards_path_or_url moving_articles prompts_file "
-    "prompts".split()
+    "dataset_name dataset_config_name dataset_split train_data_dir train_shards_path_or_url moving_articles".split()
 )
-NAMES_OF_MODELS = re.compile(r"pretrained_\w+|spatial_lora|unet_config|(?:held_out_)?rewards")
+NAMES_OF_PLACES = re.compile(r"pretrained_\w+|spatial_lora|unet_config|(?:held_out_)?rewards|prompts(?:_file)?")
 REVISIONS = {  # flag of a model -> that of its revision on the Hub
     "pretrained_teacher_model": "teacher_revision",
     "pretrained_student_model": "student_revision",
@@ -46,9 +46,9 @@ def run_identity(objective: str, num_processes: int, *settings: object, **optims
         optims: Those of its players, by name.
     """
     values = _flat(asdict, settings, optims)
-    named = {name: value for name, value in values.items() if value and NAMES_OF_MODELS.fullmatch(name)}
-    models = {name: place_fingerprint(value, values.get(REVISIONS.get(name))) for name, value in named.items()}
-    found = {name: mark for name, mark in models.items() if mark}
+    named = {name: value for name, value in values.items() if value and NAMES_OF_PLACES.fullmatch(name)}
+    marks = {name: place_fingerprint(value, values.get(REVISIONS.get(name))) for name, value in named.items()}
+    found = {name: mark for name, mark in marks.items() if mark}
     shared = {"objective": objective, "num_processes": num_processes} | values | {FINGERPRINTS: found}
     return json.loads(json.dumps(shared))
 
@@ -79,20 +79,26 @@ def place_fingerprint(value: str | list[str], revision: str | None = None) -> st
         value: A folder or file here, or a Hub id, which stands for its commit.
         revision: On the Hub.
     """
-    if isinstance(value, list):  # rewards, some of which are classifiers in folders
-        found = [place_fingerprint(item.partition(":")[2] or item) or item for item in value]
-        return _sha256("\n".join(found))
-    place = Path(value).expanduser()
-    if place.exists():
-        return _files_fingerprint(place)
+    if isinstance(value, list):  # of prompts, or of rewards, some of which are classifiers in folders
+        return _sha256("\n".join(_files_fingerprint(item.removeprefix("classifier:")) or item for item in value))
+    if found := _files_fingerprint(value):
+        return found
     try:
         return Path(snapshot_download(value, revision=revision, local_files_only=True)).name
     except (LocalEntryNotFoundError, HFValidationError):
         return ""
 
 
-def _files_fingerprint(place: Path) -> str:
-    """Of the settings of a model and of a sample of every tensor: reads 4 KiB of each, milliseconds for any model."""
+def _files_fingerprint(name: str) -> str:
+    """Of the settings of a model and of a sample of every tensor: reads 4 KiB of each, milliseconds for any model.
+
+    Of a file that is no part of a model it is that of its content; "" if there is nothing.
+    """
+    place = Path(name).expanduser()
+    if not os.path.exists(place):  # which takes texts that can be no path
+        return ""
+    if place.is_file() and place.suffix not in (".safetensors", ".json"):
+        return hashlib.sha256(place.read_bytes()).hexdigest()
     paths = [place] if place.is_file() else sorted([*place.glob("*.*"), *place.glob("*/*.*")])
     parts = []
     for path in paths:
@@ -167,6 +173,6 @@ def refuse_other_run(path: Path, saved: dict, identity: dict, defaults: dict, *,
         what = (
             "was trained on other data: images or captions were changed, added, left out or put in another order since"
             if name == DATA
-            else f"began with another model than --{name} {identity[name]} is now: its weights or settings are others"
+            else f"began with other content of --{name}, which has changed, or is another, in {identity[name]}"
         )
         raise ValueError(f"{path} {what}; give what it was, or start afresh.")

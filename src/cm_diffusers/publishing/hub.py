@@ -22,7 +22,7 @@ from cm_diffusers.record import RECORD, read_record
 logger = logging.getLogger(__name__)
 
 UPLOADED = "*.safetensors *.json *.txt *.model *.md *.py *.png *.jpg *.jpeg *.webp *.gif".split()  # no pickle
-LEFT_OUT = ".* */.* checkpoint-* */checkpoint-* logs/* samples/* run.json".split()
+LEFT_OUT = ".* */.* checkpoint-* */checkpoint-* later-* */later-* logs/* samples/* run.json".split()
 WAITS = (2.0, 8.0, 30.0)  # seconds before each further try
 CONNECTION = (HTTPError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 FAILURES = (HTTPError, OSError, RuntimeError)  # of httpx (1.x) or httpx2, of files and sockets, of the Xet library

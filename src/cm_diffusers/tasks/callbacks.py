@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from accelerate.tracking import GeneralTracker
@@ -12,6 +13,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
 from cm_diffusers.schedulers import EDMConsistencyScheduler
@@ -146,7 +148,7 @@ def publish_grid(trainer: Trainer, grid: Image.Image) -> None:
     """Saves `samples/step-<n>.png` and shows it in the tracker."""
     folder = trainer.output_dir / "samples"
     folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{trainer.step:06d}.png")
+    replace_file(folder / f"step-{trainer.step:06d}.png", partial(grid.save, format="PNG"))
     pixels, name = np.asarray(grid.convert("RGB")), trainer.config.report_to
     for tracker in trainer.accelerator.trackers:
         TRACK_IMAGE[name](tracker, pixels, trainer.step)
