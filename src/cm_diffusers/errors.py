@@ -35,8 +35,10 @@ def writable(what: str, size: int = 0, advice: str = "make room, or name another
     try:
         yield
     except (OSError, SafetensorError) as error:
-        of_rust = re.search(r"I/O error: (.+?) \(os error", str(error))
-        reason = of_rust[1] if of_rust else getattr(error, "strerror", None) or str(error)
+        of_safetensors = re.search(r"I/O error: (.+?) \(os error", str(error))
+        reason = of_safetensors[1] if of_safetensors else getattr(error, "strerror", None)
+        if reason is None:  # no error of the system: libraries raise OSError for other things, too
+            raise
         needs = f" ({size / 2**20:,.1f} MiB are needed)" if size else ""
         raise ValueError(f"{what} cannot be written: {reason}{needs}; {advice}.") from error
 

@@ -1,5 +1,6 @@
 """One process writes into a folder: a lock that ends with the process, however that ends."""
 
+import atexit
 import logging
 import os
 import socket
@@ -47,7 +48,7 @@ class FolderLock:
                 file.close()
 
     def release(self) -> None:
-        if self.file is not None:
+        if self.file is not None and not self.file.closed:
             self.path.unlink(missing_ok=True)
             self.file.close()
             self.file = None
@@ -60,6 +61,7 @@ class FolderLock:
         file.write(f"{os.getpid()} {socket.gethostname()}")
         file.flush()
         self.file = file
+        atexit.register(self.release)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=file.close)
 

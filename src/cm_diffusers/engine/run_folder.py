@@ -59,25 +59,45 @@ class RunFolder:
     ) -> None:
         self.path, self.identity, self.logs = Path(config.output_dir), identity, config.tracker_project_name
         self.defaults, self.is_main, self.claims = defaults, accelerator.is_main_process, True
-        self.overwrite, self.lock, path = config.overwrite_output_dir, FolderLock(self.path), self.path
-        resume = config.resume_from_checkpoint
+        self.overwrite, self.lock = config.overwrite_output_dir, FolderLock(self.path)
         if self.overwrite:
             refuse_inputs_inside(config.output_dir, inputs)
+        self._enter(config.resume_from_checkpoint)
+        accelerator.wait_for_everyone()
+        try:
+            self._look(config.resume_from_checkpoint)
+        except BaseException:
+            self.lock.release()
+            raise
+        accelerator.wait_for_everyone()  # all have looked before the main process changes anything
+
+    def _enter(self, resume: str | None) -> None:
+        """Take the lock for a resume, and clear what a kill left; a fresh start only sees whether the folder is in use."""
+        here = resume == "latest" or (resume and self._is_here(checkpoints.find_checkpoint(self.path, resume)))
+        if self.is_main and (here or self.lock.path.exists()) and (self.path / IDENTITY).is_file():
+            with writable(f"--output_dir {self.path}"):
+                self.lock.take()
+                if here:
+                    clear_leftovers(self.path)
+
+    def _is_here(self, checkpoint: Path) -> bool:
+        return checkpoint.parent.resolve() == self.path.resolve()
+
+    def _look(self, resume: str | None) -> None:
+        """What is in the folder, and where to continue."""
+        path = self.path
         if resume == "latest" and not checkpoints.list_checkpoints(path):
             if self.is_main:
                 logger.info("--resume_from_checkpoint latest: %s has no checkpoint, so training starts afresh.", path)
             resume = None
         asked = checkpoints.find_checkpoint(path, resume) if resume else None
-        self.continues = asked is not None and asked.parent.resolve() == path.resolve()
-        if self.is_main and (self.continues or self.lock.path.exists()):
-            with writable(f"--output_dir {path}"):
-                self.lock.take()
+        self.continues = asked is not None and self._is_here(asked)
         self.latest = resume == "latest"
         self.older = checkpoints.list_checkpoints(path)[:-1] if self.latest else []  # to fall back to
         self.checkpoint = self._checked(asked) if asked else None
         if not self.continues:
             _refuse_used(path, self.overwrite)
-        accelerator.wait_for_everyone()  # all have looked before the main process changes anything
+        _refuse_read_only(path)
 
     def _checked(self, checkpoint: Path) -> Path:
         """It, or one before it, that is whole as far as sizes tell, and of this run."""
@@ -216,6 +236,12 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
             f"--output_dir {path} already holds the files of another run, such as {kept[0]}; choose another folder, "
             "continue it with --resume_from_checkpoint latest, or give --overwrite_output_dir to replace them."
         )
+
+
+def _refuse_read_only(path: Path) -> None:
+    place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {path} cannot be written: {place} is read-only; name another place.")
 
 
 def refuse_inputs_inside(output_dir: str, configs: Iterable[object]) -> None:
