@@ -106,14 +106,14 @@ def move_own(source: Path, goal: Path, is_ours: Callable[[str], bool]) -> None:
 
 
 def set_later_aside(run: Path, step: int) -> Path | None:
-    """Move checkpoints, averages and samples of later steps into `later-<n>`, the newest first; None if there are none.
+    """Move checkpoints of later steps, with averages and samples, into `later-<n>`; None if there is no such checkpoint.
 
-    A kill in between leaves what an ended run leaves: whole checkpoints up to some step.
+    Checkpoints go last, the newest first: a kill in between leaves whole ones up to some step, as the end of a run does.
     """
-    found = [*run.glob("checkpoint-*"), *run.glob("averages/step-*"), *run.glob("samples/step-*")]
+    found = [*run.glob("averages/step-*"), *run.glob("samples/step-*"), *run.glob("checkpoint-*")]
     steps = {path: int(match[1]) for path in found if (match := LATER.fullmatch(path.name))}
-    later = sorted((path for path in steps if steps[path] > step), key=steps.get, reverse=True)
-    if not later:
+    later = sorted((path for path in steps if steps[path] > step), key=lambda path: (path.parent == run, -steps[path]))
+    if not later or later[-1].parent != run:  # averages and samples alone: a kill before their checkpoint was whole
         return None
     goal = run / f"later-{next(i for i in range(1, 10**6) if not (run / f'later-{i}').exists())}"
     for path in later:
