@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError
@@ -51,3 +52,17 @@ def optional(what: str) -> Iterator[None]:
     except Exception as error:  # memory, a full disk, a server that is down ...
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         logger.warning("%s failed, and training goes on: %s: %s", what, type(error).__name__, reason)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, without the mark that some editors put before it.
+
+    Raises:
+        ValueError: It is not in UTF-8.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"it is no text in UTF-8 (byte {error.object[error.start]:#04x} at place {error.start}), save it as such"
+        ) from error

@@ -12,6 +12,7 @@ from scripts import data_flags, image_folder, models_folder, run_script
 from tiny import tiny_pipeline
 from toys import ToyObjective, forget_accelerate, source, toy_networks, toy_trainer
 
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.sampler import Stream
 from cm_diffusers.engine import identity
 from cm_diffusers.engine.checkpoints import list_checkpoints, read_state
@@ -41,7 +42,7 @@ def trained(folder: Path, data: str | None = "abc", resume: bool = True, **flags
     objective.config = Places(**flags)
     options = {"resume_from_checkpoint": "latest"} if resume else {}
     trainer = toy_trainer(folder, toy_networks(), objective, max_train_steps=2, **options)
-    trainer.fit(source() if data is None else Stream(source(), data))
+    trainer.fit(source() if data is None else Stream(source(), Found("toys"), data))
     trainer.end()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cm_diffusers.data.found import Found
 from cm_diffusers.types import Batch
 
 
@@ -43,6 +44,24 @@ def batch_generator(k: int, position: Position) -> np.random.Generator:
     return np.random.default_rng([position.seed, DRAW, position.rank, k])
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A data source: a function from the number of the first batch to an endless iterator of batches.
+
+    Attributes:
+        batches: That function.
+        found: What is trained on and what is left out.
+        fingerprint: Names the content that the batches are made of, wherever it lies; "" if nothing is known of it.
+    """
+
+    batches: Callable[[int], Iterator[Batch]]
+    found: Found
+    fingerprint: str = ""
+
+    def __call__(self, start: int = 0) -> Iterator[Batch]:
+        return self.batches(start)
+
+
 class BatchDataset(Dataset):
     """Maps a batch number to the fields of that batch; never ends."""
 
@@ -53,26 +72,10 @@ class BatchDataset(Dataset):
         return self.make(k)
 
 
-@dataclass(frozen=True)
-class Stream:
-    """A data source: a function from the number of the first batch to an endless iterator of batches.
-
-    Attributes:
-        batches: That function.
-        fingerprint: Names the content that the batches are made of, wherever it lies; "" if nothing is known of it.
-    """
-
-    batches: Callable[[int], Iterator[Batch]]
-    fingerprint: str = ""
-
-    def __call__(self, start: int = 0) -> Iterator[Batch]:
-        return self.batches(start)
-
-
-def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, fingerprint: str = "") -> Stream:
+def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: Found, fingerprint: str = "") -> Stream:
     """The data source of `make(k) -> (x0, cond, uncond, ...)`, a batch's fields."""
 
-    def batches(start: int = 0) -> Iterator[Batch]:
+    def batches(start: int) -> Iterator[Batch]:
         loader = DataLoader(
             BatchDataset(make),
             sampler=count(start),
@@ -84,4 +87,4 @@ def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, fingerprint
         for fields in loader:
             yield Batch(*fields)
 
-    return Stream(batches, fingerprint)
+    return Stream(batches, found, fingerprint)
