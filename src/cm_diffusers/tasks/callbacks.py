@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.encoders import placed
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
 from cm_diffusers.ranges import check_ranges
@@ -147,7 +149,7 @@ def publish_grid(trainer: Trainer, grid: Image.Image) -> None:
     """Saves `samples/step-<n>.png` and shows it in the tracker."""
     folder = trainer.output_dir / "samples"
     folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{trainer.step:06d}.png")
+    replace_file(folder / f"step-{trainer.step:06d}.png", partial(grid.save, format="PNG"))
     pixels, name = np.asarray(grid.convert("RGB")), trainer.config.report_to
     for tracker in trainer.accelerator.trackers:
         TRACK_IMAGE[name](tracker, pixels, trainer.step)

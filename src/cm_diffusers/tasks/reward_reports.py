@@ -152,9 +152,9 @@ def watched_task(
 def reports(
     guard: Guard, tuned: Tuned, validation: ValidationConfig, resolution: int | None
 ) -> list[Callable[[Trainer, Loss], None]]:
-    """The callbacks that look at a run: its guard, curves of what that saw, and sample grids."""
+    """The callbacks that show a run: curves of what its guard saw, and sample grids."""
     grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=resolution)
-    return [guard, reward_curves(guard.history, guard), grids]
+    return [reward_curves(guard.history, guard), grids]
 
 
 def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Loss], None]:
