@@ -21,7 +21,10 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from cm_diffusers.pipelines.loading import IN_SIGMA
 from cm_diffusers.pipelines.manners import consistency_scheduler
@@ -35,7 +38,24 @@ PAPER = {"recommended_num_inference_steps": 4, "recommended_guidance_scale": 8.0
 
 
 class PortableConsistencyPipeline(StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that reads how its student was made."""
+    """`StableDiffusionPipeline` that reads how its student was made, and samples by its scheduler's own config."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        config = scheduler.config
+        parts = (vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder)
+        super().__init__(*parts, requires_safety_checker)
+        scheduler._internal_dict = config  # in which the stock class switches clipping off
 
     @property
     def record(self) -> dict[str, Any]:

@@ -29,8 +29,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import register_to_config
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.import_utils import DummyObject
@@ -38,6 +46,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Generator, Tensor
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
 RECORD = "cm_diffusers.json"
@@ -954,7 +963,24 @@ PAPER = {"recommended_num_inference_steps": 4, "recommended_guidance_scale": 8.0
 
 
 class PortableConsistencyPipeline(StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that reads how its student was made."""
+    """`StableDiffusionPipeline` that reads how its student was made, and samples by its scheduler's own config."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        config = scheduler.config
+        parts = (vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder)
+        super().__init__(*parts, requires_safety_checker)
+        scheduler._internal_dict = config  # in which the stock class switches clipping off
 
     @property
     def record(self) -> dict[str, Any]:
