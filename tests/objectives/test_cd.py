@@ -268,6 +268,20 @@ def test_lpips_sees_images_of_224_pixels_in_colour(make, channels):
     assert constant.tolist() == [1, 1]
 
 
+def test_lpips_resizes_bilinearly():
+    """Pixel i of 224 lies at (i + 1/2) n / 224 - 1/2 of n pixels, between its neighbours; none lies beyond the border."""
+    place = ((torch.arange(224).double() + 0.5) * 8 / 224 - 0.5).clamp(0, 7)
+    across = (1 - (place[:, None] - torch.arange(8)).abs()).clamp(min=0)  # (224, 8)
+    x, y = torch.rand(2, 2, 3, 8, 8, dtype=torch.float64)
+    large = [across @ image @ across.T for image in (x, y)]
+    ramp = torch.linspace(0, 1, 224).double()
+
+    def lpips(one, other):
+        return (ramp * (one - other).abs()).mean((1, 2, 3))
+
+    torch.testing.assert_close(perceptual(lpips)(x, y), lpips(*large), rtol=1e-10, atol=0)
+
+
 def test_lpips_is_for_images():
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared
         perceptual(l1)(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8))

@@ -132,24 +132,24 @@ def compare(stock, scheduler, gamma: float | None = None, **way) -> torch.Tensor
 
 
 @pytest.mark.parametrize(("network", "kind"), IN_SIGMA[:2])
-@pytest.mark.parametrize("clip", [True, False])
-def test_editing_denoises_as_the_scheduler_does(network: str, kind: str, clip: bool) -> None:
-    """With everything unknown, a step of editing is one of sampling."""
+@pytest.mark.parametrize(("boundary", "clip", "floor"), [("cm", True, 2.0), ("edm", False, 0.0), ("cm", False, 2.0)])
+def test_editing_denoises_as_the_scheduler_does(
+    network: str, kind: str, boundary: str, clip: bool, floor: float
+) -> None:
+    """With everything unknown, a step of editing is one of sampling; noise comes back to what f has (2303.01469, Alg. 1)."""
     unet = unet2d(num_class_embeds=None, sample_size=4)
-    ours = in_sigma(network, kind, "edm", clip_denoised=clip)
+    ours = in_sigma(network, kind, boundary, clip_denoised=clip, sigma_min=2.0)
     editor = module("consistency_editing").ConsistencyEditingPipeline(unet, stock_scheduler(ours))
     editor.set_progress_bar_config(disable=True)
     levels = [60.0, 3.0]
     asked = {"mask_image": torch.ones(1, 1, 4, 4), "sigmas": levels, "output_type": "pt"}
     edited = editor("inpainting", torch.zeros(1, 3, 4, 4), **asked, generator=torch.Generator().manual_seed(1)).images
     draw = torch.Generator().manual_seed(1)
-    black = -torch.ones(1, 3, 4, 4)
     ours.set_timesteps(sigmas=levels)
     x = levels[0] * torch.randn(1, 3, 4, 4, generator=draw)
     with torch.no_grad():
         for i, t in enumerate(ours.timesteps):
             if i:
-                x = x + levels[i] * torch.randn(1, 3, 4, 4, generator=draw)
+                x = x + (levels[i] ** 2 - floor**2) ** 0.5 * torch.randn(1, 3, 4, 4, generator=draw)
             x = ours.step(unet(ours.scale_model_input(x, t), t).sample, t, x).denoised
-    assert x.shape == black.shape
     torch.testing.assert_close(2 * edited - 1, x.clamp(-1, 1), atol=1e-5, rtol=0)
