@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracles import Gaussian, GridLinear, OracleNet, edm_student, edm_teacher, guided
+from oracles import Gaussian, GridLinear, OracleNet, cm_scalings, edm_student, edm_teacher, guided
 from tiny import tiny_scheduler
 from toys import forget_accelerate, toy_trainer
 
 from cm_diffusers.diffusion.distances import l1, load_lpips, perceptual
-from cm_diffusers.diffusion.preconditioning import cm_scalings, input_scaling
 from cm_diffusers.diffusion.process import EDM, DiscreteVP, Prediction
 from cm_diffusers.diffusion.solvers import heun_step
 from cm_diffusers.diffusion.times import karras_grid
@@ -150,7 +149,7 @@ def end_of_training(folder, objective, sigmas, scalings, steps=800):
         trainer.training_step(batches)
     c_skip, c_out = scalings(sigmas)
     gain, bias = nets.student.gain.detach(), nets.student.bias.detach()
-    return c_skip + c_out * input_scaling(sigmas, 0.5) * gain, c_out * bias
+    return c_skip + c_out * gain / (sigmas**2 + 0.25).sqrt(), c_out * bias
 
 
 def end_on_a_grid(folder, objective, points):

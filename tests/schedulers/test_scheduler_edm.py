@@ -7,9 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, DDIMScheduler
-from oracles import Gaussian, as_output
+from oracles import Gaussian, as_output, cm_scalings, edm_scalings
 
-from cm_diffusers.diffusion.preconditioning import cm_scalings, edm_scalings
 from cm_diffusers.diffusion.process import EDM, DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, VPView
 from cm_diffusers.schedulers import EDMConsistencyScheduler
