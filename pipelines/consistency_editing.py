@@ -722,7 +722,7 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             shown = scheduler.scale_model_input(x, t).to(self.unet.dtype)
             output = self.unet(shown, t, class_labels=labels, return_dict=False)[0]
-            x = replace(scheduler.step(output.float(), t, x).prev_sample)
+            x = replace(scheduler.step(output.float(), t, x).denoised)
             if i + 1 < len(scheduler.timesteps):
                 std = (levels[i + 1] ** 2 - levels[-1] ** 2) ** 0.5
                 x = x + std * randn_tensor(x.shape, generator=generator, device=device)
@@ -773,8 +773,8 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
     def _silent_scheduler(
         self, device: torch.device, steps: int | None, timesteps: list[int] | None, sigmas: list[float] | None
     ) -> EDMConsistencyScheduler:
-        """One whose steps end at f(x, sigma), with its noise levels chosen."""
-        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config, s_noise=0.0, gamma=1.0)
+        """One whose steps draw no noise, with its noise levels chosen."""
+        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config, gamma=0.0)
         if steps is None and timesteps is None and sigmas is None:
             steps = min(STEPS, scheduler.config.num_train_timesteps)
         scheduler.set_timesteps(steps, device, timesteps, sigmas)

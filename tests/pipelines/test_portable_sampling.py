@@ -141,9 +141,10 @@ def test_editing_denoises_as_the_scheduler_does(
     ours = in_sigma(network, kind, boundary, clip_denoised=clip, sigma_min=2.0)
     editor = module("consistency_editing").ConsistencyEditingPipeline(unet, stock_scheduler(ours))
     editor.set_progress_bar_config(disable=True)
-    levels = [60.0, 3.0]
+    levels, state = [60.0, 3.0], torch.get_rng_state()
     asked = {"mask_image": torch.ones(1, 1, 4, 4), "sigmas": levels, "output_type": "pt"}
     edited = editor("inpainting", torch.zeros(1, 3, 4, 4), **asked, generator=torch.Generator().manual_seed(1)).images
+    assert torch.equal(torch.get_rng_state(), state)  # all noise is the generator's
     draw = torch.Generator().manual_seed(1)
     ours.set_timesteps(sigmas=levels)
     x = levels[0] * torch.randn(1, 3, 4, 4, generator=draw)
