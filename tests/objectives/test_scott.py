@@ -305,9 +305,10 @@ def test_r1_disturbs_what_is_real():
     nets, objective = Networks(Linear(torch.zeros(1000))), scott(critic_inputs="clean", r1_weight=100.0)
     found = []
     for where in (2.0, 0.0):
-        nets.critic = Recorder(lambda x, t, where=where: torch.where((x - where).abs() < 0.7, x - where, 0.0))
+        nets.critic = Recorder(lambda x, t, where=where: torch.where((x - where).abs() < 0.7, x - where + 0.5, -0.5))
         found.append(objective.judge(nets, Batch(torch.full((4000, 1), 2.0)), Progress(0, 1)).value.item())
-    assert found == [pytest.approx(3.0, rel=0.1), pytest.approx(2.0, abs=1e-3)]
+    # hinge losses of 0.5 twice and of 1.5 twice; a disturbance of 0.1 makes 100 * 0.1^2
+    assert found == [pytest.approx(1.0 + 1.0, rel=0.1), pytest.approx(3.0, abs=1e-3)]
 
 
 def test_least_squares_has_its_own_boundary():

@@ -248,12 +248,13 @@ class TestScalings:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_every_precision_is_computed_in_double(self, dtype):
-        less, full = EDMConsistencyScheduler(clip_denoised=False), EDMConsistencyScheduler(clip_denoised=False)
+        scheduler = EDMConsistencyScheduler(clip_denoised=False)
         x, output = (80 * normal(0)).to(dtype), normal(1).to(dtype)
-        for scheduler in (less, full):
-            scheduler.set_timesteps(1)
-        expected = full.step(output.double(), full.timesteps[0], x.double()).denoised
-        assert torch.equal(less.step(output, less.timesteps[0], x).denoised, expected.to(dtype))
+        scheduler.set_timesteps(1)
+        c_skip, c_out = cm_scalings(torch.tensor(80.0), SIGMA_MIN, 0.5)
+        expected = c_skip * x.double() + c_out * output.double()
+        found = scheduler.step(output, scheduler.timesteps[0], x).denoised
+        assert torch.equal(found, expected.to(dtype))
 
 
 def network(x, t, **conditions):
