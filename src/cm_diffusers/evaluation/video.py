@@ -266,9 +266,4 @@ def _names(config: VideoEvaluationConfig) -> list[str]:
         raise ValueError(
             f"Two rows would be called {Path(twice[0]).stem}: give each pipeline a name of its own by --names."
         )
-    for name, least in (("num_videos", 2), ("frames_per_clip", 1), ("num_shown", 1), ("eval_batch_size", 1)):
-        if (value := getattr(config, name)) < least:
-            raise ValueError(f"--{name} must be at least {least}, but it is {value}.")
-    if config.crop_zoom <= 0:
-        raise ValueError(f"--crop_zoom must be positive, but it is {config.crop_zoom}; 1 keeps the size.")
     return names

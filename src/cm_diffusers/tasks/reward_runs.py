@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.encoders import Encoders, placed, too_long
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.diffusion.process import DiscreteVP
@@ -20,6 +21,7 @@ from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.policy.policy import Conditions, Policy
 from cm_diffusers.publishing.pipelines import lcm_pipeline
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.rewards import Reward
 from cm_diffusers.rewards.base import Metadata
@@ -50,8 +52,7 @@ class RewardModelConfig(FinetuneConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise ValueError(f"--num_inference_steps must be at least 1, but it is {self.num_inference_steps}.")
+        check_ranges(self)
 
 
 @dataclass
@@ -210,6 +211,7 @@ class PromptConditions:
         cls, tuned: Tuned, prompts: Sequence[str], resolution: int | None, device: torch.device
     ) -> "PromptConditions":
         encoders, texts = Encoders.from_pipeline(tuned.pipe), [*prompts, ""]
+        too_long(texts, encoders.tokenizers, Found("--prompts", aloud=True))
         with torch.no_grad(), placed(encoders.towers, device):
             starts = range(0, len(texts), ENCODED_AT_ONCE)
             parts = [encoders.encode_prompts(texts[start : start + ENCODED_AT_ONCE]) for start in starts]
