@@ -18,7 +18,7 @@ from tiny import tiny_pipeline, tiny_unet
 
 from cm_diffusers import ConsistencyImagesPipeline, ConsistencyPipeline, EDMConsistencyScheduler
 from cm_diffusers.diffusion.views import EDMView
-from cm_diffusers.pipelines.pipeline_consistency_images import stock_scheduler
+from cm_diffusers.pipelines.stock import stock_scheduler
 
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
