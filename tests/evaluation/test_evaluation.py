@@ -72,6 +72,20 @@ def test_kernel_distance_is_unbiased_and_leaves_the_generator_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_kernel_distance_has_the_cubic_kernel_of_its_paper() -> None:
+    """k(x, y) = (x y / d + 1)^3 (1801.01401, Eq. 3); where all features of a kind are alike, k(r, r) + k(f, f) - 2 k(r, f)."""
+    real, fake = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, 2.0, -1.0])
+    expected = (14.25 / 4 + 1) ** 3 + (6 / 4 + 1) ** 3 - 2 * (-4 / 4 + 1) ** 3
+    found, _ = metrics.kernel_distance(real.expand(20, 4), fake.expand(30, 4), 3)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_ceiling_of_coverage_by_hand() -> None:
+    """No fake image is among the 2 nearest of 5 other real and 3 fake ones: 5/8 times 4/7."""
+    assert metrics.coverage_ceiling(6, 3, 2) == pytest.approx(1 - 5 / 8 * 4 / 7, rel=1e-12)
+    assert metrics.coverage_ceiling(3, 6, 1) == pytest.approx(1 - 2 / 8, rel=1e-12)
+
+
 @pytest.mark.parametrize(("k", "limit"), [(3, 0.875), (5, 0.969), (10, 0.999)])
 def test_coverage_of_real_by_real_has_its_ceiling(k: int, limit: float) -> None:
     assert metrics.coverage_ceiling(10**6, 10**6, k) == pytest.approx(limit, abs=5e-4)
@@ -169,6 +183,10 @@ def test_classification_loss_by_hand() -> None:
     smooth = ClassificationObjective(ClassificationConfig(label_smoothing=1.0))
     flat = smooth(Networks(Constant()), batch, Progress(0, 1))
     torch.testing.assert_close(flat.value, -probabilities[-2:].log().mean())
+    some = ClassificationObjective(ClassificationConfig(label_smoothing=0.2))(
+        Networks(Constant()), batch, Progress(0, 1)
+    )
+    torch.testing.assert_close(some.value, 0.8 * loss.value + 0.2 * flat.value)  # 1512.00567, Eq. 5 and 6
 
 
 def test_images_do_not_depend_on_the_batch() -> None:

@@ -88,6 +88,12 @@ def test_a_lognormal_between_two_sigmas():
         assert float((shares < quantile).double().mean()) == pytest.approx(quantile, abs=0.006)
     narrow = sample_lognormal(1000, -1.1, 2.0, 0.0292, 14.614, CPU)
     assert 0.0292 <= narrow.min() < 0.05 < 5 < narrow.max() <= 14.614
+    middle = sample_lognormal(20_000, 0.0, 1.0, 0.5, 2.0, CPU)  # half of the mass: what is outside is drawn anew
+    assert ((middle > 0.5) & (middle < 2.0)).all()
+    low = torch.special.ndtr(torch.tensor(0.5, dtype=torch.float64).log())
+    shares = (torch.special.ndtr(middle.log()) - low) / (1 - 2 * low)
+    for quantile in (0.1, 0.5, 0.9):
+        assert float((shares < quantile).double().mean()) == pytest.approx(quantile, abs=0.012)
 
 
 # ---- curricula
@@ -116,6 +122,16 @@ def test_the_doublings_of_ict():
     assert [doubling_intervals(Progress(k, 7), 10, 640) for k in range(7)] == [10, 20, 40, 80, 160, 320, 640]
     assert [doubling_intervals(Progress(k, 3), 10, 1280) for k in range(3)] == [10, 20, 40]  # shorter than its stages
     assert doubling_intervals(Progress(9, 10), 10, 10) == 10
+
+
+def test_doublings_that_do_not_come_out_even():
+    """K' = floor(K / (log2 floor(s1 / s0) + 1)) and N(k) = min(s0 2^floor(k / K'), s1) + 1 (2310.14189, Sec. 3.4)."""
+    for first, last, steps, starts in (
+        (3, 20, 100, {0: 3, 27: 6, 54: 12, 81: 20}),  # 100 / 3.58, of floor(20 / 3) = 6
+        (10, 100, 1000, {0: 10, 231: 20, 462: 40, 693: 80, 924: 100}),  # 1000 / 4.32
+    ):
+        expected = [max(n for start, n in starts.items() if start <= k) for k in range(steps)]
+        assert [doubling_intervals(Progress(k, steps), first, last) for k in range(steps)] == expected
 
 
 @pytest.mark.parametrize(("points", "mean_weight"), [(11, 8.42), (21, 17.45), (161, 141.1), (1281, 1129.1)])

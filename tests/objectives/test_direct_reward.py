@@ -124,6 +124,14 @@ def test_divergence_of_a_trajectory(pipe):
     plain, held = (loss_of(objective_of(pipe, "trajectory", kl_coef=weight), nets, batch) for weight in (0.0, 2.0))
     assert held.logs["kl"] > 0 == plain.logs["kl"]
     assert held.value.item() == pytest.approx((plain.value + 2 * held.logs["kl"]).item(), rel=1e-5)
+    policy, by_hand = objective_of(pipe, "trajectory").policy, 0.0
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for index, sample, taken, _ in policy.walk(nets.student, torch.randn(STEPS + 1, 2, *SHAPE), batch.cond):
+            if taken.std > 0:  # |mean - mean'|^2 / (2 std^2), the mean over elements, summed over steps
+                mean = policy.transition(nets.teacher, index, sample, batch.cond).mean
+                by_hand += ((taken.mean - mean).square() / (2 * taken.std**2)).mean().item()
+    assert held.logs["kl"].item() == pytest.approx(by_hand, rel=1e-4)
     still = Networks(nets.teacher, teacher=nets.teacher)
     assert loss_of(objective_of(pipe, "trajectory", kl_coef=2.0), still, batch).logs["kl"] == 0
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from oracles import Gaussian, OracleNet, edm_teacher
+from oracles import Gaussian, OracleNet, edm_scalings, edm_teacher
 from tiny import tiny_scheduler
 from torch import nn
 from toys import forget_accelerate
 
-from cm_diffusers.diffusion.preconditioning import edm_scalings
 from cm_diffusers.diffusion.process import EDM, DiscreteVP
 from cm_diffusers.diffusion.times import easy_ratio
 from cm_diffusers.diffusion.views import EDMView, VPView

@@ -284,7 +284,7 @@ def test_refuses_what_cannot_be_done(editor: DiffusionPipeline, arguments: tuple
 
 
 def test_refuses_other_requests(editor: DiffusionPipeline, module) -> None:
-    with pytest.raises(ValueError, match="Noise levels must descend"):
+    with pytest.raises(ValueError, match="sigmas must be numbers that descend"):
         editor("inpainting", images(), mask(), sigmas=[0.8, 80.0])
     with pytest.raises(ValueError, match="Found 1 generators for 2 images"):
         editor("inpainting", images(), mask(), generator=[torch.Generator()], **PLACES)

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from cm_diffusers.diffusion.preconditioning import BOUNDARY_SCALINGS, NOISE_CONDITIONINGS
 from cm_diffusers.diffusion.times import karras_grid
-from cm_diffusers.schedulers.noise_levels import EDMKind, NetworkKind, VPKind, at_places, checked, spread
+from cm_diffusers.schedulers.noise_levels import EDMKind, NetworkKind, VPKind, at_places, checked, strided
 from cm_diffusers.schedulers.scheduling_consistency import (
     ConsistencySchedulerOutput,
     NoiseSampler,
@@ -142,7 +142,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         elif timesteps is not None:
             schedule = at_places(self._grid, timesteps)
         else:
-            schedule = spread(self._grid, num_inference_steps)
+            schedule = strided(self._grid, num_inference_steps)
         self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
         self.num_inference_steps = len(schedule)
         self.custom_timesteps = num_inference_steps is None
