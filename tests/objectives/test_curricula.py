@@ -68,7 +68,7 @@ def test_the_ends_of_a_grid_are_exact(rho):
 def test_neighbours_are_drawn_as_asked():
     grid, wanted = karras(5), torch.tensor([0.1, 0.0, 0.6, 0.3])
     for probabilities, expected in ((wanted, wanted), (None, torch.full((4,), 0.25))):
-        t, s = sample_neighbours(40_000, grid, CPU, probabilities)
+        t, s = sample_neighbours(40_000, grid, probabilities)
         index = torch.searchsorted(grid, s)
         assert torch.equal(grid[index], s)
         assert torch.equal(grid[index + 1], t)
@@ -81,12 +81,12 @@ def test_a_lognormal_between_two_sigmas():
     """Its quantiles are those of the normal within the ends, whose mass is 0.99166."""
     ends = torch.special.ndtr((torch.tensor([0.002, 80.0], dtype=torch.float64).log() + 1.1) / 2.0)
     assert float(ends[1] - ends[0]) == pytest.approx(0.99166, abs=5e-6)
-    t = sample_lognormal(100_000, -1.1, 2.0, 0.002, 80.0, CPU)
+    t = sample_lognormal(100_000, -1.1, 2.0, 0.002, 80.0)
     assert (t.dtype, 0.002 <= t.min(), t.max() <= 80.0) == (torch.float64, True, True)
     shares = (torch.special.ndtr((t.log() + 1.1) / 2.0) - ends[0]) / (ends[1] - ends[0])
     for quantile in (0.1, 0.5, 0.9):
         assert float((shares < quantile).double().mean()) == pytest.approx(quantile, abs=0.006)
-    narrow = sample_lognormal(1000, -1.1, 2.0, 0.0292, 14.614, CPU)
+    narrow = sample_lognormal(1000, -1.1, 2.0, 0.0292, 14.614)
     assert 0.0292 <= narrow.min() < 0.05 < 5 < narrow.max() <= 14.614
 
 

@@ -62,7 +62,7 @@ def test_training_ends_there(tmp_path, stage, q):
     sigmas = torch.tensor(sorted({*chain(80.0, stage), *chain(0.821, stage)}), dtype=torch.float64)
     objective = ect(q=q, stage_steps=0, huber_c=4.0)  # the metric does not matter; a smooth one settles sooner
 
-    def times(batch_size, progress, device):
+    def times(batch_size, progress):
         t = sigmas[torch.randint(len(sigmas), (batch_size,))]
         r = t * easy_ratio(t, objective.stage(progress), q, 8.0, 1.0)
         return t, torch.where(r < 0.002, 0, r)
@@ -81,7 +81,7 @@ def test_training_ends_there(tmp_path, stage, q):
 def test_pairs_are_drawn_as_the_stage_says():
     objective = ect(stage_steps=100)
     for step, stage in ((0, 0), (99, 0), (100, 1), (250, 2)):
-        t, r = objective.times(20_000, Progress(step, 1000), torch.device("cpu"))
+        t, r = objective.times(20_000, Progress(step, 1000))
         assert objective.stage(Progress(step, 1000)) == stage
         assert t.dtype == r.dtype == torch.float64
         torch.testing.assert_close(r[r > 0], (t * easy_ratio(t, stage, 2.0, 8.0, 1.0))[r > 0])
@@ -92,9 +92,9 @@ def test_pairs_are_drawn_as_the_stage_says():
 
 
 def test_a_constant_ratio():
-    t, r = ect(mapping="const", q=4.0).times(1000, PROGRESS, torch.device("cpu"))
+    t, r = ect(mapping="const", q=4.0).times(1000, PROGRESS)
     torch.testing.assert_close(r[r > 0], 0.75 * t[r > 0])
-    t, r = ect(mapping="const", q=1.0).times(1000, PROGRESS, torch.device("cpu"))
+    t, r = ect(mapping="const", q=1.0).times(1000, PROGRESS)
     assert not r.any()
 
 
@@ -104,7 +104,7 @@ def test_a_constant_ratio():
 def replay(objective, batch, seed=3):
     """The draws of one loss: t, r and the noise."""
     torch.manual_seed(seed)
-    t, r = objective.times(len(batch.x0), PROGRESS, torch.device("cpu"))
+    t, r = objective.times(len(batch.x0), PROGRESS)
     return t, r, torch.randn_like(batch.x0)
 
 

@@ -49,7 +49,7 @@ def test_grid_size_is_checked(num_steps):
 
 
 def test_pairs_are_uniform_and_one_spacing_apart():
-    t, s = sample_solver_pairs(50_000, solver_grid(1000, 50), CPU)
+    t, s = sample_solver_pairs(50_000, solver_grid(1000, 50))
     assert set(zip(t.tolist(), s.tolist(), strict=True)) == {(k, max(k - 20, 0)) for k in range(19, 1000, 20)}
     counts = torch.bincount(t)[19::20]
     assert ((counts - 1000).abs() < 5 * (1000 * 0.98) ** 0.5).all()

@@ -4,7 +4,7 @@ import json
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import AutocastKwargs, DistributedType
 
 
 def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> Accelerator:
@@ -13,7 +13,11 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
         ValueError: The tracker's package is missing, or weights would be sharded.
     """
     tracker = None if report_to == "none" else report_to
-    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=tracker, project_dir=output_dir)
+    # Before torch 2.11 autocast keeps the weights that a pass without a gradient has cast for the pass that learns.
+    uncached = AutocastKwargs(cache_enabled=False)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, log_with=tracker, project_dir=output_dir, kwargs_handlers=[uncached]
+    )
     if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
         raise ValueError(
             f"--report_to {tracker}: the package is not installed; pip install {tracker}, or give another tracker."

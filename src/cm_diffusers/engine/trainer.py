@@ -43,7 +43,9 @@ class TrainConfig:
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in backward to save memory.")
     mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="Autocast dtype; weights stay float32.")
     compile: bool = HfArg(default=False, help="torch.compile every network.")
-    allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on NVIDIA GPUs from Ampere on.")
+    allow_tf32: bool = HfArg(
+        default=False, help="TF32 matrix products and convolutions on NVIDIA GPUs from Ampere on."
+    )
     ema_decay: float = HfArg(default=0.95, help="Rate of the EMA target network, where the method has one.")
     export_ema_decay: float = HfArg(
         default=0.0, help="Rate of the average that is validated and published; 0 publishes the last weights."
@@ -114,7 +116,7 @@ class Trainer:
         if getattr(objective, "spans_training", False):
             self.identity["max_train_steps"] = config.max_train_steps
         self.folder = RunFolder(config, self.identity, [objective.config, *settings], self.accelerator)
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         for _, module in nets.items():
             module.to(self.device)
             if config.compile:
