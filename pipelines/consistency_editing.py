@@ -42,20 +42,25 @@ from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 
+def exact(times: Tensor) -> Tensor:
+    """Times, or what is computed of them, in float64 on the CPU."""
+    return times.cpu().double()
+
+
 def input_scaling(sigma: Tensor, sigma_data: float) -> Tensor:
     """c_in `(B,)` of EDM (2206.00364, Table 1): c_in x has unit variance."""
-    return 1 / (sigma.double() ** 2 + sigma_data**2).sqrt()
+    return 1 / (exact(sigma) ** 2 + sigma_data**2).sqrt()
 
 
 def cm_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of consistency models (2303.01469, Appendix C); exactly (1, 0) at sigma = sigma_min."""
-    shifted = sigma.double() - sigma_min
+    shifted = exact(sigma) - sigma_min
     return 1 / (1 + (shifted / sigma_data) ** 2), shifted * sigma_data * input_scaling(sigma, sigma_data)
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of EDM's denoiser (2206.00364, Table 1); exactly (1, 0) at sigma = 0."""
-    sigma = sigma.double()
+    sigma = exact(sigma)
     return 1 / (1 + (sigma / sigma_data) ** 2), sigma * sigma_data * input_scaling(sigma, sigma_data)
 
 
@@ -91,7 +96,7 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
     Args:
         prediction_type: What the output is: "epsilon", "v_prediction" or "sample".
     """
-    sigma = sigma.double()
+    sigma = exact(sigma)
     edm, vp = (sigma**2 + sigma_data**2).sqrt(), (1 + sigma**2).sqrt()
     if prediction_type == "epsilon":  # D = x - sigma output
         return sigma / (sigma_data * edm), -edm / sigma_data
@@ -200,12 +205,13 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         self.done += 1
         if self.done < self.num_inference_steps:
             gamma = self.config.gamma
+            fresh = (1 - (1 - gamma) ** 2) ** 0.5 * self.config.s_noise
             above, level = ((float(one) ** 2 - self.floor**2) ** 0.5 for one in (sigma, following))
             if gamma < 1:
                 result = result + level * (1 - gamma) / above * (x - denoised)
-            if gamma > 0:
+            if fresh > 0:
                 noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-                result = result + level * (1 - (1 - gamma) ** 2) ** 0.5 * self.config.s_noise * noise.to(x.dtype)
+                result = result + level * fresh * noise.to(x.dtype)
         output = LCMSchedulerOutput(result.to(sample.dtype), denoised.to(sample.dtype))
         return output if return_dict else output.to_tuple()
 

@@ -115,12 +115,13 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         self.done += 1
         if self.done < self.num_inference_steps:
             gamma = self.config.gamma
+            fresh = (1 - (1 - gamma) ** 2) ** 0.5 * self.config.s_noise
             above, level = ((float(one) ** 2 - self.floor**2) ** 0.5 for one in (sigma, following))
             if gamma < 1:
                 result = result + level * (1 - gamma) / above * (x - denoised)
-            if gamma > 0:
+            if fresh > 0:
                 noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-                result = result + level * (1 - (1 - gamma) ** 2) ** 0.5 * self.config.s_noise * noise.to(x.dtype)
+                result = result + level * fresh * noise.to(x.dtype)
         output = LCMSchedulerOutput(result.to(sample.dtype), denoised.to(sample.dtype))
         return output if return_dict else output.to_tuple()
 

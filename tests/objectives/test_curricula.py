@@ -1,6 +1,7 @@
 """Grids, curricula and constants of consistency training, and what all its objectives share."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +30,6 @@ from cm_diffusers.objectives.slct import SLCTConfig, SLCTObjective
 from cm_diffusers.types import Batch, Networks, Progress
 
 
-CPU = torch.device("cpu")
-
-
 @pytest.fixture(autouse=True)
 def clean_accelerate():
     yield
@@ -54,6 +52,16 @@ def test_the_published_choices_of_two_steps(points, from_above, sigma):
     grid = karras(points)
     assert float(grid[points - 1 - from_above]) == pytest.approx(sigma, abs=5e-4)
     assert (grid.diff() > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sigma"),
+    [("cd_imagenet64", "1.382"), ("ct_imagenet64", "1.913"), ("ict_imagenet64", "1.526"), ("ect_imagenet64", "1.526"),
+     ("ict_latents256", "0.253"), ("slct_latents256", "0.253")],
+)  # fmt: skip
+def test_recipes_recommend_what_their_papers_chose(recipe, sigma):
+    text = (Path(__file__).parents[2] / "training" / "recipes" / f"{recipe}.args").read_text("utf-8")
+    assert f"--recommended_sigmas 80 {sigma}\n" in text
 
 
 @pytest.mark.parametrize("rho", [7.0, 3.0, 1.0])

@@ -191,6 +191,52 @@ def test_no_loss_on_a_point_mass():
         assert loss(ect(q=stage_q), edm_teacher(Gaussian(0.7, 0.5)), batch) > 1e-2
 
 
+class Counting(nn.Module):
+    """How many samples it is called with; with dropout between its layers."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.layers, self.sizes = nn.Sequential(nn.Linear(8, 8), nn.Dropout(dropout), nn.Linear(8, 8)), []
+
+    def forward(self, shown, told, return_dict=True, **cond):
+        self.sizes.append(len(shown))
+        assert {len(value) for value in (told, *cond.values())} == {len(shown)}
+        return (self.layers(shown) + sum(value for value in cond.values()),)
+
+
+def test_the_target_runs_on_samples_that_need_it():
+    """In the first stage four of five have the data itself; the loss is that of a run on all."""
+    batch = Batch(draw(DATA, 500, 8).float(), {"shift": torch.randn(500, 8)})
+    network, objective = Counting(0.0), ect()
+    t, r, noise = replay(objective, batch)
+    needed = int((r > 0).sum())
+    found = loss(objective, network, batch)
+    assert network.sizes == [needed, 500]
+    assert 50 < needed < 150
+    jump = objective.consistency(network, batch.x0 + torch.where(r > 0, r, t)[:, None].float() * noise,
+                                 torch.where(r > 0, r, t), batch.cond)  # fmt: skip
+    online = objective.consistency(network, batch.x0 + t[:, None].float() * noise, t, batch.cond)
+    norm = (online - torch.where(r[:, None] > 0, jump, batch.x0)).norm(dim=1)
+    assert found == pytest.approx((norm / (t - r)).mean().item(), rel=1e-5)
+
+
+def test_dropout_masks_are_shared_by_the_whole_batch():
+    """They hang on its size, so nothing is left out; both passes then see the same."""
+    network = Counting(0.5)
+    masks = []
+    network.layers[1].register_forward_hook(lambda _, given, made: masks.append(made == 0))
+    loss(ect(), network, Batch(torch.randn(20, 8)))
+    assert network.sizes == [20, 20]
+    assert torch.equal(*masks)
+
+
+def test_a_batch_of_data_alone_still_calls_the_network():
+    """As the other processes do, or they would wait for its buffers."""
+    network = Counting(0.0)
+    loss(ect(mapping="const", q=1.0), network, Batch(torch.randn(6, 8)))
+    assert network.sizes == [1, 6]
+
+
 # ---- wrong settings
 
 

@@ -98,6 +98,20 @@ def test_rewind_rng_repeats_dropout_masks(device):
     assert not torch.equal(second, F.dropout(x))
 
 
+def test_rewind_rng_rewinds_the_device_it_is_given(monkeypatch):
+    """Not the current one."""
+    states = {0: 10, 1: 20}
+    number = lambda device: 0 if device is None else device.index  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device=None: states[number(device)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device=None: states.update({number(device): state}))
+    with rewind_rng(torch.device("cuda", 1)):
+        states.update({0: 11, 1: 21})
+    assert states == {0: 11, 1: 20}
+    with rewind_rng(torch.device("cuda")):
+        states.update({0: 12, 1: 22})
+    assert states == {0: 11, 1: 22}
+
+
 def test_rewind_rng_rewinds_after_an_error():
     state = torch.get_rng_state()
     with pytest.raises(KeyError), rewind_rng(CPU):  # noqa: PT012

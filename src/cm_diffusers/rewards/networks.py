@@ -38,6 +38,11 @@ class NetworkReward:
         self.network.to(device)
         return self
 
+    def check(self, prompts: list[str]) -> None:
+        """As `CheckedReward.check`."""
+        if hasattr(self.network, "check"):
+            self.network.check(prompts)
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """Rewards `(B,)` of images `(B, 3, H, W)` in [0, 1]."""
         return in_float32(self.network, images, prompts)

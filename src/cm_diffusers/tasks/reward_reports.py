@@ -141,12 +141,15 @@ def watched_task(
     """What is drawn for the score's prompts, its VAE moved to the device; and the rewards to watch, the trained one first.
 
     Raises:
-        ValueError: A held-out reward is unknown or out of reach.
+        ValueError: A held-out reward is unknown or out of reach, or a reward cannot judge a prompt.
     """
     tuned.pipe.vae.to(device)
     held_out = {name: load_reward(name).to(device) for name in config.held_out_rewards}
-    conditions = PromptConditions.of(tuned, [text for text, _ in score.prompts], resolution, device)
-    return Task(tuned.shape(resolution), len(score.prompts), conditions, score), {"reward": score.reward} | held_out
+    rewards, texts = {"reward": score.reward} | held_out, [text for text, _ in score.prompts]
+    for reward in rewards.values():
+        reward.check(texts)
+    conditions = PromptConditions.of(tuned, texts, resolution, device)
+    return Task(tuned.shape(resolution), len(score.prompts), conditions, score), rewards
 
 
 def reports(
