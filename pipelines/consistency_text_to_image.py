@@ -158,6 +158,11 @@ def distillation_grid(num_train_timesteps: int, points: int) -> list[int]:
     return solver_grid(num_train_timesteps, int(points)).tolist()
 
 
+def exact(times: Tensor) -> Tensor:
+    """Times, or what is computed of them, in float64 on the CPU."""
+    return times.cpu().double()
+
+
 def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of LCM (2310.04378, Sec. 4.1), float64; exactly (1, 0) at t = 0.
 
@@ -165,7 +170,7 @@ def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 
         t: Discrete times `(B,)`.
         timestep_scaling: Multiplies t, as `LCMScheduler.config.timestep_scaling`.
     """
-    scaled = t.double() * timestep_scaling
+    scaled = exact(t) * timestep_scaling
     c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
     c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
     return c_skip, c_out
@@ -451,18 +456,18 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
 def input_scaling(sigma: Tensor, sigma_data: float) -> Tensor:
     """c_in `(B,)` of EDM (2206.00364, Table 1): c_in x has unit variance."""
-    return 1 / (sigma.double() ** 2 + sigma_data**2).sqrt()
+    return 1 / (exact(sigma) ** 2 + sigma_data**2).sqrt()
 
 
 def cm_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of consistency models (2303.01469, Appendix C); exactly (1, 0) at sigma = sigma_min."""
-    shifted = sigma.double() - sigma_min
+    shifted = exact(sigma) - sigma_min
     return 1 / (1 + (shifted / sigma_data) ** 2), shifted * sigma_data * input_scaling(sigma, sigma_data)
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of EDM's denoiser (2206.00364, Table 1); exactly (1, 0) at sigma = 0."""
-    sigma = sigma.double()
+    sigma = exact(sigma)
     return 1 / (1 + (sigma / sigma_data) ** 2), sigma * sigma_data * input_scaling(sigma, sigma_data)
 
 
@@ -487,7 +492,7 @@ def noise_condition(sigma: Tensor, kind: str) -> Tensor:
     """
     if kind not in NOISE_CONDITIONINGS:
         raise ValueError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
-    return NOISE_CONDITIONINGS[kind](sigma.double())
+    return NOISE_CONDITIONINGS[kind](exact(sigma))
 
 
 @dataclass(frozen=True)
@@ -558,7 +563,7 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
     Args:
         prediction_type: What the output is: "epsilon", "v_prediction" or "sample".
     """
-    sigma = sigma.double()
+    sigma = exact(sigma)
     edm, vp = (sigma**2 + sigma_data**2).sqrt(), (1 + sigma**2).sqrt()
     if prediction_type == "epsilon":  # D = x - sigma output
         return sigma / (sigma_data * edm), -edm / sigma_data
@@ -916,12 +921,12 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if index + 1 == len(self._schedule):
             return denoised
         above, following = ((self._schedule[i] ** 2 - self._floor**2) ** 0.5 for i in (index, index + 1))
-        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5
+        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5 * self.config.s_noise
         result = denoised
         if reused > 0:
             result = result + following * reused / above * (x - denoised)
         if fresh > 0:
-            result = result + following * fresh * self.config.s_noise * self._draw(sample, generator).to(x.dtype)
+            result = result + following * fresh * self._draw(sample, generator).to(x.dtype)
         return result
 
     def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:

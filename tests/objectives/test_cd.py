@@ -281,6 +281,20 @@ def test_lpips_resizes_bilinearly():
     torch.testing.assert_close(perceptual(lpips)(x, y), lpips(*large), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((32, 32), (224, 224)), ((255, 255), (224, 224)), ((256, 256), (256, 256)), ((300, 512), (300, 512)),
+     ((96, 192), (224, 448)), ((512, 128), (896, 224))],
+)  # fmt: skip
+def test_lpips_sees_large_images_as_they_are(size, shown):
+    seen = []
+    distance = perceptual(lambda x, y: seen.append(x) or (x - y).square().mean((1, 2, 3)))
+    x, y = torch.rand(2, 1, 3, *size)
+    distance(x, y)
+    assert seen[0].shape == (1, 3, *shown)
+    assert torch.equal(seen[0], x) == (size == shown)
+
+
 def test_lpips_is_for_images():
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared
         perceptual(l1)(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8))

@@ -55,7 +55,9 @@ class TrainConfig:
         help="torch.compile every network; if not given, as accelerate's launcher or config file says, or not.",
         metadata={"nargs": "?", "const": True},
     )
-    allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on NVIDIA GPUs from Ampere on.")
+    allow_tf32: bool = HfArg(
+        default=False, help="TF32 matrix products and convolutions on NVIDIA GPUs from Ampere on."
+    )
     ema_decay: float = HfArg(default=0.95, help="Rate of the EMA target network, where the method has one.")
     export_ema_decay: float = HfArg(
         default=0.0, help="Rate of the average that is validated and published; 0 publishes the last weights."
@@ -122,7 +124,7 @@ class Trainer:
             self.identity["max_train_steps"] = config.max_train_steps
         defaults = run_defaults(*settings, **optims)
         self.folder = RunFolder(config, self.identity, defaults, settings[1:], self.accelerator)
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         for _, module in nets.items():
             module.to(self.device)
             if config.compile:

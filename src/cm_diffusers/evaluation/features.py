@@ -54,9 +54,10 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassi
 
 @torch.no_grad()
 def extract_features(extractor: ImageClassifier | InceptionFeatures, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed on the extractor's device and kept there."""
+    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed in float32 on the extractor's device and kept there."""
     device = next(extractor.parameters()).device
-    return torch.cat([extractor.features(part.to(device)) for part in images.split(batch_size)])
+    with torch.autocast(device.type, enabled=False):
+        return torch.cat([extractor.features(part.to(device).float()) for part in images.split(batch_size)])
 
 
 @torch.no_grad()

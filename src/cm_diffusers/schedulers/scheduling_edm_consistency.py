@@ -265,12 +265,12 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if index + 1 == len(self._schedule):
             return denoised
         above, following = ((self._schedule[i] ** 2 - self._floor**2) ** 0.5 for i in (index, index + 1))
-        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5
+        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5 * self.config.s_noise
         result = denoised
         if reused > 0:
             result = result + following * reused / above * (x - denoised)
         if fresh > 0:
-            result = result + following * fresh * self.config.s_noise * self._draw(sample, generator).to(x.dtype)
+            result = result + following * fresh * self._draw(sample, generator).to(x.dtype)
         return result
 
     def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
