@@ -1,7 +1,6 @@
 """The record of a student in a pipeline: part of its config, and beside its weights wherever it is saved."""
 
 from collections.abc import Collection
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ class RecordedMixin:
     def record(self) -> Record | None:
         """How the student was made; None where the checkpoint does not tell."""
         entry = self.config.get("record")
-        return entry and Record(**{field.name: entry[field.name] for field in fields(Record)})
+        return entry and Record.of(entry)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
