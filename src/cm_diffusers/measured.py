@@ -33,15 +33,15 @@ def distance_name(extractor: str) -> str:
 
 
 def too_few(count: int) -> str | None:
-    """A warning where a Fréchet distance was measured on so few images or clips that it says little; else None.
+    """A warning where a Fréchet distance was measured on so few images that it says little; else None.
 
     The distance is biased: of fewer images it is larger, whatever they show (1911.07023).
     """
     if count >= ENOUGH:
         return None
     return (
-        f"Measured on {count}, fewer than {ENOUGH:,}: the Fréchet distances are too large and uncertain; compare them with "
-        "none but those of as many, and better measure more."
+        f"Only {count} images were measured: Fréchet distances of fewer than {ENOUGH:,} are too large and uncertain, so "
+        "compare them with none but those of as many, and better measure more."
     )
 
 

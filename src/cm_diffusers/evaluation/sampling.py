@@ -39,7 +39,7 @@ def load_pipeline(
     """
     folder = Path(source)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        return load_pipeline(_base_model(folder), dtype, device, lora=source)
+        return load_pipeline(base_model(folder), dtype, device, lora=source)
     try:
         kind = DiffusionPipeline.load_config(source).get("_class_name")
         loader = ConsistencyPipeline if kind in WITHOUT_PROMPT else DiffusionPipeline
@@ -55,7 +55,12 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def _base_model(folder: Path) -> str:
+def base_model(folder: Path) -> str:
+    """Where the base model of a LoRA in a folder is.
+
+    Raises:
+        ValueError: There is no LoRA, or none with a record.
+    """
     if not (folder / LORA_WEIGHTS).is_file():
         raise ValueError(f"{str(folder)!r} is no pipeline folder: it has neither model_index.json nor {LORA_WEIGHTS}.")
     record = read_record(folder)
