@@ -32,7 +32,7 @@ def distance_name(extractor: str) -> str:
     return "FID" if extractor == "inception" else f"FD-{name.removesuffix('_classifier')}"
 
 
-def too_few(count: int) -> str | None:
+def too_few(count: int, what: str = "images") -> str | None:
     """A warning where a Fréchet distance was measured on so few images that it says little; else None.
 
     The distance is biased: of fewer images it is larger, whatever they show (1911.07023).
@@ -40,7 +40,7 @@ def too_few(count: int) -> str | None:
     if count >= ENOUGH:
         return None
     return (
-        f"Only {count} images were measured: Fréchet distances of fewer than {ENOUGH:,} are too large and uncertain, so "
+        f"Only {count} {what} were measured: Fréchet distances of fewer than {ENOUGH:,} are too large and uncertain, so "
         "compare them with none but those of as many, and better measure more."
     )
 

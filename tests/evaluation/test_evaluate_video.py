@@ -355,7 +355,7 @@ def test_table_and_file_names() -> None:
     lines = markdown_table(rows, setting).splitlines()
     assert lines[0] == "| pipeline | NFE | direction accuracy | FD-net of frames |"
     assert lines[2] == "| x | 2 | 0.500 | 1.24 |"
-    assert lines[4].startswith("**Only 16 images were measured")
+    assert lines[4].startswith("**Only 16 frames were measured")
     assert "below 0.0123" in lines[6]
     assert clips_of("AnimateLCM, w/o init") == "AnimateLCM_w_o_init.gif"
 

@@ -77,7 +77,7 @@ class Shown(NamedTuple):
 
 def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
     """The table with the columns that hold a value, and the setting in words below it."""
-    few = too_few(setting.num_clips * setting.frames_per_clip)
+    few = too_few(setting.num_clips * setting.frames_per_clip, "frames")
     return (
         f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n"
         + (f"**{few}**\n\n" if few else "")
@@ -111,7 +111,7 @@ def plot(rows: list[Row], setting: VideoSetting) -> Figure:
         axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend()
-    warn_of_few(figure, setting.num_clips * setting.frames_per_clip)
+    warn_of_few(figure, setting.num_clips * setting.frames_per_clip, "frames")
     return figure
 
 
