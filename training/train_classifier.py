@@ -17,6 +17,7 @@ from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
 from cm_diffusers.publishing.folders import written_aside
+from cm_diffusers.tasks.summary import announce, conclude
 from cm_diffusers.types import Networks
 
 
@@ -41,14 +42,16 @@ def measure(model: ImageClassifier, test: ReferenceConfig) -> dict[str, float]:
 
 
 def main() -> None:
-    config, data, method, optim, train = parse_configs(CONFIGS, __doc__)
+    config, data, method, optim, train = configs = parse_configs(CONFIGS, __doc__)
     names = load_image_text(data, [config.label_column]).features[config.label_column].names
     seed_everything(train.seed)
     model = ImageClassifier(labels=names, channels=config.channels, image_size=data.resolution)
     trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])
     accelerator = trainer.accelerator
     ranks = accelerator.process_index, accelerator.num_processes
-    trainer.fit(image_batches(data, train.seed, *ranks, label_column=config.label_column))
+    batches = image_batches(data, train.seed, *ranks, label_column=config.label_column)
+    announce(trainer, batches, configs, "classifier")
+    trainer.fit(batches)
     test = ReferenceConfig(
         train_data_dir=config.test_data_dir, label_column=config.label_column, resolution=data.resolution
     )
@@ -59,6 +62,7 @@ def main() -> None:
                 student.save_pretrained(folder)
                 (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
             print(json.dumps(figures))
+    conclude(trainer, configs, "classifier")
     trainer.end()
 
 

@@ -17,6 +17,7 @@ from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.small_stable_diffusion import SmallVAEConfig, new_vae
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.publishing.folders import write_result
+from cm_diffusers.tasks.summary import announce, conclude
 from cm_diffusers.types import Networks
 
 
@@ -43,14 +44,16 @@ def measure(vae: AutoencoderKL, data: DataConfig, samples: int, seed: int) -> di
 
 
 def main() -> None:
-    model, final, data, method, optim, train = parse_configs(CONFIGS, __doc__)
+    model, final, data, method, optim, train = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     vae = new_vae(model, data.resolution)
     trainer = Trainer(
         train, Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method), optim, settings=[data]
     )
     accelerator = trainer.accelerator
-    trainer.fit(image_batches(data, train.seed, accelerator.process_index, accelerator.num_processes))
+    batches = image_batches(data, train.seed, accelerator.process_index, accelerator.num_processes)
+    announce(trainer, batches, configs, "vae")
+    trainer.fit(batches)
     with trainer.export_weights():
         figures = {"train": measure(vae, data, final.latent_samples, train.seed)}
         if final.test_data_dir:
@@ -62,6 +65,7 @@ def main() -> None:
             figures |= {"samples": final.latent_samples, "seed": train.seed}
             (Path(train.output_dir) / "metrics.json").write_text(json.dumps(figures, indent=1))
             print(json.dumps(figures))
+    conclude(trainer, configs, "vae")
     trainer.end()
 
 

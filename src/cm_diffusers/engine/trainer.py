@@ -194,6 +194,7 @@ class Trainer:
                 loss = self._accumulate(player, batches, progress)
             if loss is not None:
                 losses.append(loss)
+                logs |= {f"{player.name}/loss": loss.value} if turn > 1 else {}
                 logs |= loss.logs | self._update(player, loss)
         self.step += 1
         if self.nets.target is not None:
@@ -287,7 +288,12 @@ class Trainer:
 
     def _log(self, loss: Loss, images_per_second: float, bar: tqdm) -> None:
         bar.update()
-        bar.set_postfix_str(f"loss {loss.value.item():.4g}, {images_per_second:.1f} images/s", refresh=False)
+        others = "".join(
+            f", {name.removesuffix('/loss')} {value.item():.4g}"
+            for name, value in loss.logs.items()
+            if name.endswith("/loss")
+        )
+        bar.set_postfix_str(f"loss {loss.value.item():.4g}{others}, {images_per_second:.1f} images/s", refresh=False)
         if self.step % self.config.logging_steps == 0:
             values = {name: value.item() for name, value in loss.logs.items()}
             values |= {"loss": loss.value.item(), "images_per_second": images_per_second}

@@ -14,7 +14,7 @@ from cm_diffusers.data.rollouts import Task
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.rewards import Reward, load_reward
-from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.callbacks import ValidationConfig, has_ended, sample_grid
 from cm_diffusers.tasks.reward_runs import ImageScore, PromptConditions, Tuned
 from cm_diffusers.types import Loss
 
@@ -153,7 +153,9 @@ def reports(
     guard: Guard, tuned: Tuned, validation: ValidationConfig, resolution: int | None
 ) -> list[Callable[[Trainer, Loss], None]]:
     """The callbacks that look at a run: its guard, curves of what that saw, and sample grids."""
-    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=resolution)
+    grids = sample_grid(
+        validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=tuned.side(resolution)
+    )
     return [guard, reward_curves(guard.history, guard), grids]
 
 
@@ -163,8 +165,7 @@ def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Lo
     def callback(trainer: Trainer, loss: Loss) -> None:
         config, looks = trainer.config, guard.looks
         looked = bool(looks) and looks[-1]["step"] == trainer.step
-        ends = trainer.step == config.max_train_steps or bool(trainer.stopping)
-        is_due = looked or ends or trainer.step % config.checkpointing_steps == 0
+        is_due = looked or has_ended(trainer) or trainer.step % config.checkpointing_steps == 0
         if not (trainer.accelerator.is_main_process and is_due):
             return
         rollouts = [dict(zip(COLUMNS, row, strict=True)) for row in history.rows]

@@ -18,6 +18,7 @@ from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lo
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.pipelines.starts import native_size
 from cm_diffusers.policy.policy import Conditions, Policy
 from cm_diffusers.publishing.pipelines import lcm_pipeline
 from cm_diffusers.record import Record, base_model_of, read_record
@@ -111,14 +112,21 @@ class Tuned:
     def unet(self) -> UNet2DConditionModel:
         return self.pipe.unet
 
+    @property
+    def _factor(self) -> int:
+        return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+
+    def side(self, resolution: int | None) -> int:
+        """Of images in pixels, of what was trained at if none is asked for."""
+        return resolution or native_size(self.unet, self._factor, self.record)[0]
+
     def shape(self, resolution: int | None) -> tuple[int, int, int]:
         """Of latents.
 
         Raises:
             ValueError: The VAE does not divide the resolution.
         """
-        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        side = resolution or self.unet.config.sample_size * factor
+        factor, side = self._factor, self.side(resolution)
         if side % factor:
             raise ValueError(
                 f"--resolution {side} must be a multiple of {factor}, by which the VAE makes images smaller."
@@ -218,7 +226,7 @@ class PromptConditions:
             w = torch.tensor([tuned.embedded - 1])
             constant["timestep_cond"] = guidance_embedding(w, tuned.unet.config.time_cond_proj_dim)
         if encoders.micro_conditioning:
-            side = tuned.shape(resolution)[1] * 2 ** (len(tuned.pipe.vae.config.block_out_channels) - 1)
+            side = tuned.side(resolution)
             constant["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
         return cls({name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, constant)
 
