@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from datasets import Dataset
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
@@ -109,7 +110,10 @@ def _take(
     rows: Dataset, order: list[int], config: ReferenceConfig, data: DataConfig, missing: str | None
 ) -> Reference:
     label, chosen = config.label_column, rows.select(order)
-    images = [_pixels(row[config.image_column], data, i) for i, row in zip(order, chosen, strict=True)]
+    images = [
+        _pixels(row[config.image_column], data, i)
+        for i, row in zip(order, tqdm(chosen, "Real images", delay=1), strict=True)
+    ]
     captions = None
     if missing is None:
         captions = [value if isinstance(value, str) else value[0] for value in chosen[config.caption_column]]

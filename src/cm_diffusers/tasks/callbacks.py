@@ -100,7 +100,7 @@ def sample_grid(
         return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
 
     def draw(trainer: Trainer) -> Image.Image:
-        names = [f"{steps} steps" for steps in config.validation_nfe]
+        names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
         if teacher is not None:
             names.insert(0, f"teacher, {config.validation_teacher_steps}")
             if not rows:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.reward_history import COLUMNS, RewardHistory
@@ -108,8 +109,10 @@ class Guard:
         return ""
 
     def _look(self) -> None:
+        quiet = not self.trainer.accelerator.is_local_main_process
+        numbers = tqdm(range(self._count), "Guarded prompts", leave=False, disable=quiet)
         with self.trainer.export_weights() as student, torch.no_grad():
-            apart, found = zip(*(self._prompt(student, n) for n in range(self._count)), strict=True)
+            apart, found = zip(*(self._prompt(student, n) for n in numbers), strict=True)
         row = [float(self.trainer.step), sum(apart) / len(apart)]
         for values in torch.cat(found, dim=1):
             row += [values.mean().item(), values.std().item()]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import Encoders, placed
@@ -219,7 +220,7 @@ class PromptConditions:
     ) -> "PromptConditions":
         encoders, texts = Encoders.from_pipeline(tuned.pipe), [*prompts, ""]
         with torch.no_grad(), placed(encoders.towers, device):
-            starts = range(0, len(texts), ENCODED_AT_ONCE)
+            starts = tqdm(range(0, len(texts), ENCODED_AT_ONCE), "Encoding prompts", delay=1)
             parts = [encoders.encode_prompts(texts[start : start + ENCODED_AT_ONCE]) for start in starts]
         constant = {}
         if tuned.embedded is not None:

@@ -128,7 +128,7 @@ def _samples(trainer: Trainer, flags: dict[str, Any]) -> str:
 def _writes(trainer: Trainer, result: str) -> str:
     config = trainer.config
     logs = "" if config.report_to == "none" else f", {config.tracker_project_name}/ ({config.report_to})"
-    return f"{trainer.output_dir / result}; beside it checkpoint-N/ every {config.checkpointing_steps} steps{logs}"
+    return f"{trainer.output_dir / result}; beside it checkpoint-N/ every {config.checkpointing_steps} steps and at the end{logs}"
 
 
 def _sampling(folder: Path, flags: dict[str, Any]) -> list[str]:
