@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.report import PARTIAL, table_json, write_table
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig
 from cm_diffusers.evaluation.video_report import markdown_table, write_report
@@ -17,6 +18,7 @@ def main() -> None:
     config, data, adapter = parse_configs(CONFIGS, __doc__)
     if not config.pipelines and config.teacher is None:
         raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
+    check_output(config.output_dir)
     comparison = VideoComparison(config, data, adapter)
     setting, weights, folder = comparison.setting, comparison.weights, Path(config.output_dir)
 

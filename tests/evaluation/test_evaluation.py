@@ -439,7 +439,7 @@ def test_real_images_are_measured_where_there_are_enough(parts: Path, monkeypatc
         ({"num_inference_steps": "0"}, "--num_inference_steps must be at least 1, but it is 0"),
         ({"teacher": "{parts}/nowhere"}, "neither a pipeline folder here nor a Hub id in reach"),
         ({"train_data_dir": "{parts}/nowhere"}, "nowhere"),
-        ({"output_dir": "{parts}/data/rows.parquet/out"}, "cannot be written .*: give another folder"),
+        ({"output_dir": "{parts}/data/rows.parquet/out"}, "cannot be written, for .* is a file: give another folder"),
     ],
 )
 def test_wrong_input_gets_one_sentence(

@@ -1,6 +1,7 @@
 """What the files of a pipeline tell before it is loaded: whether it is one, what it reads and how large its images are."""
 
 import inspect
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,15 +136,10 @@ def check_output(folder: str) -> None:
         ValueError: Nothing can be written there.
     """
     path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"--output_dir {folder} cannot be written ({error.strerror}): give another folder."
-        ) from error
+    place = next(place for place in (path, *path.parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = "is read-only" if place.is_dir() else "is a file"
+        raise ValueError(f"--output_dir {folder} cannot be written, for {place} {found}: give another folder.")
 
 
 def common_side(candidates: Sequence[Candidate]) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.evaluation import metrics
-from cm_diffusers.evaluation.candidates import Candidate, check_output, common_side
+from cm_diffusers.evaluation.candidates import Candidate, common_side
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
@@ -67,12 +67,11 @@ class Comparison:
 
     Raises:
         ValueError: wrong configuration; too few reference images; an extractor that cannot be loaded; a pipeline that
-            is none or that the reference cannot prompt; a folder that cannot be written.
+            is none or that the reference cannot prompt.
     """
 
     def __init__(self, config: EvaluationConfig, data: ReferenceConfig) -> None:
         self.names, self.config, self.device = _names(config), config, PartialState().device
-        check_output(config.output_dir)
         candidates = [Candidate.of(source) for source in self._sources]
         self.side = data.resolution
         self.extractor = load_extractor(config.feature_extractor, self.device)

@@ -17,7 +17,6 @@ from cm_diffusers.data.sources import source_name
 from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.evaluation import motion
-from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.features import (
     classify,
     extract_features,
@@ -99,14 +98,13 @@ class VideoComparison:
 
     Raises:
         ValueError: wrong configuration; too few real clips; an extractor that cannot be loaded; a pipeline
-            that is none, or a folder that cannot be written.
+            that is none.
     """
 
     def __init__(self, config: VideoEvaluationConfig, data: VideoDataConfig, adapter: MotionConfig) -> None:
         self.names = _names(config)
         if config.teacher is None:
             refuse_changed(adapter, f"pretrained_motion_adapter {OF_ADAPTER}", "without --teacher")
-        check_output(config.output_dir)
         self.config, self.data, self.adapter, self.device = config, data, adapter, PartialState().device
         self._check_pipelines()
         self.extractor = load_extractor(config.feature_extractor, self.device)
