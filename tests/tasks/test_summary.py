@@ -58,7 +58,7 @@ def test_a_run_begins_with_what_it_is(home, said) -> None:
     assert lines["from"] == f"teacher {home / 'teacher'}"
     assert re.fullmatch(r"student, a LoRA of rank 2 on \w+, [\d,]+ of [\d,]+ parameters", lines["trains"])
     assert str(home / "images") in lines["data"]
-    assert lines["batch"] == "2 of 64 px: 2 at once x 1 accumulated x 1 processes"
+    assert lines["batch"] == "2 of 64 px: 2 at once x 1 accumulated x 1 process"
     assert (lines["steps"], lines["precision"]) == ("2", "float32")
     assert lines["samples"] == "samples/ at the end alone: --validation_steps 500 is more than 2 steps"
     assert lines["writes"].startswith(f"{home / 'wide' / 'lora'}; ")
@@ -155,13 +155,16 @@ def test_next_commands_parse(result: str, next_script: str | None, tmp_path, cap
         compile(code, "sampling", "exec")
 
 
-def test_the_last_grid_is_drawn_once(tmp_path) -> None:
+def test_the_last_grid_is_drawn_once(tmp_path, caplog) -> None:
     drawn, trainer = [], ended(tmp_path, report_to="none")
     grids = SampleGrids(500, lambda trainer: drawn.append(trainer.step) or Image.new("RGB", (8, 8)))
     trainer.callbacks = [grids, lambda trainer, loss: drawn.append("other")]
     show_end(trainer)  # as after a kill between the last checkpoint and its grid
     show_end(trainer)
     assert drawn == [4]
+    trainer.callbacks, trainer.step = [SampleGrids(500, lambda trainer: 1 / 0)], 5
+    show_end(trainer)
+    assert "The last grid was not drawn (ZeroDivisionError" in caplog.text
     trainer.step = 3
     grids(trainer, None)
     assert drawn == [4]

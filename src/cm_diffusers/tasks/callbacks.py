@@ -1,5 +1,6 @@
 """What happens after an optimizer step, beside learning: `(trainer, loss) -> None`."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.types import Loss
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,10 +74,16 @@ def has_ended(trainer: Trainer) -> bool:
 
 
 def show_end(trainer: Trainer) -> None:
-    """The grid of a training's end, where a run that was stopped after its last checkpoint has not drawn it."""
+    """The grid of a training's end, where a run that was stopped after its last checkpoint has not drawn it.
+
+    One that cannot be drawn is a warning: the result is worth more.
+    """
     for callback in trainer.callbacks:
         if isinstance(callback, SampleGrids) and not grid_path(trainer).is_file():
-            callback.show(trainer)
+            try:
+                callback.show(trainer)
+            except Exception as error:  # memory, a full disk ...
+                logger.warning("The last grid was not drawn (%r); the result is saved without it.", error)
 
 
 def sample_grid(

@@ -110,7 +110,7 @@ def _batch(trainer: Trainer, flags: dict[str, Any]) -> str:
     parts = flags["train_batch_size"], trainer.config.gradient_accumulation_steps, trainer.accelerator.num_processes
     size = parts[0] * parts[1] * parts[2]
     at = f" of {flags['resolution']} px" if flags.get("resolution") else ""
-    return f"{size}{at}: {parts[0]} at once x {parts[1]} accumulated x {parts[2]} processes"
+    return f"{size}{at}: {parts[0]} at once x {parts[1]} accumulated x {parts[2]} process{'es' * (parts[2] > 1)}"
 
 
 def _samples(trainer: Trainer, flags: dict[str, Any]) -> str:
@@ -169,7 +169,7 @@ def _next(folder: Path, flags: dict[str, Any]) -> dict[str, list[str]]:
     if name == "evaluate_video" and flags.get("pretrained_motion_adapter"):
         against += ["--pretrained_motion_adapter", flags["pretrained_motion_adapter"]]
     commands = {"measure": _script(name, "--pipelines", place, *against, *data, "--output_dir", out)}
-    if record is not None:
+    if record is not None and not flags.get("push_to_hub"):
         commands["share"] = _script("share", "--folder", place, "--evaluation", out, "--push_to_hub")
     return commands
 
