@@ -28,7 +28,7 @@ def distance_name(extractor: str) -> str:
             "runs/birds/classifier" "FD-birds".
     """
     folder = Path(extractor)
-    name = folder.parent.name if folder.name == "classifier" and folder.parent.name else folder.name
+    name = folder.parent.name if folder.name == "classifier" and len(folder.parts) > 2 else folder.name
     return "FID" if extractor == "inception" else f"FD-{name.removesuffix('_classifier')}"
 
 

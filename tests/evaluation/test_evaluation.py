@@ -320,6 +320,7 @@ def test_labels_are_cut_where_they_do_not_fit() -> None:
         ("assets/fashion_classifier", "FD-fashion"),
         ("runs/birds/classifier", "FD-birds"),
         ("runs/birds_classifier/classifier", "FD-birds"),
+        ("assets/classifier", "FD-classifier"),  # of no run
         ("classifier", "FD-classifier"),
     ],
 )
