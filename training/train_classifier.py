@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import ClassLabel
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.folders import checked_folder
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
-from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
+from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_reference
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
 from cm_diffusers.publishing.folders import written_aside
@@ -29,13 +32,15 @@ class ClassifierConfig:
     label_column: str = HfArg(default="label", help="ClassLabel column, whose names become the classifier's labels.")
     channels: list[int] = HfArg(default_factory=lambda: [24, 48, 96], help="Channels of the convolutions.")
 
+    def check(self) -> None:
+        checked_folder(self.test_data_dir, "--test_data_dir")
+
 
 CONFIGS = (ClassifierConfig, DataConfig, ClassificationConfig, OptimConfig, TrainConfig)
 
 
 @torch.no_grad()
-def measure(model: ImageClassifier, test: ReferenceConfig) -> dict[str, float]:
-    reference = load_reference(test)
+def measure(model: ImageClassifier, reference: Reference) -> dict[str, float]:
     guesses = [model(part.to(model.device)).argmax(1).cpu() for part in reference.images.split(256)]
     correct = torch.cat(guesses) == torch.tensor(reference.labels)
     return {"accuracy": correct.double().mean().item(), "num_images": len(correct)}
@@ -43,18 +48,25 @@ def measure(model: ImageClassifier, test: ReferenceConfig) -> dict[str, float]:
 
 def main() -> None:
     config, data, method, optim, train = configs = parse_configs(CONFIGS, __doc__)
-    names = load_image_text(data, [config.label_column]).features[config.label_column].names
+    labels = load_image_text(data, [config.label_column], Found("the batches report")).features[config.label_column]
+    if not isinstance(labels, ClassLabel):
+        raise ValueError(
+            f"--label_column {config.label_column} must be a ClassLabel with the classes' names, as `datasets` writes it "
+            f"into parquet files, but it is {labels}."
+        )
+    test = load_reference(
+        ReferenceConfig(
+            train_data_dir=config.test_data_dir, label_column=config.label_column, resolution=data.resolution
+        )
+    )
     seed_everything(train.seed)
-    model = ImageClassifier(labels=names, channels=config.channels, image_size=data.resolution)
+    model = ImageClassifier(labels=labels.names, channels=config.channels, image_size=data.resolution)
     trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])
     accelerator = trainer.accelerator
     ranks = accelerator.process_index, accelerator.num_processes
     batches = image_batches(data, train.seed, *ranks, label_column=config.label_column)
     announce(trainer, batches, configs, "classifier")
     trainer.fit(batches)
-    test = ReferenceConfig(
-        train_data_dir=config.test_data_dir, label_column=config.label_column, resolution=data.resolution
-    )
     with trainer.export_weights() as student:
         if accelerator.is_main_process:
             figures = measure(student, test) | {"seed": train.seed}

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Vae
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.text_image import token_batches
 from cm_diffusers.diffusion.process import DiscreteVP
@@ -46,8 +47,8 @@ CONFIGS = (
 def main() -> None:
     model, shape, data, method, optim, train, validation = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
+    captions = load_image_text(data, None, Found("the batches report"))[data.caption_column][:]
     vae = AutoencoderKL.from_pretrained(model.pretrained_vae).eval()
-    captions = load_image_text(data)[data.caption_column][:]
     texts = chain.from_iterable(c if isinstance(c, list) else [c] for c in captions)
     pipe = new_pipeline(shape, vae, texts, method.prediction_type)
     student = TextConditionedUNet(pipe.unet, pipe.text_encoder).train()

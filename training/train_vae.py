@@ -1,14 +1,17 @@
 """Train an AutoencoderKL on images: the latent space of a text-to-image teacher."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.images import image_batches
+from cm_diffusers.data.sampler import Stream
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
@@ -28,15 +31,19 @@ class MeasureConfig:
     test_data_dir: str | None = HfArg(default=None, help="Images to measure the reconstruction error on.")
     latent_samples: int = HfArg(default=2048, help="Images the latents' scale is measured on.")
 
+    def check(self) -> None:
+        if self.test_data_dir is not None:
+            checked_folder(self.test_data_dir, "--test_data_dir")
+
 
 CONFIGS = (SmallVAEConfig, MeasureConfig, DataConfig, AutoencoderConfig, OptimConfig, TrainConfig)
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, data: DataConfig, samples: int, seed: int) -> dict[str, float]:
-    """Reconstruction error in [-1, 1] pixels and the standard deviation of sampled latents."""
-    stream, latents, errors = image_batches(data, seed)(0), [], []
-    for batch in (next(stream).to(vae.device) for _ in range(-(-samples // data.train_batch_size))):
+def measure(vae: AutoencoderKL, images: Stream, number: int) -> dict[str, float]:
+    """Over so many batches: reconstruction error in [-1, 1] pixels and the standard deviation of sampled latents."""
+    latents, errors = [], []
+    for batch in (batch.to(vae.device) for batch in islice(images(), number)):
         posterior = vae.encode(batch.x0).latent_dist
         latents.append(posterior.sample())
         errors.append((vae.decode(posterior.mean).sample - batch.x0).square().mean())
@@ -46,6 +53,10 @@ def measure(vae: AutoencoderKL, data: DataConfig, samples: int, seed: int) -> di
 def main() -> None:
     model, final, data, method, optim, train = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
+    measured = {}
+    if final.test_data_dir:  # read before training: what is wrong with it is found now
+        elsewhere = {"train_data_dir": final.test_data_dir, "dataset_name": None, "train_shards_path_or_url": None}
+        measured["test"] = image_batches(replace(data, **elsewhere), train.seed)
     vae = new_vae(model, data.resolution)
     trainer = Trainer(
         train, Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method), optim, settings=[data]
@@ -55,10 +66,9 @@ def main() -> None:
     announce(trainer, batches, configs, "vae")
     trainer.fit(batches)
     with trainer.export_weights():
-        figures = {"train": measure(vae, data, final.latent_samples, train.seed)}
-        if final.test_data_dir:
-            data.train_data_dir = final.test_data_dir
-            figures["test"] = measure(vae, data, final.latent_samples, train.seed)
+        measured = {"train": image_batches(data, train.seed), **measured}
+        number = -(-final.latent_samples // data.train_batch_size)
+        figures = {name: measure(vae, images, number) for name, images in measured.items()}
         vae.register_to_config(scaling_factor=1 / figures["train"]["latent_std"])  # 2112.10752, Appendix G
         if accelerator.is_main_process:
             write_result(Path(train.output_dir) / "vae", [vae.save_pretrained])

@@ -194,14 +194,21 @@ def test_unreadable_images_are_counted_and_skipped(config, tmp_path, caplog, mon
     config = replace(config, train_data_dir=str(folder))
     with caplog.at_level(logging.WARNING):
         batches = image_batches(config, 0, label_column="label")
-    assert caplog.messages == ["Skipped 3 of 5 rows: the image cannot be read."]
+    (message,) = caplog.messages
+    assert message.endswith(
+        "damaged: 2 images to train on; left out, images that cannot be read: 2 (row 1, row 2); "
+        "left out, images that are not there: 1 (row 3)."
+    )
     seen = torch.cat([batch.cond["class_labels"] for batch in first(batches, 3)])
     assert set(seen.tolist()) == {0, 4}
 
 
 def test_no_readable_image(config, tmp_path):
     folder = write_parquet(tmp_path / "damaged", images=[b"x", b"y"])
-    with pytest.raises(ValueError, match="None of the 2 images in column image can be read"):
+    with pytest.raises(
+        ValueError,
+        match=r"None of the 2 images of .*damaged can be used: left out, .* cannot be read: 2 \(row 0, row 1\)\.$",
+    ):
         image_batches(replace(config, train_data_dir=str(folder)), 0)
 
 
@@ -502,14 +509,24 @@ def test_unusable_rows_are_counted_and_skipped(config, vae, tmp_path, caplog):
     config = replace(config, train_data_dir=str(folder))
     with caplog.at_level(logging.WARNING):
         batches = latents(config, vae)
-    assert caplog.messages == ["Skipped 4 of 6 rows: found 2 unreadable images and 3 empty captions."]
+    (message,) = caplog.messages
+    assert message.endswith(
+        "bad: 2 images and 2 captions to train on; left out, images that cannot be read: 1 (row 1); "
+        "left out, images that are not there: 1 (row 5); left out, images without a caption: 2 (row 2, row 3)."
+    )
+    assert (batches.found.images, batches.found.captions) == (2, 2)
+    assert {reason: counted.number for reason, counted in batches.found.skipped.items()} == {
+        "images that cannot be read": 1, "images that are not there": 1, "images without a caption": 2,
+    }  # fmt: skip
     seen = {text for batch in first(batches, 4) for text in text_of(batch.cond["encoder_hidden_states"])}
     assert seen == {"a", "e"}
 
 
 def test_no_usable_row(config, vae, tmp_path):
     config = replace(config, train_data_dir=str(write_parquet(tmp_path / "bad", ["", "b"], [png(0), b"junk"])))
-    with pytest.raises(ValueError, match="None of the 2 rows can be used: found 1 unreadable images and 1 empty"):
+    with pytest.raises(
+        ValueError, match=r"None of the 2 images .* cannot be read: 1 \(row 1\); .* without a caption: 1"
+    ):
         latents(config, vae)
 
 
@@ -543,7 +560,9 @@ def test_embeddings_that_overflow_are_refused(config, vae):
 
 
 class Tokenizer:
-    def __call__(self, texts, padding, truncation, return_tensors):
+    model_max_length = 2
+
+    def __call__(self, texts, padding=None, truncation=None, return_tensors=None):
         ids = torch.tensor([[int(text.split()[1]) + 1 if text else 0, 7] for text in texts])
         return type("Encoding", (), {"input_ids": ids})
 

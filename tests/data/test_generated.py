@@ -197,8 +197,8 @@ def test_kinds_of_prompt_files(tmp_path, kind):
         ("none.txt", None, "but there is no such file"),
         ("prompts.md", "x", r"but it ends in \.md"),
         ("prompts.txt", " \n\n", "holds no prompt: found 2 rows, all empty"),
-        ("prompts.txt", "caf\xe9", "prompts.txt cannot be read: 'utf-8' codec can't decode byte 0xe9"),
-        ("prompts.jsonl", "{broken", "prompts.jsonl cannot be read: JSON parse error"),
+        ("prompts.txt", "caf\xe9", "prompts.txt cannot be read: it is no text in UTF-8 .byte 0xe9 at place 3"),
+        ("prompts.jsonl", "{broken", "prompts.jsonl cannot be read: line 1 is no JSON"),
         ("prompts.jsonl", '{"caption": "x"}', "has no column text: name one of caption by --caption_column"),
     ],
 )

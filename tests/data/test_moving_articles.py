@@ -12,6 +12,7 @@ from transformers import CLIPTokenizer
 
 from cm_diffusers.data import moving_articles
 from cm_diffusers.data.clip_sources import FileClips
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.moving_articles import DIRECTIONS, MovingArticles
 from cm_diffusers.data.preprocessing import decode_image
 from cm_diffusers.data.sources import DataConfig, load_image_text
@@ -231,7 +232,9 @@ def test_prepare_moving_articles_writes_what_the_clips_show(tmp_path, articles):
         assert row["label"] == articles[clip.row]["label"]
     assert len(which) == 12
     assert len(set(which)) > 3
-    gifs = FileClips.of(DataConfig(train_data_dir=str(tmp_path / "clips"), image_column="video"), FRAMES)
+    gifs = FileClips.of(
+        DataConfig(train_data_dir=str(tmp_path / "clips"), image_column="video"), FRAMES, Found("clips")
+    )
     assert gifs.captions == made.captions[:3]
     assert gifs.lengths == [FRAMES] * 3
     for number in range(3):

@@ -63,7 +63,8 @@ def test_lists_and_files(tmp_path: Path) -> None:
     [
         ("empty.txt", b"\n \n", "empty.txt must hold at least one prompt"),
         ("empty.jsonl", b"", "empty.jsonl must hold at least one prompt"),
-        ("bytes.txt", b"\xff\xfe\x00", "bytes.txt is no text in UTF-8"),
+        ("bytes.txt", b"\xff\xfe\x00", "bytes.txt cannot be read: it is no text in UTF-8"),
+        ("rows.csv", b"prompt\na bag\n", "rows.csv must hold one prompt a line, or be a .jsonl, but it ends in .csv"),
         ("rows.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "rows.jsonl, line 2, must be an object"),
         ("broken.jsonl", b'{"prompt": ', "broken.jsonl, line 1, must be"),
         ("number.jsonl", b'{"prompt": 3}', "with a text as its prompt"),

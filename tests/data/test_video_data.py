@@ -590,7 +590,7 @@ def test_flags_that_moving_articles_refuse(moving, changes, message):
         ({"train_batch_size": 0}, "--train_batch_size must be at least 1, but it is 0"),
         ({"proportion_empty_prompts": 2.0}, "--proportion_empty_prompts must lie between 0 and 1"),
         ({"resolution": 7}, "--resolution 7 is not a multiple of 2, as the VAE needs: take 6 or 8"),
-        ({"train_data_dir": "absent"}, "--train_data_dir absent is not a folder: give a folder with clips"),
+        ({"train_data_dir": "absent"}, "--train_data_dir absent is not a folder: give a folder with images, clips or"),
     ],
 )
 def test_flags_without_effect_or_out_of_range(config, changes, message):
@@ -632,7 +632,10 @@ def test_unreadable_clips_are_counted_and_skipped(config, tmp_path, caplog):
     config = replace(config, train_data_dir=str(folder), num_starts=3)
     with caplog.at_level(logging.WARNING):
         batches = batches_of(config)
-    assert caplog.messages == ["Skipped 4 of 5 clips: found 3 unreadable clips and 1 empty captions."]
+    (message,) = caplog.messages
+    for left_out in ("cannot be read: 2 (", "in empty files: 1 (", "without a caption: 1 ("):
+        assert f"; left out, clips {'that ' * left_out.startswith('cannot')}{left_out}" in message
+    assert "damaged: 1 clips and 1 captions to train on; " in message
     assert {number for batch in first(batches, 3) for number in seen(batch)} == {0}
 
 
@@ -651,7 +654,9 @@ def test_a_clip_that_breaks_off_is_not_used_from_any_start(config, tmp_path, mon
 def test_no_clip_is_left(config, tmp_path):
     pytest.importorskip("av")
     folder = write_clips(tmp_path / "damaged", [b"not a clip", b""])
-    with pytest.raises(ValueError, match="None of the 2 clips can be used: found 2 unreadable clips and 0 empty capt"):
+    with pytest.raises(
+        ValueError, match=r"None of the 2 clips .* cannot be read: 1 \(.*0\.\w+\); .* in empty files: 1"
+    ):
         batches_of(replace(config, train_data_dir=str(folder)))
 
 
@@ -660,7 +665,7 @@ def test_no_captions_and_no_clips(config, tmp_path):
     for path in folder.glob("*.txt"):
         path.unlink()
     with pytest.raises(
-        ValueError, match=r"holds 2 clips but no captions: add metadata\.jsonl, .* or a \.txt file beside"
+        ValueError, match=r"holds 2 clips but no captions: add metadata\.jsonl, .* or a \.txt or \.caption file beside"
     ):
         batches_of(replace(config, train_data_dir=str(folder)))
     (folder / "metadata.jsonl").write_text('{"file_name": "0.gif", "title": "a"}')

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_scheduler
 from toys import assert_same
 
+from cm_diffusers.data.found import Found
+from cm_diffusers.data.sampler import Stream
 from cm_diffusers.engine.averages import ema_update
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
@@ -159,7 +161,7 @@ def test_image_lora_sees_single_frames(parts):
     made = stage(fresh, "image_lora", lora_rank=4, lora_alpha=4.0)
     assert all("lora" in name for name in trainable(made.nets.student))
     whole = batch(frames=3)
-    single = next(iter(made.views(lambda start: iter([whole]))(0)))
+    single = next(iter(made.views(Stream(lambda start: iter([whole]), found=Found("clips")))(0)))
     assert single.x0.shape == (6, 4, 8, 8)
     assert torch.equal(single.x0[4], whole.x0[1, :, 1])  # the second clip's second frame
     assert torch.equal(single.cond["encoder_hidden_states"][4], whole.cond["encoder_hidden_states"][1])

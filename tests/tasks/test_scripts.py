@@ -188,7 +188,10 @@ WRONG = {
         "no column named words: choose from the columns found: text",
     ),
     "image column": (other_image_column, "no column named image: choose from the columns found: picture, text"),
-    "corrupt images": (only_corrupt_images, "None of the 3 rows can be used: found 3 unreadable images"),
+    "corrupt images": (
+        only_corrupt_images,
+        "can be used: left out, images that cannot be read: 3 (0.png, 1.png, 2.png)",
+    ),
     "no data": (empty_folder("train_data_dir"), "holds no image and no parquet file"),
     "recipe": (with_flags(recipe="none.args"), "--recipe none.args: there is no such file"),
     "two sources": (
@@ -334,7 +337,7 @@ def test_a_corrupt_image_is_skipped_and_reported(lcm, tmp_path, caplog) -> None:
     lcm["train_data_dir"] = image_folder(tmp_path / "mostly", 4)
     corrupt(lcm["train_data_dir"], 1)
     run_script("distill_lcm", **lcm)
-    assert "Skipped 1 of 4 rows: found 1 unreadable images and 0 empty captions." in caplog.text
+    assert "left out, images that cannot be read: 1 (" in caplog.text
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 

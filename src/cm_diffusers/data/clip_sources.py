@@ -2,26 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
-import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
 from cm_diffusers.data.clips import CLIP_SUFFIXES, clip_name, is_frame, measure, read_frames
+from cm_diffusers.data.file_names import CAPTION_SUFFIXES, METADATA, suffix_of
+from cm_diffusers.data.folders import Folder
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.sources import (
-    METADATA,
     DataConfig,
     captions_of,
     from_hub,
-    from_metadata,
-    metadata_file,
-    parquet_files,
-    read_caption,
+    open_folder,
     require_columns,
-    source_flag,
-    source_name,
+    subset,
 )
 from cm_diffusers.errors import readable
 
@@ -45,17 +41,18 @@ class FileClips:
     lengths: list[int]
 
     @classmethod
-    def of(cls, config: DataConfig, span: int) -> "FileClips":
+    def of(cls, config: DataConfig, span: int, found: Found) -> "FileClips":
         """Finds the clips and measures them.
 
         Args:
             config: names the source; its image column is the clips'.
             span: least number of frames of a readable clip.
+            found: is told what is left out.
 
         Raises:
             ValueError: missing folder, no rows, no captions, a missing column or a clip that is too short.
         """
-        rows = _load_rows(config)
+        rows = _load_rows(config, found)
         captions = [captions_of(value, config.caption_column) for value in rows[config.caption_column]]
         records = rows.select_columns(config.image_column)
         measured = [measure(row[config.image_column]) for row in tqdm(records, desc="Reading clips", delay=1)]
@@ -77,51 +74,37 @@ class FileClips:
         return read_frames(self.records[row][self.column], numbers)
 
 
-def _load_rows(config: DataConfig) -> datasets.Dataset:
+def _load_rows(config: DataConfig, found: Found) -> datasets.Dataset:
     """Captions, and clips undecoded as `{"bytes", "path"}` or as a list of such, one for each frame."""
     columns = [config.image_column, config.caption_column]
-    dataset = from_hub(config) if config.dataset_name else _from_folder(config)
+    if config.dataset_name:
+        dataset = from_hub(config)
+    else:
+        dataset = open_folder(config, found).rows(_loose_clips)
     require_columns(dataset.column_names, columns)
-    if len(dataset) == 0:
-        raise ValueError(f"The data holds no rows: {source_name(config)} is empty.")
-    if config.max_train_samples is not None and config.max_train_samples < len(dataset):
-        chosen = np.random.default_rng(0).permutation(len(dataset))[: config.max_train_samples]
-        dataset = dataset.select(np.sort(chosen))
+    dataset = subset(dataset, config, found)
     of_frames = isinstance(dataset.features[config.image_column], datasets.List | datasets.LargeList)
     undecoded = datasets.List(datasets.Image(decode=False)) if of_frames else datasets.Video(decode=False)
     with readable(f"The column {config.image_column} of clips"):
         return dataset.select_columns(columns).cast_column(config.image_column, undecoded)
 
 
-def _from_folder(config: DataConfig) -> datasets.Dataset:
-    folder = Path(config.train_data_dir).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"--train_data_dir {folder} is not a folder: give a folder with clips or parquet files.")
-    if metadata_file(folder) is None and (folder / config.dataset_split).is_dir():
-        folder = folder / config.dataset_split
-    if metadata := metadata_file(folder):
-        return from_metadata(metadata, config)
-    if tables := parquet_files(folder):
-        with readable(source_flag(config)):
-            return datasets.Dataset.from_parquet(tables, cache_dir=config.cache_dir)
-    clips = _clips(folder)
+def _loose_clips(folder: Folder) -> datasets.Dataset:
+    """Rows of clip files at any depth and of folders that hold numbered frames, with the captions beside them."""
+    frames = [file for file in folder.files if is_frame(file)]
+    files = [file for file in folder.files if suffix_of(file) in CLIP_SUFFIXES]
+    clips = sorted([*files, *{file.parent for file in frames}])
     if not clips:
         raise ValueError(
-            f"{folder} holds no clip: give files in {', '.join(sorted(CLIP_SUFFIXES))}, sub-folders of numbered "
+            f"{folder.path} holds no clip: give files in {', '.join(sorted(CLIP_SUFFIXES))}, sub-folders of numbered "
             "frames, or parquet files."
         )
-    texts = [path.with_name(f"{path.stem if path.is_file() else path.name}.txt") for path in clips]
-    if not any(path.is_file() for path in texts):
+    texts = [file for file in folder.files if suffix_of(file) in CAPTION_SUFFIXES]
+    folder.leave_out("files of another kind", set(folder.files) - {*frames, *files, *texts})
+    captions = folder.captions([clip.with_suffix("") if clip.is_file() else clip for clip in clips])
+    if not any(captions):
         raise ValueError(
-            f"{folder} holds {len(clips)} clips but no captions: add {', '.join(METADATA)} with the columns file_name "
-            "and text, or a .txt file beside each clip."
+            f"{folder.path} holds {len(clips)} clips but no captions: add {', '.join(METADATA)} with the columns "
+            "file_name and text, or a .txt or .caption file beside each clip."
         )
-    captions = [read_caption(path) if path.is_file() else "" for path in texts]
-    return datasets.Dataset.from_dict({config.image_column: list(map(str, clips)), config.caption_column: captions})
-
-
-def _clips(folder: Path) -> list[Path]:
-    """Clip files at any depth, and the folders that hold numbered frames."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    files = [path for path in found if path.suffix.lower() in CLIP_SUFFIXES]
-    return sorted(files + list({path.parent for path in found if is_frame(path)}))
+    return datasets.Dataset.from_dict({folder.image_column: list(map(str, clips)), folder.caption_column: captions})

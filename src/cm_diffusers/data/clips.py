@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from cm_diffusers.data.file_names import IMAGE_SUFFIXES, suffix_of
 from cm_diffusers.data.preprocessing import content_hash, decode_image, read_bytes, to_rgb
 from cm_diffusers.data.shards import shard_key
-from cm_diffusers.data.tars import IMAGE_SUFFIXES
 
 
 ANIMATION_SUFFIXES = {".gif", ".webp"}
@@ -22,7 +22,7 @@ Record = dict[str, Any]  # a file undecoded: its "bytes", or its "path"; of a cl
 
 def is_frame(path: Path) -> bool:
     """Whether a file is one of a folder's frames: an image with a number in its name."""
-    return path.suffix.lower() in FRAME_SUFFIXES and re.search(r"\d", path.stem) is not None
+    return suffix_of(path) in FRAME_SUFFIXES and re.search(r"\d", path.stem) is not None
 
 
 def measure(clip: Record | list[Record] | None) -> tuple[str, int]:

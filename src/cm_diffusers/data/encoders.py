@@ -1,9 +1,11 @@
 """What turns the images and captions of a data set into what a teacher's network sees."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from cm_diffusers.data.cache import Vae, module_fingerprint
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.shards import shard_key
 
 
@@ -28,6 +31,7 @@ class Encoders:
         fingerprint: Names what `encode_prompts` computes.
         micro_conditioning: Whether the network is also told sizes and crop, as `time_ids` (B, 6).
         towers: The modules that `encode_prompts` runs where they are.
+        tokenizers: Copies of those it reads prompts with, to count tokens.
     """
 
     vae: Vae
@@ -35,17 +39,20 @@ class Encoders:
     fingerprint: str
     micro_conditioning: bool = False
     towers: tuple[nn.Module, ...] = ()
+    tokenizers: tuple[PreTrainedTokenizerBase, ...] = ()
 
     @classmethod
     def from_pipeline(cls, pipe: DiffusionPipeline) -> "Encoders":
         """The encoders of a Stable Diffusion or Stable Diffusion XL pipeline."""
         vae, first, second = Vae.from_model(pipe.vae), pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
         text = [module_fingerprint(first), _tokenizer_state(pipe.tokenizer)]
+        tokenizers = copy.deepcopy((pipe.tokenizer,) if second is None else (pipe.tokenizer, pipe.tokenizer_2))
         if second is None:
-            return cls(vae, lambda prompts: _encode(pipe, prompts), shard_key(*text), towers=(first,))
+            return cls(vae, lambda prompts: _encode(pipe, prompts), shard_key(*text), False, (first,), tokenizers)
         zeros = bool(pipe.config.force_zeros_for_empty_prompt)
         fingerprint = shard_key(*text, module_fingerprint(second), _tokenizer_state(pipe.tokenizer_2), zeros)
-        return cls(vae, lambda prompts: _encode_xl(pipe, prompts, zeros), fingerprint, True, (first, second))
+        encode = partial(_encode_xl, pipe, zeros=zeros)
+        return cls(vae, encode, fingerprint, True, (first, second), tokenizers)
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
@@ -54,6 +61,14 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
     for last_call in ("truncation", "padding"):
         rules.pop(last_call)
     return [rules, tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
+
+
+def too_long(prompts: list[str], tokenizers: tuple[PreTrainedTokenizerBase, ...], found: Found) -> None:
+    """`found` is told which of the prompts a tokenizer cuts."""
+    for most, tokenizer in {tokenizer.model_max_length: tokenizer for tokenizer in tokenizers}.items():
+        lengths = map(len, tokenizer(prompts, truncation=False).input_ids)
+        cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > most]
+        found.remark(f"captions that go on after {most} tokens, where the text tower stops reading", cut)
 
 
 @contextmanager

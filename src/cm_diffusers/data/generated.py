@@ -1,7 +1,7 @@
 """Distillation without images: prompts of the user, latents sampled by the teacher itself."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +9,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from pyarrow import csv, json, parquet
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Embeddings, cached_embeddings
-from cm_diffusers.data.encoders import Encoders, placed
-from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
+from cm_diffusers.data.encoders import Encoders, placed, too_long
+from cm_diffusers.data.file_names import suffix_of
+from cm_diffusers.data.found import Found
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig, captions_of, check_values
 from cm_diffusers.data.streaming import streaming_batches
+from cm_diffusers.data.tables import TABLE_SUFFIXES, read_lines, read_table
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import readable
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
-from cm_diffusers.types import Batch
 
 
 GENERATED_ROWS = 256  # samples in a shard: what an interruption may cost
 GENERATE = 2  # a family of random streams, beside those of the sampler
-TABLES = {".jsonl": json.read_json, ".csv": csv.read_csv, ".parquet": parquet.read_table}
 OF_IMAGES = (
     "dataset_name dataset_config_name train_data_dir train_shards_path_or_url dataset_split image_column "
     "interpolation_type center_crop random_flip aspect_ratio_buckets bucket_step bucket_max_ratio streaming "
@@ -51,6 +51,14 @@ class GenerationConfig:
     generation_steps: int = HfArg(default=25, help="With --prompts_file: steps of the teacher's own scheduler.")
     generation_guidance_scale: float = HfArg(default=7.5, help="With --prompts_file: the teacher's guidance_scale.")
 
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: There is no such file of prompts.
+        """
+        if self.prompts_file is not None:
+            checked_prompts_file(self.prompts_file)
+
 
 def training_batches(
     data: DataConfig,
@@ -60,7 +68,7 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """The data source that the flags name: generated, streamed or cached; see the functions of that name."""
     encoders = Encoders.from_pipeline(teacher)
     if generation.prompts_file:
@@ -81,7 +89,7 @@ def generated_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """As `text_image_batches`, x0 (B, C, h, w) being samples of the teacher; drawn once and kept as float16.
 
     Sample i is drawn from prompt i modulo their number and from (seed, i), so more samples later keep those there are.
@@ -102,6 +110,10 @@ def generated_batches(
     _check(config, generation, teacher)
     texts = read_prompts(generation.prompts_file, config.caption_column)
     number = generation.generated_samples or len(texts)
+    found = Found(generation.prompts_file, number, min(number, len(texts)), "samples")
+    found.skip(f"prompts beyond --generated_samples {number}", texts[number:])
+    too_long(texts, encoders.tokenizers, found)
+    found.report()
     sampler = _Sampler(config, generation, teacher, [texts[i % len(texts)] for i in range(number)], seed)
     shards = sampler.shards(encoders.fingerprint, device)
     table = {text: i for i, text in enumerate(dict.fromkeys(["", *texts]))}
@@ -110,7 +122,7 @@ def generated_batches(
     numbers = np.array([table[prompt] for prompt in sampler.prompts])
     position = Position(seed, rank, world_size)
     source = _Source(config, shards, numbers, embeddings, position, encoders.micro_conditioning)
-    return stream(source.make, config.dataloader_num_workers)
+    return stream(source.make, config.dataloader_num_workers, found=found)
 
 
 def read_prompts(path: str, column: str) -> list[str]:
@@ -119,14 +131,12 @@ def read_prompts(path: str, column: str) -> list[str]:
     Raises:
         ValueError: no such file, another kind of file, a missing column, or no prompt in it.
     """
-    file = Path(path).expanduser()
-    if not file.is_file() or file.suffix not in (".txt", *TABLES):
-        found = f"it ends in {file.suffix or 'nothing'}" if file.is_file() else "there is no such file"
-        raise ValueError(f"--prompts_file {path} must be a .txt, .jsonl, .csv or .parquet file, but {found}.")
+    file = checked_prompts_file(path)
+    is_text = suffix_of(file) == ".txt"
     with readable(f"--prompts_file {path}"):
-        content = file.read_text("utf-8").splitlines() if file.suffix == ".txt" else TABLES[file.suffix](file)
+        content = read_lines(file) if is_text else read_table(file, [column])
     values, where = content, ""
-    if file.suffix != ".txt":
+    if not is_text:
         if column not in content.column_names:
             found = ", ".join(content.column_names)
             raise ValueError(f"--prompts_file {path} has no column {column}: name one of {found} by --caption_column.")
@@ -137,10 +147,22 @@ def read_prompts(path: str, column: str) -> list[str]:
     return prompts
 
 
+def checked_prompts_file(path: str) -> Path:
+    """
+    Raises:
+        ValueError: No such file, or another kind of file.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file() or suffix_of(file) not in (".txt", *TABLE_SUFFIXES):
+        found = f"it ends in {file.suffix or 'nothing'}" if file.is_file() else "there is no such file"
+        raise ValueError(f"--prompts_file {path} must be a .txt, .jsonl, .csv or .parquet file, but {found}.")
+    return file
+
+
 def _check(config: DataConfig, generation: GenerationConfig, teacher: DiffusionPipeline) -> None:
     check_values(config)
     refuse_changed(config, OF_IMAGES, "with --prompts_file")
-    if Path(generation.prompts_file).suffix == ".txt":
+    if suffix_of(Path(generation.prompts_file)) == ".txt":
         refuse_changed(config, "caption_column", "with a .txt file of prompts")
     for name in ("generated_samples", "generation_steps"):
         if (value := getattr(generation, name)) is not None and value < 1:

@@ -1,9 +1,10 @@
 """Pixel batches for training a VAE, a classifier or a student without prompts."""
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from numbers import Integral
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,13 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cm_diffusers.data.preprocessing import crop, decode_image, drawn_view, resize, square, to_tensor
-from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
-from cm_diffusers.data.sources import DataConfig, load_image_text
-from cm_diffusers.types import Batch
+from cm_diffusers.data.found import SHOWN, Found
+from cm_diffusers.data.preprocessing import crop, decode_image, drawn_view, fault_of, resize, square, to_tensor
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
+from cm_diffusers.data.sources import DataConfig, load_image_text, row_name, source_name
 
 
-logger = logging.getLogger(__name__)
 MEMORY_LIMIT = 2**30  # bytes of decoded pixels kept in memory
 
 
@@ -28,7 +28,7 @@ def image_batches(
     world_size: int = 1,
     label_column: str | None = None,
     num_classes: int | None = None,
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """A data source of pixels x0 (B, 3, R, R) in [-1, 1], crops and flips drawn anew for every batch.
 
     Args:
@@ -47,24 +47,46 @@ def image_batches(
     """
     if config.aspect_ratio_buckets:
         raise ValueError("--aspect_ratio_buckets is for training on captions; leave it out: these images are squares.")
-    dataset = load_image_text(config, [label_column] if label_column else [])
+    found = Found(source_name(config))
+    dataset = load_image_text(config, [label_column] if label_column else [], found)
     labels = class_labels(dataset, label_column, num_classes) if label_column else None
-    images = Images(dataset.select_columns(config.image_column), config)
+    images = Images(dataset.select_columns(config.image_column), config, found)
     make = partial(_make_batch, images=images, labels=labels, position=Position(seed, rank, world_size))
-    return stream(make, config.dataloader_num_workers)
+    found.report()
+    return stream(make, config.dataloader_num_workers, found=found)
 
 
-def readable_rows(valid: np.ndarray, column: str) -> np.ndarray:
-    """Numbers (M,) of the rows whose image can be read, of `valid` (N,); the others are counted in a warning.
+def usable_rows(
+    readable: np.ndarray, captioned: np.ndarray | None, record_of: Callable[[int], Any], found: Found
+) -> np.ndarray:
+    """Numbers (M,) of the rows of N that are trained on; `found` is told how many, and which are left out and why.
+
+    Args:
+        readable: Which rows' images or clips can be read (N,).
+        captioned: Which have a caption (N,); None where none is needed.
+        record_of: Number of a row -> its image or clip, undecoded.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
-    rows = np.flatnonzero(valid)
+    inside = f"{Path(found.source).expanduser()}/"
+
+    def skip(reason: str, rows: np.ndarray) -> None:
+        names = [row_name(record_of(i), i).removeprefix(inside) for i in rows[:SHOWN].tolist()]
+        found.skip(reason, names, len(rows))
+
+    unreadable, faults = np.flatnonzero(~readable), {}
+    for row in unreadable.tolist():
+        faults.setdefault(fault_of(record_of(row)), []).append(row)
+    for fault, rows in faults.items():
+        skip(f"{found.kind} {fault}", np.array(rows))
+    if captioned is not None:
+        skip(f"{found.kind} without a caption", np.flatnonzero(readable & ~captioned))
+    rows = np.flatnonzero(readable if captioned is None else readable & captioned)
+    found.images = len(rows)
     if len(rows) == 0:
-        raise ValueError(f"None of the {len(valid)} images in column {column} can be read.")
-    if len(rows) < len(valid):
-        logger.warning("Skipped %d of %d rows: the image cannot be read.", len(valid) - len(rows), len(valid))
+        reasons = "; ".join(found.lines())
+        raise ValueError(f"None of the {len(readable)} {found.kind} of {found.source} can be used: {reasons}.")
     return rows
 
 
@@ -88,7 +110,7 @@ def class_labels(dataset: datasets.Dataset, column: str, num_classes: int | None
 class Images:
     """The readable images of a dataset, resized: `images[i]` is (H, W, 3) uint8; small sets stay in memory."""
 
-    def __init__(self, dataset: datasets.Dataset, config: DataConfig) -> None:
+    def __init__(self, dataset: datasets.Dataset, config: DataConfig, found: Found) -> None:
         self.dataset, self.config = dataset, config
         keep = len(dataset) * 3 * config.resolution**2 < MEMORY_LIMIT
         valid, self.memory = [], []
@@ -97,7 +119,7 @@ class Images:
             valid.append(image is not None)
             if keep and image is not None:
                 self.memory.append(self._resized(image))
-        self.rows = readable_rows(np.asarray(valid), config.image_column)
+        self.rows = usable_rows(np.asarray(valid), None, lambda row: dataset[row][config.image_column], found)
 
     def __len__(self) -> int:
         return len(self.rows)

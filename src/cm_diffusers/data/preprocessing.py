@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from cm_diffusers.data.sources import INTERPOLATIONS, DataConfig
 
 LATE_EXIF = (b"eXIf", b"profile type exif", b"tiff:Orientation")  # may follow a PNG's pixels
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
-PIXELS = 2  # in the key of what is cached: raise it when `preprocess(decode_image(...))` changes
+PIXELS = 3  # in the key of what is cached: raise it when `preprocess(decode_image(...))` changes
 
 
 class Size(NamedTuple):
@@ -62,13 +63,40 @@ def decode_image(record: dict[str, Any] | None) -> Image.Image | None:
     if content is None:
         return None
     try:
-        return to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+        with Image.open(io.BytesIO(content)) as image:
+            return to_rgb(ImageOps.exif_transpose(image), image.format)
     except Exception:  # Pillow's plugins raise nearly every kind of error on damaged files
         return None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel; sixteen are scaled down, and what is transparent becomes white."""
+def fault_of(record: Any) -> str:
+    """Why `decode_image` gives nothing for a record, after the word "images"."""
+    content = read_bytes(record) if isinstance(record, dict) or record is None else b"?"
+    if content is None:
+        is_folder = record and record["path"] and Path(record["path"]).is_dir()
+        return "that cannot be read" if is_folder else "that are not there"
+    if not content:
+        return "in empty files"
+    with suppress(Exception), Image.open(io.BytesIO(content)) as image:  # as in decode_image
+        image.load()
+        if image.mode in ("F", "I"):
+            return "with numbers in place of colours, of which nothing tells what is black and white"
+    return "that cannot be read"
+
+
+def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
+    """Eight bits a channel; sixteen are scaled down, floats from 0 to 1 up, and what is transparent becomes white.
+
+    Raises:
+        ValueError: Floats beyond 0 and 1 or, but in a PNG, integers of 32 bits: nothing tells what is black and white.
+    """
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(f"The image holds numbers from {values.min()} to {values.max()}; store it in 8 bits.")
+        return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "I" and file_format != "PNG":
+        raise ValueError("The image holds integers of 32 bits; store it in 8 or 16 bits.")
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.prompts import Prompt
 from cm_diffusers.data.reward_history import RewardHistory
-from cm_diffusers.data.sampler import Position, batch_rows, stream
+from cm_diffusers.data.sampler import Position, Stream, batch_rows, stream
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.policy.policy import Conditions
 from cm_diffusers.types import Batch, Loss
@@ -19,7 +20,7 @@ def prompt_batches(
     conditions: Callable[[Tensor], tuple[Conditions, Conditions]],
     batch_size: int,
     position: Position,
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """A data source of prompts in random order, each as often as the others.
 
     Args:
@@ -36,7 +37,7 @@ def prompt_batches(
         texts, metadata = zip(*(prompts[row] for row in rows), strict=True)
         return None, *conditions(torch.from_numpy(rows)), list(texts), list(metadata)
 
-    return stream(make, num_workers=0)
+    return stream(make, 0, found=Found("prompts", captions=len(prompts)))
 
 
 @dataclass
@@ -48,9 +49,13 @@ class Remembered:
         passes: Of the network, for a sample.
     """
 
-    batches: Callable[[int], Iterator[Batch]]
+    batches: Stream
     passes: int
     history: RewardHistory = field(default_factory=RewardHistory)
+
+    @property
+    def found(self) -> Found:
+        return self.batches.found
 
     def __call__(self, start: int) -> Iterator[Batch]:
         return self.batches(start)

@@ -11,6 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from cm_diffusers.data.tables import read_lines
+from cm_diffusers.errors import readable
+
 
 ARTICLES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
@@ -173,11 +176,12 @@ def _listed(text: str) -> tuple[str, ...]:
 def _from_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"There is no file of prompts {path}; give one, or one of {', '.join(PROMPT_SETS)}.")
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8; give a file with one prompt a line, or a .jsonl.") from error
-    if path.suffix != ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".parquet", ".json"):
+        raise ValueError(f"{path} must hold one prompt a line, or be a .jsonl, but it ends in {suffix}.")
+    with readable(f"The file of prompts {path}"):
+        lines = read_lines(path)
+    if suffix != ".jsonl":
         return [Prompt(line, {}) for line in lines if line]
     return [_from_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line]
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cm_diffusers.data.found import Found
 from cm_diffusers.types import Batch
 
 
@@ -43,6 +44,22 @@ def batch_generator(k: int, position: Position) -> np.random.Generator:
     return np.random.default_rng([position.seed, DRAW, position.rank, k])
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A data source: a function from the number of the first batch to an endless iterator of batches.
+
+    Attributes:
+        batches: That function.
+        found: What is trained on and what is left out.
+    """
+
+    batches: Callable[[int], Iterator[Batch]]
+    found: Found
+
+    def __call__(self, start: int = 0) -> Iterator[Batch]:
+        return self.batches(start)
+
+
 class BatchDataset(Dataset):
     """Maps a batch number to the fields of that batch; never ends."""
 
@@ -53,10 +70,10 @@ class BatchDataset(Dataset):
         return self.make(k)
 
 
-def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int) -> Callable[[int], Iterator[Batch]]:
-    """Turns `make(k) -> (x0, cond, uncond, ...)`, a batch's fields, into a function from the first batch number to an iterator of batches."""
+def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: Found) -> Stream:
+    """The data source of `make(k) -> (x0, cond, uncond, ...)`, a batch's fields."""
 
-    def batches(start: int = 0) -> Iterator[Batch]:
+    def batches(start: int) -> Iterator[Batch]:
         loader = DataLoader(
             BatchDataset(make),
             sampler=count(start),
@@ -68,4 +85,4 @@ def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int) -> Callable
         for fields in loader:
             yield Batch(*fields)
 
-    return batches
+    return Stream(batches, found=found)

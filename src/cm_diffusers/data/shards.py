@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import logging
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,7 +24,9 @@ from tqdm.auto import tqdm
 from cm_diffusers.data.sources import DataConfig
 
 
+logger = logging.getLogger(__name__)
 SHARD_ROWS = 1024
+ABANDONED = 3600  # seconds after which nobody is still writing a file
 Tensors = dict[str, Tensor]
 Shard = Path | Tensors  # on disk or in memory
 
@@ -55,18 +61,23 @@ def build(
         encode: yields a shard's tensors part by part, each tensor with a first dimension of rows.
         config: says whether and where shards are kept.
         description: title of the progress bar.
+
+    Raises:
+        ValueError: the folder cannot be written, or is full.
     """
     if not config.cache_latents:
         with _bar(jobs, description) as bar:
             return [_collect(encode(job), bar) for job in jobs]
     folder = Path(config.latent_cache_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{job.key}.safetensors" for job in jobs]
     with _first_process():
-        missing = {path: job for path, job in zip(paths, jobs, strict=True) if not path.is_file()}
+        missing = {path: job for path, job in zip(paths, jobs, strict=True) if _is_missing(path, job)}
+        if missing:
+            _check_writable(folder)
+            _mapped.cache_clear()  # of files that are replaced
         with _bar(missing.values(), description) as bar:
             for path, job in missing.items():
-                _write(path, _collect(encode(job), bar))
+                _write(path, _collect(encode(job), bar), job.key)
     return paths
 
 
@@ -77,8 +88,77 @@ def tensors_of(shard: Shard) -> Tensors:
 @lru_cache(maxsize=4096)
 def _mapped(path: Path) -> Tensors:
     """The tensors as a memory map: pages are read when a row is."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"The cached file {path} was whole when the run began and cannot be read now ({error}): start the run "
+            "again with --resume_from_checkpoint latest, which encodes it anew."
+        ) from error
+
+
+def _is_missing(path: Path, job: Job) -> bool:
+    """Whether the shard is to be encoded; said in one sentence where there is a file that does not hold it."""
+    if not path.is_file():
+        return True
+    if fault := _fault(path, job):
+        logger.warning("The cached file %s %s; it is encoded anew.", path, fault)
+    return bool(fault)
+
+
+def _fault(path: Path, job: Job) -> str | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            key = (file.metadata() or {}).get("key")
+            rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}
+    except (OSError, SafetensorError, IndexError) as error:
+        return f"is damaged ({error})"
+    if key != job.key:
+        return "is of an earlier version or holds other data"
+    return None if rows == {len(job.rows)} else f"holds {sorted(rows)} rows in place of {len(job.rows)}"
+
+
+def _check_writable(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: Nothing can be written there, found before anything is encoded.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(_unwritable(folder, error)) from error
+
+
+def _write(path: Path, tensors: Tensors, key: str) -> None:
+    """
+    Raises:
+        ValueError: It cannot be written; nothing is left of it.
+    """
+    aside = path.with_suffix(f".{uuid4().hex}.tmp")
+    try:
+        save_file(tensors, aside, {"key": key})
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise ValueError(_unwritable(path.parent, error, f" {size / 2**20:.1f} MiB")) from error
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{path.stem}.*.tmp"):  # of runs that were killed while they wrote
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
+
+
+def _unwritable(folder: Path, error: Exception, size: str = "") -> str:
+    reason = getattr(error, "strerror", None) or error
+    return (
+        f"--latent_cache_dir {folder} cannot take{size or ' files'} ({reason}): make room, name another folder, or "
+        "keep the encodings in memory with --no_cache_latents."
+    )
 
 
 def _bar(jobs: Any, description: str) -> tqdm:
@@ -91,12 +171,6 @@ def _collect(parts: Iterator[Tensors], bar: tqdm) -> Tensors:
         collected.append(part)
         bar.update(len(next(iter(part.values()))))
     return {name: torch.cat([part[name] for part in collected]).contiguous() for name in collected[0]}
-
-
-def _write(path: Path, tensors: Tensors) -> None:
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, aside)
-    os.replace(aside, path)
 
 
 def _first_process() -> AbstractContextManager[None]:

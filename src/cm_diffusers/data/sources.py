@@ -9,10 +9,11 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 from PIL import Image
-from pyarrow import csv, json, parquet
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.tars import FIELDS, IMAGE_SUFFIXES, tar_features, tar_rows, tar_shards
+from cm_diffusers.data.folders import Folder, checked_folder, loose_images
+from cm_diffusers.data.found import SHOWN, Found
+from cm_diffusers.data.tars import FAULT, FIELDS, TAR_ROWS, tar_features, tar_rows, tar_shards
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import readable
 
@@ -24,11 +25,6 @@ INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
 }
 SOURCES = ("dataset_name", "train_data_dir", "train_shards_path_or_url")
-METADATA = {
-    "metadata.jsonl": json.read_json,
-    "metadata.csv": csv.read_csv,
-    "metadata.parquet": parquet.read_table,
-}
 
 
 @dataclass
@@ -40,7 +36,7 @@ class DataConfig:
     train_data_dir: str | None = HfArg(
         default=None,
         help="Local folder: images with metadata.jsonl, .csv or .parquet (a file_name column), parquet files, "
-        "or images with captions in .txt files of the same stem.",
+        "or images with captions in .txt or .caption files of the same stem.",
     )
     train_shards_path_or_url: str | None = HfArg(
         default=None,
@@ -89,13 +85,26 @@ class DataConfig:
         default="float32", help="Precision of the VAE encoder; several VAEs overflow in float16."
     )
 
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: What is named is not there, or out of reach.
+        """
+        if self.train_data_dir is not None:
+            checked_folder(self.train_data_dir)
+        if self.train_shards_path_or_url is not None:
+            tar_shards(self.train_shards_path_or_url)
 
-def load_image_text(config: DataConfig, columns: Sequence[str] | None = None) -> datasets.Dataset:
+
+def load_image_text(
+    config: DataConfig, columns: Sequence[str] | None = None, found: Found | None = None
+) -> datasets.Dataset:
     """Loads the rows to train on, images undecoded as `{"bytes", "path"}`.
 
     Args:
         config: names the source.
         columns: columns needed besides the image column; the caption column when None, no other when empty.
+        found: is told what is left out, and reported by the caller; by this function if not given.
 
     Raises:
         ValueError: wrong configuration, missing folder, no rows or a missing column.
@@ -105,20 +114,53 @@ def load_image_text(config: DataConfig, columns: Sequence[str] | None = None) ->
         raise ValueError("--streaming does not act here: these images are read before training starts; leave it out.")
     refuse_changed(config, "shuffle_buffer_size", "without --streaming")
     wanted = [config.caption_column] if columns is None else list(columns)
+    told = found or Found(source_name(config))
     if config.train_shards_path_or_url:
-        dataset = _from_shards(config)
+        dataset = _from_shards(config, told)
         if columns is None and len(dataset) and not any(map(any, dataset[config.caption_column])):
             raise ValueError(nothing_usable(config, len(dataset), set(dataset[FIELDS])))
+    elif config.dataset_name:
+        dataset = from_hub(config)
     else:
-        dataset = from_hub(config) if config.dataset_name else _from_folder(config, wanted)
+        dataset = open_folder(config, told, config.caption_column in wanted).rows(loose_images)
     require_columns(dataset.column_names, [config.image_column, *wanted])
-    if len(dataset) == 0:
-        raise ValueError(f"The data holds no rows: {source_name(config)} is empty.")
-    if config.max_train_samples is not None and config.max_train_samples < len(dataset):
-        chosen = np.random.default_rng(0).permutation(len(dataset))[: config.max_train_samples]
-        dataset = dataset.select(np.sort(chosen))
+    dataset = subset(dataset, config, told)
+    if found is None and told.lines():
+        told.report()
     dataset = dataset.select_columns(list(dict.fromkeys([config.image_column, *wanted])))
     return dataset.cast_column(config.image_column, datasets.Image(decode=False))
+
+
+def open_folder(config: DataConfig, found: Found, captioned: bool = True) -> Folder:
+    """The local folder that the flags name; see `Folder.of`."""
+    caption_column = config.caption_column if captioned else None
+    return Folder.of(
+        config.train_data_dir, config.dataset_split, found, config.image_column, caption_column, config.cache_dir
+    )
+
+
+def subset(dataset: datasets.Dataset, config: DataConfig, found: Found) -> datasets.Dataset:
+    """The rows that `--max_train_samples` leaves.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"The data holds no rows: {source_name(config)} is empty.")
+    if config.max_train_samples is None or config.max_train_samples >= len(dataset):
+        return dataset
+    order = np.random.default_rng(0).permutation(len(dataset))
+    chosen, others = np.split(order, [config.max_train_samples])
+    names = [row_name(dataset[int(i)].get(config.image_column), i) for i in others[:SHOWN]]
+    found.skip(f"rows beyond --max_train_samples {config.max_train_samples}", names, len(others))
+    return dataset.select(np.sort(chosen))
+
+
+def row_name(record: Any, number: int) -> str:
+    """What to call an image or a clip: its file, or else the number of its row."""
+    first = record[0] if isinstance(record, list) and record else record
+    path = first.get("path") if isinstance(first, dict) else first if isinstance(first, str) else None
+    return path or f"row {number}"
 
 
 def require_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
@@ -201,18 +243,23 @@ def check_values(config: DataConfig) -> None:
         )
 
 
-def _from_shards(config: DataConfig) -> datasets.Dataset:
+def _from_shards(config: DataConfig, found: Found) -> datasets.Dataset:
     shards, columns = tar_shards(config.train_shards_path_or_url), (config.image_column, config.caption_column)
     stats = [Path(shard).stat() for shard in shards if Path(shard).is_file()]  # a changed file is read anew
     stamps = [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats]
     with readable(source_flag(config)):
-        return datasets.Dataset.from_generator(
+        dataset = datasets.Dataset.from_generator(
             tar_rows,
             features=tar_features(*columns),
             gen_kwargs={"shards": shards, "image_column": columns[0], "caption_column": columns[1]},
             cache_dir=config.cache_dir,
-            fingerprint=hashlib.sha256(repr([shards, stamps, columns]).encode()).hexdigest()[:16],
+            fingerprint=hashlib.sha256(repr([TAR_ROWS, shards, stamps, columns]).encode()).hexdigest()[:16],
         )
+    faults = dataset[FAULT][:]
+    for reason in dict.fromkeys(filter(None, faults)):
+        rows = [i for i, fault in enumerate(faults) if fault == reason]
+        found.skip(reason, [row_name(dataset[i][columns[0]], i) for i in rows[:SHOWN]], len(rows))
+    return dataset
 
 
 def from_hub(config: DataConfig) -> datasets.Dataset:
@@ -220,73 +267,3 @@ def from_hub(config: DataConfig) -> datasets.Dataset:
         return datasets.load_dataset(
             config.dataset_name, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
         )
-
-
-def parquet_files(folder: Path) -> list[str]:
-    """All that are in the folder.
-
-    Raises:
-        ValueError: one of them is damaged.
-    """
-    found = sorted(map(str, folder.rglob("*.parquet")))
-    for path in found:
-        with readable(f"--train_data_dir: the file {path}"):
-            parquet.read_schema(path)  # its end, which a truncated file lacks
-    return found
-
-
-def _from_folder(config: DataConfig, wanted: list[str]) -> datasets.Dataset:
-    folder = Path(config.train_data_dir).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"--train_data_dir {folder} is not a folder: give a folder with images or parquet files.")
-    metadata = metadata_file(folder)
-    if metadata is None and (folder / config.dataset_split).is_dir():
-        folder = folder / config.dataset_split
-        metadata = metadata_file(folder)
-    if metadata is not None:
-        return from_metadata(metadata, config)
-    if tables := parquet_files(folder):
-        with readable(source_flag(config)):
-            return datasets.Dataset.from_parquet(tables, cache_dir=config.cache_dir)
-    return _from_text_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()), config, wanted)
-
-
-def metadata_file(folder: Path) -> Path | None:
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
-
-
-def from_metadata(path: Path, config: DataConfig) -> datasets.Dataset:
-    with readable(f"--train_data_dir: the file {path}"):
-        table = METADATA[path.name](path)
-    if "file_name" not in table.column_names:
-        found = ", ".join(table.column_names)
-        raise ValueError(f"{path} needs a column file_name with the image paths; the columns found: {found}.")
-    rows = datasets.Dataset(table)
-    files = [None if name is None else str(path.parent / name) for name in table["file_name"].to_pylist()]
-    replaced = {"file_name", config.image_column} & set(rows.column_names)
-    rows = rows.add_column("__paths__", files)  # before the others go: without a column there are no rows
-    return rows.remove_columns(sorted(replaced)).rename_column("__paths__", config.image_column)
-
-
-def _from_text_files(folder: Path, files: list[Path], config: DataConfig, wanted: list[str]) -> datasets.Dataset:
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    texts = {path.with_suffix("") for path in files if path.suffix == ".txt"}
-    if not images:
-        suffixes = ", ".join(sorted({path.suffix or path.name for path in files})) or "nothing"
-        raise ValueError(f"{folder} holds no image and no parquet file; among its {len(files)} files: {suffixes}.")
-    columns = {config.image_column: [str(path) for path in images]}
-    if config.caption_column in wanted:
-        if not texts:
-            raise ValueError(
-                f"{folder} holds {len(images)} images but no captions: add metadata.jsonl, .csv or .parquet "
-                "with the columns file_name and text, or a .txt file beside each image."
-            )
-        columns[config.caption_column] = [
-            read_caption(path.with_suffix(".txt")) if path.with_suffix("") in texts else "" for path in images
-        ]
-    return datasets.Dataset.from_dict(columns)
-
-
-def read_caption(path: Path) -> str:
-    with readable(f"--train_data_dir: the file {path}"):
-        return path.read_text("utf-8").strip()

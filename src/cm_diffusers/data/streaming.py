@@ -1,13 +1,11 @@
 """Latents with captions of data sets too large to cache: read, encoded and forgotten while training."""
 
-import logging
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, count, islice
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,26 +17,29 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.encoders import Encoders, too_long
+from cm_diffusers.data.file_names import suffix_of
+from cm_diffusers.data.folders import checked_tables
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
-from cm_diffusers.data.sampler import SHUFFLE, Position, batch_generator
+from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, batch_generator
 from cm_diffusers.data.sources import (
     DataConfig,
     captions_of,
     nothing_usable,
-    parquet_files,
+    open_folder,
     require_columns,
+    row_name,
     source_flag,
     source_name,
     validate,
 )
-from cm_diffusers.data.tars import FIELDS, tar_features, tar_rows, tar_shards
+from cm_diffusers.data.tars import FAULT, FIELDS, tar_features, tar_rows, tar_shards
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import readable
 from cm_diffusers.types import Batch
 
 
-logger = logging.getLogger(__name__)
 CACHED_ONLY = (
     "aspect_ratio_buckets bucket_step bucket_max_ratio max_train_samples num_crops cache_latents latent_cache_dir"
 )
@@ -51,7 +52,7 @@ def streaming_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """As `text_image_batches`, with nothing kept: crops, flips and captions are drawn and encoded anew for each batch.
 
     Every epoch visits the files in another order, and `config.shuffle_buffer_size` samples at a time are shuffled. A
@@ -74,18 +75,21 @@ def streaming_batches(
         ValueError: wrong configuration, or data without a usable sample.
     """
     _check(config, encoders)
-    reader = _Reader(config, _open(config), Position(seed, rank, world_size))
-    encoder = _Encoder(config, encoders, device)
+    found = Found(source_name(config), kind="samples")
+    reader = _Reader(config, _open(config, found), Position(seed, rank, world_size), found)
+    encoder = _Encoder(config, encoders, device, found)
+    found.report()
+    found.aloud = True
 
-    def batches(start: int = 0) -> Iterator[Batch]:
+    def batches(start: int) -> Iterator[Batch]:
         samples, size = reader.samples(), config.train_batch_size
         for _ in tqdm(islice(samples, start * size), "Skipping what was seen", start * size, disable=not start):
             pass
-        window = _Window(samples, reader.skip)
+        window = _Window(samples, found)
         for k in count(start):
             yield encoder.batch(window.take(size), batch_generator(k, reader.position))
 
-    return batches
+    return Stream(batches, found=found)
 
 
 def _check(config: DataConfig, encoders: Encoders) -> None:
@@ -102,7 +106,7 @@ def _check(config: DataConfig, encoders: Encoders) -> None:
         )
 
 
-def _open(config: DataConfig) -> datasets.IterableDataset:
+def _open(config: DataConfig, found: Found) -> datasets.IterableDataset:
     image, caption = config.image_column, config.caption_column
     if config.train_shards_path_or_url:
         arguments = {"shards": tar_shards(config.train_shards_path_or_url)}
@@ -111,7 +115,7 @@ def _open(config: DataConfig) -> datasets.IterableDataset:
             tar_rows, features=tar_features(image, caption), gen_kwargs=arguments
         )
     load = partial(datasets.load_dataset, cache_dir=config.cache_dir, streaming=True)
-    files = None if config.dataset_name else _parquet_files(config)
+    files = None if config.dataset_name else _parquet_files(config, found)
     with readable(source_flag(config)):
         if files:
             dataset = load("parquet", data_files=files, split="train")
@@ -122,16 +126,16 @@ def _open(config: DataConfig) -> datasets.IterableDataset:
     return dataset.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
 
 
-def _parquet_files(config: DataConfig) -> list[str]:
-    folder = Path(config.train_data_dir).expanduser()
-    split = folder / config.dataset_split
-    found = parquet_files(split if split.is_dir() else folder)
-    if not found:
+def _parquet_files(config: DataConfig, found: Found) -> list[str]:
+    folder = open_folder(config, found)
+    tables = [file for file in folder.files if suffix_of(file) == ".parquet"]
+    if not tables:
         raise ValueError(
-            f"--streaming reads parquet files from --train_data_dir, but {folder} holds none; leave --streaming out, "
-            "or give tar files to --train_shards_path_or_url."
+            f"--streaming reads parquet files from --train_data_dir, but {folder.path} holds none; leave --streaming "
+            "out, or give tar files to --train_shards_path_or_url."
         )
-    return found
+    folder.leave_out("files beside the parquet files, which are read", set(folder.files) - set(tables))
+    return checked_tables(tables)
 
 
 @dataclass
@@ -141,6 +145,7 @@ class _Sample:
     record: dict[str, Any] | None
     captions: list[str]
     epoch: int
+    name: str
 
     @cached_property
     def image(self) -> Image.Image | None:
@@ -158,10 +163,7 @@ class _Reader:
     config: DataConfig
     dataset: datasets.IterableDataset
     position: Position
-
-    @cached_property
-    def skipped(self) -> Counter:
-        return Counter()
+    found: Found
 
     def samples(self) -> Iterator[_Sample]:
         """Endless; whole epochs in blocks, each shuffled.
@@ -179,32 +181,27 @@ class _Reader:
                 generator = np.random.default_rng([self.position.seed, SHUFFLE, epoch, 1 + block])
                 yield from (held[i] for i in generator.permutation(len(held)))
 
-    def skip(self, reason: str) -> None:
-        """Counts what cannot be used; says so the 1st, 10th, 100th ... time."""
-        self.skipped[reason] += 1
-        number = self.skipped[reason]
-        if set(str(number)[1:]) <= {"0"} and str(number)[0] == "1":
-            logger.warning("Skipped so far: %d samples %s.", number, reason)
-
     def _epoch(self, epoch: int) -> Iterator[_Sample]:
-        fields, usable = set(), 0
-        for row in self._rows(epoch):
+        fields, usable, number = set(), 0, 0
+        for number, row in enumerate(self._rows(epoch), 1):
             captions = captions_of(row[self.config.caption_column], self.config.caption_column)
             record = row[self.config.image_column]
+            name = row_name(record, number - 1)
+            if fault := row.get(FAULT):
+                self.found.skip(fault, [name])
             if captions and record:
                 usable += 1
-                yield _Sample(record, captions, epoch)
+                yield _Sample(record, captions, epoch, name)
             else:
                 fields.add(row.get(FIELDS) or ", ".join(name for name, value in row.items() if value is not None))
-                self.skip("without a caption" if record else "without an image")
+                self.found.skip("samples without a caption" if record else "samples without an image", [name])
+        if not number:
+            name = source_name(self.config)
+            raise ValueError(
+                f"{name} gave this process no sample: it is empty, or has fewer than there are processes."
+            )
         if not usable:
-            raise ValueError(self._unusable(fields))
-
-    def _unusable(self, fields: set[str]) -> str:
-        if number := sum(self.skipped.values()):
-            return nothing_usable(self.config, number, fields)
-        name = source_name(self.config)
-        return f"{name} gave this process no sample: it is empty, or has fewer than there are processes."
+            raise ValueError(nothing_usable(self.config, number, fields))
 
     def _rows(self, epoch: int) -> Iterator[dict[str, Any]]:
         """Of this rank: its share of the shuffled files, or of the rows where the files do not divide."""
@@ -220,14 +217,14 @@ class _Reader:
 class _Window:
     """The samples a batch takes, and as many after them as it takes to find a readable image."""
 
-    def __init__(self, samples: Iterator[_Sample], skip: Callable[[str], None]) -> None:
-        self.samples, self.skip, self.held = samples, skip, deque()
+    def __init__(self, samples: Iterator[_Sample], found: Found) -> None:
+        self.samples, self.found, self.held = samples, found, deque()
 
     def take(self, size: int) -> list[_Sample]:
         taken = [self._readable(i) for i in range(size)]
         for _ in range(size):
-            if self.held.popleft().image is None:
-                self.skip("with an unreadable image")
+            if (sample := self.held.popleft()).image is None:
+                self.found.skip("samples whose image cannot be read", [sample.name])
         return taken
 
     def _readable(self, i: int) -> _Sample:
@@ -247,6 +244,7 @@ class _Encoder:
     config: DataConfig
     encoders: Encoders
     device: torch.device | str
+    found: Found
 
     @cached_property
     def vae(self) -> AutoencoderKL:
@@ -267,6 +265,7 @@ class _Encoder:
         prompts = [sample.captions[generator.integers(len(sample.captions))] for sample in samples]
         dropped = generator.random(len(samples)) < config.proportion_empty_prompts
         texts = ["" if drop else prompt for drop, prompt in zip(dropped, prompts, strict=True)]
+        too_long(texts, self.encoders.tokenizers, self.found)
         cond = self._encode_prompts(texts)
         uncond = {name: self.empty[name].expand_as(value) for name, value in cond.items()}
         ids = {}

@@ -11,20 +11,26 @@ from typing import Any
 
 import datasets
 from datasets.utils.file_utils import xopen
+from fsspec import get_filesystem_class
 from fsspec.core import url_to_fs
+
+from cm_diffusers.data.file_names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, is_hidden, suffix_of
 
 
 FIELDS = "__fields__"  # column that names what a sample holds, for error messages
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-READ_SUFFIXES = IMAGE_SUFFIXES | {".txt", ".json"}
+FAULT = "__fault__"  # column that says what of a sample is not read, although it seems meant to be
+TAR_ROWS = 2  # in the key of what `datasets` keeps: raise it when `tar_rows` changes
+READ_SUFFIXES = IMAGE_SUFFIXES | {*CAPTION_SUFFIXES, ".json"}
 
 
 def tar_shards(pattern: str) -> list[str]:
     """The shards a pattern names: a path or URL with `{00..12}`, `{a,b}` and `*`.
 
     Raises:
-        ValueError: a shard that is named is not there.
+        ValueError: a shard that is named is not there, or a package that reads from such addresses is missing.
     """
+    if "://" in pattern:
+        _check_protocol(pattern)
     found = [(name, _matches(name)) for name in _expand_braces(os.path.expanduser(pattern))]
     if missing := [name for name, shards in found if not shards]:
         raise ValueError(
@@ -32,6 +38,18 @@ def tar_shards(pattern: str) -> list[str]:
             f"not there, such as {missing[0]}; give the tar files that exist."
         )
     return [shard for _, shards in found for shard in shards]
+
+
+def _check_protocol(pattern: str) -> None:
+    protocol = pattern.partition("://")[0]
+    try:
+        get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        advice = "pip install 'cm_diffusers[streaming]'" if protocol in ("http", "https") else str(error)
+        raise ValueError(
+            f"--train_shards_path_or_url {pattern} needs a package that reads {protocol} addresses, which is missing: "
+            f"{advice.rstrip('.')}."
+        ) from error
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -60,14 +78,15 @@ def _matches(name: str) -> list[str]:
 def tar_features(image_column: str, caption_column: str) -> datasets.Features:
     """Of the rows of `tar_rows`."""
     text = datasets.Value("string")
-    return datasets.Features({image_column: datasets.Image(decode=False), caption_column: [text], FIELDS: text})
+    columns = {image_column: datasets.Image(decode=False), caption_column: [text]}
+    return datasets.Features(columns | {FIELDS: text, FAULT: text})
 
 
 def tar_rows(shards: list[str], image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
-    """A row for each sample: the image undecoded, the captions, and under `FIELDS` what the sample holds.
+    """A row for each sample: the image undecoded, the captions, under `FIELDS` what it holds, under `FAULT` what is wrong.
 
     The image is the member named `image_column`, else the first whose suffix says so. The captions are the entry
-    `caption_column` of the .json, else the .txt. Neither is required: what lacks one is counted by who reads the rows,
+    `caption_column` of the .json, else the .txt or .caption. Neither is required: what lacks one is counted by who reads the rows,
     and samples may differ in their members and in their .json.
 
     Raises:
@@ -84,10 +103,11 @@ def _rows_of(shard: str, image_column: str, caption_column: str) -> Iterator[dic
     key, members = None, {}
     with xopen(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
-            name, _, field = PurePosixPath(member.name).name.partition(".")
-            if not (member.isfile() and name and field):  # also skips the hidden files some systems add
+            path = PurePosixPath(member.name)
+            name, _, field = path.name.partition(".")
+            if not (member.isfile() and field) or is_hidden(path):
                 continue
-            found = str(PurePosixPath(member.name).with_name(name))
+            found = str(path.with_name(name))
             if found != key and members:
                 yield _row(key, members, image_column, caption_column)
                 members = {}
@@ -99,24 +119,39 @@ def _rows_of(shard: str, image_column: str, caption_column: str) -> Iterator[dic
 
 
 def _suffix(field: str) -> str:
-    return PurePosixPath(f".{field}").suffix.lower() or f".{field.lower()}"
+    return suffix_of(PurePosixPath(f".{field}")) or f".{field.lower()}"
 
 
 def _row(key: str, members: dict[str, bytes], image_column: str, caption_column: str) -> dict[str, Any]:
     images = [field for field in members if field == image_column or _suffix(field) in IMAGE_SUFFIXES]
     images.sort(key=lambda field: field != image_column)
     record = {"bytes": members[images[0]], "path": f"{key}.{images[0]}"} if images else None
-    metadata = next((_parse(content) for field, content in members.items() if _suffix(field) == ".json"), {})
-    text = next((content for field, content in members.items() if _suffix(field) == ".txt"), b"")
-    value = metadata.get(caption_column) or text.decode("utf-8", "replace").strip()
+    metadata, faults = {}, []
+    if content := next((content for field, content in members.items() if _suffix(field) == ".json"), b""):
+        metadata = _parsed(content)
+        if metadata is None:
+            metadata, faults = {}, ["damaged .json files"]
+    value = metadata.get(caption_column) or _text(members)
+    if value is None:
+        faults.append("captions that are not UTF-8")
     captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     fields = ", ".join(f"{f} ({', '.join(metadata)})" if metadata and _suffix(f) == ".json" else f for f in members)
-    return {image_column: record, caption_column: captions, FIELDS: fields}
+    return {image_column: record, caption_column: captions, FIELDS: fields, FAULT: next(iter(faults), None)}
 
 
-def _parse(content: bytes) -> dict[str, Any]:
+def _text(members: dict[str, bytes]) -> str | None:
+    """The caption in a member of its own; None where it is no text in UTF-8."""
+    found = {_suffix(field): content for field, content in reversed(members.items())}
+    content = next((found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found), b"")
     try:
-        parsed = json.loads(content)
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return None
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(content.decode("utf-8-sig"))
     except ValueError:
-        return {}
+        return None
     return parsed if isinstance(parsed, dict) else {}

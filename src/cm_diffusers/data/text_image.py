@@ -1,7 +1,7 @@
 """Latents with captions: the data source of text-to-image training."""
 
-import logging
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from cm_diffusers.data.buckets import BucketBatches
 from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, cached_embeddings, cached_posteriors
-from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.encoders import Encoders, placed, too_long
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.framing import Framing
-from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
-from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text
-from cm_diffusers.types import Batch
+from cm_diffusers.data.images import usable_rows
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
+from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text, source_name
 
 
-logger = logging.getLogger(__name__)
 EMPTY = 0  # number of the empty prompt in every table
 
 
@@ -31,7 +31,7 @@ def text_image_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """A data source of scaled latents with text embeddings.
 
     Args:
@@ -50,11 +50,11 @@ def text_image_batches(
     Raises:
         ValueError: wrong configuration, or no row with a readable image and a caption.
     """
-    rows, texts = _load(config, encoders.vae, encoders.micro_conditioning, device)
+    rows, texts = _load(config, encoders.vae, encoders.tokenizers, encoders.micro_conditioning, device)
     with placed(encoders.towers, device):
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, config)
     source = _Source(encoders.vae, rows, texts, table, Position(seed, rank, world_size), encoders.micro_conditioning)
-    return stream(source.make, config.dataloader_num_workers)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found)
 
 
 def token_batches(
@@ -65,12 +65,12 @@ def token_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """As `text_image_batches`, for training the text tower too: `cond["input_ids"]` (B, L) int64."""
-    rows, texts = _load(config, vae, False, device)
+    rows, texts = _load(config, vae, (copy.deepcopy(tokenizer),), False, device)
     table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     source = _Source(vae, rows, texts, _Tokens(table), Position(seed, rank, world_size))
-    return stream(source.make, config.dataloader_num_workers)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found)
 
 
 class _Tokens(NamedTuple):
@@ -86,6 +86,7 @@ class _Rows:
     posteriors: Posteriors
     numbers: np.ndarray  # rows of the data set that can be used
     captions: list[list[int]]  # for each of them, its captions' numbers in the table
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,23 @@ def drawn_latents(vae: Vae, posterior: tuple[Tensor, Tensor], generator: np.rand
     return (mean.float() + std.float() * noise - vae.shift_factor) * vae.scaling_factor
 
 
-def _load(config: DataConfig, vae: Vae, sized: bool, device: torch.device | str) -> tuple[_Rows, list[str]]:
-    dataset = load_image_text(config)
+def _load(
+    config: DataConfig,
+    vae: Vae,
+    tokenizers: tuple[PreTrainedTokenizerBase, ...],
+    sized: bool,
+    device: torch.device | str,
+) -> tuple[_Rows, list[str]]:
+    found = Found(source_name(config))
+    dataset = load_image_text(config, None, found)
     captions = [captions_of(value, config.caption_column) for value in dataset[config.caption_column]]
     framing = Framing.of(dataset, config, sized)
     posteriors = cached_posteriors(dataset, framing, vae, device)
     captioned = np.array([len(texts) > 0 for texts in captions])
-    numbers = np.flatnonzero(posteriors.valid & captioned)
-    counts = f"{(~posteriors.valid).sum()} unreadable images and {(~captioned).sum()} empty captions"
-    if len(numbers) == 0:
-        raise ValueError(f"None of the {len(dataset)} rows can be used: found {counts}.")
-    if len(numbers) < len(dataset):
-        logger.warning("Skipped %d of %d rows: found %s.", len(dataset) - len(numbers), len(dataset), counts)
+    numbers = usable_rows(posteriors.valid, captioned, lambda row: dataset[row][config.image_column], found)
     table = {"": EMPTY}
     by_row = [[table.setdefault(text, len(table)) for text in captions[i]] for i in numbers]
-    return _Rows(framing, posteriors, numbers, by_row), list(table)
+    found.captions = len(table) - 1
+    too_long(list(table), tokenizers, found)
+    found.report()
+    return _Rows(framing, posteriors, numbers, by_row, found), list(table)

@@ -1,6 +1,6 @@
 """Images or latents without captions, with classes or without: the data source of students without prompts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.data.cache import Posteriors, Vae, cached_posteriors
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.framing import Framing
-from cm_diffusers.data.images import class_labels, image_batches, readable_rows
-from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
+from cm_diffusers.data.images import class_labels, image_batches, usable_rows
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import row_ranges
-from cm_diffusers.data.sources import DataConfig, load_image_text
+from cm_diffusers.data.sources import DataConfig, load_image_text, source_name
 from cm_diffusers.data.text_image import drawn_latents
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.types import Batch
 
 
 OF_CAPTIONS = "caption_column proportion_empty_prompts aspect_ratio_buckets streaming"
@@ -43,7 +43,7 @@ def unprompted_batches(
     vae: Vae | None = None,
     statistics: LatentStatistics | None = None,
     sigma_data: float = 0.5,
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """A data source of pixels (B, 3, R, R) in [-1, 1], or of a VAE's latents (B, C, h, w).
 
     Latents are drawn from the cached posteriors and scaled as Stable Diffusion does; with statistics then
@@ -78,7 +78,8 @@ def unprompted_batches(
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (statistics.mean, statistics.std))
         affine = mean, std / sigma_data
     source = _Source(latents, labels, affine, Position(seed, rank, world_size))
-    return stream(source.make, config.dataloader_num_workers)
+    latents.found.report()
+    return stream(source.make, config.dataloader_num_workers, found=latents.found)
 
 
 def measure_statistics(config: DataConfig, vae: Vae, device: torch.device | str = "cpu") -> LatentStatistics:
@@ -115,6 +116,7 @@ class _Latents:
     framing: Framing
     posteriors: Posteriors
     rows: np.ndarray  # of the data set that can be used
+    found: Found
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every mean and standard deviation, each (B, C, h, w)."""
@@ -144,8 +146,10 @@ def _load(
     config: DataConfig, vae: Vae, device: torch.device | str, label_column: str | None, num_classes: int | None
 ) -> tuple[_Latents, Tensor | None]:
     refuse_changed(config, OF_CAPTIONS, "without prompts")
-    dataset = load_image_text(config, [label_column] if label_column else [])
+    found = Found(source_name(config))
+    dataset = load_image_text(config, [label_column] if label_column else [], found)
     labels = class_labels(dataset, label_column, num_classes) if label_column else None
     framing = Framing.of(dataset, config, False)
     posteriors = cached_posteriors(dataset, framing, vae, device)
-    return _Latents(vae, framing, posteriors, readable_rows(posteriors.valid, config.image_column)), labels
+    rows = usable_rows(posteriors.valid, None, lambda row: dataset[row][config.image_column], found)
+    return _Latents(vae, framing, posteriors, rows, found), labels

@@ -1,8 +1,6 @@
 """Latents of clips with captions: the data source of text-to-video training."""
 
-import logging
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -15,9 +13,12 @@ from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, cached_embeddin
 from cm_diffusers.data.clip_latents import ClipViews, cached_clips
 from cm_diffusers.data.clip_sources import FileClips
 from cm_diffusers.data.edges import edges
-from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.encoders import Encoders, placed, too_long
+from cm_diffusers.data.folders import checked_folder
+from cm_diffusers.data.found import Found
+from cm_diffusers.data.images import usable_rows
 from cm_diffusers.data.moving_articles import MovingArticles
-from cm_diffusers.data.sampler import Position, batch_generator, batch_rows, stream
+from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import Tensors
 from cm_diffusers.data.sources import DataConfig, check_values, load_image_text
 from cm_diffusers.data.text_image import EMPTY, drawn_latents
@@ -25,7 +26,6 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.types import Batch
 
 
-logger = logging.getLogger(__name__)
 SOURCES = ("train_data_dir", "dataset_name", "moving_articles")
 OF_FILES = "video_column max_train_samples center_crop num_starts"
 SIDES = re.compile(r"\b(left|right)(wards?)?\b|clockwise", re.IGNORECASE)
@@ -38,7 +38,8 @@ class VideoDataConfig:
     train_data_dir: str | None = HfArg(
         default=None,
         help="Local folder: clips (.gif, .webp, .mp4, .webm, .mov, .avi, .mkv) or sub-folders of numbered frames, "
-        "with metadata.jsonl, .csv or .parquet (a file_name column) or captions in .txt files of the same name; or "
+        "with metadata.jsonl, .csv or .parquet (a file_name column) or captions in .txt or .caption files of the same "
+        "name; or "
         "parquet files.",
     )
     dataset_name: str | None = HfArg(
@@ -85,6 +86,15 @@ class VideoDataConfig:
         default="float32", help="Precision of the VAE encoder; several VAEs overflow in float16."
     )
 
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: A folder that is named is not there.
+        """
+        for name in ("train_data_dir", "moving_articles"):
+            if (folder := getattr(self, name)) is not None:
+                checked_folder(folder, f"--{name}")
+
     @property
     def source(self) -> str:
         """What the clips were called on the command line."""
@@ -106,7 +116,7 @@ def video_batches(
     *,
     first_frame: bool = False,
     control: Literal["edges"] | None = None,
-) -> Callable[[int], Iterator[Batch]]:
+) -> Stream:
     """A data source of scaled latents of clips with text embeddings.
 
     Args:
@@ -133,17 +143,17 @@ def video_batches(
         raise ValueError(
             "Clips are encoded for Stable Diffusion, but the teacher is told sizes as XL is: take another."
         )
-    rows, texts = _load(config, encoders.vae, device)
+    rows, texts = _load(config, encoders, device)
     with placed(encoders.towers, device):
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, rows.views.images)
     position = Position(seed, rank, world_size)
     source = _Source(encoders.vae, rows, table, position, first_frame, control == "edges")
-    return stream(source.make, config.dataloader_num_workers)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found)
 
 
-def single_frames(batches: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[Batch]]:
+def single_frames(clips: Stream) -> Stream:
     """The frames of clips `(B, C, F, h, w)` as images `(B F, C, h, w)`."""
-    return lambda start: map(_as_images, batches(start))
+    return replace(clips, batches=lambda start: map(_as_images, clips(start)))
 
 
 def _as_images(clips: Batch) -> Batch:
@@ -159,6 +169,7 @@ class _Rows:
     posteriors: Posteriors
     numbers: np.ndarray  # clips that can be used
     captions: list[list[int]]  # for each of them, its captions' numbers in the table
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -195,33 +206,35 @@ class _Source:
         return {name: value.float() for name, value in self.table[numbers].items()}
 
 
-def _load(config: VideoDataConfig, vae: Vae, device: torch.device | str) -> tuple[_Rows, list[str]]:
-    clips, images = open_clips(config)
+def _load(config: VideoDataConfig, encoders: Encoders, device: torch.device | str) -> tuple[_Rows, list[str]]:
+    found = Found(config.source, kind="clips")
+    clips, images = open_clips(config, found)
     if config.random_flip:
         _refuse_flip(clips.captions)
     views = ClipViews(clips, images, config.sample_n_frames, config.sample_stride, config.num_starts)
-    posteriors = cached_clips(views, vae, device)
+    posteriors = cached_clips(views, encoders.vae, device)
     captioned = np.array([len(texts) > 0 for texts in clips.captions])
-    numbers = np.flatnonzero(posteriors.valid & captioned)
-    counts = f"{(~posteriors.valid).sum()} unreadable clips and {(~captioned).sum()} empty captions"
-    if len(numbers) == 0:
-        raise ValueError(f"None of the {len(captioned)} clips can be used: found {counts}.")
-    if len(numbers) < len(captioned):
-        logger.warning("Skipped %d of %d clips: found %s.", len(captioned) - len(numbers), len(captioned), counts)
+    numbers = usable_rows(posteriors.valid, captioned, lambda row: clips.records[row][clips.column], found)
     table = {"": EMPTY}
     by_clip = [[table.setdefault(text, len(table)) for text in clips.captions[i]] for i in numbers]
-    return _Rows(views, posteriors, numbers, by_clip), list(table)
+    found.captions = len(table) - 1
+    too_long(list(table), encoders.tokenizers, found)
+    found.report()
+    return _Rows(views, posteriors, numbers, by_clip, found), list(table)
 
 
-def open_clips(config: VideoDataConfig) -> tuple[MovingArticles | FileClips, DataConfig]:
-    """The clips that the flags name, and how their frames are made.
+def open_clips(config: VideoDataConfig, found: Found) -> tuple[MovingArticles | FileClips, DataConfig]:
+    """The clips that the flags name, and how their frames are made; `found` is told what is left out.
 
     Raises:
         ValueError: Wrong configuration, or clips that are shorter than what is sampled.
     """
     images = _image_config(config)
     _validate(config, images)
-    return _moving_articles(config, images) if config.moving_articles else FileClips.of(images, config.span), images
+    clips = (
+        _moving_articles(config, images, found) if config.moving_articles else FileClips.of(images, config.span, found)
+    )
+    return clips, images
 
 
 def _image_config(config: VideoDataConfig) -> DataConfig:
@@ -249,8 +262,9 @@ def _validate(config: VideoDataConfig, images: DataConfig) -> None:
         refuse_changed(config, "num_clips", "without --moving_articles")
 
 
-def _moving_articles(config: VideoDataConfig, images: DataConfig) -> MovingArticles:
-    articles = load_image_text(replace(images, train_data_dir=config.moving_articles, image_column="image"))
+def _moving_articles(config: VideoDataConfig, images: DataConfig, found: Found) -> MovingArticles:
+    source = replace(images, train_data_dir=config.moving_articles, image_column="image")
+    articles = load_image_text(source, None, found)
     return MovingArticles(articles, config.span, config.num_clips, caption_column=config.caption_column)
 
 

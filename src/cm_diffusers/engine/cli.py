@@ -16,12 +16,19 @@ import transformers
 from transformers import HfArgumentParser
 
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
+from cm_diffusers.errors import read_text, readable
 
 
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse the command line into one instance of each dataclass.
 
-    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win.
+    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win. A config with a
+    method `check` is asked whether the files that it names are there, before anything is loaded.
+
+    Args:
+        configs: Dataclasses of flags.
+        description: For --help.
+        argv: Words to parse in place of the command line's; what they name need not be there.
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -32,6 +39,8 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     for config in parsed[: len(configs)]:
         if getattr(config, "overwrite_output_dir", False):
             refuse_inputs_inside(config.output_dir, parsed[: len(configs)])
+        if argv is None and hasattr(config, "check"):
+            config.check()
     return tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
 
 
@@ -69,8 +78,13 @@ def _with_recipes(argv: Sequence[str] | None) -> list[str]:
     recipes = ArgumentParser(add_help=False, allow_abbrev=False)
     recipes.add_argument("--recipe", action="append", default=[])
     found, rest = recipes.parse_known_args(argv)
-    texts = [shipped("--recipe", name, ".args").read_text("utf-8") for name in found.recipe]
-    return [word for text in texts for word in shlex.split(text, comments=True)] + rest
+    return [word for name in found.recipe for word in _words(name)] + rest
+
+
+def _words(recipe: str) -> list[str]:
+    path = shipped("--recipe", recipe, ".args")
+    with readable(f"--recipe {recipe}"):
+        return shlex.split(read_text(path), comments=True)
 
 
 def shipped(flag: str, name: str, suffix: str) -> Path:

@@ -4,10 +4,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cm_diffusers.data.clip_latents import ClipViews
+from cm_diffusers.data.found import Found
+from cm_diffusers.data.images import usable_rows
 from cm_diffusers.data.video import VideoDataConfig, open_clips
 from cm_diffusers.engine.cli import refuse_changed
 
@@ -52,9 +55,14 @@ def load_real_clips(config: VideoDataConfig, num_videos: int, most: int) -> list
         ValueError: Wrong configuration, a flag that has no effect here, or too few clips.
     """
     refuse_changed(config, OF_TRAINING, "in an evaluation")
-    clips, images = open_clips(config)
+    found = Found(config.source, kind="clips")
+    clips, images = open_clips(config, found)
     views = ClipViews(clips, replace(images, center_crop=True), config.sample_n_frames, config.sample_stride, 1)
-    usable = [row for row, texts in enumerate(clips.captions) if texts and clips.lengths[row]]
+    captioned = np.array([len(texts) > 0 for texts in clips.captions])
+    usable = usable_rows(
+        np.array(clips.lengths) > 0, captioned, lambda row: clips.records[row][clips.column], found
+    ).tolist()
+    found.report()
     if num_videos > len(usable):
         raise ValueError(f"--num_videos is {num_videos}, but there are {len(usable)} real clips: ask for fewer.")
     count = min(most, len(usable) // num_videos)

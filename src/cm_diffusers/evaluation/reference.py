@@ -10,8 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
-from cm_diffusers.data.sources import DataConfig, load_image_text
+from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text
 
 
 USUAL_SIDE = 512  # pixels, where nothing says how large images are
@@ -43,6 +44,14 @@ class ReferenceConfig:
         default="lanczos", help="Filter that resizes the shorter side to --resolution."
     )
     cache_dir: str | None = HfArg(default=None, help="Where `datasets` keeps what it downloads.")
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: The local folder is not there.
+        """
+        if self.train_data_dir is not None:
+            checked_folder(self.train_data_dir)
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,13 @@ def _take(
     ]
     captions = None
     if missing is None:
-        captions = [value if isinstance(value, str) else value[0] for value in chosen[config.caption_column]]
+        texts = [captions_of(value, config.caption_column) for value in chosen[config.caption_column]]
+        if empty := [row for row, found in zip(order, texts, strict=True) if not found]:
+            missing = (
+                f"Row {empty[0]} of the reference set has no caption, as {len(empty) - 1} others: leave them out."
+            )
+        else:
+            captions = [found[0] for found in texts]
     names = getattr(rows.features[label], "names", None) if label else None
     labels = chosen[label][:] if label else [None] * len(order)
     return Reference(torch.stack(images), captions, labels, names, missing)

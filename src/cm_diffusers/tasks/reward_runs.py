@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.encoders import Encoders, placed
+from cm_diffusers.data.encoders import Encoders, placed, too_long
+from cm_diffusers.data.found import Found
 from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.diffusion.process import DiscreteVP
@@ -219,6 +220,7 @@ class PromptConditions:
         cls, tuned: Tuned, prompts: Sequence[str], resolution: int | None, device: torch.device
     ) -> "PromptConditions":
         encoders, texts = Encoders.from_pipeline(tuned.pipe), [*prompts, ""]
+        too_long(texts, encoders.tokenizers, Found("--prompts", aloud=True))
         with torch.no_grad(), placed(encoders.towers, device):
             starts = tqdm(range(0, len(texts), ENCODED_AT_ONCE), "Encoding prompts", delay=1)
             parts = [encoders.encode_prompts(texts[start : start + ENCODED_AT_ONCE]) for start in starts]

@@ -1,0 +1,24 @@
+"""What a file holds, as its name tells."""
+
+from pathlib import PurePath
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first that is there is read
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # likewise
+NO_DATA = {"thumbs.db", "desktop.ini", "readme.md", "license"}
+SPLITS = {"train", "test", "validation", "val", "dev", "eval"}
+
+
+def suffix_of(path: PurePath) -> str:
+    """In lower case."""
+    return path.suffix.lower()
+
+
+def is_metadata(path: PurePath) -> bool:
+    return path.name.lower() in METADATA
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Whether a path inside a folder is what systems and notebooks leave behind."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)

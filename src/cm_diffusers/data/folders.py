@@ -1,0 +1,185 @@
+"""Folders of the user: images or clips, with captions in metadata, in parquet files or in text files beside them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+
+import datasets
+from pyarrow import parquet
+
+from cm_diffusers.data.file_names import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    METADATA,
+    NO_DATA,
+    SPLITS,
+    is_hidden,
+    is_metadata,
+    suffix_of,
+)
+from cm_diffusers.data.found import Found
+from cm_diffusers.data.tables import read_table
+from cm_diffusers.errors import read_text, readable
+
+
+FLAG = "--train_data_dir"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that was named on the command line.
+
+    Attributes:
+        path: Where its files are: the folder itself, or that of the split inside.
+        files: All in it that are not hidden, sorted.
+        found: Counts what is left out.
+        image_column: The rows' column of images or clips.
+        caption_column: The rows' column of captions; None where none are read.
+        cache_dir: Where `datasets` keeps what it makes of parquet files.
+    """
+
+    path: Path
+    files: list[Path]
+    found: Found
+    image_column: str
+    caption_column: str | None
+    cache_dir: str | None
+
+    @classmethod
+    def of(cls, path: str, split: str, found: Found, image_column: str, *options: str | None) -> "Folder":
+        """Finds the files, of the split's folder if there is one and no metadata beside it.
+
+        Raises:
+            ValueError: No such folder.
+        """
+        top = checked_folder(path)
+        folder = top if metadata_file(top) or not (top / split).is_dir() else top / split
+        files = sorted((file for file in top.rglob("*") if file.is_file()), key=attrgetter("parts"))
+        hidden = {file for file in files if is_hidden(file.relative_to(top))}
+        outside = {file for file in files if not file.is_relative_to(folder)} - hidden if folder != top else set()
+        of_data = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".parquet")
+        found.skip("hidden files", _names(top, (file for file in hidden if suffix_of(file) in of_data)))
+        others = (file for file in outside if file.relative_to(top).parts[0] not in SPLITS)
+        found.skip(f"files outside its folder {split}", _names(top, others))
+        mine = [file for file in files if file not in hidden | outside]
+        return cls(folder, mine, found, image_column, *options)
+
+    def rows(self, loose: Callable[["Folder"], datasets.Dataset]) -> datasets.Dataset:
+        """The rows of its metadata, else of its parquet files, else of loose files by `loose`.
+
+        Raises:
+            ValueError: Damaged or missing files or columns.
+        """
+        if metadata := metadata_file(self.path):
+            return self._from_metadata(metadata)
+        if tables := [file for file in self.files if suffix_of(file) == ".parquet"]:
+            self.leave_out("files beside the parquet files, which are read", set(self.files) - set(tables))
+            return from_parquet(tables, f"{FLAG} {self.path}", self.cache_dir)
+        return loose(self)
+
+    def leave_out(self, reason: str, files: Iterable[Path]) -> None:
+        self.found.skip(reason, _names(self.path, files))
+
+    def captions(self, stems: list[Path]) -> list[str]:
+        """The captions of images or clips, by their paths without suffix; "" where there is none."""
+        texts: dict[Path, list[Path]] = {}
+        of_texts = [file for file in self.files if suffix_of(file) in CAPTION_SUFFIXES]
+        for file in sorted(of_texts, key=lambda file: CAPTION_SUFFIXES.index(suffix_of(file))):
+            texts.setdefault(file.with_suffix(""), []).append(file)
+        wanted, uses = {stem: texts.get(stem, []) for stem in stems}, Counter(stems)
+        kind, alone = self.found.kind, texts.keys() - uses.keys()
+        self.leave_out(f"captions without {kind}", (file for stem in alone for file in texts[stem]))
+        self.leave_out(f"second captions of {kind}", (file for files in wanted.values() for file in files[1:]))
+        shared = [stem for stem, number in uses.items() if number > 1 and wanted[stem]]
+        self.found.remark(f"several {kind} with one caption file", _names(self.path, shared))
+        read = {stem: self._caption(files[0]) for stem, files in wanted.items() if files}
+        return [read.get(stem, "") for stem in stems]
+
+    def _caption(self, file: Path) -> str:
+        with readable(f"{FLAG}: the file {file}"):
+            return read_text(file).strip()
+
+    def _from_metadata(self, path: Path) -> datasets.Dataset:
+        texts = [self.caption_column] if self.caption_column else []
+        with readable(f"{FLAG}: the file {path}"):
+            table = read_table(path, ["file_name", *texts])
+        if "file_name" not in table.column_names:
+            found = ", ".join(table.column_names)
+            raise ValueError(f"{path} needs a column file_name with the image paths; the columns found: {found}.")
+        names = [None if name is None else str(path.parent / name) for name in table["file_name"].to_pylist()]
+        uses, others = Counter(map(Path, filter(None, names))), set(self.files) - {path}
+        self.found.remark("files in several rows", _names(self.path, (file for file in uses if uses[file] > 1)))
+        unnamed = {file for file in others if not uses.keys() & {file, file.parent}}
+        beside = {file for file in unnamed if suffix_of(file) in (*CAPTION_SUFFIXES, ".parquet") or is_metadata(file)}
+        self.leave_out(f"files that {path.name} does not name", unnamed - beside)
+        self.leave_out(f"files beside {path.name}, which is read", beside)
+        rows, replaced = datasets.Dataset(table), {"file_name", self.image_column} & set(table.column_names)
+        rows = rows.add_column("__paths__", names)  # before the others go: without a column there are no rows
+        return rows.remove_columns(sorted(replaced)).rename_column("__paths__", self.image_column)
+
+
+def checked_folder(path: str, flag: str = FLAG) -> Path:
+    """
+    Raises:
+        ValueError: No such folder.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is not a folder: give a folder with images, clips or parquet files.")
+    return folder
+
+
+def loose_images(folder: Folder) -> datasets.Dataset:
+    """Rows of image files, with the captions in the text files beside them.
+
+    Raises:
+        ValueError: No image, no caption where they are read, or a caption that is no text.
+    """
+    files = folder.files
+    images = [file for file in files if suffix_of(file) in IMAGE_SUFFIXES]
+    if not images:
+        suffixes = ", ".join(sorted({file.suffix or file.name for file in files})) or "nothing"
+        raise ValueError(
+            f"{folder.path} holds no image and no parquet file; among its {len(files)} files: {suffixes}."
+        )
+    texts = {file for file in files if suffix_of(file) in CAPTION_SUFFIXES}
+    folder.leave_out("files of another kind", set(files) - set(images) - texts)
+    columns = {folder.image_column: list(map(str, images))}
+    if folder.caption_column:
+        if not texts:
+            raise ValueError(
+                f"{folder.path} holds {len(images)} images but no captions: add metadata.jsonl, .csv or .parquet "
+                "with the columns file_name and text, or a .txt or .caption file beside each image."
+            )
+        columns[folder.caption_column] = folder.captions([file.with_suffix("") for file in images])
+    return datasets.Dataset.from_dict(columns)
+
+
+def metadata_file(folder: Path) -> Path | None:
+    found = {path.name.lower(): path for path in folder.iterdir() if is_metadata(path) and path.is_file()}
+    return next((found[name] for name in METADATA if name in found), None)
+
+
+def from_parquet(tables: list[Path], what: str, cache_dir: str | None) -> datasets.Dataset:
+    files = checked_tables(tables)
+    with readable(what):
+        return datasets.Dataset.from_parquet(files, cache_dir=cache_dir)
+
+
+def checked_tables(tables: list[Path]) -> list[str]:
+    """
+    Raises:
+        ValueError: One is damaged.
+    """
+    for path in tables:
+        with readable(f"{FLAG}: the file {path}"):
+            parquet.read_schema(path)  # its end, which a truncated file lacks
+    return list(map(str, tables))
+
+
+def _names(folder: Path, files: Iterable[Path]) -> list[str]:
+    """Of the files that may be data, relative to the folder."""
+    mine = sorted(file for file in files if file.name.lower() not in NO_DATA)
+    return [str(file.relative_to(folder) if file.is_relative_to(folder) else file) for file in mine]
