@@ -51,8 +51,7 @@ def main() -> None:
     load = streaming_batches if data.streaming else text_image_batches
     batches = load(data, Encoders.from_pipeline(before), train.seed, *trainer.place)
     configs, result = (source, data, method, optim, train, validation, hub), "lora" if source.lora else "pipeline"
-    announce(trainer, batches, configs, result)  # with the guidance range it trains on
-    trainer.fit(batches)
+    trainer.fit(announce(trainer, batches, configs, result))  # with the guidance range it trains on
     base, unused = source.pretrained_student_model, OF_TEACHERS.split()
     describe = partial(describe_run, configs, before, base, source_name(data), left_out=unused)
     save = partial(save_student, source, make_pipeline, record)

@@ -44,8 +44,7 @@ def main() -> None:
     data = Rollouts(drawn, trainer, task)
     guard = Guard(watched, trainer, task, rewards, data.history)
     trainer.callbacks += reports(guard, tuned, validation, drawn.resolution)
-    announce(trainer, data, configs, result_name(source))
-    trainer.fit(data)
+    trainer.fit(announce(trainer, data, configs, result_name(source)))
     publish_run("rlcm", trainer, tuned, configs, drawn.resolution, "its own samples", repo_id)
 
 

@@ -54,21 +54,15 @@ def main() -> None:
             f"--label_column {config.label_column} must be a ClassLabel with the classes' names, as `datasets` writes it "
             f"into parquet files, but it is {labels}."
         )
-    test = load_reference(
-        ReferenceConfig(
-            train_data_dir=config.test_data_dir, label_column=config.label_column, resolution=data.resolution
-        )
-    )
+    place = {"train_data_dir": config.test_data_dir, "label_column": config.label_column}
+    test = load_reference(ReferenceConfig(**place, resolution=data.resolution))
     seed_everything(train.seed)
     model = ImageClassifier(labels=labels.names, channels=config.channels, image_size=data.resolution)
     trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])
-    accelerator = trainer.accelerator
-    ranks = accelerator.process_index, accelerator.num_processes
-    batches = image_batches(data, train.seed, *ranks, label_column=config.label_column)
-    announce(trainer, batches, configs, "classifier")
-    trainer.fit(batches)
+    batches = image_batches(data, train.seed, *trainer.place[:2], label_column=config.label_column)
+    trainer.fit(announce(trainer, batches, configs, "classifier"))
     with trainer.export_weights() as student:
-        if accelerator.is_main_process:
+        if trainer.accelerator.is_main_process:
             figures = measure(student, test) | {"seed": train.seed}
             with written_aside(Path(train.output_dir) / "classifier") as folder:
                 student.save_pretrained(folder)

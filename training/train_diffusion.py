@@ -56,8 +56,7 @@ def main() -> None:
     grid = sample_grid(validation, lambda _: pipe, resolution=data.resolution)
     trainer = Trainer(train, Networks(student), objective, optim, settings=[data, shape], callbacks=[grid])
     batches = token_batches(data, Vae.from_model(vae), pipe.tokenizer, train.seed, *trainer.place)
-    announce(trainer, batches, configs, "pipeline")
-    trainer.fit(batches)
+    trainer.fit(announce(trainer, batches, configs, "pipeline"))
     with trainer.export_weights():
         if trainer.accelerator.is_main_process:
             show_end(trainer)

@@ -63,8 +63,7 @@ def main() -> None:
     settings = [source, motion, new, data]
     trainer = Trainer(train, Networks(unet), objective, optim, settings, callbacks=[grid])
     batches = video_batches(data, Encoders.from_pipeline(image), train.seed, *trainer.place)
-    announce(trainer, batches, configs, "motion_adapter")
-    trainer.fit(batches)
+    trainer.fit(announce(trainer, batches, configs, "motion_adapter"))
 
     def save(network, folder, provenance):
         trained = motion_adapter_of(network, adapter)

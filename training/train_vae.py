@@ -58,19 +58,15 @@ def main() -> None:
         elsewhere = {"train_data_dir": final.test_data_dir, "dataset_name": None, "train_shards_path_or_url": None}
         measured["test"] = image_batches(replace(data, **elsewhere), train.seed)
     vae = new_vae(model, data.resolution)
-    trainer = Trainer(
-        train, Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method), optim, settings=[data]
-    )
-    accelerator = trainer.accelerator
-    batches = image_batches(data, train.seed, accelerator.process_index, accelerator.num_processes)
-    announce(trainer, batches, configs, "vae")
-    trainer.fit(batches)
+    nets, objective = Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method)
+    trainer = Trainer(train, nets, objective, optim, settings=[data])
+    trainer.fit(announce(trainer, image_batches(data, train.seed, *trainer.place[:2]), configs, "vae"))
     with trainer.export_weights():
         measured = {"train": image_batches(data, train.seed), **measured}
         number = -(-final.latent_samples // data.train_batch_size)
         figures = {name: measure(vae, images, number) for name, images in measured.items()}
         vae.register_to_config(scaling_factor=1 / figures["train"]["latent_std"])  # 2112.10752, Appendix G
-        if accelerator.is_main_process:
+        if trainer.accelerator.is_main_process:
             write_result(Path(train.output_dir) / "vae", [vae.save_pretrained])
             figures |= {"samples": final.latent_samples, "seed": train.seed}
             (Path(train.output_dir) / "metrics.json").write_text(json.dumps(figures, indent=1))

@@ -121,8 +121,7 @@ def train_images(
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
     batches = model.batches(data, classes, train.seed, *trainer.place)
-    announce(trainer, batches, configs, "pipeline")
-    trainer.fit(batches)
+    trainer.fit(announce(trainer, batches, configs, "pipeline"))
     base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
     steps, guidance = len(scheduler.config.recommended_sigmas), "none" if model.pipe is None else "distilled"
     known = None if model.pipe else model.unet.config.num_class_embeds

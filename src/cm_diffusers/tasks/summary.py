@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.report import hardware
 from cm_diffusers.models.adapters import adapter_layers
 from cm_diffusers.record import read_record
+from cm_diffusers.types import Batch
 
 
 logger = logging.getLogger(__name__)
+Batches = Callable[[int], Iterator[Batch]]
 STARTS = {  # flag -> what it names
     "pretrained_teacher_model": "teacher",
     "pretrained_student_model": "student",
@@ -43,8 +45,8 @@ TRY = {  # name of a result, of one without a record, or of images without promp
 }
 
 
-def announce(trainer: Trainer, batches: object, configs: Sequence[object], result: str) -> None:
-    """Log what will be trained, on what, for how long and where to.
+def announce(trainer: Trainer, batches: Batches, configs: Sequence[object], result: str) -> Batches:
+    """Log what will be trained, on what, for how long and where to; returns the batches.
 
     Args:
         batches: The data source; what its `found` says, where it has one, is told.
@@ -52,7 +54,7 @@ def announce(trainer: Trainer, batches: object, configs: Sequence[object], resul
         result: Name of the folder that the run will end with.
     """
     if not trainer.accelerator.is_main_process:
-        return
+        return batches
     flags = _flags(configs)
     told = {
         "from": ", ".join(f"{name} {flags[flag]}" for flag, name in STARTS.items() if flags.get(flag)) or "nothing",
@@ -67,6 +69,7 @@ def announce(trainer: Trainer, batches: object, configs: Sequence[object], resul
     }
     lines = [f"  {name:<10}{text}" for name, text in told.items() if text]
     logger.info("%s:\n%s", Path(sys.argv[0]).stem, "\n".join(lines))
+    return batches
 
 
 def conclude(trainer: Trainer, configs: Sequence[object], result: str) -> None:

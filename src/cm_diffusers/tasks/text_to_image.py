@@ -96,8 +96,7 @@ def distill(
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
     batches = training_batches(data, generation, teacher, train.seed, *trainer.place)
     result = "lora" if student.lora else "pipeline"
-    announce(trainer, batches, configs, result)
-    trainer.fit(batches)
+    trainer.fit(announce(trainer, batches, configs, result))
     guidance, base = "distilled" if student.lora else "embedded", source.pretrained_teacher_model
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
     record = replace(record, method=name, resolution=data.resolution)
