@@ -30,7 +30,7 @@ SELF_CONTAINED = sorted((ROOT / "pipelines").glob("*.py"))
 WINGS = """
     diffusion models schedulers engine policy pipelines data objectives evaluation rewards publishing tasks
 """.split()
-NOUNS = {"types", "record", "measured", "errors", "places"}
+NOUNS = {"types", "record", "measured", "errors", "places", "ranges", "quiet"}
 ALLOWED = {"torch", "numpy", "diffusers", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 PAPERS = (ROOT / "docs" / "papers.md").read_text()
 ROWS = [line for line in PAPERS.splitlines() if line.startswith("|")]

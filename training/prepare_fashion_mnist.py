@@ -55,9 +55,9 @@ def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(turns[: count or None])
 
 
-def write(path: Path, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
-    captions = [[f"a photo of {PHRASES[label]}", PHRASES[label]] for label in labels[rows]]
-    files = []
+def write(path: Path, images: np.ndarray, labels: np.ndarray, count: int, seed: int) -> None:
+    rows = balanced(labels, count, seed)
+    captions, files = [[f"a photo of {PHRASES[label]}", PHRASES[label]] for label in labels[rows]], []
     for row in rows:
         Image.fromarray(np.pad(images[row], 2)).save(buffer := io.BytesIO(), format="PNG", optimize=True)
         files.append({"bytes": buffer.getvalue(), "path": f"{row:05d}.png"})
@@ -70,9 +70,8 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) 
 def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
     for split, prefix, count in (("train", "train", config.train_samples), ("test", "t10k", config.test_samples)):
-        hub, output = config.dataset_name, Path(config.output_dir) / split / f"{split}.parquet"
-        images, labels = read_hub(hub, split) if hub else read_idx(Path(config.idx_dir), prefix)
-        write(output, images, labels, balanced(labels, count, config.seed))
+        hub, output = config.dataset_name, Path(config.output_dir, split, f"{split}.parquet")
+        write(output, *(read_hub(hub, split) if hub else read_idx(Path(config.idx_dir), prefix)), count, config.seed)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
+from cm_diffusers import quiet  # noqa: F401  (first)
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.pipelines import (
     ConsistencyImagesPipeline,

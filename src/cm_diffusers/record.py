@@ -107,16 +107,17 @@ def read_record(
 def base_model_of(record: Record, lora: str | Path) -> str:
     """Where the base model of a LoRA is: its Hub id, or a folder, which the record may name relative to elsewhere.
 
-    A relative name is looked for from the working directory, the LoRA's folder and each folder above it; at last, a
-    folder of the same name beside the LoRA is taken for it.
+    A relative name is looked for from the LoRA's folder, as scripts write it, the working directory and each folder
+    above the LoRA; at last, a folder of the same name beside the LoRA is taken for it.
 
     Raises:
         ValueError: It is the LoRA itself, or a folder without a pipeline, such as another LoRA.
     """
     name, home = Path(record.base_model), Path(lora).resolve()
-    places = [home / name, *(parent / name for parent in home.parents), home.parent / name.name]
+    above = [*(parent / name for parent in home.parents), home.parent / name.name]
     found = record.base_model
-    if not _is_pipeline(name) and home.exists():
+    if home.exists():
+        places = [Path(os.path.normpath(home / name)), name, *above]
         found = next((str(place) for place in places if _is_pipeline(place)), found)
     if found == str(lora) or (Path(found).is_dir() and not _is_pipeline(Path(found))):
         raise ValueError(

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import diffusers
 
@@ -13,6 +14,7 @@ from cm_diffusers.pipelines import (
     ConsistencyPipeline,
     ConsistencyVideoPipeline,
 )
+from cm_diffusers.pipelines.recorded import RecordedMixin
 from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
 
 
@@ -43,6 +45,18 @@ def register() -> None:
             f"diffusers {diffusers.__version__} does not take cm_diffusers' classes in {reasons}; load with "
             "ConsistencyPipeline.from_pretrained and its siblings instead."
         )
+
+
+def _describe(pipe: RecordedMixin, folder: Path, name: str) -> None:
+    """What publishing, which builds on the pipelines, writes beside one that is saved."""
+    from cm_diffusers.publishing.folders import optional
+    from cm_diffusers.publishing.saved import describe
+
+    with optional("Its card"):
+        describe(pipe, folder, name)
+
+
+RecordedMixin.describe = _describe
 
 
 def _enter_components() -> None:

@@ -351,6 +351,13 @@ def test_a_missing_checkpoint_is_answered_with_what_there_is(tmp_path) -> None:
         toy_trainer(tmp_path, resume_from_checkpoint=str(tmp_path))
 
 
+def test_a_run_is_not_resumed_past_its_end(tmp_path) -> None:
+    toy_trainer(tmp_path).fit(source())
+    with pytest.raises(ValueError, match=r"--max_train_steps 3 is less than the 4 of .*checkpoint-4: give more"):
+        toy_trainer(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+    assert toy_trainer(tmp_path, resume_from_checkpoint="latest").step == 4
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -368,7 +375,9 @@ def test_counts_are_positive(name) -> None:
 
 @pytest.mark.parametrize("settings", [{"learning_rate": -1e-4}, {"max_grad_norm": 0.0}])
 def test_optimizer_settings_are_in_range(settings) -> None:
-    with pytest.raises(ValueError, match=f"--{next(iter(settings))} is {next(iter(settings.values()))}"):
+    with pytest.raises(
+        ValueError, match=f"--{next(iter(settings))} must be .*, but it is {next(iter(settings.values()))}"
+    ):
         OptimConfig(**settings)
 
 

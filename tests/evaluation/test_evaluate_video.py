@@ -339,7 +339,7 @@ def test_clips_without_directions(parts: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"num_videos": "1"}, "--num_videos must be at least 2"),
         ({"num_videos": "25"}, "--num_videos is 25, but there are 24 real clips"),
         ({"frames_per_clip": "0"}, "--frames_per_clip must be at least 1"),
-        ({"crop_zoom": "0"}, "--crop_zoom must be positive"),
+        ({"crop_zoom": "0"}, "--crop_zoom must be above 0"),
         ({"random_flip": "True"}, "--random_flip has no effect in an evaluation"),
         ({"pretrained_motion_adapter": "{parts}/adapter"}, "no effect without --teacher"),
         ({"feature_extractor": "resnet"}, "Unknown feature extractor 'resnet'"),

@@ -202,7 +202,7 @@ def test_no_loss_on_a_point_mass():
         ({"mapping_b": -1.0}, "--mapping_b must be at least 0, but it is -1.0."),
         ({"stage_steps": -1}, "--stage_steps must be at least 0, but it is -1."),
         ({"huber_c": -0.1}, "--huber_c must be at least 0, but it is -0.1."),
-        ({"p_std": 0.0}, "--p_std must be positive, but it is 0.0."),
+        ({"p_std": 0.0}, "--p_std must be above 0, but it is 0.0."),
         ({"mapping": "linear"}, "Unknown --mapping 'linear'; one of sigmoid, const."),
         ({"weighting": "edm"}, "Unknown --weighting 'edm'; one of inverse, snrpk."),
         ({"sigma_min": 80.0}, "--sigma_min 80.0 and --sigma_max 80.0 are no range; give 0 < sigma_min < sigma_max."),

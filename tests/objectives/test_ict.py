@@ -149,12 +149,12 @@ def test_training_ends_there(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"discretization_s_0": 0}, "--discretization_s_0 is 0 and --discretization_s_1 is 1280; give 1 <= s_0 <= s_1."),
-        ({"discretization_s_1": 5}, "--discretization_s_0 is 10 and --discretization_s_1 is 5; give 1 <= s_0 <= s_1."),
-        ({"p_std": 0.0}, "--p_std must be positive, but it is 0.0."),
-        ({"rho": 0.0}, "--rho must be positive, but it is 0.0."),
-        ({"huber_c": -0.1}, "--huber_c must not be negative, but it is -0.1."),
-        ({"sigma_min": 0.0}, "--sigma_min 0.0 and --sigma_max 80.0 are no range; give 0 < sigma_min < sigma_max."),
+        ({"discretization_s_0": 0}, "--discretization_s_0 must be at least 1, but it is 0."),
+        ({"discretization_s_1": 5}, "--discretization_s_0 10 is above --discretization_s_1 5; swap them."),
+        ({"p_std": 0.0}, "--p_std must be above 0, but it is 0.0."),
+        ({"rho": 0.0}, "--rho must be above 0, but it is 0.0."),
+        ({"huber_c": -0.1}, "--huber_c must be at least 0, but it is -0.1."),
+        ({"sigma_min": 0.0}, "--sigma_min must be above 0, but it is 0.0."),
     ],
 )  # fmt: skip
 def test_wrong_settings(settings, message):

@@ -582,8 +582,8 @@ def test_resume_is_bit_exact(tmp_path, micro_batches, checkpoint):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eta": 1.5}, "--eta is 1.5 but must lie between 0 (no noise) and 1 (that of DDPM)."),
-        ({"eta": -0.1}, "--eta is -0.1 but must lie between 0 (no noise) and 1 (that of DDPM)."),
+        ({"eta": 1.5}, "--eta must be at least 0 and at most 1, but it is 1.5."),
+        ({"eta": -0.1}, "--eta must be at least 0 and at most 1, but it is -0.1."),
         ({"solver_steps": 0}, "--solver_steps must be at least 1, but it is 0."),
         ({"solver_interval": 0}, "--solver_interval must be at least 1, but it is 0."),
         ({"adversarial_weight": -1.0}, "--adversarial_weight must be above 0, but it is -1.0."),

@@ -268,12 +268,12 @@ def test_no_optimizer_moves_a_scale(tmp_path):
     [
         ({"loss_type": "l2"}, "Unknown --loss_type 'l2'; one of cauchy, pseudo_huber."),
         ({"coupling": "sinkhorn"}, "Unknown --coupling 'sinkhorn'; one of ot, class_ot, independent."),
-        ({"diffusion_weight": -1.0}, "--diffusion_weight must not be negative, but it is -1.0."),
-        ({"diffusion_share": 1.5}, "--diffusion_share is 1.5; give a share between 0 and 1."),
-        ({"robust_c": 0.0}, "--robust_c must be positive, but it is 0.0."),
-        ({"p_std": -1.0}, "--p_std must be positive, but it is -1.0."),
-        ({"discretization_s_1": 5}, "--discretization_s_0 is 10 and --discretization_s_1 is 5; give 1 <= s_0 <= s_1."),
-        ({"sigma_max": 0.001}, "--sigma_min 0.002 and --sigma_max 0.001 are no range; give 0 < sigma_min < sigma_max."),
+        ({"diffusion_weight": -1.0}, "--diffusion_weight must be at least 0, but it is -1.0."),
+        ({"diffusion_share": 1.5}, "--diffusion_share must be at least 0 and at most 1, but it is 1.5."),
+        ({"robust_c": 0.0}, "--robust_c must be above 0, but it is 0.0."),
+        ({"p_std": -1.0}, "--p_std must be above 0, but it is -1.0."),
+        ({"discretization_s_1": 5}, "--discretization_s_0 10 is above --discretization_s_1 5; swap them."),
+        ({"sigma_max": 0.001}, "--sigma_min 0.002 is above --sigma_max 0.001; swap them."),
     ],
 )  # fmt: skip
 def test_wrong_settings(settings, message):

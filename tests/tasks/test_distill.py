@@ -27,6 +27,7 @@ from cm_diffusers.evaluation.grids import MARGIN, image_grid
 from cm_diffusers.evaluation.sampling import generate
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.pipelines.lora import PEFT_PREFIX, PEFT_WEIGHTS
 
 
 GUIDANCE, SEEDS, NFE, TEACHER_STEPS = 6.0, [3, 4], [1, 2, 4, 8], 5
@@ -132,7 +133,9 @@ def published(either, teacher) -> DiffusionPipeline:
 
 def result(folder: Path) -> dict[str, Tensor]:
     weights = folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    return load_file(weights if weights.exists() else folder / "lora" / "pytorch_lora_weights.safetensors")
+    if weights.exists():
+        return load_file(weights)
+    return {f"unet.{k.removeprefix(PEFT_PREFIX)}": v for k, v in load_file(folder / "lora" / PEFT_WEIGHTS).items()}
 
 
 def inputs(network) -> dict[str, Tensor]:
@@ -157,6 +160,10 @@ def test_resume_is_bit_exact(home, either) -> None:
     resumed = distil(home, f"{kind}-resumed", **KINDS[kind], **VALIDATION, resume_from_checkpoint=checkpoint)
     assert_same(tensors(resumed / "checkpoint-4"), tensors(either / "checkpoint-4"))
     assert_same(result(resumed), result(either))
+    published = "lora" if kind == "lora" else "pipeline"
+    files = [path.relative_to(either) for path in (either / published).rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert [str(path) for path in files if (resumed / path).read_bytes() != (either / path).read_bytes()] == []
 
 
 def test_the_cache_changes_nothing(home, full) -> None:
@@ -229,7 +236,7 @@ def test_adapters_load_into_the_stock_pipeline(teacher, lora) -> None:
     config = next(iter(teacher.unet.peft_config.values()))
     assert (config.r, config.lora_alpha) == (4, 8)
     loaded = [name for name, _ in teacher.unet.named_parameters() if ".lora_" in name]
-    assert len(loaded) == len(average) == len(load_file(lora / "lora" / "pytorch_lora_weights.safetensors"))
+    assert len(loaded) == len(average) == len(load_file(lora / "lora" / PEFT_WEIGHTS))
     assert any("attn1.to_q" in name for name in loaded)
     found = outputs(teacher.unet, **given)
     assert torch.equal(found, outputs(nets.student.eval(), **given))
@@ -260,7 +267,7 @@ def test_record_says_how_to_sample(home, either, published) -> None:
     embedded = either.name == "full"
     assert record == {
         "method": "lcm",
-        "base_model": str(home / "teacher"),
+        "base_model": "../../teacher",
         "guidance": "embedded" if embedded else "distilled",
         "w_min": 1.0,
         "w_max": 7.0,

@@ -115,7 +115,7 @@ def test_checkpointing_and_a_half_teacher(home) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"eta": 1.5, "sde": "ddim"}, "--eta is 1.5 but must lie between 0"),
+        ({"eta": 1.5, "sde": "ddim"}, "--eta must be at least 0 and at most 1, but it is 1.5"),
         ({"eta": 0.3}, "--eta has no effect with --sde er_sde"),
         ({"sde": "ddim", "noise_scale": "sde"}, "--noise_scale has no effect with --sde ddim"),
         ({"critic_lora_rank": 4}, "--critic_lora_rank has no effect with --critic heads"),

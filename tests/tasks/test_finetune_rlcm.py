@@ -59,7 +59,7 @@ def test_what_is_left_behind(home, tuned):
     assert (tuned / "rewards.png").stat().st_size > 5000
     assert (tuned / "samples" / "step-000004.png").is_file()
     record = read_record(tuned / "lora")
-    assert (record.method, record.base_model) == ("rlcm", str(home / "student"))
+    assert (record.method, record.base_model) == ("rlcm", "../../student")
     card = (tuned / "lora" / "README.md").read_text()
     assert "trained on its own samples, for jpeg_compressibility." in card
     assert [name for name in ("ema_decay", "eta", "validation_guidance_scale") if f"| {name} |" in card] == []
@@ -125,8 +125,8 @@ def test_pathwise_needs_a_gradient(home):
         ({"stop_kl": 0.1}, "--stop_kl has no effect without --kl_in_advantage"),
         ({"validation_teacher_steps": 3}, "--validation_teacher_steps has no effect here"),
         ({"baseline": "group", "buffer_size": 32, "min_count": 16}, "so it needs --samples_per_prompt of at least 2"),
-        ({"kl_coef": -0.1}, "--kl_coef must not be negative, but it is -0.1"),
-        ({"kl_in_advantage": -0.1}, "--kl_in_advantage must not be negative, but it is -0.1"),
+        ({"kl_coef": -0.1}, "--kl_coef must be at least 0, but it is -0.1"),
+        ({"kl_in_advantage": -0.1}, "--kl_in_advantage must be at least 0, but it is -0.1"),
         ({"train_batch_size": 0}, "--train_batch_size must be at least 1, but it is 0"),
         ({"inner_epochs": 0}, "--inner_epochs must be at least 1, but it is 0"),
         ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1, but it is 0"),

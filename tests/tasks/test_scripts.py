@@ -205,8 +205,8 @@ WRONG = {
     "missing teacher": (with_flags(pretrained_teacher_model="./no/such/folder"), "nor a Hub id within reach"),
     "guidance": (with_flags(w_min=3.0, w_max=2.0), "--w_min 3.0 is above --w_max 2.0"),
     "grid": (
-        with_flags(num_ddim_timesteps=0),
-        "grid has 0 steps (num_ddim_timesteps, original_inference_steps) but the model has 1000",
+        with_flags(num_ddim_timesteps=1001),
+        "grid has 1001 steps (num_ddim_timesteps, original_inference_steps) but the model has 1000",
     ),
     "resolution": (
         with_flags(resolution=30),
@@ -215,7 +215,7 @@ WRONG = {
     "output folder": (used_output, "such as notes.txt, but no run.json"),
     "missing checkpoint": (with_flags(resume_from_checkpoint="checkpoint-7"), "no such checkpoint"),
     "half a checkpoint": (not_a_checkpoint, "is not a checkpoint: there is no state.json in it"),
-    "learning rate": (with_flags(learning_rate=-1.0), "--learning_rate is -1.0"),
+    "learning rate": (with_flags(learning_rate=-1.0), "--learning_rate must be at least 0, but it is -1.0"),
     "no steps": (with_flags(max_train_steps=0), "--max_train_steps must be at least 1, but it is 0"),
     "no accumulation": (with_flags(gradient_accumulation_steps=0), "--gradient_accumulation_steps must be at least 1"),
     "batch size": (with_flags(train_batch_size=0), "--train_batch_size must be at least 1, but it is 0"),
@@ -232,7 +232,6 @@ WRONG = {
         with_flags(lora_target_modules=["to_q"]),
         "--lora_target_modules has no effect without --lora",
     ),
-    "adapters in half": (adapters(save_fp16=True), "--save_fp16 has no effect with --lora"),
     "embedded adapters": (with_flags(lora=True), "--unet_time_cond_proj_dim has no effect with --lora"),
     "embedding": (with_flags(unet_time_cond_proj_dim=2), "--unet_time_cond_proj_dim must be an even number from 4 on"),
     "odd embedding": (with_flags(unet_time_cond_proj_dim=7), "an even number from 4 on, but it is 7"),

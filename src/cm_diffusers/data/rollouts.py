@@ -16,6 +16,7 @@ from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.policy.advantages import PromptStatistics, compared
 from cm_diffusers.policy.policy import Conditions, Moves
 from cm_diffusers.policy.transitions import kl_divergence, log_prob
+from cm_diffusers.ranges import check_ranges
 
 
 DRAWN, ORDER = 0, 1  # two families of independent random streams of one seed
@@ -42,10 +43,7 @@ class RolloutConfig:
     )
 
     def __post_init__(self) -> None:
-        counts = "samples_per_rollout samples_per_prompt sample_batch_size train_batch_size inner_epochs"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, but it is {getattr(self, name)}.")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,27 @@ import json
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 
 def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> Accelerator:
-    """
+    """Accelerate's settings in the environment do not act beside ours: `take_launched` has read them.
+
     Raises:
-        ValueError: The tracker's package is missing, or weights would be sharded.
+        ValueError: The tracker's package is missing, the device has no such precision, or weights would be sharded.
     """
     tracker = None if report_to == "none" else report_to
-    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=tracker, project_dir=output_dir)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+        log_with=tracker,
+        project_dir=output_dir,
+    )
+    if mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(
+            f"--mixed_precision fp16 needs a GPU, but this run is on {accelerator.device.type}: take bf16 or no."
+        )
     if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
         raise ValueError(
             f"--report_to {tracker}: the package is not installed; pip install {tracker}, or give another tracker."

@@ -1,8 +1,9 @@
 """What every training script shares: flags from dataclasses, recipes, and one clear sentence for a wrong input."""
 
 import logging
-import shlex
+import os
 import sys
+import time
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -15,15 +16,22 @@ import diffusers
 import transformers
 from transformers import HfArgumentParser
 
+from cm_diffusers.engine.flag_names import OURS
+from cm_diffusers.engine.launcher import refuse_lone_processes
+from cm_diffusers.engine.recipes import with_recipes
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
-from cm_diffusers.errors import read_text, readable
+from cm_diffusers.ranges import check_ranges
+
+
+PATIENCE = 2.0  # seconds: a launcher ends the other processes within a fraction of one
 
 
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse the command line into one instance of each dataclass.
 
-    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win. A config with a
-    method `check` is asked whether the files that it names are there, before anything is loaded.
+    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win, and the recipe
+    gives way to them as `with_recipes` says. A config with a method `check` is asked whether the files that it names are
+    there, before anything is loaded.
 
     Args:
         configs: Dataclasses of flags.
@@ -32,10 +40,13 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
-        args=_with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
+        args=with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+    for config in parsed[: len(configs)]:
+        check_ranges(config)
+    refuse_lone_processes(trains=any(hasattr(config, "max_train_steps") for config in parsed))
     for config in parsed[: len(configs)]:
         if getattr(config, "overwrite_output_dir", False):
             refuse_inputs_inside(config.output_dir, parsed[: len(configs)])
@@ -47,7 +58,10 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
 def _advice(parser: ArgumentParser, unknown: list[str]) -> str:
     known = [option for action in parser._actions for option in action.option_strings if len(option) > 2]
     names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-    close = dict.fromkeys(match for name in names for match in get_close_matches(name, known, n=2, cutoff=0.7))
+    translated = [f"--{ours}" for name in names for ours in OURS.get(name[2:], "").split()]
+    close = dict.fromkeys(name for name in translated if name in known)
+    if not close:
+        close = dict.fromkeys(match for name in names for match in get_close_matches(name, known, n=2, cutoff=0.7))
     return f"did you mean {' or '.join(close)}?" if close else "--help lists those it has."
 
 
@@ -73,43 +87,6 @@ def make_parser(configs: Sequence[type], description: str) -> HfArgumentParser:
     return parser
 
 
-def _with_recipes(argv: Sequence[str] | None) -> list[str]:
-    """The words of the recipes, read as a shell would, then those of the command line."""
-    recipes = ArgumentParser(add_help=False, allow_abbrev=False)
-    recipes.add_argument("--recipe", action="append", default=[])
-    found, rest = recipes.parse_known_args(argv)
-    return [word for name in found.recipe for word in _words(name)] + rest
-
-
-def _words(recipe: str) -> list[str]:
-    path = shipped("--recipe", recipe, ".args")
-    with readable(f"--recipe {recipe}"):
-        return shlex.split(read_text(path), comments=True)
-
-
-def shipped(flag: str, name: str, suffix: str) -> Path:
-    """A file that is there, or else one of the folder `recipes` beside the running script.
-
-    Args:
-        flag: That names it.
-        name: A path, or a name in that folder with or without its suffix.
-        suffix: Of such files.
-
-    Raises:
-        ValueError: There is neither.
-    """
-    folder = Path(sys.argv[0]).resolve().parent / "recipes"
-    places = (Path(name), folder / name, folder / f"{name}{suffix}")
-    if found := next((place for place in places if place.is_file()), None):
-        return found
-    names = (path.stem for path in folder.glob(f"*{suffix}"))
-    close = ", ".join(get_close_matches(Path(name).stem, names, cutoff=0.5))
-    raise ValueError(
-        f"{flag} {name}: there is no such file and none of that name in the folder recipes beside the script; "
-        + (f"close to it: {close}." if close else "give the path of one.")
-    )
-
-
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; errors this project raises about its input end it with their sentence alone."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -117,10 +94,22 @@ def run(main: Callable[[], None]) -> None:
     transformers.utils.logging.set_verbosity_error()
     try:
         main()
-    except (ValueError, FloatingPointError) as error:
-        if not _raised_here(error):
+    except Exception as error:
+        told = isinstance(error, FloatingPointError) or (isinstance(error, ValueError) and _raised_here(error))
+        _take_turn(told)
+        if not told:
             raise
         sys.exit(f"error: {error}")
+
+
+def _take_turn(told: bool) -> None:
+    """Of several processes one tells what is wrong: the launcher ends those that wait here once it has.
+
+    Args:
+        told: Whether it is one sentence; what else is raised may only follow from another process' end.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep((0 if told else 2 * PATIENCE) + (PATIENCE if int(os.environ.get("RANK", "0")) else 0))
 
 
 def _raised_here(error: Exception) -> bool:

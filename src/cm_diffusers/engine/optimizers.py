@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.ranges import check_ranges
+
 
 @dataclass
 class OptimConfig:
@@ -24,7 +26,7 @@ class OptimConfig:
     adam_beta2: float = HfArg(default=0.999, help="Decay of the second moment.")
     adam_epsilon: float = HfArg(default=1e-8, help="Epsilon of the optimizer.")
     adam_weight_decay: float = HfArg(default=0.0, help="Decoupled weight decay.")
-    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm; inf does not clip.")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"
     ] = HfArg(
@@ -34,10 +36,7 @@ class OptimConfig:
     lr_cooldown_steps: int = HfArg(default=0, help="Steps of the cooldown at the end, for wsd.")
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0:
-            raise ValueError(f"--learning_rate is {self.learning_rate} but must not be negative.")
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"--max_grad_norm is {self.max_grad_norm} but must be positive; inf does not clip.")
+        check_ranges(self)
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -90,7 +89,10 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max
     if config.lr_scheduler != "wsd" and config.lr_cooldown_steps:
         raise ValueError(f"--lr_cooldown_steps acts with --lr_scheduler wsd, not {config.lr_scheduler!r}.")
     if config.lr_warmup_steps + config.lr_cooldown_steps > max_steps:
-        raise ValueError(f"Warm-up and cooldown take more than the {max_steps} steps of the run; shorten them.")
+        raise ValueError(
+            f"--lr_warmup_steps {config.lr_warmup_steps} and --lr_cooldown_steps {config.lr_cooldown_steps} take more than the "
+            f"{max_steps} steps of the run (--max_train_steps): shorten them."
+        )
     if config.lr_scheduler == "wsd":
         warmup, cooldown = config.lr_warmup_steps, config.lr_cooldown_steps
         return LambdaLR(optimizer, lambda step: wsd_factor(step, warmup, cooldown, max_steps))

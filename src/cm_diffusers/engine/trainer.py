@@ -16,12 +16,14 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.accelerator import any_rank, make_accelerator, start_trackers
-from cm_diffusers.engine.averages import Averages, ema_update, forget_snapshots, power_of
+from cm_diffusers.engine.averages import Averages, ema_update, forget_snapshots
 from cm_diffusers.engine.interrupts import stop_request
+from cm_diffusers.engine.launcher import take_launched
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.run_folder import RunFolder, run_identity
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
 
@@ -39,10 +41,17 @@ class TrainConfig:
     )
     seed: int = HfArg(default=0, help="Seeds data order, noise, times and dropout; a run is a function of it.")
     max_train_steps: int = HfArg(default=1000, help="Optimizer steps in all, those before a resume included.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches per optimizer step.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Micro-batches per optimizer step; 1 if unset.")
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in backward to save memory.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="Autocast dtype; weights stay float32.")
-    compile: bool = HfArg(default=False, help="torch.compile every network.")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(
+        default=None,
+        help="Autocast dtype; weights stay float32. If not given, that of accelerate's launcher or config file, or no.",
+    )
+    compile: bool | None = HfArg(
+        default=None,
+        help="torch.compile every network; if not given, as accelerate's launcher or config file says, or not.",
+        metadata={"nargs": "?", "const": True},
+    )
     allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on NVIDIA GPUs from Ampere on.")
     ema_decay: float = HfArg(default=0.95, help="Rate of the EMA target network, where the method has one.")
     export_ema_decay: float = HfArg(
@@ -63,15 +72,8 @@ class TrainConfig:
     logging_steps: int = HfArg(default=10, help="Optimizer steps between entries in the tracker.")
 
     def __post_init__(self) -> None:
-        counts = (
-            "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit logging_steps"
-        )
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, but it is {value}.")
-        for sigma_rel in self.ema_sigma_rels:
-            power_of(sigma_rel)
+        take_launched(self)
+        check_ranges(self)
 
 
 class Trainer:
@@ -266,6 +268,10 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint folder."""
         files, state = checkpoints.read_checkpoint(path)
+        if state["step"] > self.config.max_train_steps:
+            raise ValueError(
+                f"--max_train_steps {self.config.max_train_steps} is less than the {state['step']} of {path}: give more steps."
+            )
         for player in self.players:
             player.load_state(files, state["players"][player.name])
         if self.nets.target is not None:
@@ -281,8 +287,7 @@ class Trainer:
 
     def _make_player(self, name: str, optim: OptimConfig) -> Player:
         if self.config.gradient_checkpointing:
-            models = [m for m in getattr(self.nets, name).modules() if isinstance(m, ModelMixin)]
-            for model in models:
+            for model in [m for m in getattr(self.nets, name).modules() if isinstance(m, ModelMixin)]:
                 model.enable_gradient_checkpointing()
         return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
 

@@ -258,10 +258,4 @@ def _names(config: EvaluationConfig) -> list[str]:
     """Of the rows of each pipeline, where all that needs no data is right."""
     if config.num_images <= metrics.NEIGHBOURS:
         raise ValueError(f"--num_images is {config.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")
-    least = {"num_inference_steps": min(config.num_inference_steps, default=1)}
-    for flag, value in (
-        least | {flag: getattr(config, flag) for flag in ("reference_steps", "eval_batch_size")}
-    ).items():
-        if value < 1:
-            raise ValueError(f"--{flag} must be at least 1, but it is {value}.")
     return row_names(config.pipelines, config.names)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
+from cm_diffusers.pipelines.lora import load_lora
 from cm_diffusers.record import RECORD, base_model_of, read_record
 
 
@@ -70,7 +71,7 @@ def base_model(folder: Path) -> str:
 
 
 def _apply_lora(pipe: DiffusionPipeline, lora: str) -> None:
-    pipe.load_lora_weights(lora)
+    load_lora(pipe, lora)
     record = read_record(lora)
     scheduler = dict(record.scheduler) if record else {}
     scheduler_class = getattr(diffusers, scheduler.pop("_class_name", "LCMScheduler"))

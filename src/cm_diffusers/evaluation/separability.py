@@ -18,6 +18,7 @@ from cm_diffusers.evaluation.candidates import Candidate, check_output
 from cm_diffusers.evaluation.reference import USUAL_SIDE, ReferenceConfig, load_reference
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
 from cm_diffusers.models.vision_critic import FeatureNetwork, load_backbone
+from cm_diffusers.ranges import check_ranges
 
 
 @dataclass
@@ -39,9 +40,7 @@ class RankingConfig:
     output_dir: str = HfArg(default="runs/critics", help="Where table.md and table.json go.")
 
     def __post_init__(self) -> None:
-        for name, least in (("num_images", 2), ("num_inference_steps", 1), ("eval_batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, but it is {getattr(self, name)}.")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

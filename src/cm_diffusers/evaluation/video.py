@@ -272,11 +272,4 @@ def _names(config: VideoEvaluationConfig) -> list[str]:
         raise ValueError(
             f"Two rows would be called {Path(twice[0]).stem}: give each pipeline a name of its own by --names."
         )
-    least = {"num_videos": 2} | dict.fromkeys(("frames_per_clip", "num_shown", "eval_batch_size", "teacher_steps"), 1)
-    steps = {"num_inference_steps": min(config.num_inference_steps, default=1)}
-    for name, value in (steps | {name: getattr(config, name) for name in least}).items():
-        if value < least.get(name, 1):
-            raise ValueError(f"--{name} must be at least {least.get(name, 1)}, but it is {value}.")
-    if config.crop_zoom <= 0:
-        raise ValueError(f"--crop_zoom must be positive, but it is {config.crop_zoom}; 1 keeps the size.")
     return names

@@ -18,6 +18,7 @@ from cm_diffusers.models.adapters import LCM_LORA_TARGETS
 from cm_diffusers.models.heads import head_body, zeroed
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.vision_critic import VisionCritic, load_backbone
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Networks
 
 
@@ -48,13 +49,7 @@ class CriticConfig:
     critic_adam_beta2: float = HfArg(default=0.99, help="Decay of its second moment.")
 
     def __post_init__(self) -> None:
-        for name in ("critic_channels", "critic_lora_rank", "critic_learning_rate"):
-            least = 0 if name == "critic_learning_rate" else 1
-            if not getattr(self, name) >= least:
-                raise ValueError(f"--{name} must be at least {least}, but it is {getattr(self, name)}.")
-        for name in ("critic_adam_beta1", "critic_adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 0 and below 1, but it is {getattr(self, name)}.")
+        check_ranges(self)
 
 
 def unused_flags(config: CriticConfig) -> str:

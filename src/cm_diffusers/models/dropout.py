@@ -6,6 +6,8 @@ from diffusers import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.ranges import check_ranges
+
 
 @dataclass
 class DropoutConfig:
@@ -21,8 +23,7 @@ class DropoutConfig:
     def __post_init__(self) -> None:
         if self.dropout is None and self.dropout_max_resolution is not None:
             raise ValueError("--dropout_max_resolution says where --dropout acts, which is not given: give both.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout is {self.dropout}; give a probability of at least 0 and below 1.")
+        check_ranges(self)
 
 
 def set_dropout(unet: ModelMixin, config: DropoutConfig) -> None:

@@ -25,7 +25,9 @@ class StudentConfig:
         default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
     )
     unet_time_cond_proj_dim: int = HfArg(default=256, help="Size of the full student's guidance embedding.")
-    save_fp16: bool = HfArg(default=False, help="Store the full student's UNet and VAE in half precision.")
+    save_fp16: bool = HfArg(
+        default=False, help="Store the full student's UNet and VAE, or the LoRA, in half precision."
+    )
     cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
         default="no",
         help="Keep the full student's teacher in half precision (with --mixed_precision of the same kind).",

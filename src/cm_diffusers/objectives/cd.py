@@ -1,6 +1,5 @@
 """Consistency distillation of a diffusion teacher in EDM's coordinates (2303.01469, Alg. 2)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,7 @@ from cm_diffusers.diffusion.solvers import heun_step
 from cm_diffusers.diffusion.times import karras_grid, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas, edm_denoiser
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -34,12 +34,7 @@ class CDConfig:
     w: float = HfArg(default=0.0, help="Guidance of the teacher; w = guidance_scale - 1, so 0 means none.")
 
     def __post_init__(self) -> None:
-        if self.num_scales < 2:
-            raise ValueError(f"--num_scales must be at least 2, but it is {self.num_scales}.")
-        if self.rho <= 0:
-            raise ValueError(f"--rho must be positive, but it is {self.rho}.")
-        if not -1 <= self.w < math.inf:
-            raise ValueError(f"--w is {self.w}, but guidance is a number from -1 on; 0 is none.")
+        check_ranges(self)
         if self.loss_type not in ("l2", "l1", "lpips"):
             raise ValueError(f"Unknown --loss_type {self.loss_type!r}; one of l2, l1, lpips.")
 

@@ -14,6 +14,7 @@ from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.times import karras_grid, sample_neighbours, square_root_decay, square_root_intervals
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -32,15 +33,7 @@ class CTConfig:
     )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.discretization_s_0 <= self.discretization_s_1:
-            raise ValueError(
-                f"--discretization_s_0 is {self.discretization_s_0} and --discretization_s_1 is "
-                f"{self.discretization_s_1}; give 1 <= s_0 <= s_1."
-            )
-        if not 0 < self.target_decay_0 < 1:
-            raise ValueError(f"--target_decay_0 is {self.target_decay_0} but must lie between 0 and 1.")
-        if self.rho <= 0:
-            raise ValueError(f"--rho must be positive, but it is {self.rho}.")
+        check_ranges(self)
         if self.loss_type not in ("l2", "l1", "lpips"):
             raise ValueError(f"Unknown --loss_type {self.loss_type!r}; one of l2, l1, lpips.")
 

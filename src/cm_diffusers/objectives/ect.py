@@ -13,6 +13,7 @@ from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.times import easy_ratio, sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -43,11 +44,7 @@ class ECTConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in {"q": 1, "mapping_k": 0, "mapping_b": 0, "stage_steps": 0, "huber_c": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, but it is {getattr(self, name)}.")
-        if self.p_std <= 0:
-            raise ValueError(f"--p_std must be positive, but it is {self.p_std}.")
+        check_ranges(self)
         for name, known in (("mapping", ("sigmoid", "const")), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")

@@ -10,6 +10,7 @@ from cm_diffusers.diffusion.preconditioning import edm_scalings
 from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.times import sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -26,9 +27,7 @@ class EDMConfig:
     p_std: float = HfArg(default=1.2, help="Standard deviation of ln sigma in training.")
 
     def __post_init__(self) -> None:
-        for name in ("rho", "p_std"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, but it is {getattr(self, name)}.")
+        check_ranges(self)
 
 
 class EDMObjective:

@@ -12,6 +12,7 @@ from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -29,16 +30,7 @@ class ICTConfig:
     huber_c: float | None = HfArg(default=None, help="c of pseudo-Huber; 0.00054 sqrt(d) if not given.")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.discretization_s_0 <= self.discretization_s_1:
-            raise ValueError(
-                f"--discretization_s_0 is {self.discretization_s_0} and --discretization_s_1 is "
-                f"{self.discretization_s_1}; give 1 <= s_0 <= s_1."
-            )
-        for name in ("rho", "p_std"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, but it is {getattr(self, name)}.")
-        if self.huber_c is not None and self.huber_c < 0:
-            raise ValueError(f"--huber_c must not be negative, but it is {self.huber_c}.")
+        check_ranges(self)
 
 
 class ICTObjective:

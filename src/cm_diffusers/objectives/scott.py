@@ -16,6 +16,7 @@ from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
 from cm_diffusers.diffusion.solvers import NOISE_SCALES, ddim_sde, er_sde
 from cm_diffusers.diffusion.times import solver_grid
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -66,18 +67,7 @@ class SCottConfig:
     r1_weight: float = HfArg(default=0.0, help="Weight of the critic's approximate R1 penalty, e.g. 100.")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"--eta is {self.eta} but must lie between 0 (no noise) and 1 (that of DDPM).")
-        least = dict.fromkeys(("solver_steps", "solver_interval", "renoise_below"), 1)
-        least |= dict.fromkeys(("adversarial_start", "adversarial_ramp", "r1_weight"), 0) | {"w_min": -1}
-        for name, number in least.items():
-            if not getattr(self, name) >= number:  # not a number is refused, too
-                raise ValueError(f"--{name} must be at least {number}, but it is {getattr(self, name)}.")
-        for name in ("adversarial_weight", "timestep_scaling_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, but it is {getattr(self, name)}.")
-        if not self.w_min <= self.w_max:
-            raise ValueError(f"--w_min {self.w_min} is above --w_max {self.w_max}; swap them.")
+        check_ranges(self)
         choices = {"noise_scale": NOISE_SCALES, "sde": ("er_sde", "ddim"), "solver_order": (1, 2)}
         choices |= {"loss_type": DISTANCES, "adversarial_loss": ADVERSARIAL_LOSSES}
         choices |= {"adversarial_balance": ("fixed", "adaptive")}

@@ -15,6 +15,7 @@ from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -42,18 +43,7 @@ class SLCTConfig:
     )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.discretization_s_0 <= self.discretization_s_1:
-            raise ValueError(
-                f"--discretization_s_0 is {self.discretization_s_0} and --discretization_s_1 is "
-                f"{self.discretization_s_1}; give 1 <= s_0 <= s_1."
-            )
-        for name in ("rho", "p_std", *(["robust_c"] if self.robust_c is not None else [])):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, but it is {getattr(self, name)}.")
-        if self.diffusion_weight < 0:
-            raise ValueError(f"--diffusion_weight must not be negative, but it is {self.diffusion_weight}.")
-        if not 0 <= self.diffusion_share <= 1:
-            raise ValueError(f"--diffusion_share is {self.diffusion_share}; give a share between 0 and 1.")
+        check_ranges(self)
         for name, known in (
             ("loss_type", ("cauchy", "pseudo_huber")),
             ("coupling", ("ot", "class_ot", "independent")),

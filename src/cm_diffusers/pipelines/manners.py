@@ -12,6 +12,7 @@ from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 
 
 FEW_STEP_SCHEDULERS = ("ConsistencyScheduler", "EDMConsistencyScheduler", "LCMScheduler", "TCDScheduler")
+IN_SIGMA = ("EDMConsistencyScheduler", "CMStochasticIterativeScheduler")
 GRID_FIELDS = (
     "prediction_type",
     "num_train_timesteps",

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
     DiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -25,13 +26,14 @@ from torch import Generator, Tensor
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.generation import Callback
 from cm_diffusers.pipelines.latents import Generators, decode, dtype_of
-from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub
+from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
+from cm_diffusers.pipelines.stock import CARRIED
 from cm_diffusers.record import read_record
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 
 KINDS = EDMConsistencyScheduler, CMStochasticIterativeScheduler
-CARRIED = set.difference(*(set(inspect.signature(kind).parameters) for kind in KINDS))
+STOCK = {"network": "edm", "noise_conditioning": "adm", "boundary_scalings": "cm", "gamma": 1.0}
 
 
 @dataclass
@@ -42,7 +44,7 @@ class ConsistencyImagesPipelineOutput(ImagePipelineOutput):
 
 
 class CarriedSchedulerMixin:
-    """Samples with `EDMConsistencyScheduler`, and is saved with the stock class, which carries its fields."""
+    """Samples with `EDMConsistencyScheduler` where a stock scheduler carries its fields."""
 
     def register_modules(self, **modules: Any) -> None:
         """As in diffusers; a stock scheduler that carries our fields would sample by its own alone, and becomes ours."""
@@ -50,24 +52,6 @@ class CarriedSchedulerMixin:
         if isinstance(scheduler, CMStochasticIterativeScheduler) and set(scheduler.config) & CARRIED:
             modules["scheduler"] = EDMConsistencyScheduler.from_config(scheduler.config)
         super().register_modules(**modules)
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, which can load every part without this package."""
-        scheduler = self.scheduler
-        if isinstance(scheduler, EDMConsistencyScheduler):
-            self.scheduler = stock_scheduler(scheduler)
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.scheduler = scheduler
-
-
-def stock_scheduler(scheduler: EDMConsistencyScheduler) -> CMStochasticIterativeScheduler:
-    """The stock class with every field in its config."""
-    fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    stock = CMStochasticIterativeScheduler(**{name: fields[name] for name in fields if name not in CARRIED})
-    stock.register_to_config(**fields)
-    return stock
 
 
 class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionPipeline):
@@ -126,9 +110,15 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if record is not None:
             pipe.register_to_config(record=asdict(record))
+            if kwargs.get("unet") is None:
+                pipe.training = read_training(pretrained_model_name_or_path, **of_hub(kwargs))
         if kwargs.get("scheduler") is None and not isinstance(pipe.scheduler, EDMConsistencyScheduler):
             pipe.scheduler = EDMConsistencyScheduler.from_config(pipe.scheduler.config)
         return pipe
+
+    def stock_class(self) -> type[DiffusionPipeline] | None:
+        plain = self.vae is None and self.config.latents_std is None
+        return ConsistencyModelPipeline if plain and is_stock(self.unet, self.scheduler) else None
 
     @property
     def num_classes(self) -> int | None:
@@ -256,6 +246,15 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         return torch.tensor(values)
 
 
+def is_stock(
+    unet: UNet2DModel | UNet2DConditionModel, scheduler: EDMConsistencyScheduler | CMStochasticIterativeScheduler
+) -> bool:
+    """Whether the stock pipeline samples a network of pixels right."""
+    square = isinstance(unet.config.sample_size, int)
+    carried = {name: value for name, value in STOCK.items() if name in scheduler.config}
+    return isinstance(unet, UNet2DModel) and square and carried.items() <= scheduler.config.items()
+
+
 def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: object) -> None:
     if not isinstance(scheduler, KINDS):
         raise ValueError(
@@ -268,9 +267,8 @@ def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: object) ->
 
 
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
-    if mean is None and std is None:
-        return
-    if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0:
+    given = [numbers for numbers in (mean, std) if numbers is not None]
+    if given and (len(given) < 2 or {len(mean), len(std)} != {channels} or min(std) <= 0):
         raise ValueError(
             f"latents_mean and latents_std must both hold a number for each of the {channels} channels, latents_std "
             f"positive ones; got {mean} and {std}."

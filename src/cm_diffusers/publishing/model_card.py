@@ -8,7 +8,7 @@ from cm_diffusers.measured import TEACHER, Measured, distance_name
 from cm_diffusers.places import public
 from cm_diffusers.publishing.card import EDM_METHODS, METHODS, TAGS, card, made_by
 from cm_diffusers.publishing.provenance import Provenance
-from cm_diffusers.publishing.student_kinds import Kind, count, usage
+from cm_diffusers.publishing.student_kinds import Kind, count, is_lora, usage
 from cm_diffusers.record import Record
 
 
@@ -39,6 +39,7 @@ def model_card(
     sections = [
         f"Makes {kind.makes} in about {steps}. It was {origin if base else alone}.",
         *([_guidance(record)] if text else _classes(provenance)),
+        *([FUSED] if provenance.fused else []),
         _license(provenance, bool(base)),
         "## Use",
         *usage(record, provenance, base, single_file),
@@ -53,7 +54,7 @@ def model_card(
 
 
 def _front(record: Record, provenance: Provenance, task: str, measured: Measured | None) -> ModelCardData:
-    settings, lora = provenance.settings, provenance.settings.get("lora")
+    settings, lora = provenance.settings, is_lora(provenance)
     tags = [task, *TAGS, *_method_tags(record.method), *(["lora", "template:sd-lora"] if lora else [])]
     dataset = settings.get("dataset_name") or ""
     optional = {
@@ -139,7 +140,9 @@ def _measurements(measured: Measured) -> list[str]:
 
 
 def _rows(settings: dict[str, object]) -> list[str]:
-    return [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
+    """Those that acted: of a LoRA not those of a full student, and the reverse."""
+    idle = IDLE.get(settings.get("lora"), ())
+    return [f"| {name} | {value} |" for name, value in settings.items() if value is not None and name not in idle]
 
 
 def _caption(text: bool, measured: Measured | None) -> str:
@@ -162,6 +165,11 @@ UNSTATED = {
     False: "The data it was trained on states no licence where this was trained; look for it before you use this model.",
 }
 
+FUSED = "This is a whole pipeline: what was trained, or a LoRA, was put into the weights of the model it belongs on."
+IDLE = {  # by `lora`
+    True: {"unet_time_cond_proj_dim", "ema_decay"},
+    False: {"lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"},
+}
 BASELINE = "The teacher's rows are the baseline."
 EXTRACTOR = (
     "{distance} is the Fréchet distance on the features of `{extractor}`: it compares only with itself, not with FID."

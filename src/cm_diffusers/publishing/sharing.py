@@ -158,7 +158,9 @@ def _pipeline_classes(path: Path) -> list[type[DiffusionPipeline]]:
 
 def _with_license(provenance: Provenance, config: ShareConfig, record: Record) -> Provenance:
     """The licence that the card of teacher or data gives; else, as now stated there, or by the flag."""
-    where = (record.base_model,) if record.base_model else (provenance.data, "dataset")
+    base = record.base_model  # which scripts name relative to the result
+    base = os.path.normpath(Path(config.folder, base)) if base.startswith("..") else base
+    where = (base,) if base else (provenance.data, "dataset")
     known = provenance.license or read_license(*where)
     given = config.teacher_license
     if given and known.get("license", given) != given:

@@ -16,6 +16,7 @@ from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.types import Loss
 
@@ -39,10 +40,7 @@ class ValidationConfig:
     validation_teacher_steps: int = HfArg(default=50, help="Sampling steps of the teacher's row.")
 
     def __post_init__(self) -> None:
-        for name in ("validation_steps", "validation_nfe", "validation_teacher_steps"):
-            value = getattr(self, name)
-            if (least := min(value, default=1) if isinstance(value, list) else value) < 1:
-                raise ValueError(f"--{name} must be at least 1, but it is {least}.")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -137,10 +135,7 @@ class ImageValidationConfig:
     validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2], help="Sampling steps, a row of the grid each.")
 
     def __post_init__(self) -> None:
-        values = {"steps": self.validation_steps, "nfe": min(self.validation_nfe, default=1)}
-        for name, value in {**values, "images": self.validation_images}.items():
-            if value < (least := int(name != "images")):
-                raise ValueError(f"--validation_{name} must be at least {least}, but it is {value}.")
+        check_ranges(self)
 
 
 def image_grids(

@@ -21,7 +21,7 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.data.unprompted import LatentStatistics, measure_statistics, unprompted_batches
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, View, VPView
-from cm_diffusers.engine.cli import shipped
+from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.teachers import LOADING, TeacherConfig, check_vae, load_teacher
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline

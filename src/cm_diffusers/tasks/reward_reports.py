@@ -14,6 +14,7 @@ from cm_diffusers.data.reward_history import COLUMNS, RewardHistory
 from cm_diffusers.data.rollouts import Task
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.report import replace_file
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.rewards import Reward, load_reward
 from cm_diffusers.tasks.callbacks import ValidationConfig, has_ended, sample_grid
 from cm_diffusers.tasks.reward_runs import ImageScore, PromptConditions, Tuned
@@ -46,8 +47,7 @@ class GuardConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.guard_steps < 1 or self.guard_prompts < 0 or self.guard_samples < 2:
-            raise ValueError("--guard_steps must be at least 1, --guard_prompts 0 and --guard_samples 2.")
+        check_ranges(self)
         if self.stop_held_out is not None and not (self.held_out_rewards and self.guard_prompts):
             raise ValueError(
                 "--stop_held_out watches --held_out_rewards on --guard_prompts: give them, or leave it out."

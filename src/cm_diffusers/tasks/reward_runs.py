@@ -23,6 +23,7 @@ from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.pipelines.starts import native_size
 from cm_diffusers.policy.policy import Conditions, Policy
 from cm_diffusers.publishing.pipelines import lcm_pipeline
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.rewards import Reward
 from cm_diffusers.rewards.base import Metadata
@@ -53,8 +54,7 @@ class RewardModelConfig(FinetuneConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise ValueError(f"--num_inference_steps must be at least 1, but it is {self.num_inference_steps}.")
+        check_ranges(self)
 
 
 @dataclass

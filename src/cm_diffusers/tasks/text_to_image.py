@@ -20,6 +20,7 @@ from cm_diffusers.models.teachers import LOADING, TeacherConfig, check_vae
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.objectives.lcm import LCMObjective
 from cm_diffusers.objectives.scott import SCottObjective
+from cm_diffusers.pipelines.lora import load_lora
 from cm_diffusers.pipelines.manners import Manners
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler
 from cm_diffusers.publishing.provenance import describe_run
@@ -59,7 +60,7 @@ class FinetuneConfig:
     lora_target_modules: list[str] = HfArg(
         default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
     )
-    save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE in half precision.")
+    save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE, or its LoRA, in half precision.")
 
 
 def distill(
@@ -149,7 +150,7 @@ def _load(path: str, record: Record | None, config: FinetuneConfig) -> Diffusion
         reason = str(error).splitlines()[0]
         what = f"{record.base_model}, which the LoRA {path} belongs on," if lora else path
         raise ValueError(f"{what} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
-    pipe.load_lora_weights(path, revision=revision)
+    load_lora(pipe, path, **({"revision": revision} if revision else {}))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     return pipe

@@ -10,7 +10,7 @@ from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
 
 OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
-OF_FULL = "save_fp16 unet_time_cond_proj_dim"
+OF_FULL = "unet_time_cond_proj_dim"
 
 
 def check_student(config: StudentConfig, mixed_precision: str) -> None:
@@ -75,9 +75,6 @@ def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, train: Any, v
             "--baseline group compares samples of one prompt, so it needs --samples_per_prompt of at least 2: one alone is "
             "neither better nor worse."
         )
-    for name, config in (("kl_coef", method), ("kl_in_advantage", drawn)):
-        if getattr(config, name) < 0:
-            raise ValueError(f"--{name} must not be negative, but it is {getattr(config, name)}.")
     if not (drawn.kl_in_advantage or method.kl_coef):
         refuse_changed(watched, "stop_kl", "without --kl_in_advantage or --kl_coef, which compute divergences")
     refuse_changed(train, "ema_decay", "here: there is no averaged target")

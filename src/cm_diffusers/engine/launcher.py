@@ -1,0 +1,94 @@
+"""What `accelerate launch` and its config file say, in the environment: precision, accumulation, compilation, processes."""
+
+import os
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+DEFAULTS = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "compile": False}  # where nobody asks for more
+DYNAMO = {"MODE": "default", "USE_FULLGRAPH": "False", "USE_DYNAMIC": "False", "USE_REGIONAL_COMPILATION": "False"}
+
+
+def take_launched(config: Any) -> None:
+    """Give each of these flags that is None the launcher's value, or else its default.
+
+    Args:
+        config: Has the fields of `DEFAULTS`, which are changed in place.
+
+    Raises:
+        ValueError: A flag that was given conflicts with the launcher, or the launcher asks for what does not exist here.
+    """
+    launched = (_precision(), _accumulation(), _compilation())
+    for (name, default), asked in zip(DEFAULTS.items(), launched, strict=True):
+        given = getattr(config, name)
+        if given is not None and asked is not None and given != asked:
+            raise ValueError(
+                f"--{name} is {given}, but accelerate's launcher or config file says {asked}: make them agree, or leave one out."
+            )
+        value = given if asked is None else asked
+        setattr(config, name, default if value is None else value)
+
+
+def refuse_lone_processes(trains: bool) -> None:
+    """Processes that do not work together would each do the whole and write it to the same place.
+
+    Args:
+        trains: Whether this is a training script: others are one process.
+
+    Raises:
+        ValueError: The launcher started more processes than take part.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and not trains:
+        raise ValueError(f"The launcher started {started} processes, but this script is one: start it with python.")
+    if started > 1 and (joined := _joined()) < started:
+        raise ValueError(
+            f"The launcher started {started} processes, but only {joined} of them would train together, because no GPU was "
+            "found: run `accelerate config` for this machine, launch one process, or set ACCELERATE_USE_CPU=1 to train "
+            "with all of them on CPUs."
+        )
+
+
+def _joined() -> int:
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+
+
+def _asked(name: str, nothing: str) -> str | None:
+    """A variable of the launcher's, which also says what nobody asked for."""
+    value = os.environ.get(f"ACCELERATE_{name}", nothing).lower()
+    return None if value == nothing else value
+
+
+def _precision() -> str | None:
+    asked = _asked("MIXED_PRECISION", "no")
+    if asked not in (None, "bf16", "fp16"):
+        raise ValueError(
+            f"accelerate's launcher or config file says --mixed_precision {asked}: take no, bf16 or fp16."
+        )
+    return asked
+
+
+def _accumulation() -> int | None:
+    asked = _asked("GRADIENT_ACCUMULATION_STEPS", "1")
+    if asked is not None and not (asked.isdecimal() and int(asked)):
+        raise ValueError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {asked!r}: give a whole number from 1 on, or leave it out."
+        )
+    return asked and int(asked)
+
+
+def _compilation() -> bool | None:
+    asked = _asked("DYNAMO_BACKEND", "no")
+    if asked is None:
+        return None
+    others = [
+        f"{name.lower()} {value}" for name in DYNAMO if (value := _asked(f"DYNAMO_{name}", DYNAMO[name].lower()))
+    ]
+    if asked != "inductor" or others:
+        raise ValueError(
+            f"accelerate's launcher or config file asks for dynamo with {', '.join([f'backend {asked}', *others])}, but "
+            "networks are compiled by inductor in its default mode: choose that, or none."
+        )
+    return True

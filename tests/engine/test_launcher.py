@@ -1,0 +1,121 @@
+"""What `accelerate launch` says acts, where no flag does: precision, accumulation, compilation, processes."""
+
+import os
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from toys import assert_same, forget_accelerate, source, tensors, toy_trainer
+
+from cm_diffusers.engine import launcher
+from cm_diffusers.engine.cli import parse_configs
+from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.publishing.provenance import _command
+
+
+@pytest.fixture(autouse=True)
+def clean_accelerate():
+    yield
+    forget_accelerate()
+
+
+@pytest.fixture
+def launched(monkeypatch, tmp_path):
+    """The environment that `accelerate launch` makes of its flags and its config file."""
+
+    def launch(*words: str, config: str = "") -> None:
+        head = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\n"
+        (tmp_path / "accelerate.yaml").write_text(head + config)
+        file = ["--config_file", str(tmp_path / "accelerate.yaml")]
+        args = launch_command_parser().parse_args([*file, "--num_processes", "1", *words, "train.py"])
+        args, *_ = _validate_launch_command(args)
+        for name, value in prepare_simple_launcher_cmd_env(args)[1].items():
+            if name.startswith("ACCELERATE_"):
+                monkeypatch.setenv(name, value)
+
+    return launch
+
+
+def settings(*words: str) -> tuple:
+    (config,) = parse_configs([TrainConfig], "", list(words))
+    return config.mixed_precision, config.gradient_accumulation_steps, config.compile
+
+
+def test_without_a_launcher_flags_have_their_defaults() -> None:
+    assert settings() == ("no", 1, False)
+    assert settings("--mixed_precision", "bf16", "--compile") == ("bf16", 1, True)
+    assert settings("--compile", "false", "--gradient_accumulation_steps", "2") == ("no", 2, False)
+
+
+def test_a_launcher_that_is_told_nothing_changes_nothing(launched) -> None:
+    launched()
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert settings() == ("no", 1, False)
+    assert settings("--mixed_precision", "bf16", "--compile") == ("bf16", 1, True)
+
+
+def test_flags_that_are_not_given_are_the_launchers(launched, monkeypatch) -> None:
+    launched("--mixed_precision", "bf16", "--dynamo_backend", "inductor")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert settings() == ("bf16", 4, True)
+    assert settings("--mixed_precision", "bf16", "--gradient_accumulation_steps", "4") == ("bf16", 4, True)
+    assert "--gradient_accumulation_steps 4 --mixed_precision bf16 --compile" in _command([TrainConfig()])
+
+
+def test_flags_that_are_not_given_are_the_config_files(launched) -> None:
+    launched(config="mixed_precision: bf16\ndynamo_config:\n  dynamo_backend: INDUCTOR\n")
+    assert settings() == ("bf16", 1, True)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "sentence"),
+    [
+        ({"MIXED_PRECISION": "bf16"}, ["--mixed_precision", "no"], "--mixed_precision is no, but .* says bf16"),
+        ({"MIXED_PRECISION": "fp16"}, ["--mixed_precision", "bf16"], "--mixed_precision is bf16, but .* says fp16"),
+        ({"MIXED_PRECISION": "fp8"}, [], "says --mixed_precision fp8: take no, bf16 or fp16"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, ["--gradient_accumulation_steps", "2"], "steps is 2, but .* says 4"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "auto"}, [], "STEPS is 'auto': give a whole number"),
+        ({"DYNAMO_BACKEND": "INDUCTOR"}, ["--compile", "false"], "--compile is False, but .* says True"),
+        ({"DYNAMO_BACKEND": "EAGER"}, [], "dynamo with backend eager, but networks are compiled by inductor"),
+        ({"DYNAMO_BACKEND": "INDUCTOR", "DYNAMO_MODE": "max-autotune"}, [], "backend inductor, mode max-autotune"),
+    ],
+)
+def test_a_conflict_is_one_sentence(monkeypatch, launcher, words, sentence) -> None:
+    for name, value in launcher.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(ValueError, match=sentence) as refused:
+        settings(*words)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_acts_is_what_is_recorded(tmp_path, monkeypatch) -> None:
+    """The launcher's values train as the flags do, and accelerate divides no loss a second time."""
+    asked = toy_trainer(tmp_path / "flags", mixed_precision="bf16", gradient_accumulation_steps=2)
+    asked.fit(source())
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    launched = toy_trainer(tmp_path / "launcher")
+    launched.fit(source())
+    assert launched.identity == asked.identity
+    assert launched.identity["mixed_precision"] == "bf16"
+    assert_same(tensors(tmp_path / "launcher" / "checkpoint-4"), tensors(tmp_path / "flags" / "checkpoint-4"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_fp16_needs_a_gpu(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"--mixed_precision fp16 needs a GPU, but this run is on cpu"):
+        toy_trainer(tmp_path, mixed_precision="fp16")
+
+
+def test_processes_that_would_each_be_a_run_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launcher, "_joined", lambda: 1)
+    with pytest.raises(
+        ValueError, match="started 2 processes, but only 1 of them would train together, because no GPU"
+    ):
+        settings()
+    with pytest.raises(ValueError, match="started 2 processes, but this script is one"):
+        parse_configs([], "", [])
+    monkeypatch.setattr(launcher, "_joined", lambda: 2)
+    assert settings() == ("no", 1, False)
