@@ -293,12 +293,9 @@ class Trainer:
 
     def _log(self, loss: Loss, images_per_second: float, bar: tqdm) -> None:
         bar.update()
-        others = "".join(
-            f", {name.removesuffix('/loss')} {value.item():.4g}"
-            for name, value in loss.logs.items()
-            if name.endswith("/loss")
-        )
-        bar.set_postfix_str(f"loss {loss.value.item():.4g}{others}, {images_per_second:.1f} images/s", refresh=False)
+        shown = {"loss": loss.value} | {name: value for name, value in loss.logs.items() if name.endswith("/loss")}
+        told = ", ".join(f"{name.removesuffix('/loss')} {value.item():.4g}" for name, value in shown.items())
+        bar.set_postfix_str(f"{told}, {images_per_second:.1f} images/s", refresh=False)
         if self.step % self.config.logging_steps == 0:
             values = {name: value.item() for name, value in loss.logs.items()}
             values |= {"loss": loss.value.item(), "images_per_second": images_per_second}
