@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 
 RECORD = "cm_diffusers.json"
@@ -83,12 +84,14 @@ def read_record(
     """The record in a student's folder or Hub repository; None where there is none, or no such repository in reach.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder or Hub id; or a single `.safetensors` file, which has it in its metadata.
         token, revision, cache_dir, local_files_only: As for `from_pretrained`.
 
     Raises:
         ValueError: The file is there but is not a record, or the Hub refuses to say whether it is there.
     """
+    if Path(source).is_file():
+        return _parse(Path(source), _in_header(Path(source)))
     path = Path(source) / RECORD
     if not Path(source).exists():
         options = {"token": token, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -101,7 +104,7 @@ def read_record(
                 f"The Hub does not say whether {str(source)!r} has a {RECORD} (status {status}); try again later, log "
                 "in if it is private or gated, or take what is here with local_files_only=True."
             ) from error
-    return _parse(path) if path.is_file() else None
+    return _parse(path, path.read_text("utf-8", "replace")) if path.is_file() else None
 
 
 def base_model_of(record: Record, lora: str | Path) -> str:
@@ -127,8 +130,16 @@ def base_model_of(record: Record, lora: str | Path) -> str:
     return found
 
 
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
+def _is_pipeline(place: Path) -> bool:
+    return (place / "model_index.json").is_file() or (place.suffix == ".safetensors" and place.is_file())
+
+
+def _in_header(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(RECORD)
+    except SafetensorError:  # whoever reads the weights says so
+        return None
 
 
 def _refusal(error: Exception) -> int | None:
@@ -138,10 +149,11 @@ def _refusal(error: Exception) -> int | None:
     return None if missing or not isinstance(cause, HfHubHTTPError) else cause.response.status_code
 
 
-def _parse(path: Path) -> Record:
+def _parse(path: Path, text: str | None) -> Record | None:
+    if text is None:
+        return None
     try:
-        content = json.loads(path.read_text("utf-8"))
-        record = Record.of(content)
+        record = Record.of(json.loads(text))
         if fault := _fault(record):
             raise ValueError(fault)
     except (ValueError, KeyError, TypeError) as error:

@@ -490,6 +490,6 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
     with (
         pytest.warns(UserWarning, match="no supported trackers"),
-        pytest.raises(ValueError, match="pip install wandb"),
+        pytest.raises(ValueError, match=r"pip install .cm_diffusers\[wandb\]"),
     ):
         toy_trainer(tmp_path, report_to="wandb")

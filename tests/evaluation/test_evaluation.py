@@ -496,7 +496,7 @@ def test_labels_of_another_classifier_are_refused(
 
 def test_inception_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+    with pytest.raises(ValueError, match=r'pip install "cm_diffusers\[metrics\]"'):
         load_extractor("inception")
 
 

@@ -152,8 +152,12 @@ def test_networks_of_adapters(teacher):
     assert nets.target is None
     names = [name for name, p in nets.student.named_parameters() if p.requires_grad]
     assert all(".to_q.lora_" in name for name in names)
-    with pytest.raises(ValueError, match="--cast_teacher_unet is for the full student"):
-        make_networks(tiny_unet(), StudentConfig(lora=True, cast_teacher_unet="fp16"))
+
+
+def test_adapters_on_a_network_in_half_precision():
+    nets = make_networks(tiny_unet(), StudentConfig(lora=True, lora_rank=2, cast_teacher_unet="fp16"))
+    dtypes = {p.requires_grad: p.dtype for p in nets.student.parameters()}
+    assert dtypes == {False: torch.float16, True: torch.float32}
 
 
 def layer(value):
@@ -226,7 +230,7 @@ def test_a_teacher_that_is_not_finite(tmp_path):
     weights["conv_in.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, file, metadata={"format": "pt"})
     assert refusal(tmp_path) == (
-        f"The teacher {tmp_path} holds 1 tensors that are not finite, such as conv_in.weight; get it anew."
+        f"The teacher {tmp_path} holds 1 tensors that are not finite, such as unet.conv_in.weight; get it anew."
     )
 
 

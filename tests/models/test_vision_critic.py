@@ -503,7 +503,7 @@ def test_guidance_is_the_record_s_or_given(home, tmp_path, monkeypatch, given, e
     if given is None:
         with pytest.raises(ValueError, match="has no record that recommends a guidance scale: give --guidance_scale"):
             draw()
-    write_record(Record("lcm", "teacher", "embedded", 1.0, 7.0, 3.5, 4, {}), student)
+    write_record(Record("lcm", "teacher", "distilled", 1.0, 7.0, 3.5, 4, {}), student)
     real, fake = draw()
     assert asked == [(["a coat"] * 4, range(5, 9), 2, expected, 32, 32)]
     assert torch.equal(fake, images)

@@ -373,7 +373,7 @@ def test_students_that_cannot_be_finetuned(home, tmp_path):
     broken = load_file(weights)
     broken["conv_in.bias"][0] = float("nan")
     save_file(broken, weights, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"holds 1 tensors that are not finite, such as conv_in\.bias"):
+    with pytest.raises(ValueError, match=r"holds 1 tensors that are not finite, such as unet\.conv_in\.bias"):
         load_student(FinetuneConfig(str(folder)))
 
 

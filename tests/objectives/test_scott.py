@@ -540,7 +540,7 @@ def test_before_its_time_the_critic_rests(tmp_path):
 
 def test_the_bar_shows_the_loss_of_every_player(tmp_path):
     trainer, shown = play(tmp_path, max_train_steps=6), []
-    bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text, refresh: shown.append(text))
+    bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text, _: shown.append(text))
     stream = corners(0)
     for _ in range(5):
         trainer._log(*trainer.training_step(stream), bar)

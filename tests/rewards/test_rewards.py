@@ -613,7 +613,7 @@ def test_bad_layouts_and_renderers_are_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="must return the same views"):
         MultiViewConsistency(lambda views, cameras: views[:, :2])(tiled(), PROMPTS)
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
-    with pytest.raises(ValueError, match="LPIPS needs the packages"):
+    with pytest.raises(ValueError, match="LPIPS needs torchvision, which is not installed"):
         multi_view.lpips()
 
 

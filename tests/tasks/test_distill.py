@@ -26,8 +26,10 @@ from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.evaluation.grids import MARGIN, image_grid
 from cm_diffusers.evaluation.sampling import generate
 from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.models.teachers import release_encoders
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.pipelines.lora import PEFT_PREFIX, PEFT_WEIGHTS
+from cm_diffusers.tasks import text_to_image
 
 
 GUIDANCE, SEEDS, NFE, TEACHER_STEPS = 6.0, [3, 4], [1, 2, 4, 8], 5
@@ -351,3 +353,25 @@ def test_a_teacher_in_half_precision(home) -> None:
     assert {value.dtype for value in result(folder).values()} == {torch.float32}
     pixels = np.asarray(Image.open(folder / "samples" / "step-000002.png").convert("L").crop((150, 60, 230, 120)))
     assert pixels.std() > 1, "the teacher's row is an image"
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_adapters_on_a_teacher_in_half_precision(home, watched, monkeypatch) -> None:
+    """The network is loaded in it; VAE and text tower are given back where no grid needs them."""
+    released = []
+    monkeypatch.setattr(
+        text_to_image, "release_encoders", lambda pipe: released.append(pipe) or release_encoders(pipe)
+    )
+    precision = {"cast_teacher_unet": "bf16", "mixed_precision": "bf16", "max_train_steps": 2, "report_to": "none"}
+    small = VALIDATION | {"validation_nfe": [1], "validation_teacher_steps": 2} if watched else {}
+    folder = distil(home, f"half-adapters-{watched}", **KINDS["lora"], **small | precision)
+    adapters = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    assert any(value.any() for name, value in adapters.items() if ".lora_B." in name)
+    grids = list((folder / "samples").glob("*.png"))
+    assert (len(grids), len(released)) == ((1, 0) if watched else (0, 1))
+    for pipe in released:
+        assert pipe.unet.dtype == torch.bfloat16
+        assert {p.device.type for part in (pipe.vae, pipe.text_encoder) for p in part.parameters()} == {"meta"}
+    card = (folder / "lora" / "README.md").read_text()
+    assert "- stable-diffusion\n" in card, "the family is known without the tower"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Embeddings, cached_embeddings
@@ -232,9 +232,10 @@ def _fingerprint(unet: UNet2DConditionModel) -> str:
 @contextmanager
 def _ready(teacher: DiffusionPipeline, device: torch.device | str) -> Iterator[None]:
     """The teacher alone inside the block: without adapters or dropout, and in the precision its network is kept in."""
-    unet, training = teacher.to(device).unet, teacher.unet.training
-    kind = torch.device(device).type
-    with adapters_off(adapter_layers(unet)), torch.autocast(kind, unet.dtype, enabled=unet.dtype != torch.float32):
+    unet, training = teacher.unet.to(device), teacher.unet.training
+    others = [part for part in teacher.components.values() if isinstance(part, nn.Module) and part is not unet]
+    half = torch.autocast(torch.device(device).type, unet.dtype, enabled=unet.dtype != torch.float32)
+    with placed(tuple(others), device), adapters_off(adapter_layers(unet)), half:
         try:
             unet.eval()
             yield

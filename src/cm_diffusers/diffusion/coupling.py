@@ -5,6 +5,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cm_diffusers.extras import POT, missing
+
 
 def load_pot() -> ModuleType:
     """
@@ -14,9 +16,7 @@ def load_pot() -> ModuleType:
     try:
         import ot
     except ImportError as error:
-        raise ValueError(
-            "--coupling ot needs the package POT: pip install pot; or give --coupling independent."
-        ) from error
+        raise ValueError(missing("--coupling ot", POT)) from error
     return ot
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from cm_diffusers.extras import LPIPS, missing
+
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference over all elements of a sample."""
@@ -86,6 +88,6 @@ def load_lpips() -> Callable[[Tensor, Tensor], Tensor]:
     try:
         import lpips
     except ImportError as error:
-        raise ValueError("--loss_type lpips needs the package lpips: pip install lpips.") from error
+        raise ValueError(missing("--loss_type lpips", LPIPS)) from error
     network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval()
     return lambda x, y: network.to(x.device)(x, y)

@@ -20,6 +20,8 @@ from cm_diffusers.engine.flag_names import OURS
 from cm_diffusers.engine.launcher import refuse_lone_processes
 from cm_diffusers.engine.recipes import with_recipes
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
+from cm_diffusers.extras import check_installed
+from cm_diffusers.places import without_secrets
 from cm_diffusers.ranges import check_ranges
 
 
@@ -36,7 +38,7 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     Args:
         configs: Dataclasses of flags.
         description: For --help.
-        argv: Words to parse in place of the command line's; what they name need not be there.
+        argv: Words to parse in place of the command line's; what they name need not be there, nor what they need installed.
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -44,6 +46,8 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+    if argv is None:  # a run, not a look at what flags would mean
+        check_installed(parsed[: len(configs)])
     for config in parsed[: len(configs)]:
         check_ranges(config)
     refuse_lone_processes(trains=any(hasattr(config, "max_train_steps") for config in parsed))
@@ -99,7 +103,7 @@ def run(main: Callable[[], None]) -> None:
         _take_turn(told)
         if not told:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {without_secrets(str(error))}")
 
 
 def _take_turn(told: bool) -> None:

@@ -17,7 +17,8 @@ IN_RESULT = re.compile(
     r"|(?:cm_diffusers|training|model_index|config|scheduler_config|metrics|\w+\.safetensors\.index)\.json"
     r"|(?:diffusion_pytorch_model|model|pytorch_lora_weights)[\w.-]*\.safetensors"
     rf"|(?:{PARTS})/[^/]+\.(?:json|safetensors|txt|model)"
-    r"|peft/adapter_(?:config\.json|model\.safetensors)|comfyui/[^/]+\.safetensors"  # the last until it was at the top
+    r"|peft/adapter_(?:config\.json|model\.safetensors)|single_file/[^/]+\.safetensors"
+    r"|comfyui/[^/]+\.safetensors"  # of LoRAs before its form was that at the top
     r"|(?:evaluation/)?(?:table\.json|grid\.png|clips\.gif)"
 )
 IN_CHECKPOINT = re.compile(r"state\.json|[^/]+\.safetensors")

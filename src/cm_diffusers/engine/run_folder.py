@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.own_files import FOLDERS, is_run_file, move_own, remove
+from cm_diffusers.places import without_secrets
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def run_identity(objective: str, num_processes: int, *settings: object, **optims
         shared |= {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     for player, optim in optims.items():
         shared |= {f"{player}/{name}": value for name, value in asdict(optim).items()}
-    return json.loads(json.dumps(shared))
+    return {name: without_secrets(value) for name, value in json.loads(json.dumps(shared)).items()}
 
 
 class RunFolder:
@@ -189,6 +190,7 @@ def _may_be_path(text: str) -> bool:
 
 
 def _refuse_other_run(path: Path, saved: dict, identity: dict) -> None:
+    saved = {name: without_secrets(value) for name, value in saved.items()}  # of an earlier release
     changed = [name for name in identity.keys() | saved.keys() if identity.get(name) != saved.get(name)]
     if changed:
         differences = ", ".join(

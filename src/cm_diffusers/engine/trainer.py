@@ -196,7 +196,6 @@ class Trainer:
                 loss = self._accumulate(player, batches, progress)
             if loss is not None:
                 losses.append(loss)
-                logs |= {f"{player.name}/loss": loss.value} if turn > 1 else {}
                 logs |= loss.logs | self._update(player, loss)
         self.step += 1
         if self.nets.target is not None:
@@ -293,9 +292,8 @@ class Trainer:
 
     def _log(self, loss: Loss, images_per_second: float, bar: tqdm) -> None:
         bar.update()
-        shown = {"loss": loss.value} | {name: value for name, value in loss.logs.items() if name.endswith("/loss")}
-        told = ", ".join(f"{name.removesuffix('/loss')} {value.item():.4g}" for name, value in shown.items())
-        bar.set_postfix_str(f"{told}, {images_per_second:.1f} images/s", refresh=False)
+        others = [f"{name[:-5]} {value.item():.4g}, " for name, value in loss.logs.items() if name.endswith("/loss")]
+        bar.set_postfix_str(f"loss {loss.value.item():.4g}, {''.join(others)}{images_per_second:.1f} images/s", False)
         if self.step % self.config.logging_steps == 0:
             values = {name: value.item() for name, value in loss.logs.items()}
             values |= {"loss": loss.value.item(), "images_per_second": images_per_second}

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, ConfigMixin, SchedulerMixin, UNet2DModel
 from safetensors import SafetensorError, safe_open
 
-from cm_diffusers.evaluation.sampling import base_model
+from cm_diffusers.evaluation.sampling import base_model, pipeline_index
+from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.pipelines.recorded import check_has_weights
 from cm_diffusers.record import Record, read_record
@@ -25,7 +26,7 @@ class Candidate:
     Attributes:
         source: Folder or Hub id, as it was given.
         home: Where its `model_index.json` is: the same, or the base model of a LoRA.
-        index: What stands there.
+        index: What stands there; {} of a single file.
         record: Of the student.
     """
 
@@ -41,19 +42,17 @@ class Candidate:
             ValueError: There is neither a pipeline nor a LoRA with its record, or weights are missing or damaged.
         """
         folder = Path(source)
-        if folder.is_file():
-            check_weights([folder])
-            return cls(source, source, {}, None)
-        is_lora = folder.exists() and not (folder / "model_index.json").is_file()
+        is_lora = not is_single_file(source) and folder.exists() and not (folder / "model_index.json").is_file()
         home = base_model(folder) if is_lora else source
-        index = pipeline_index(home)
+        index = {} if is_single_file(home) else pipeline_index(home)
         check_has_weights(home)
-        check_weights(path for place in {source, home} for path in Path(place).rglob("*.safetensors"))
+        for place in map(Path, {source, home}):
+            check_weights([place] if place.is_file() else place.rglob("*.safetensors"))
         return cls(source, home, index, read_record(source))
 
     @property
     def reads_prompts(self) -> bool:
-        """Taken for granted of a class that diffusers does not have."""
+        """Taken for granted of a single file, and of a class that diffusers does not have."""
         kind = self.index.get("_class_name")
         known = getattr(diffusers, str(kind), None)
         return kind not in WITHOUT_PROMPT and (
@@ -102,19 +101,6 @@ class Candidate:
             return reader.load_config(self.home, subfolder=part)
         except OSError:
             return {}
-
-
-def pipeline_index(source: str) -> dict[str, Any]:
-    """The `model_index.json` of a folder or Hub repository.
-
-    Raises:
-        ValueError: There is none in reach.
-    """
-    try:
-        return DiffusionPipeline.load_config(source)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{source!r} is neither a pipeline folder here nor a Hub id in reach: {reason}") from error
 
 
 def check_weights(paths: Iterable[Path]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.candidates import Candidate, common_side
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
@@ -19,6 +20,8 @@ from cm_diffusers.evaluation.report import Keep, Row, Setting, forget, hardware,
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline, reads_prompts, takes_classes
 from cm_diffusers.measured import REAL, TEACHER, weights_digest
 from cm_diffusers.models.classifier import ImageClassifier
+from cm_diffusers.models.single_file import is_single_file
+from cm_diffusers.models.teachers import SINGLE_FILE_CONFIG
 from cm_diffusers.places import public
 from cm_diffusers.record import read_record
 
@@ -31,7 +34,7 @@ class EvaluationConfig:
     """Which pipelines to sample, how, and what to measure."""
 
     pipelines: list[str] = HfArg(
-        default_factory=list, help="Pipeline folders, Hub ids, or folders of published LoRAs."
+        default_factory=list, help="Pipeline folders, Hub ids, .safetensors files, or folders of published LoRAs."
     )
     names: list[str] | None = HfArg(
         default=None,
@@ -56,6 +59,7 @@ class EvaluationConfig:
     clip_model: str | None = HfArg(
         default=None, help="CLIP model for the CLIP score of pipelines that read prompts, a Hub id or a folder."
     )
+    single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
     output_dir: str = HfArg(default="runs/evaluation", help="Where table.md, table.json, grid.png and plot.png go.")
 
 
@@ -146,7 +150,8 @@ class Comparison:
 
     def measure(self, source: str, name: str, steps: list[int], keep: Keep = forget) -> None:
         """Rows and strips of one pipeline, at every guidance scale that it has not of its own; `keep` as for `run`."""
-        pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device)
+        options = {"single_file_config": self.config.single_file_config}
+        pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device, **options)
         record = read_record(source)
         scales: list[float | None] = list(self.config.guidance_scales)
         if not reads_prompts(pipe):
@@ -258,4 +263,6 @@ def _names(config: EvaluationConfig) -> list[str]:
     """Of the rows of each pipeline, where all that needs no data is right."""
     if config.num_images <= metrics.NEIGHBOURS:
         raise ValueError(f"--num_images is {config.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")
+    if not any(is_single_file(source) for source in [*config.pipelines, config.teacher or ""]):
+        refuse_changed(config, "single_file_config", "without a .safetensors file among --pipelines and --teacher")
     return row_names(config.pipelines, config.names)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
+from cm_diffusers.extras import FIDELITY, missing
 from cm_diffusers.models.classifier import ImageClassifier
 
 
@@ -27,9 +28,7 @@ class InceptionFeatures(nn.Module):
         try:
             self.network = FrechetInceptionDistance(feature=2048).inception
         except ModuleNotFoundError as error:
-            raise ValueError(
-                "Inception features need the package torch-fidelity: pip install torch-fidelity."
-            ) from error
+            raise ValueError(missing("--feature_extractor inception", FIDELITY)) from error
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 "The Inception weights could not be downloaded; check the network or TORCH_HOME."
@@ -56,7 +55,7 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassi
         raise ValueError(
             f"Unknown feature extractor {name!r}: give 'inception' or the folder of a saved ImageClassifier."
         )
-    return ImageClassifier.from_pretrained(name, torch_dtype=torch.float32).to(device).eval()
+    return ImageClassifier.from_pretrained(name, dtype=torch.float32, use_safetensors=True).to(device).eval()
 
 
 @torch.no_grad()

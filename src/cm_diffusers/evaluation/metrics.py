@@ -133,7 +133,7 @@ def load_clip(model_id: str) -> tuple[CLIPModel, CLIPProcessor]:
         ValueError: It cannot be loaded.
     """
     try:
-        return CLIPModel.from_pretrained(model_id), CLIPProcessor.from_pretrained(model_id)
+        return CLIPModel.from_pretrained(model_id, use_safetensors=True), CLIPProcessor.from_pretrained(model_id)
     except (OSError, ImportError) as error:
         raise ValueError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
 

@@ -15,6 +15,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from cm_diffusers.errors import readable
+from cm_diffusers.extras import TIMM, missing
 from cm_diffusers.models.heads import head_body, zeroed
 
 
@@ -82,9 +83,9 @@ def _load_transformers(source: str) -> FeatureNetwork:
             "dinov2, convnext, resnet or swin, or a network in timm's format"
         )
     config.out_features = [config.stage_names[i] for i in levels(len(config.stage_names))]
-    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     # AutoBackbone itself would ask the Hub even for a folder
-    network, report = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, **options)
+    network, report = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, use_safetensors=True, **options)
     if missing := sorted(name for name in report["missing_keys"] if not name.startswith(ADDED_NORM)):
         raise ValueError(f"its file lacks {len(missing)} of its weights, such as {missing[0]}; get it anew")
     file = cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
@@ -105,6 +106,8 @@ def _preparation(settings: dict) -> tuple[list[float], list[float], int | None]:
 def _load_timm(source: str) -> FeatureNetwork:
     try:
         import timm
+    except ModuleNotFoundError as error:
+        raise ValueError(missing("It", TIMM)) from error
     except (ImportError, RuntimeError) as error:  # timm imports torchvision, which raises RuntimeError if mismatched
         raise ValueError(f"it needs timm with a matching torchvision: {error}") from error
     name = f"local-dir:{Path(cached_file(source, SAFE_WEIGHTS_NAME)).parent}"  # config.json is there, too

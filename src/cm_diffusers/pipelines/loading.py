@@ -8,11 +8,19 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.pipelines.lora import Source
 from cm_diffusers.pipelines.lora_loading import LoraLoaderMixin
-from cm_diffusers.pipelines.manners import FEW_STEP_SCHEDULERS, IN_SIGMA, Manners, consistency_scheduler
+from cm_diffusers.pipelines.manners import (
+    FEW_STEP_SCHEDULERS,
+    IN_SIGMA,
+    Manners,
+    consistency_scheduler,
+    refuse_contradiction,
+)
 from cm_diffusers.pipelines.pipeline_consistency_images import CarriedSchedulerMixin, ConsistencyImagesPipeline
 from cm_diffusers.pipelines.recorded import of_hub, read_training, refuse_base_model
+from cm_diffusers.pipelines.single_file import SingleFileMixin
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
@@ -21,7 +29,7 @@ from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencySch
 WITHOUT_PROMPT = ("ConsistencyImagesPipeline", "ConsistencyModelPipeline")
 
 
-class ConsistencyLoaderMixin(CarriedSchedulerMixin, LoraLoaderMixin):
+class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderMixin):
     """`from_pretrained`, `from_pipe`, `save_pretrained` and LoRAs of the consistency pipelines.
 
     The record of a student is part of the pipeline's config, so it survives whatever the config survives. The
@@ -44,17 +52,19 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, LoraLoaderMixin):
         student that takes no prompts.
 
         Args:
-            pretrained_model_name_or_path: Folder or Hub id.
+            pretrained_model_name_or_path: Folder or Hub id, or file, as for `from_single_file`.
             kwargs: As for `DiffusionPipeline.from_pretrained`; weights other than safetensors are only read with
                 `use_safetensors=None` or False. A `scheduler` among them is kept.
 
         Raises:
-            ValueError: A folder holds neither a pipeline nor a LoRA with its record, the LoRA's base model cannot be
-                loaded, or the student takes no prompts and this class is not `ConsistencyPipeline`; or a `base_model`
-                is given.
+            ValueError: A folder holds neither a pipeline nor a LoRA with its record, lacks weights, or is not as its
+                record says; the LoRA's base model cannot be loaded, or the student takes no prompts and this class is
+                not `ConsistencyPipeline`; or a `base_model` is given.
         """
         source = pretrained_model_name_or_path
         refuse_base_model(kwargs)
+        if is_single_file(source):
+            return cls.from_single_file(source, **kwargs)
         kwargs.setdefault("use_safetensors", True)
         record = read_record(source, **of_hub(kwargs))
         if not _is_pipeline(source, record, kwargs):
@@ -65,6 +75,8 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, LoraLoaderMixin):
             return ConsistencyImagesPipeline.from_pretrained(source, **kwargs)
         pipe = super().from_pretrained(source, **kwargs)
         if record is not None:
+            if kwargs.get("unet") is None:
+                refuse_contradiction(source, record, pipe.unet)
             pipe.register_to_config(record=asdict(record))
             if kwargs.get("unet") is None:
                 pipe.training = read_training(source, **of_hub(kwargs))
@@ -92,7 +104,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, LoraLoaderMixin):
                 f"The LoRA {str(source)!r} belongs on {record.base_model!r}, which cannot be loaded ({reason}); load "
                 "that base model from where it is and call load_lora_weights."
             ) from error
-        pipe.load_lora_weights(source, **hub)
+        pipe.load_lora_weights(source, use_safetensors=True, **hub)
         return pipe
 
     @classmethod
@@ -145,6 +157,8 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, LoraLoaderMixin):
 
 def _is_pipeline(source: Source, record: Record | None, kwargs: dict[str, Any]) -> bool:
     """False for what can only be a LoRA: a folder without model_index.json, or such a repository with a record."""
+    if Path(source).is_file():
+        return True
     if Path(source).exists():
         return (Path(source) / "model_index.json").is_file()
     if record is None:

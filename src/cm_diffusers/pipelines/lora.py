@@ -91,9 +91,17 @@ def load_lora(pipe: DiffusionPipeline, source: Source, **hub: Any) -> None:
     """
     exact = read_exact(source, **hub)
     if exact is None:
-        pipe.load_lora_weights(source, **hub)
+        pipe.load_lora_weights(source, use_safetensors=True, **hub)
     else:
         pipe.load_lora_into_unet(exact.state_dict, None, pipe.unet, metadata=exact.metadata, _pipeline=pipe)
+
+
+def folder_of(source: Source, subfolder: str | None) -> Source:
+    """Where the record of a LoRA is: beside the weights."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    return path.parent if path.is_file() else path / (subfolder or "")
 
 
 def check_fits_unet(state_dict: dict[str, Tensor], unet: nn.Module) -> None:

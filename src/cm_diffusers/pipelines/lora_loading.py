@@ -13,7 +13,14 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cm_diffusers.pipelines.lora import Source, check_fits_text_encoder, check_fits_unet, check_weights, read_exact
+from cm_diffusers.pipelines.lora import (
+    Source,
+    check_fits_text_encoder,
+    check_fits_unet,
+    check_weights,
+    folder_of,
+    read_exact,
+)
 from cm_diffusers.pipelines.manners import adopted_from, contradiction
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
 from cm_diffusers.record import Record, read_record
@@ -62,7 +69,7 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
         source = pretrained_model_name_or_path_or_dict
         kwargs.setdefault("use_safetensors", True)
         hub = of_hub(kwargs)
-        folder = None if isinstance(source, dict) else _folder(source, kwargs.get("subfolder"))
+        folder = None if isinstance(source, dict) else folder_of(source, kwargs.get("subfolder"))
         if folder is not None:
             check_weights(source, kwargs)
         with self._all_or_nothing():
@@ -161,11 +168,3 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
 
     def _adapters(self) -> set[str]:
         return {name for names in self.get_list_adapters().values() for name in names}
-
-
-def _folder(source: Source, subfolder: str | None) -> Source:
-    """Where the record of a LoRA is: beside the weights."""
-    path = Path(source)
-    if not path.exists():
-        return source
-    return path.parent if path.is_file() else path / (subfolder or "")

@@ -118,6 +118,15 @@ def contradiction(record: Record, unet: UNet2DConditionModel) -> str | None:
     return f"The record says that guidance is {record.guidance!r}, but this UNet {takes}"
 
 
+def refuse_contradiction(source: object, record: Record, unet: UNet2DConditionModel) -> None:
+    """
+    Raises:
+        ValueError: The record that lies beside the UNet does not fit it.
+    """
+    if reason := contradiction(record, unet):
+        raise ValueError(f"{source} is not as it was published: {reason[0].lower()}{reason[1:]}; get it anew.")
+
+
 def consistency_scheduler(class_name: str, config: Mapping[str, Any]) -> ConsistencyScheduler:
     """The scheduler that samples as `class_name` with `config` does, or would, if it was for many steps.
 

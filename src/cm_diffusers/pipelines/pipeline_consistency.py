@@ -50,8 +50,7 @@ class ConsistencyPipeline(
         pipe = ConsistencyPipeline.from_pretrained("assets/fashion_lcm")
         image = pipe("a photo of a bag").images[0]
 
-    A single-file checkpoint is opened by diffusers: `from_pipe(StableDiffusionPipeline.from_single_file(...))`, or
-    `StableDiffusionXLPipeline`.
+    `from_single_file` opens a `.safetensors` checkpoint.
 
     Args:
         vae: `AutoencoderTiny` is faster.

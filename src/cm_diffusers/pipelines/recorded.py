@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+from cm_diffusers.models.stored import check_stored
 from cm_diffusers.pipelines.portable import make_portable
 from cm_diffusers.pipelines.stock import stock_index, stock_scheduler
 from cm_diffusers.places import public
@@ -50,12 +51,16 @@ class RecordedMixin:
         """As in diffusers.
 
         Raises:
-            ValueError: It is a folder that lacks the weights of a part that the caller does not give; or a `base_model`
+            ValueError: It lacks weights of a part that the caller does not give, or has quantized ones; or a `base_model`
                 is given.
         """
         refuse_base_model(kwargs)
         check_has_weights(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("use_safetensors") and kwargs.get("quantization_config") is None:
+            where = {name: kwargs.get(name) for name in ("variant", "revision", "cache_dir")}
+            check_stored(pipe, pretrained_model_name_or_path, **where, given=kwargs)
+        return pipe
 
     def check_saveable(self) -> None:
         """Raises ValueError where the folder of a pipeline cannot hold what it is."""

@@ -85,7 +85,7 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
         pipe = cls._on_base(source, base_model or base_model_of(record, source), kwargs | {"motion_adapter": adapter})
         if record is None and kwargs.get("scheduler") is None:
             pipe.scheduler = consistency_scheduler("LCMScheduler", {**pipe.scheduler.config, **ANIMATEDIFF_BETAS})
-        pipe.load_lora_weights(source, weight_name=weight_name, **hub)
+        pipe.load_lora_weights(source, weight_name=weight_name, use_safetensors=True, **hub)
         return pipe
 
     @classmethod

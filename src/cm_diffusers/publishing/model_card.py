@@ -1,5 +1,6 @@
 """Model cards that say what was done: nothing to fill in by hand."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from huggingface_hub import ModelCardData
@@ -18,6 +19,7 @@ def model_card(
     measured: Measured | None = None,
     grid: str | None = None,
     single_file: bool = False,
+    checkpoints: Sequence[str] = (),
 ) -> str:
     """The card of a student, as Markdown with the Hub's front matter.
 
@@ -25,6 +27,7 @@ def model_card(
         measured: What an evaluation found.
         grid: Where a sample grid lies, which moves for clips, seen from the card: the evaluation's, or the training's last.
         single_file: Whether `PIPELINE_FILE` lies beside the weights.
+        checkpoints: Files that hold the whole student in one.
     """
     lora, text = bool(provenance.settings.get("lora")), provenance.family is not None
     if measured and not text:
@@ -43,6 +46,7 @@ def model_card(
         _license(provenance, bool(base)),
         "## Use",
         *usage(record, provenance, base, single_file),
+        *[_for_other_tools(file, record) for file in checkpoints],
         *(_measurements(measured) if measured else []),
         *([f"## Samples\n\n{_caption(text, measured)}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
@@ -51,6 +55,11 @@ def model_card(
     ]
     front = _front(record, provenance, kind.task, measured)
     return card(front.to_yaml(), f"{title} of {base or provenance.data}", sections)
+
+
+def _for_other_tools(file: str, record: Record) -> str:
+    steps, scale = count(record.recommended_num_inference_steps), record.recommended_guidance_scale
+    return f"For ComfyUI and A1111: `{file}` as the checkpoint, with the sampler `lcm`, {steps} and CFG {scale:g}."
 
 
 def _front(record: Record, provenance: Provenance, task: str, measured: Measured | None) -> ModelCardData:

@@ -67,7 +67,7 @@ def load_classifier(source: str, revision: str | None = None) -> LabelLogProbabi
     with readable(f"The classifier {source} (a folder, or a Hub id)"):
         config = Path(source) / "config.json"
         if config.is_file() and f'"{ImageClassifier.__name__}"' in config.read_text("utf-8"):
-            own = ImageClassifier.from_pretrained(source)
+            own = ImageClassifier.from_pretrained(source, use_safetensors=True)
             return LabelLogProbability(own, own.labels)
         options = {"revision": revision, "trust_remote_code": False}
         model = AutoModelForImageClassification.from_pretrained(source, use_safetensors=True, **options)

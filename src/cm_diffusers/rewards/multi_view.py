@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from cm_diffusers.diffusion.distances import l1
+from cm_diffusers.extras import TORCHVISION, missing
 from cm_diffusers.rewards.base import Metadata
 
 
@@ -105,7 +106,7 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor]:
 
         network = LearnedPerceptualImagePatchSimilarity("alex").net.requires_grad_(False)
     except ModuleNotFoundError as error:
-        raise ValueError("LPIPS needs the packages torchmetrics and torchvision: pip install torchvision.") from error
+        raise ValueError(missing("LPIPS", TORCHVISION)) from error
     except (OSError, RuntimeError) as error:
         raise ValueError("AlexNet's weights could not be downloaded; check the network or TORCH_HOME.") from error
 

@@ -234,7 +234,9 @@ def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionMode
     pipe = ConsistencyPipeline.from_pipe(parts.image, unet=copy.deepcopy(parts.image.unet), record=None)
     options = {"weight_name": config.spatial_lora_weight_name, "revision": config.spatial_lora_revision}
     pipe.load_lora_weights(
-        config.spatial_lora, **{name: value for name, value in options.items() if value is not None}
+        config.spatial_lora,
+        use_safetensors=True,
+        **{name: value for name, value in options.items() if value is not None},
     )
     if others := sorted(set(pipe.get_list_adapters()) - {"unet"}):
         raise ValueError(

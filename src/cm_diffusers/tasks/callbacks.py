@@ -2,16 +2,19 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate.tracking import GeneralTracker
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.encoders import placed
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
@@ -104,8 +107,9 @@ def sample_grid(
     rows: list[Tensor] = []
 
     def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> Tensor:
-        pipe = pipe.to(pipe.unet.device)
-        return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
+        others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.unet]
+        with placed(tuple(others), pipe.unet.device):
+            return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
 
     def draw(trainer: Trainer) -> Image.Image:
         names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
@@ -117,7 +121,9 @@ def sample_grid(
         scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
         with trainer.export_weights() as student:
             pipe = make_pipeline(student)
-            samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
+            cast = pipe.unet.dtype != torch.float32  # below a LoRA
+            with trainer.accelerator.autocast() if cast else nullcontext():
+                samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
         return image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
 
     return SampleGrids(config.validation_steps, draw, bool(prompts))

@@ -145,8 +145,9 @@ def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
         ValueError: It is out of reach or no such model, or cannot be sampled so.
     """
     if config.sampler == "ddim":
-        where = config.pretrained_student_model, config.student_revision, config.student_variant
-        pipe = load_teacher(TeacherConfig(*where))
+        where = {"teacher_revision": config.student_revision, "teacher_variant": config.student_variant}
+        where["single_file_config"] = config.single_file_config
+        pipe = load_teacher(TeacherConfig(config.pretrained_student_model, **where))
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         scale = 1.0 if config.guidance_scale is None else config.guidance_scale
         return Tuned(pipe, None, Policy(pipe.scheduler, config.num_inference_steps, scale, final_std, config.eta))
