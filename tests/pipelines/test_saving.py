@@ -41,7 +41,8 @@ MASK = (torch.arange(32 * 32).reshape(1, 1, 32, 32) % 3 > 0).float()
 
 def ours(cls: type[ConsistencyPipeline], make: Callable = tiny_pipeline, **config: object) -> ConsistencyPipeline:
     pipe = cls.from_pipe(make(), requires_safety_checker=False)
-    entry = asdict(lcm_record("ada/base", "distilled", 2.0, 2.0, 1.0, lcm_scheduler(make(), 20, 5.0)))
+    guidance = "embedded" if pipe.unet.config.time_cond_proj_dim else "distilled"
+    entry = asdict(lcm_record("ada/base", guidance, 2.0, 2.0, 1.0, lcm_scheduler(make(), 20, 5.0)))
     pipe.register_to_config(record=entry)
     pipe.scheduler = ConsistencyScheduler.from_config(entry["scheduler"] | config)
     return pipe

@@ -262,8 +262,10 @@ def as_pil(images: torch.Tensor) -> list[Image.Image]:
         CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
         CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": 28, "width": 25}, do_normalize=False),
         ViTImageProcessorPil(size={"height": 24, "width": SIDE}),
+        CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 28, "width": 44}),
+        CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 41, "width": 16}),
     ],
-    ids=["clip", "crop", "squeeze"],
+    ids=["clip", "crop", "squeeze", "wider", "higher"],
 )
 def test_tensors_are_prepared_as_pil_images_are(processor, shape: tuple[int, int]) -> None:
     images = ((0.2 + 0.6 * pictures(2, *shape)) * 255).round() / 255  # PIL cuts overshoots after each axis, too
@@ -506,6 +508,13 @@ def test_classifier_reward_is_the_log_probability_of_the_label() -> None:
     assert (gradient.flatten(1).abs().amax(1) > 0).all()
     with pytest.raises(ValueError, match="The prompt 'a fox' names no class of the classifier, which knows t-shirt"):
         load_reward(CLASSIFIER)(images, ["a bag", "a coat", "a fox"])
+
+
+def test_prompts_without_a_class_are_refused_beforehand() -> None:
+    both = load_rewards(["jpeg_compressibility", CLASSIFIER])
+    both.check(["a bag", "a coat"])
+    with pytest.raises(ValueError, match="The prompt 'a handbag' names no class of the classifier"):
+        both.check(["a bag", "a handbag"])
 
 
 def test_classifiers_of_transformers(tmp_path: Path) -> None:

@@ -115,14 +115,16 @@ def generated_batches(
     too_long(texts, encoders.tokenizers, found)
     found.report()
     sampler = _Sampler(config, generation, teacher, [texts[i % len(texts)] for i in range(number)], seed)
-    shards = sampler.shards(encoders.fingerprint, device)
+    jobs = sampler.jobs(encoders.fingerprint)
+    shards = sampler.shards(jobs, device)
     table = {text: i for i, text in enumerate(dict.fromkeys(["", *texts]))}
     with placed(encoders.towers, device):
         embeddings = cached_embeddings(list(table), encoders.encode_prompts, encoders.fingerprint, config)
     numbers = np.array([table[prompt] for prompt in sampler.prompts])
     position = Position(seed, rank, world_size)
     source = _Source(config, shards, numbers, embeddings, position, encoders.micro_conditioning)
-    return stream(source.make, config.dataloader_num_workers, found=found)
+    fingerprint = shard_key(encoders.fingerprint, *(job.key for job in jobs))
+    return stream(source.make, config.dataloader_num_workers, found=found, fingerprint=fingerprint)
 
 
 def read_prompts(path: str, column: str) -> list[str]:
@@ -183,16 +185,18 @@ class _Sampler:
     prompts: list[str]  # one for each sample
     seed: int
 
-    def shards(self, text_fingerprint: str, device: torch.device | str) -> list[Shard]:
-        """Latents (N, C, h, w) float16, scaled as the network wants them."""
+    def jobs(self, text_fingerprint: str) -> list[Job]:
         ask, scheduler = self.generation, self.teacher.scheduler
         schedule = sorted((k, repr(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
         made_by = [_fingerprint(self.teacher.unet), text_fingerprint, type(scheduler).__name__, schedule]
         settings = [ask.generation_steps, ask.generation_guidance_scale, self.config.resolution, self.seed]
-        jobs = [
+        return [
             Job(shard_key("generated", *made_by, *settings, rows.start, *(self.prompts[i] for i in rows)), rows)
             for rows in row_ranges(len(self.prompts), GENERATED_ROWS)
         ]
+
+    def shards(self, jobs: list[Job], device: torch.device | str) -> list[Shard]:
+        """Latents (N, C, h, w) float16, scaled as the network wants them."""
 
         def draw(job: Job) -> Iterator[Tensors]:
             with _ready(self.teacher, device):

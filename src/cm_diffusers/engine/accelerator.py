@@ -5,7 +5,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin
 
 from cm_diffusers.extras import TRACKERS, missing
 from cm_diffusers.places import without_secrets
@@ -30,6 +30,8 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
         dynamo_backend="no",
         log_with=tracker,
         project_dir=output_dir,
+        # before torch 2.11 autocast keeps the weights that a pass without a gradient has cast for the pass that learns
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError(

@@ -62,14 +62,15 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassi
 def extract_features(
     extractor: ImageClassifier | InceptionFeatures, images: Tensor, batch_size: int = 64, bar: str | None = None
 ) -> Tensor:
-    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed on the extractor's device and kept there.
+    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed in float32 on the extractor's device and kept there.
 
     Args:
         bar: Words of a progress bar; none without.
     """
     device = next(extractor.parameters()).device
     parts = tqdm(images.split(batch_size), bar, leave=False, disable=bar is None)
-    return torch.cat([extractor.features(part.to(device)) for part in parts])
+    with torch.autocast(device.type, enabled=False):
+        return torch.cat([extractor.features(part.to(device).float()) for part in parts])
 
 
 @torch.no_grad()

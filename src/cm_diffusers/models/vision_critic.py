@@ -2,25 +2,24 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from cm_diffusers.diffusion.feature_networks import in_float32, move
 from cm_diffusers.errors import readable
 from cm_diffusers.extras import TIMM, missing
+from cm_diffusers.models.decoding import in_chunks
 from cm_diffusers.models.heads import head_body, zeroed
 
 
 LEVELS = 4
-CHUNK = 64 * 64  # latent pixels decoded at once: one image of 512 pixels, whose gradient takes 6 GiB
 ADDED_NORM = "hidden_states_norms."  # what some backbones put on their maps: the identity, and in no file
 
 
@@ -128,7 +127,8 @@ class VisionCritic(nn.Module):
     """Heads on the features of decoded images, and on how well they go with the text.
 
     VAE and network are called, not owned: they are neither trained nor saved with the critic, and follow the latents
-    from device to device. The VAE decodes in its own precision also under autocast: several overflow in float16.
+    from device to device. The VAE decodes in its own precision also under autocast: several overflow in float16. The network
+    looks in float32.
 
     Args:
         vae: Of the latents; frozen.
@@ -160,18 +160,14 @@ class VisionCritic(nn.Module):
     @torch.compiler.disable
     def features(self, x: Tensor) -> list[Tensor]:
         """Feature maps `(B, C', H', W')` of latents x `(B, C, h, w)`. A gradient decodes each chunk a second time."""
-        for module in self._called:
-            module.to(x.device)
-        parts = x.split(max(1, CHUNK // x[0, 0].numel()))
-        again = x.requires_grad and len(parts) > 1
-        look = partial(checkpoint, self._look, use_reentrant=False) if again else self._look
-        return [torch.cat(maps) for maps in zip(*map(look, parts), strict=True)]
+        return [torch.cat(maps) for maps in zip(*in_chunks(self._look, x), strict=True)]
 
     def _look(self, x: Tensor) -> list[Tensor]:
         vae, network = self._called
+        move(vae, x.device)
         with torch.autocast(x.device.type, enabled=False):
             images = vae.decode(x / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
-        return network((images + 1) / 2)
+        return in_float32(network, (images + 1) / 2)
 
 
 class TextHead(nn.Module):

@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusers import ModelMixin
 
 from cm_diffusers.engine.own_files import is_result_file, keep_foreign, remove
+from cm_diffusers.errors import writable
 from cm_diffusers.pipelines.portable import forget_origin, sort_headers
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, is_path, write_provenance
@@ -31,19 +32,19 @@ def written_aside(folder: Path) -> Iterator[Path]:
     What a user has put beside our files stays; of a link the folder that it leads to is replaced.
     """
     folder = Path(os.path.realpath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
-    for leftover in (aside, replaced):
-        remove(leftover)
-    aside.mkdir()
     try:
-        yield aside
-        sort_headers(aside.rglob("*.safetensors"))
-        _follow_umask(aside)
-        keep_foreign(folder, aside, is_result_file)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(aside, folder)
+        with writable(str(folder)):
+            for leftover in (aside, replaced):
+                remove(leftover)
+            aside.mkdir(parents=True)
+            yield aside
+            sort_headers(aside.rglob("*.safetensors"))
+            _follow_umask(aside)
+            keep_foreign(folder, aside, is_result_file)
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(aside, folder)
     finally:
         for leftover in (aside, replaced):
             remove(leftover)

@@ -34,6 +34,14 @@ class LabelLogProbability(nn.Module):
         wanted = torch.tensor([self.label(prompt) for prompt in prompts], device=images.device)
         return self.network(images).log_softmax(1).gather(1, wanted[:, None]).squeeze(1)
 
+    def check(self, prompts: list[str]) -> None:
+        """
+        Raises:
+            ValueError: A prompt names no class.
+        """
+        for prompt in prompts:
+            self.label(prompt)
+
     def label(self, prompt: str) -> int:
         """Number of the class whose name is the longest that occurs in the prompt."""
         found = label_in_prompt(prompt, [name for name, _ in self.names])

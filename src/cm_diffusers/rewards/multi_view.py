@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from cm_diffusers.diffusion.distances import l1
+from cm_diffusers.diffusion.feature_networks import in_float32
 from cm_diffusers.extras import TORCHVISION, missing
 from cm_diffusers.rewards.base import Metadata
 
@@ -96,7 +97,7 @@ def _cropped(view: Tensor, rendered: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lpips() -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS (1801.03924) with AlexNet's features of images `(B, 3, H, W)` in [0, 1], on whichever device they are.
+    """LPIPS (1801.03924) with AlexNet's features of images `(B, 3, H, W)` in [0, 1], see `in_float32`.
 
     Raises:
         ValueError: torchvision or its weights are missing.
@@ -112,6 +113,6 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor]:
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         x, y = (interpolate(image, (LPIPS_SIDE,) * 2, mode="bilinear", antialias=True) for image in (x, y))
-        return network.to(x.device)(x, y, normalize=True).reshape(len(x))
+        return in_float32(network, x, y, normalize=True).reshape(len(x))
 
     return distance

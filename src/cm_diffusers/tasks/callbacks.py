@@ -1,9 +1,9 @@
 """What happens after an optimizer step, beside learning: `(trainer, loss) -> None`."""
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,14 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import placed
 from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.errors import optional
 from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.types import Loss
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,10 +80,8 @@ def show_end(trainer: Trainer) -> None:
     """
     for callback in trainer.callbacks:
         if isinstance(callback, SampleGrids) and not grid_path(trainer).is_file():
-            try:
+            with optional("The last grid"):
                 callback.show(trainer)
-            except Exception as error:  # memory, a full disk ...
-                logger.warning("The last grid was not drawn (%r); the result is saved without it.", error)
 
 
 def sample_grid(
@@ -187,7 +184,7 @@ def publish_grid(trainer: Trainer, grid: Image.Image) -> None:
     """Saves `samples/step-<n>.png` and shows it in the tracker."""
     path = grid_path(trainer)
     path.parent.mkdir(exist_ok=True)
-    grid.save(path)
+    replace_file(path, partial(grid.save, format="PNG"))
     pixels, name = np.asarray(grid.convert("RGB")), trainer.config.report_to
     for tracker in trainer.accelerator.trackers:
         TRACK_IMAGE[name](tracker, pixels, trainer.step)

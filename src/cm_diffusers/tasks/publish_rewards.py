@@ -59,7 +59,7 @@ def publish_tuned(
     method: str,
     tuned: Tuned,
     config: RewardModelConfig,
-    side: int,
+    side: int | None,
     network: UNet2DConditionModel,
     folder: Path,
     provenance: Provenance,
@@ -68,7 +68,7 @@ def publish_tuned(
 
     Args:
         method: For the record.
-        side: Of the images in pixels.
+        side: Of the images in pixels; None of those that are not square.
     """
     if tuned.record is not None:
         record = replace(

@@ -17,6 +17,7 @@ from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
+from cm_diffusers.models.decoding import in_chunks
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
@@ -118,9 +119,14 @@ class Tuned:
     def _factor(self) -> int:
         return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
 
-    def side(self, resolution: int | None) -> int:
-        """Of images in pixels, of what was trained at if none is asked for."""
-        return resolution or native_size(self.unet, self._factor, self.record)[0]
+    def size(self, resolution: int | None) -> tuple[int, int]:
+        """Height and width of images in pixels, of what was trained at if no side is asked for."""
+        return (resolution, resolution) if resolution else native_size(self.unet, self._factor, self.record)
+
+    def side(self, resolution: int | None) -> int | None:
+        """Of square images; None of others."""
+        height, width = self.size(resolution)
+        return height if height == width else None
 
     def shape(self, resolution: int | None) -> tuple[int, int, int]:
         """Of latents.
@@ -128,12 +134,12 @@ class Tuned:
         Raises:
             ValueError: The VAE does not divide the resolution.
         """
-        factor, side = self._factor, self.side(resolution)
-        if side % factor:
+        factor, size = self._factor, self.size(resolution)
+        if resolution and resolution % factor:
             raise ValueError(
-                f"--resolution {side} must be a multiple of {factor}, by which the VAE makes images smaller."
+                f"--resolution {resolution} must be a multiple of {factor}, by which the VAE makes images smaller."
             )
-        return self.unet.config.in_channels, side // factor, side // factor
+        return self.unet.config.in_channels, size[0] // factor, size[1] // factor
 
 
 def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
@@ -230,8 +236,8 @@ class PromptConditions:
             w = torch.tensor([tuned.embedded - 1])
             constant["timestep_cond"] = guidance_embedding(w, tuned.unet.config.time_cond_proj_dim)
         if encoders.micro_conditioning:
-            side = tuned.side(resolution)
-            constant["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
+            height, width = tuned.size(resolution)
+            constant["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
         return cls({name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, constant)
 
     def __call__(self, numbers: Tensor) -> tuple[Conditions, Conditions]:
@@ -268,6 +274,9 @@ class ImageScore:
 
     def images(self, latents: Tensor) -> Tensor:
         """`(B, 3, H, W)` in [0, 1]."""
+        return torch.cat(in_chunks(self._decoded, latents))
+
+    def _decoded(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config
         with torch.autocast(latents.device.type, enabled=False):
             decoded = self.pipe.vae.decode(
