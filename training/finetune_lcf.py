@@ -1,5 +1,6 @@
 """Fine-tune a latent consistency model on own captioned images, without a teacher (LCF)."""
 
+import cm_diffusers.engine.early
 from functools import partial
 
 from cm_diffusers.data.encoders import Encoders

@@ -1,5 +1,6 @@
 """Write frames of the built-in moving articles as captioned images in parquet files, and some of the clips as GIFs."""
 
+import cm_diffusers.engine.early
 import io
 import json
 import os

@@ -1,5 +1,6 @@
 """Train an AutoencoderKL on images: the latent space of a text-to-image teacher."""
 
+import cm_diffusers.engine.early
 import json
 from dataclasses import dataclass, replace
 from itertools import islice
