@@ -61,7 +61,7 @@ class Distillation:
     def __init__(self, config: BenchmarkConfig, kind: str, workdir: Path) -> None:
         student = StudentConfig(lora=kind == "lora", lora_rank=config.lora_rank, lora_alpha=config.lora_rank)
         student.cast_teacher_unet = "no" if student.lora else config.mixed_precision
-        self.dim = None if student.lora else student.unet_time_cond_proj_dim
+        self.dim = student.guidance_embedding_dim
         self.data, teacher = data_config(config, workdir), the_teacher(config)
         train = TrainConfig(output_dir=tempfile.mkdtemp(dir=workdir), report_to="none", seed=config.seed)
         train.mixed_precision, train.compile = config.mixed_precision, config.compile

@@ -89,7 +89,7 @@ class ReferenceLCM:
         self.average(0.95)
 
     def loss(self, x0: Tensor, states: Tensor) -> Tensor:
-        t, s = sample_solver_pairs(len(x0), self.grid, x0.device)
+        t, s = sample_solver_pairs(len(x0), self.grid)
         w = torch.empty(len(x0), device=x0.device).uniform_(self.method.w_min, self.method.w_max)
         x_t = diffuse(self.process, x0, torch.randn_like(x0), t)
         embedding = guidance_embedding(w, self.dim)

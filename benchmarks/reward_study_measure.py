@@ -119,6 +119,6 @@ def stock_pipeline(start: Start, tuned: Path | None = None) -> DiffusionPipeline
         return load_pipeline(str(tuned or start.source))
     pipe = load_pipeline(start.source)
     if tuned is not None:
-        pipe.load_lora_weights(tuned)
+        pipe.load_lora_weights(tuned, use_safetensors=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     return pipe

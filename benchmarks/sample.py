@@ -52,7 +52,7 @@ def measure(config: SampleConfig) -> dict[int, dict]:
     """For each batch size: medians in milliseconds, the ratio in wall and in CPU time, and the largest difference."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours = ConsistencyPipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
-    stock = DiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
+    stock = DiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path, use_safetensors=True).to(device)
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
     found = {}

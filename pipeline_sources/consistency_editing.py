@@ -31,7 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-from .shared.student_scheduler import StudentScheduler
+from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 
 TASKS = ("inpainting", "colorization", "super-resolution")
@@ -89,7 +89,7 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
 
     Args:
         unet: Of pixels, 1 or 3 channels.
-        scheduler: Carries the fields that `StudentScheduler` samples by.
+        scheduler: Carries the fields that `EDMConsistencyScheduler` samples by.
     """
 
     model_cpu_offload_seq = "unet"
@@ -152,9 +152,9 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             shown = scheduler.scale_model_input(x, t).to(self.unet.dtype)
             output = self.unet(shown, t, class_labels=labels, return_dict=False)[0]
-            x = replace(scheduler.step(output.float(), t, x).prev_sample)
+            x = replace(scheduler.step(output.float(), t, x).denoised)
             if i + 1 < len(scheduler.timesteps):
-                std = (levels[i + 1] ** 2 - scheduler.floor**2) ** 0.5
+                std = (levels[i + 1] ** 2 - levels[-1] ** 2) ** 0.5
                 x = x + std * randn_tensor(x.shape, generator=generator, device=device)
         images = self.image_processor.postprocess(finish(x), output_type=output_type)
         self.maybe_free_model_hooks()
@@ -202,9 +202,9 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
 
     def _silent_scheduler(
         self, device: torch.device, steps: int | None, timesteps: list[int] | None, sigmas: list[float] | None
-    ) -> StudentScheduler:
-        """One whose steps end at f(x, sigma), with its noise levels chosen."""
-        scheduler = StudentScheduler.of(self.scheduler, s_noise=0.0, gamma=1.0)
+    ) -> EDMConsistencyScheduler:
+        """One whose steps draw no noise, with its noise levels chosen."""
+        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config, gamma=0.0)
         if steps is None and timesteps is None and sigmas is None:
             steps = min(STEPS, scheduler.config.num_train_timesteps)
         scheduler.set_timesteps(steps, device, timesteps, sigmas)

@@ -33,10 +33,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from cm_diffusers.pipelines.latents import decode, dtype_of
 from cm_diffusers.pipelines.pipeline_consistency_images import _drawn
+from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 from .shared.record import read_record
-from .shared.student_scheduler import StudentScheduler
 
 
 @dataclass
@@ -51,7 +52,7 @@ class PortableImagesPipeline(DiffusionPipeline):
 
     Args:
         unet: A `UNet2DConditionModel` must not read text.
-        scheduler: Carries the fields that `StudentScheduler` samples by.
+        scheduler: Carries the fields that `EDMConsistencyScheduler` samples by.
         vae: For a student of latents.
         latents_mean, latents_std, sigma_data: The student's latents are (latents - mean) / std * sigma_data, of latents as
             Stable Diffusion scales them; None for those as they are.
@@ -60,6 +61,7 @@ class PortableImagesPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
+    is_xl = True  # for `decode`: the VAE may be one that overflows in half precision
 
     def __init__(
         self,
@@ -118,8 +120,8 @@ class PortableImagesPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
         labels = self._labels(wanted, batch)
-        device, dtype = self._execution_device, self.unet.dtype
-        scheduler = StudentScheduler.of(self.scheduler)
+        device, dtype = self._execution_device, dtype_of(self.unet)
+        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config)
         if num_inference_steps is None and timesteps is None and sigmas is None:
             if scheduler.config.recommended_sigmas is None:
                 num_inference_steps = self.record.get("recommended_num_inference_steps", 1)
@@ -148,20 +150,8 @@ class PortableImagesPipeline(DiffusionPipeline):
             latents = latents * std / self.config.sigma_data + mean
         if output_type == "latent":
             return latents
-        images = latents if self.vae is None else self._decoded(latents)
+        images = latents if self.vae is None else decode(self, latents)
         return self.image_processor.postprocess(images, output_type=output_type)
-
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """Images (B, C, H, W) around [-1, 1]; a VAE that overflows in half precision is float32 for the while."""
-        vae = self.vae
-        overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
-        if overflows:
-            vae.to(dtype=torch.float32)
-        latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        if overflows:
-            vae.to(dtype=torch.float16)
-        return images
 
     def _labels(self, labels: int | list[int] | None, batch: int) -> Tensor | None:
         """The labels `(B,)` that were given."""

@@ -17,72 +17,45 @@ LatentConsistencyModelPipeline cannot sample with TCD's stochasticity, and none 
 levels `sigmas` names.
 """
 
-import math
 from numbers import Integral
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, SchedulerMixin, StableDiffusionPipeline
-from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Generator, Tensor
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from cm_diffusers.pipelines.loading import IN_SIGMA
+from cm_diffusers.pipelines.manners import consistency_scheduler
+from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 from .shared.record import read_record
-from .shared.student_scheduler import StudentScheduler
 
 
 PAPER = {"recommended_num_inference_steps": 4, "recommended_guidance_scale": 8.0}  # 2310.04378
 
 
-class StochasticLCMScheduler(LCMScheduler):
-    """LCMScheduler with a share gamma of fresh noise: 1 is LCM, 0 deterministic, between them as TCD (2402.19159)."""
-
-    gamma = 1.0
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
-    ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step; all tensors `(B, ...)`: along the implied noise to s = floor((1 - gamma) t'), then by fresh noise to t'."""
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        t, following = int(timestep), self.step_index + 1
-        alpha, sigma = self._rates(t)
-        c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)
-        denoised = c_skip * sample + c_out * self._x0(model_output, sample, alpha, sigma)
-        last = following == len(self.timesteps)
-        if self.gamma == 1 or (last and self.config.set_alpha_to_one):
-            alpha_s, sigma_s = 1.0, 0.0
-        else:
-            alpha_s, sigma_s = self._rates(
-                0 if last else math.floor((1 - self.gamma) * int(self.timesteps[following]))
-            )
-        prev_sample = alpha_s * denoised + sigma_s * (sample - alpha * denoised) / sigma
-        if not last and self.gamma > 0:
-            ratio = self._rates(int(self.timesteps[following]))[0] / alpha_s
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = ratio * prev_sample + math.sqrt(1 - ratio**2) * noise
-        self._step_index += 1
-        return LCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
-
-    def _x0(self, output: Tensor, sample: Tensor, alpha: float, sigma: float) -> Tensor:
-        if self.config.prediction_type == "sample":
-            return output
-        if self.config.prediction_type == "v_prediction":
-            return alpha * sample - sigma * output
-        return (sample - sigma * output) / alpha
-
-    def _rates(self, t: int) -> tuple[float, float]:
-        alpha_cumprod = float(self.alphas_cumprod[t])
-        return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
-
-
 class PortableConsistencyPipeline(StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that reads how its student was made."""
+    """`StableDiffusionPipeline` that reads how its student was made, and samples by its scheduler's own config."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        config = scheduler.config
+        parts = (vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder)
+        super().__init__(*parts, requires_safety_checker)
+        scheduler._internal_dict = config  # in which the stock class switches clipping off
 
     @property
     def record(self) -> dict[str, Any]:
@@ -143,11 +116,9 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
             self.scheduler = stock
 
 
-def _sampler(scheduler: SchedulerMixin, gamma: float | None) -> StudentScheduler | StochasticLCMScheduler:
-    """For students of CD and ECT, whose scheduler says how the network is told of noise, or for LCMs."""
-    if "network" in scheduler.config:
-        return StudentScheduler.of(scheduler, **({} if gamma is None else {"gamma": gamma}))
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    sampler = StochasticLCMScheduler.from_config(config)
-    sampler.gamma = 1.0 if gamma is None else gamma
-    return sampler
+def _sampler(scheduler: SchedulerMixin, gamma: float | None) -> ConsistencyScheduler | EDMConsistencyScheduler:
+    """For students of CD and ECT, whose scheduler knows noise levels, or for LCMs."""
+    name, changes = type(scheduler).__name__, {} if gamma is None else {"gamma": gamma}
+    if name in IN_SIGMA:
+        return EDMConsistencyScheduler.from_config(scheduler.config, **changes)
+    return consistency_scheduler(name, {**scheduler.config, **changes})

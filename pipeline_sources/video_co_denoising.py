@@ -126,17 +126,18 @@ class VideoCoDenoisingPipeline(AnimateDiffPipeline):
         parts = clips(num_frames, length, stride)
         sources = noise_sources(num_frames, length, stride) if share_noise else torch.arange(num_frames)
         draw = self._noise(shape, sources, generator, text.dtype)
-        weights = shares(parts, num_frames).to(text.device, text.dtype)
+        weights = shares(parts, num_frames).to(text.device, torch.float32)
 
         self.scheduler.set_timesteps(num_inference_steps, device=text.device)
         timesteps = self.scheduler.timesteps
         x = draw() * self.scheduler.init_noise_sigma
         for i, t in enumerate(self.progress_bar(timesteps)):
-            # f is affine in the output and all clips share x, so the average of f is f of the average
-            output = torch.zeros_like(x)
+            clean = torch.zeros_like(x, dtype=torch.float32)
             for part, weight in zip(parts, weights, strict=True):
-                output[:, :, part] += weight[part, None, None] * predicted(self, x[:, :, part], t, text[:, part])
-            x = denoised(self, output, t, x)
+                clip = x[:, :, part]
+                output = predicted(self, clip, t, text[:, part])
+                clean[:, :, part] += weight[part, None, None] * denoised(self, output, t, clip)
+            x = clean.to(x.dtype)
             if i + 1 < len(timesteps):
                 x = noised_again(self, x, draw(), timesteps[i + 1])
         return decoded(self, x, output_type, decode_chunk_size, return_dict)

@@ -189,7 +189,7 @@ class VideoLookBackPipeline(AnimateDiffPipeline):
         timesteps = self.scheduler.timesteps
         x = clip.noise[0] * self.scheduler.init_noise_sigma
         for i, t in enumerate(timesteps):
-            clean = denoised(self, predicted(self, x, t, text), t, x)
+            clean = denoised(self, predicted(self, x, t, text), t, x).to(x.dtype)
             if ties:
                 clean = regularized(clean, ties[0].clip.clean[i], regularization)
             for tie in ties if i < tied_steps else ():

@@ -18,10 +18,12 @@ A^-1 [(A y)(1 - mask) + (A x) mask] with an orthogonal A whose first rows are wh
 span matters, so here x moves onto it by the shortest way.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,26 +38,32 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 
+def exact(times: Tensor) -> Tensor:
+    """Times, or what is computed of them, in float64 on the CPU."""
+    return times.cpu().double()
+
+
 def input_scaling(sigma: Tensor, sigma_data: float) -> Tensor:
     """c_in `(B,)` of EDM (2206.00364, Table 1): c_in x has unit variance."""
-    return 1 / (sigma.double() ** 2 + sigma_data**2).sqrt()
+    return 1 / (exact(sigma) ** 2 + sigma_data**2).sqrt()
 
 
 def cm_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of consistency models (2303.01469, Appendix C); exactly (1, 0) at sigma = sigma_min."""
-    shifted = sigma.double() - sigma_min
+    shifted = exact(sigma) - sigma_min
     return 1 / (1 + (shifted / sigma_data) ** 2), shifted * sigma_data * input_scaling(sigma, sigma_data)
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of EDM's denoiser (2206.00364, Table 1); exactly (1, 0) at sigma = 0."""
-    sigma = sigma.double()
+    sigma = exact(sigma)
     return 1 / (1 + (sigma / sigma_data) ** 2), sigma * sigma_data * input_scaling(sigma, sigma_data)
 
 
@@ -64,6 +72,22 @@ BOUNDARY_SCALINGS: dict[str, Callable[[Tensor, float, float], tuple[Tensor, Tens
     "cm": cm_scalings,
     "edm": lambda sigma, sigma_min, sigma_data: edm_scalings(sigma, sigma_data),
 }
+
+
+@dataclass
+class ConsistencySchedulerOutput(BaseOutput):
+    """What a step returns, both `(B, ...)`.
+
+    Attributes:
+        prev_sample: The sample at the next timestep of the schedule, or the result after the last one.
+        denoised: The consistency function's answer f(x_t, t), without noise.
+    """
+
+    prev_sample: Tensor
+    denoised: Tensor
+
+
+OUTPUT_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}  # as `EDMEulerScheduler` has them
 # c_noise, what a network is told of sigma: part of its architecture. "adm" as `CMStochasticIterativeScheduler`.
 NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "edm": lambda sigma: sigma.log() / 4,
@@ -71,14 +95,74 @@ NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """`(points,)` ascending sigmas of EDM (2206.00364, Eq. 5), float64: even in sigma^(1 / rho), with exact ends."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    grid = torch.linspace(low, high, points, dtype=torch.float64) ** rho
-    grid[0], grid[-1] = sigma_min, sigma_max
-    return grid
+def noise_condition(sigma: Tensor, kind: str) -> Tensor:
+    """c_noise `(B,)`: ln(sigma) / 4 for networks of EDM, 1000 times that for ADM's and diffusers' `UNet2DModel`.
+
+    Args:
+        kind: One of `NOISE_CONDITIONINGS`.
+    """
+    if kind not in NOISE_CONDITIONINGS:
+        raise ValueError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
+    return NOISE_CONDITIONINGS[kind](exact(sigma))
 
 
+@dataclass(frozen=True)
+class EDMKind:
+    """A network of EDM (2206.00364, Eq. 7): its output is F, or -F for "v_prediction", as of Stable Video Diffusion.
+
+    Attributes:
+        sigma_data: Standard deviation of the data.
+        noise_conditioning: See `noise_condition`.
+        prediction_type: One of `OUTPUT_SIGNS`.
+    """
+
+    sigma_data: float
+    noise_conditioning: str
+    prediction_type: str
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in OUTPUT_SIGNS:
+            raise ValueError(
+                f'A network of kind "edm" answers with F, "epsilon", or -F, "v_prediction", got '
+                f'{self.prediction_type!r}; take network "vp" for a diffusion model of Stable Diffusion\'s kind.'
+            )
+
+    def times(self, sigmas: Tensor) -> Tensor:
+        return noise_condition(sigmas, self.noise_conditioning)
+
+    def sigmas(self, times: Tensor) -> Tensor:
+        return torch.exp(times / self.times(torch.tensor(math.e, dtype=torch.float64)))
+
+    def shown(self, sigma: Tensor) -> Tensor:
+        return input_scaling(sigma, self.sigma_data)
+
+    def as_edm(self, sigma: Tensor) -> tuple[float, float]:
+        return 0.0, OUTPUT_SIGNS[self.prediction_type]
+
+    def start(self, sigma: float) -> float:
+        return math.hypot(sigma, self.sigma_data) if self.prediction_type == "v_prediction" else sigma
+
+
+class NetworkKind(Protocol):
+    """What a view of `cm_diffusers.diffusion.views` is to training. Every sigma is float64."""
+
+    def times(self, sigmas: Tensor) -> Tensor:
+        """What the network is told of noise levels `(N,)`."""
+
+    def sigmas(self, times: Tensor) -> Tensor:
+        """The inverse of `times`."""
+
+    def shown(self, sigma: Tensor) -> Tensor:
+        """The factor of x in the network's input."""
+
+    def as_edm(self, sigma: Tensor) -> tuple[float, float]:
+        """on_x and on_output with F = on_x x + on_output output."""
+
+    def start(self, sigma: float) -> float:
+        """The standard deviation of what sampling starts from at sigma."""
+
+
+NoiseSampler = Callable[[torch.Size, Generator | list[Generator] | None, torch.device, torch.dtype], Tensor]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -91,7 +175,7 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
     Args:
         prediction_type: What the output is: "epsilon", "v_prediction" or "sample".
     """
-    sigma = sigma.double()
+    sigma = exact(sigma)
     edm, vp = (sigma**2 + sigma_data**2).sqrt(), (1 + sigma**2).sqrt()
     if prediction_type == "epsilon":  # D = x - sigma output
         return sigma / (sigma_data * edm), -edm / sigma_data
@@ -102,13 +186,207 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
     raise ValueError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
 
 
-class StudentScheduler(SchedulerMixin, ConfigMixin):
-    """Consistency sampling (2303.01469, Algorithm 1) in x = x0 + sigma noise, by all that the scheduler's config says.
+@dataclass(frozen=True, eq=False)
+class VPKind:
+    """A variance-preserving network; between its integer times ln sigma is interpolated linearly.
 
-    Such students are saved with `CMStochasticIterativeScheduler`, which reads a part of the fields and keeps the others.
-    They mean what they mean to `EDMConsistencyScheduler` of cm_diffusers, whose steps these are.
+    Attributes:
+        sigma_data: Standard deviation of the data.
+        prediction_type: What its output is.
+        log_sigmas: ln(sigma / alpha) at its times `(T,)`.
     """
 
+    sigma_data: float
+    prediction_type: str
+    log_sigmas: np.ndarray
+
+    @classmethod
+    def of(cls, sigma_data: float, prediction_type: str, alphas_cumprod: Tensor) -> "VPKind":
+        """Leaves out a last time of zero terminal SNR, where sigma is infinite."""
+        signal = alphas_cumprod[alphas_cumprod > 0].double()
+        return cls(sigma_data, prediction_type, -torch.logit(signal).numpy() / 2)
+
+    def times(self, sigmas: Tensor) -> Tensor:
+        return torch.as_tensor(np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas))))
+
+    def sigmas(self, times: Tensor) -> Tensor:
+        return torch.as_tensor(np.interp(times.numpy(), np.arange(len(self.log_sigmas)), self.log_sigmas)).exp()
+
+    def shown(self, sigma: Tensor) -> Tensor:
+        return input_scaling(sigma, 1.0)
+
+    def as_edm(self, sigma: Tensor) -> tuple[float, float]:
+        on_x, on_output = vp_scalings(sigma, self.sigma_data, self.prediction_type)
+        return float(on_x), float(on_output)
+
+    def start(self, sigma: float) -> float:
+        return sigma
+
+    def check(self, sigma_min: float, sigma_max: float) -> None:
+        """
+        Raises:
+            ValueError: The levels go beyond what the network knows.
+        """
+        low, high = np.exp(self.log_sigmas[[0, -1]])
+        if sigma_min < low or sigma_max > high:
+            raise ValueError(
+                f"This network knows sigmas from {low:.5g} to {high:.5g}, but sigma_min is {sigma_min} and sigma_max "
+                f"{sigma_max}; give what it was trained with."
+            )
+
+
+def _checked_gamma(gamma: float) -> float:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
+    return gamma
+
+
+def _level(sigma: float) -> Tensor:
+    return torch.tensor(sigma, dtype=torch.float64)
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def _refuse_integers(timesteps: Tensor) -> None:
+    if not timesteps.is_floating_point():
+        raise ValueError(
+            "Timesteps of EDMConsistencyScheduler are what the network is told of the noise, not integer indices; pass "
+            "entries of scheduler.timesteps."
+        )
+
+
+def _check_strength(strength: float) -> None:
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    try:
+        return value == int(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _share(length: int, strength: float) -> int:
+    """How many of `length` remain; in floating point 50 * 0.58 is below 29."""
+    return int(length * strength + 1e-6)
+
+
+logger = logging.get_logger(__name__)
+
+
+def chosen(timesteps: Sequence[int], grid: Sequence[int], limit: int, strength: float) -> list[int]:
+    """The share `strength` of a user's timesteps that has the least noise; those off the grid are warned of.
+
+    Raises:
+        ValueError: They are not whole, not in [0, limit), not descending, none remains, or strength is outside (0, 1].
+    """
+    _check_strength(strength)
+    timesteps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if not isinstance(timesteps, Sequence) or not all(_is_whole(t) for t in timesteps):
+        raise ValueError(f"timesteps must be a list of whole numbers, got {timesteps!r}.")
+    schedule = [int(t) for t in timesteps]
+    if not schedule or not all(0 <= t < limit for t in schedule):
+        raise ValueError(f"timesteps must be a list of numbers from {limit - 1} down to 0, got {schedule}.")
+    if any(a <= b for a, b in pairwise(schedule)):
+        raise ValueError(f"timesteps must descend without repetition, got {schedule}.")
+    kept = _share(len(schedule), strength)
+    if kept == 0:
+        raise ValueError(f"A strength of {strength} leaves none of the {len(schedule)} timesteps; take a higher one.")
+    if strangers := [t for t in schedule[-kept:] if t not in grid]:
+        logger.warning(f"Timesteps {strangers} are not on the distillation grid of {len(grid)} points.")
+    return schedule[-kept:]
+
+
+def at_places(grid: list[float], places: Sequence[int]) -> list[float]:
+    """The levels at these places of a descending grid, which are listed from the last to the first.
+
+    Raises:
+        ValueError: They are not whole, not on the grid, or not descending.
+    """
+    return [grid[place] for place in chosen(places, range(len(grid)), len(grid), 1.0)[::-1]]
+
+
+def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
+    """
+    Raises:
+        ValueError: They are no numbers from high down to low.
+    """
+    values = list(sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas)
+    known = all(isinstance(value, Real) and low <= value <= high for value in values)
+    if not values or not known or any(a <= b for a, b in pairwise(values)):
+        raise ValueError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
+    return [float(value) for value in values]
+
+
+def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """`(points,)` ascending sigmas of EDM (2206.00364, Eq. 5), float64: even in sigma^(1 / rho), with exact ends."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    grid = torch.linspace(low, high, points, dtype=torch.float64) ** rho
+    grid[0], grid[-1] = sigma_min, sigma_max
+    return grid
+
+
+def strided(grid: list[float], count: int) -> list[float]:
+    """`count` levels of a descending grid, the first and every (N // count)-th, as `CMStochasticIterativeScheduler`.
+
+    Raises:
+        ValueError: The count is no whole number from 1 to the points of the grid.
+    """
+    if not isinstance(count, Integral) or not 1 <= count <= len(grid):
+        raise ValueError(
+            f"num_inference_steps must be a whole number from 1 to the {len(grid)} points of the training grid, got "
+            f"{count!r}; for other noise levels give sigmas."
+        )
+    return grid[:: len(grid) // count][:count]
+
+
+class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
+    """Multistep consistency sampling (2303.01469, Algorithm 1) at any descending noise levels.
+
+    A step from sigma to sigma' denoises, f = c_skip x + c_out F, and noises again::
+
+        x' = f + e' ((1 - gamma) (x - f) / e + sqrt(1 - (1 - gamma)^2) s_noise z),    e^2 = sigma^2 - floor^2
+
+    where f has the noise level floor: sigma_min with the boundary "cm", 0 with "edm". gamma = 1 is the paper's
+    sampler, gamma = 0 is deterministic; the last step adds no noise. Fresh noise z keeps the law of the data; reused
+    noise depends on f, so an exact consistency function ends with too much variance below gamma = 1.
+
+    With the defaults this is `CMStochasticIterativeScheduler` step for step, and the config of either makes the other.
+    "cm" is c_skip = d^2 / ((sigma - sigma_min)^2 + d^2) and c_out = d (sigma - sigma_min) / sqrt(sigma^2 + d^2) with
+    d = sigma_data: the shift is not under the root. So have it the paper (Appendix C), the authors' code in torch and
+    in JAX, which trained the published checkpoints, and diffusers. "edm" has no shift (2406.14548, in training).
+
+    A network of kind "edm" is shown x / sqrt(sigma^2 + sigma_data^2) and told `noise_conditioning` of sigma, which is
+    also what `timesteps` holds; it answers with F, or with -F if it predicts v, as Stable Video Diffusion. One of kind
+    "vp" is a diffusion model of Stable Diffusion's kind that was made a consistency model
+    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
+
+    Args:
+        num_train_timesteps: Points of the Karras grid that numbers of steps and indices refer to.
+        sigma_data: Standard deviation of the data, as in training.
+        s_noise: Factor of fresh noise.
+        rho: Exponent of the grid.
+        clip_denoised: Clip f to [-1, 1]; not for latents.
+        boundary_scalings: "cm" or "edm", as in training.
+        noise_conditioning: "adm" (250 ln sigma, as `UNet2DModel` of the published checkpoints) or "edm" (ln sigma / 4).
+        gamma: The share of fresh noise, 0 to 1.
+        network: "edm" or "vp".
+        prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample"; of kind "edm" F is
+            "epsilon", -F "v_prediction". The fields below are for "vp".
+        num_vp_timesteps: How many times the network knows.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: As in its scheduler.
+        recommended_sigmas: What `set_timesteps` takes when it is given none, e.g. [80.0, 0.821].
+
+    Attributes:
+        sigmas: The noise levels `(steps + 1,)` in float64, the last is that of the result; at first the whole grid.
+        noise_sampler: As in `ConsistencyScheduler`.
+    """
+
+    _compatibles = ["CMStochasticIterativeScheduler"]
     order = 1
 
     @register_to_config
@@ -130,23 +408,33 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         beta_schedule: str = "scaled_linear",
-        trained_betas: list[float] | None = None,
+        trained_betas: np.ndarray | list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
         recommended_sigmas: list[float] | None = None,
     ) -> None:
-        self.grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
-        self.floor = sigma_min if boundary_scalings == "cm" else 0.0  # the noise level of f
+        _one_of("boundary_scalings", boundary_scalings, tuple(BOUNDARY_SCALINGS))
+        _one_of("noise_conditioning", noise_conditioning, tuple(NOISE_CONDITIONINGS))
+        _one_of("network", network, ("edm", "vp"))
+        _one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
+        if not 0 < sigma_min < sigma_max < math.inf or not 0 < sigma_data < math.inf:
+            found = f"{sigma_min}, {sigma_max} and {sigma_data}"
+            raise ValueError(f"sigma_min, the larger sigma_max and sigma_data must be positive, got {found}.")
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
             stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
-            signal = stock.alphas_cumprod[stock.alphas_cumprod > 0].double()
-            self.log_sigmas = -torch.logit(signal).numpy() / 2
-
-    @classmethod
-    def of(cls, scheduler: SchedulerMixin, **changes: Any) -> "StudentScheduler":
-        """Samples by the config of a scheduler."""
-        fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        return cls.from_config(fields, **changes)
+            self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod)
+            self._kind.check(sigma_min, sigma_max)
+        else:
+            self._kind = EDMKind(sigma_data, noise_conditioning, prediction_type)
+        self._floor = sigma_min if boundary_scalings == "cm" else 0.0
+        self._grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
+        if recommended_sigmas is not None:
+            checked(recommended_sigmas, sigma_min, sigma_max)
+        self.gamma = _checked_gamma(gamma)
+        self.noise_sampler: NoiseSampler | None = None
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._set_schedule(self._grid, device=None)
 
     def set_timesteps(
         self,
@@ -154,77 +442,171 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
+        gamma: float | None = None,
     ) -> None:
-        """Choose the noise levels: some of the grid, its places counted from the end, these, or the recommended ones."""
-        points = len(self.grid)
+        """Choose the noise levels of the next sampling run; without any, those the student recommends.
+
+        Args:
+            num_inference_steps: So many levels, spaced on the training grid as in `CMStochasticIterativeScheduler`.
+            timesteps: These places on the grid instead, where 0 is sigma_max; listed in descending order, as there.
+            sigmas: Or these levels themselves, descending.
+            gamma: For this run, instead of the config's.
+
+        Raises:
+            ValueError: An argument is out of range, or not exactly one way to choose is given.
+        """
         if num_inference_steps is None and timesteps is None and sigmas is None:
             sigmas = self.config.recommended_sigmas
         if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("Give exactly one of num_inference_steps, timesteps and sigmas.")
-        if num_inference_steps is not None:
-            if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= points:
-                raise ValueError(
-                    f"num_inference_steps must be a whole number from 1 to {points}, got {num_inference_steps!r}."
-                )
-            sigmas = self.grid[:: points // num_inference_steps][:num_inference_steps]
+        if sigmas is not None:
+            schedule = checked(sigmas, self.config.sigma_min, self.config.sigma_max)
         elif timesteps is not None:
-            if not all(isinstance(place, Integral) and 0 <= place < points for place in timesteps):
-                raise ValueError(f"timesteps must be whole numbers from {points - 1} down to 0, got {timesteps}.")
-            sigmas = [self.grid[place] for place in reversed(timesteps)]
-        levels, low, high = [float(sigma) for sigma in sigmas], self.config.sigma_min, self.config.sigma_max
-        known = bool(levels) and all(low <= level <= high for level in levels)
-        if not known or any(a <= b for a, b in pairwise(levels)):
-            raise ValueError(f"Noise levels must descend, from at most {high} to at least {low}; got {levels}.")
-        self.sigmas = torch.tensor([*levels, self.floor], dtype=torch.float64)
-        times = self._told(self.sigmas[:-1])
-        self.timesteps = times.to(device, torch.float32) if str(device).startswith("mps") else times.to(device)
-        self.init_noise_sigma, self.num_inference_steps, self.done = levels[0], len(levels), 0
-
-    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """What the network is shown `(B, ...)`."""
-        std = 1.0 if self.config.network == "vp" else self.config.sigma_data
-        return sample * float(input_scaling(self.sigmas[self.done], std))
+            schedule = at_places(self._grid, timesteps)
+        else:
+            schedule = strided(self._grid, num_inference_steps)
+        self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
+        self.num_inference_steps = len(schedule)
+        self.custom_timesteps = num_inference_steps is None
+        self._set_schedule(schedule, device)
 
     def step(
         self,
         model_output: Tensor,
-        timestep: Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
-    ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
-        """The next step of the schedule; all tensors `(B, ...)`: f = c_skip x + c_out F, and noise to the level after it."""
-        sigma, following = self.sigmas[self.done], self.sigmas[self.done + 1]
+    ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of the schedule: denoise, then noise again to the next level.
+
+        Args:
+            model_output: `(B, ...)`, the network's answer to `scale_model_input` of the sample.
+            timestep: One of `timesteps`. It finds the first step's place; the steps after it follow in order.
+            sample: x `(B, ...)`; both results have its dtype, the arithmetic is in float64.
+        """
+        index = self._enter(timestep)
         x = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
-        denoised = result = self._consistency(model_output.to(x.dtype), sigma, x)
-        self.done += 1
-        if self.done < self.num_inference_steps:
-            gamma = self.config.gamma
-            above, level = ((float(one) ** 2 - self.floor**2) ** 0.5 for one in (sigma, following))
-            if gamma < 1:
-                result = result + level * (1 - gamma) / above * (x - denoised)
-            if gamma > 0:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-                result = result + level * (1 - (1 - gamma) ** 2) ** 0.5 * self.config.s_noise * noise.to(x.dtype)
-        output = LCMSchedulerOutput(result.to(sample.dtype), denoised.to(sample.dtype))
-        return output if return_dict else output.to_tuple()
+        denoised = self._denoise(model_output.to(x.dtype), self._schedule[index], x)
+        prev_sample = self._noise_again(denoised, x, index, sample, generator)
+        self._step_index += 1
+        result = (prev_sample.to(sample.dtype), denoised.to(sample.dtype))
+        return ConsistencySchedulerOutput(*result) if return_dict else result
 
-    def _told(self, sigmas: Tensor) -> Tensor:
-        """What the network is told of noise levels `(N,)`: its own time, or a logarithm."""
-        if self.config.network == "vp":
-            times = np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
-            return torch.as_tensor(times)
-        return NOISE_CONDITIONINGS[self.config.noise_conditioning](sigmas)
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the network is shown: c_in x `(B, ...)`, at the next step's level, before the first at the timestep's."""
+        begun = self._step_index is not None and self._step_index < len(self._schedule)
+        sigma = _level(self._schedule[self._step_index]) if begun else self._sigmas_at(torch.as_tensor(timestep))
+        return sample * float(self._kind.shown(sigma))
 
-    def _consistency(self, output: Tensor, sigma: Tensor, x: Tensor) -> Tensor:
-        """f(x, sigma), exactly x at sigma = floor."""
-        on_x, on_output = 0.0, 1.0  # F = on_x x + on_output output
-        if self.config.network == "vp":
-            on_x, on_output = map(float, vp_scalings(sigma, self.config.sigma_data, self.config.prediction_type))
+    def sigma_to_t(self, sigmas: float | Sequence[float] | Tensor) -> Tensor:
+        """What the network is told of noise levels, of the schedule or not, in float64."""
+        return self._kind.times(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x `(B, ...)` from clean data and noise `(B, ...)` at `timesteps` `(B,)`, of the schedule or not.
+
+        Raises:
+            ValueError: The timesteps are integers.
+        """
+        dtype = torch.promote_types(original_samples.dtype, torch.float32)
+        sigma = self._sigmas_at(timesteps).to(dtype).to(original_samples.device)
+        return (original_samples + sigma.reshape(-1, *[1] * (noise.ndim - 1)) * noise).to(original_samples.dtype)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation that sampling starts from: the first noise level; with -F, of data at that level."""
+        return self._kind.start(self._schedule[0])
+
+    @property
+    def step_index(self) -> int | None:
+        """The next step's place in the schedule, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the first step starts, None where its timestep tells."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this place of the schedule, as image-to-image pipelines do."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The place of a timestep in the schedule.
+
+        Raises:
+            ValueError: It is an integer, or not there.
+        """
+        sigma = self._sigmas_at(torch.as_tensor(timestep)).item()
+        for index, level in enumerate(self._schedule):
+            if math.isclose(sigma, level, rel_tol=1e-5):  # a timestep may have passed through float32
+                return index
+        raise ValueError(
+            f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "
+            "of scheduler.timesteps, or call set_timesteps."
+        )
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
+        """Contains this class even where it is not registered, and none whose dependencies are missing."""
+        return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
+
+    def _set_schedule(self, schedule: list[float], device: str | torch.device | None) -> None:
+        self._schedule = schedule
+        self.sigmas = torch.tensor([*schedule, self._floor], dtype=torch.float64)
+        times = self.sigma_to_t(self.sigmas[:-1])
+        self.timesteps = times.to(device, torch.float32) if str(device).startswith("mps") else times.to(device)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def _enter(self, timestep: float | Tensor) -> int:
+        """The place of the step that begins."""
+        _refuse_integers(torch.as_tensor(timestep))
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._step_index >= len(self._schedule):
+            raise ValueError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
+        return self._step_index
+
+    def _denoise(self, output: Tensor, sigma: float, x: Tensor) -> Tensor:
+        """f(x, sigma) = c_skip x + c_out F."""
+        on_x, on_output = self._kind.as_edm(_level(sigma))
         scalings = BOUNDARY_SCALINGS[self.config.boundary_scalings]
-        c_skip, c_out = map(float, scalings(sigma, self.config.sigma_min, self.config.sigma_data))
+        c_skip, c_out = map(float, scalings(_level(sigma), self.config.sigma_min, self.config.sigma_data))
         f = (c_skip + c_out * on_x) * x + c_out * on_output * output
         return f.clamp(-1, 1) if self.config.clip_denoised else f
+
+    def _noise_again(
+        self, denoised: Tensor, x: Tensor, index: int, sample: Tensor, generator: Generator | list[Generator] | None
+    ) -> Tensor:
+        """The sample at the next level."""
+        if index + 1 == len(self._schedule):
+            return denoised
+        above, following = ((self._schedule[i] ** 2 - self._floor**2) ** 0.5 for i in (index, index + 1))
+        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5 * self.config.s_noise
+        result = denoised
+        if reused > 0:
+            result = result + following * reused / above * (x - denoised)
+        if fresh > 0:
+            result = result + following * fresh * self._draw(sample, generator).to(x.dtype)
+        return result
+
+    def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
+        """Fresh noise `(B, ...)` in the dtype of the sample: what a seed draws depends on it."""
+        if self.noise_sampler is None:
+            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
+        if noise.shape != sample.shape:
+            raise ValueError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+        return noise
+
+    def _sigmas_at(self, timesteps: Tensor) -> Tensor:
+        _refuse_integers(timesteps)
+        return self._kind.sigmas(timesteps.cpu().double())
 
 
 TASKS = ("inpainting", "colorization", "super-resolution")
@@ -282,7 +664,7 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
 
     Args:
         unet: Of pixels, 1 or 3 channels.
-        scheduler: Carries the fields that `StudentScheduler` samples by.
+        scheduler: Carries the fields that `EDMConsistencyScheduler` samples by.
     """
 
     model_cpu_offload_seq = "unet"
@@ -345,9 +727,9 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             shown = scheduler.scale_model_input(x, t).to(self.unet.dtype)
             output = self.unet(shown, t, class_labels=labels, return_dict=False)[0]
-            x = replace(scheduler.step(output.float(), t, x).prev_sample)
+            x = replace(scheduler.step(output.float(), t, x).denoised)
             if i + 1 < len(scheduler.timesteps):
-                std = (levels[i + 1] ** 2 - scheduler.floor**2) ** 0.5
+                std = (levels[i + 1] ** 2 - levels[-1] ** 2) ** 0.5
                 x = x + std * randn_tensor(x.shape, generator=generator, device=device)
         images = self.image_processor.postprocess(finish(x), output_type=output_type)
         self.maybe_free_model_hooks()
@@ -395,9 +777,9 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
 
     def _silent_scheduler(
         self, device: torch.device, steps: int | None, timesteps: list[int] | None, sigmas: list[float] | None
-    ) -> StudentScheduler:
-        """One whose steps end at f(x, sigma), with its noise levels chosen."""
-        scheduler = StudentScheduler.of(self.scheduler, s_noise=0.0, gamma=1.0)
+    ) -> EDMConsistencyScheduler:
+        """One whose steps draw no noise, with its noise levels chosen."""
+        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config, gamma=0.0)
         if steps is None and timesteps is None and sigmas is None:
             steps = min(STEPS, scheduler.config.num_train_timesteps)
         scheduler.set_timesteps(steps, device, timesteps, sigmas)

@@ -20,21 +20,33 @@ levels `sigmas` names.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Generator, Tensor
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
 RECORD = "cm_diffusers.json"
@@ -51,20 +63,411 @@ def read_record(source: str) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
+CLEAN = (1.0, 0.0)  # alpha and sigma of data without noise
+
+
+@dataclass
+class ConsistencySchedulerOutput(BaseOutput):
+    """What a step returns, both `(B, ...)`.
+
+    Attributes:
+        prev_sample: The sample at the next timestep of the schedule, or the result after the last one.
+        denoised: The consistency function's answer f(x_t, t), without noise.
+    """
+
+    prev_sample: Tensor
+    denoised: Tensor
+
+
+NoiseSampler = Callable[[torch.Size, Generator | list[Generator] | None, torch.device, torch.dtype], Tensor]
+
+
+def _checked_gamma(gamma: float) -> float:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
+    return gamma
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def _check_strength(strength: float) -> None:
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    try:
+        return value == int(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _share(length: int, strength: float) -> int:
+    """How many of `length` remain; in floating point 50 * 0.58 is below 29."""
+    return int(length * strength + 1e-6)
+
+
+logger = logging.get_logger(__name__)
+
+
+def chosen(timesteps: Sequence[int], grid: Sequence[int], limit: int, strength: float) -> list[int]:
+    """The share `strength` of a user's timesteps that has the least noise; those off the grid are warned of.
+
+    Raises:
+        ValueError: They are not whole, not in [0, limit), not descending, none remains, or strength is outside (0, 1].
+    """
+    _check_strength(strength)
+    timesteps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if not isinstance(timesteps, Sequence) or not all(_is_whole(t) for t in timesteps):
+        raise ValueError(f"timesteps must be a list of whole numbers, got {timesteps!r}.")
+    schedule = [int(t) for t in timesteps]
+    if not schedule or not all(0 <= t < limit for t in schedule):
+        raise ValueError(f"timesteps must be a list of numbers from {limit - 1} down to 0, got {schedule}.")
+    if any(a <= b for a, b in pairwise(schedule)):
+        raise ValueError(f"timesteps must descend without repetition, got {schedule}.")
+    kept = _share(len(schedule), strength)
+    if kept == 0:
+        raise ValueError(f"A strength of {strength} leaves none of the {len(schedule)} timesteps; take a higher one.")
+    if strangers := [t for t in schedule[-kept:] if t not in grid]:
+        logger.warning(f"Timesteps {strangers} are not on the distillation grid of {len(grid)} points.")
+    return schedule[-kept:]
+
+
+def solver_grid(num_train_timesteps: int, num_solver_steps: int) -> Tensor:
+    """The N ascending times k-1, 2k-1, ..., Nk-1 with k = T // N of LCM (2310.04378, Sec. 4.3) and `LCMScheduler`."""
+    if not 1 <= num_solver_steps <= num_train_timesteps:
+        raise ValueError(
+            f"The grid has {num_solver_steps} steps (num_ddim_timesteps, original_inference_steps) but the model has "
+            f"{num_train_timesteps} timesteps; choose between 1 and {num_train_timesteps}."
+        )
+    skip = num_train_timesteps // num_solver_steps
+    return torch.arange(1, num_solver_steps + 1) * skip - 1
+
+
+def distillation_grid(num_train_timesteps: int, points: int) -> list[int]:
+    """The grid of `solver_grid`, ascending.
+
+    Raises:
+        ValueError: The number of points is not whole, or out of range.
+    """
+    if not _is_whole(points):
+        raise ValueError(f"original_inference_steps must be a whole number, got {points!r}.")
+    return solver_grid(num_train_timesteps, int(points)).tolist()
+
+
+def exact(times: Tensor) -> Tensor:
+    """Times, or what is computed of them, in float64 on the CPU."""
+    return times.cpu().double()
+
+
+def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out `(B,)` of LCM (2310.04378, Sec. 4.1), float64; exactly (1, 0) at t = 0.
+
+    Args:
+        t: Discrete times `(B,)`.
+        timestep_scaling: Multiplies t, as `LCMScheduler.config.timestep_scaling`.
+    """
+    scaled = exact(t) * timestep_scaling
+    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    return c_skip, c_out
+
+
+def spread(grid: Sequence[int], count: int, strength: float) -> list[int]:
+    """`count` timesteps spread evenly over the share `strength` of the grid that has the least noise.
+
+    Args:
+        grid: The distillation grid, ascending.
+
+    Raises:
+        ValueError: The count is no whole number from 1 to the points that remain, or strength is outside (0, 1].
+    """
+    _check_strength(strength)
+    remaining = grid[: _share(len(grid), strength)]
+    if not _is_whole(count) or count < 1:
+        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {count!r}.")
+    if count > len(remaining):
+        least = math.ceil(count / len(grid) * 1000) / 1000
+        ways = [f"a strength of at least {least:g}"] * (count <= len(grid)) + ["fewer steps"] * bool(remaining)
+        raise ValueError(
+            f"num_inference_steps is {count}, but a strength of {strength} leaves {len(remaining)} of the {len(grid)} "
+            f"timesteps of the distillation grid; take {', '.join(ways)} or more original_inference_steps."
+        )
+    places = np.floor(np.linspace(0, len(remaining), num=int(count), endpoint=False)).astype(int)
+    return [remaining[::-1][i] for i in places]
+
+
+class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
+    """Multistep consistency sampling with as much fresh noise as `gamma` says.
+
+    A step from t to t' denoises, f = c_skip x + c_out x0_hat, goes to s = floor((1 - gamma) t') along the noise that x
+    and f imply, and from s to t' by fresh noise (2402.19159, Sec. 4.3). With gamma = 1 that is LCM's
+    alpha' f + sigma' z (2310.04378, Algorithm 3), with gamma = 0 it is DDIM. The last step adds no noise.
+
+    Fresh noise keeps the law of the data; reused noise depends on f, and only a student that was distilled for it (TCD)
+    makes up for that: an exact consistency function ends with too much variance below gamma = 1.
+
+    The config of any Stable Diffusion scheduler serves: `ConsistencyScheduler.from_config(pipe.scheduler.config)`, and
+    `from_config(..., gamma=0.3, boundary_scalings="none")` for a student sampled with `TCDScheduler`.
+
+    Args:
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2"; `trained_betas` takes its place.
+        original_inference_steps: Points of the grid that the student was distilled on.
+        clip_sample: Clip x0_hat to +-`clip_sample_range`; `thresholding` (2205.11487, Sec. 2.3) goes before it.
+        set_alpha_to_one: The last step with gamma < 1 ends at clean data, else at the noise level of timestep 0.
+        timestep_scaling, sigma_data: Constants of `lcm_scalings`.
+        gamma: The share of fresh noise, 0 to 1.
+        rescale_betas_zero_snr: Rescale the betas to zero terminal SNR (2305.08891, Algorithm 1).
+        boundary_scalings: "lcm" for `cm_diffusers.diffusion.preconditioning.lcm_scalings`, "none" for f = x0_hat (TCD).
+
+    Attributes:
+        noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of
+            the sample, the generator, the device and the dtype. Frames `(B, C, F, H, W)` share their noise with::
+
+                lambda shape, *where: randn_tensor((*shape[:2], 1, *shape[3:]), *where).expand(shape)
+    """
+
+    # Their config fields are kept, without a warning, for the way back to them.
+    _compatibles = ["LCMScheduler", "TCDScheduler", *(scheduler.name for scheduler in KarrasDiffusionSchedulers)]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        original_inference_steps: int = 50,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        set_alpha_to_one: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_scaling: float = 10.0,
+        rescale_betas_zero_snr: bool = False,
+        gamma: float = 1.0,
+        sigma_data: float = 0.5,
+        boundary_scalings: str = "lcm",
+    ) -> None:
+        _one_of("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        _one_of("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
+        _one_of("boundary_scalings", boundary_scalings, ("lcm", "none"))
+        betas = (beta_start, beta_end, beta_schedule, trained_betas)
+        stock = LCMScheduler(num_train_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
+        self.betas, self.alphas_cumprod = stock.betas, stock.alphas_cumprod
+        self.init_noise_sigma = 1.0
+        self.gamma = _checked_gamma(gamma)
+        self.noise_sampler: NoiseSampler | None = None
+        self.num_inference_steps: int | None = None
+        self._set_schedule(list(range(num_train_timesteps))[::-1], device=None)
+        self.custom_timesteps = False
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        original_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float = 1.0,
+        gamma: float | None = None,
+    ) -> None:
+        """Choose the timesteps of the next sampling run.
+
+        Args:
+            num_inference_steps: So many timesteps, evenly spaced on the distillation grid.
+            original_inference_steps: Points of that grid; the config's number by default.
+            timesteps: These timesteps instead, descending.
+            strength: The share of the grid, or of `timesteps`, that remains, from its less noisy end.
+            gamma: For this run, instead of the config's.
+
+        Raises:
+            ValueError: An argument is out of range, or not exactly one of the first and `timesteps` is given.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Give exactly one of num_inference_steps and timesteps.")
+        total = len(self.alphas_cumprod)
+        points = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
+        grid = distillation_grid(total, points)
+        if timesteps is None:
+            schedule = spread(grid, num_inference_steps, strength)
+        else:
+            schedule = chosen(timesteps, grid, total, strength)
+        self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
+        self.num_inference_steps = len(schedule)
+        self.custom_timesteps = timesteps is not None
+        self._set_schedule(schedule, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of the schedule: denoise, then go to the next timestep.
+
+        Args:
+            model_output: `(B, ...)`, what `prediction_type` says.
+            timestep: Finds the first step's place in the schedule; the steps after it follow in order.
+            sample: x_t `(B, ...)`; both results have its dtype, the arithmetic is in float32 or float64.
+        """
+        index = self._enter(timestep)
+        x = sample if sample.dtype == torch.float64 else sample.float()
+        denoised = self._denoise(model_output.to(x.dtype), self._schedule[index], x)
+        prev_sample = self._move(denoised, x, index, lambda: self._draw(sample, generator).to(x.dtype))
+        self._step_index += 1
+        result = (prev_sample.to(sample.dtype), denoised.to(sample.dtype))
+        return ConsistencySchedulerOutput(*result) if return_dict else result
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t `(B, ...)` from clean data and noise `(B, ...)` at `timesteps` `(B,)`."""
+        alpha, sigma = self._rates_like(original_samples, timesteps)
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = alpha noise - sigma x0 `(B, ...)` (2202.00512) of clean data and noise at `timesteps` `(B,)`."""
+        alpha, sigma = self._rates_like(sample, timesteps)
+        return (alpha * noise - sigma * sample).to(sample.dtype)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The sample itself: this process needs no scaling."""
+        return sample
+
+    @property
+    def step_index(self) -> int | None:
+        """The next step's place in the schedule, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the first step starts, None where its timestep tells."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this place of the schedule, as image-to-image pipelines do."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: int | Tensor) -> int:
+        """The place of a timestep in the schedule."""
+        if int(timestep) not in self._schedule:
+            raise ValueError(f"Timestep {int(timestep)} is not in the schedule {self._schedule}; call set_timesteps.")
+        return self._schedule.index(int(timestep))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
+        """Contains this class even where it is not registered, and none whose dependencies are missing."""
+        return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
+
+    def _set_schedule(self, schedule: list[int], device: str | torch.device | None) -> None:
+        self._schedule = schedule  # also here, so that no step waits for the device
+        self.timesteps = torch.tensor(schedule, dtype=torch.long, device=device)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def _enter(self, timestep: int | Tensor) -> int:
+        """The place of the step that begins."""
+        if self.num_inference_steps is None:
+            raise ValueError("The scheduler has no schedule yet; call set_timesteps before step.")
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._step_index >= len(self._schedule):
+            raise ValueError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
+        return self._step_index
+
+    def _denoise(self, output: Tensor, t: int, x: Tensor) -> Tensor:
+        """f(x_t, t) = c_skip x + c_out x0_hat."""
+        x0 = self._bounded(self._predict(output, t, x))
+        if self.config.boundary_scalings == "none":
+            return x0
+        c_skip, c_out = lcm_scalings(torch.tensor(t), self.config.timestep_scaling, self.config.sigma_data)
+        return float(c_skip) * x + float(c_out) * x0
+
+    def _predict(self, output: Tensor, t: int, x: Tensor) -> Tensor:
+        alpha, sigma = self._rates(t)
+        if self.config.prediction_type == "epsilon":
+            if alpha == 0:
+                raise ValueError(
+                    f"Timestep {t} is pure noise (zero terminal SNR), where prediction_type 'epsilon' says nothing; use "
+                    "'v_prediction' or 'sample', or set rescale_betas_zero_snr=False."
+                )
+            return (x - sigma * output) / alpha
+        if self.config.prediction_type == "v_prediction":
+            return alpha * x - sigma * output
+        return output
+
+    def _bounded(self, x0: Tensor) -> Tensor:
+        if self.config.thresholding:
+            size = torch.quantile(x0.flatten(1).abs(), self.config.dynamic_thresholding_ratio, dim=1)
+            size = size.clamp(1, self.config.sample_max_value).reshape(-1, *[1] * (x0.ndim - 1))
+            return x0.clamp(-size, size) / size
+        size = self.config.clip_sample_range
+        return x0.clamp(-size, size) if self.config.clip_sample else x0
+
+    def _move(self, denoised: Tensor, x: Tensor, index: int, draw: Callable[[], Tensor]) -> Tensor:
+        """The sample at the next timestep: along the implied noise to s, then by fresh noise to t'."""
+        last = index + 1 == len(self._schedule)
+        alpha_s, sigma_s = self._before_noise(None if last else self._schedule[index + 1])
+        x_s = alpha_s * denoised
+        if sigma_s > 0:
+            alpha, sigma = self._rates(self._schedule[index])
+            x_s = x_s + sigma_s / sigma * (x - alpha * denoised)
+        if last or self.gamma == 0:
+            return x_s
+        ratio = self._rates(self._schedule[index + 1])[0] / alpha_s
+        return ratio * x_s + (1 - ratio**2) ** 0.5 * draw()
+
+    def _before_noise(self, t: int | None) -> tuple[float, float]:
+        """alpha and sigma at s before the next timestep, or at the end; LCM's s is clean data, not timestep 0."""
+        if self.gamma == 1 or (t is None and self.config.set_alpha_to_one):
+            return CLEAN
+        return self._rates(int(np.floor(np.float32(1 - self.gamma) * np.float32(t or 0))))  # rounds as TCDScheduler
+
+    def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
+        """Fresh noise `(B, ...)` in the dtype of the sample: what a seed draws depends on it."""
+        if self.noise_sampler is None:
+            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
+        if noise.shape != sample.shape:
+            raise ValueError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+        return noise
+
+    def _rates(self, t: int) -> tuple[float, float]:
+        """alpha and sigma at a timestep, in float64."""
+        alpha_cumprod = float(self.alphas_cumprod[t])
+        return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+
+    def _rates_like(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma `(B, 1, ...)` on the device of x, in float32, or float64 where x has it."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        table = self.alphas_cumprod.to(x.device, dtype)[timesteps.to(x.device)].reshape(-1, *[1] * (x.ndim - 1))
+        return table.sqrt(), (1 - table).sqrt()
+
+
 def input_scaling(sigma: Tensor, sigma_data: float) -> Tensor:
     """c_in `(B,)` of EDM (2206.00364, Table 1): c_in x has unit variance."""
-    return 1 / (sigma.double() ** 2 + sigma_data**2).sqrt()
+    return 1 / (exact(sigma) ** 2 + sigma_data**2).sqrt()
 
 
 def cm_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of consistency models (2303.01469, Appendix C); exactly (1, 0) at sigma = sigma_min."""
-    shifted = sigma.double() - sigma_min
+    shifted = exact(sigma) - sigma_min
     return 1 / (1 + (shifted / sigma_data) ** 2), shifted * sigma_data * input_scaling(sigma, sigma_data)
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of EDM's denoiser (2206.00364, Table 1); exactly (1, 0) at sigma = 0."""
-    sigma = sigma.double()
+    sigma = exact(sigma)
     return 1 / (1 + (sigma / sigma_data) ** 2), sigma * sigma_data * input_scaling(sigma, sigma_data)
 
 
@@ -73,6 +476,7 @@ BOUNDARY_SCALINGS: dict[str, Callable[[Tensor, float, float], tuple[Tensor, Tens
     "cm": cm_scalings,
     "edm": lambda sigma, sigma_min, sigma_data: edm_scalings(sigma, sigma_data),
 }
+OUTPUT_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}  # as `EDMEulerScheduler` has them
 # c_noise, what a network is told of sigma: part of its architecture. "adm" as `CMStochasticIterativeScheduler`.
 NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "edm": lambda sigma: sigma.log() / 4,
@@ -80,12 +484,71 @@ NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """`(points,)` ascending sigmas of EDM (2206.00364, Eq. 5), float64: even in sigma^(1 / rho), with exact ends."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    grid = torch.linspace(low, high, points, dtype=torch.float64) ** rho
-    grid[0], grid[-1] = sigma_min, sigma_max
-    return grid
+def noise_condition(sigma: Tensor, kind: str) -> Tensor:
+    """c_noise `(B,)`: ln(sigma) / 4 for networks of EDM, 1000 times that for ADM's and diffusers' `UNet2DModel`.
+
+    Args:
+        kind: One of `NOISE_CONDITIONINGS`.
+    """
+    if kind not in NOISE_CONDITIONINGS:
+        raise ValueError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
+    return NOISE_CONDITIONINGS[kind](exact(sigma))
+
+
+@dataclass(frozen=True)
+class EDMKind:
+    """A network of EDM (2206.00364, Eq. 7): its output is F, or -F for "v_prediction", as of Stable Video Diffusion.
+
+    Attributes:
+        sigma_data: Standard deviation of the data.
+        noise_conditioning: See `noise_condition`.
+        prediction_type: One of `OUTPUT_SIGNS`.
+    """
+
+    sigma_data: float
+    noise_conditioning: str
+    prediction_type: str
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in OUTPUT_SIGNS:
+            raise ValueError(
+                f'A network of kind "edm" answers with F, "epsilon", or -F, "v_prediction", got '
+                f'{self.prediction_type!r}; take network "vp" for a diffusion model of Stable Diffusion\'s kind.'
+            )
+
+    def times(self, sigmas: Tensor) -> Tensor:
+        return noise_condition(sigmas, self.noise_conditioning)
+
+    def sigmas(self, times: Tensor) -> Tensor:
+        return torch.exp(times / self.times(torch.tensor(math.e, dtype=torch.float64)))
+
+    def shown(self, sigma: Tensor) -> Tensor:
+        return input_scaling(sigma, self.sigma_data)
+
+    def as_edm(self, sigma: Tensor) -> tuple[float, float]:
+        return 0.0, OUTPUT_SIGNS[self.prediction_type]
+
+    def start(self, sigma: float) -> float:
+        return math.hypot(sigma, self.sigma_data) if self.prediction_type == "v_prediction" else sigma
+
+
+class NetworkKind(Protocol):
+    """What a view of `cm_diffusers.diffusion.views` is to training. Every sigma is float64."""
+
+    def times(self, sigmas: Tensor) -> Tensor:
+        """What the network is told of noise levels `(N,)`."""
+
+    def sigmas(self, times: Tensor) -> Tensor:
+        """The inverse of `times`."""
+
+    def shown(self, sigma: Tensor) -> Tensor:
+        """The factor of x in the network's input."""
+
+    def as_edm(self, sigma: Tensor) -> tuple[float, float]:
+        """on_x and on_output with F = on_x x + on_output output."""
+
+    def start(self, sigma: float) -> float:
+        """The standard deviation of what sampling starts from at sigma."""
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -100,7 +563,7 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
     Args:
         prediction_type: What the output is: "epsilon", "v_prediction" or "sample".
     """
-    sigma = sigma.double()
+    sigma = exact(sigma)
     edm, vp = (sigma**2 + sigma_data**2).sqrt(), (1 + sigma**2).sqrt()
     if prediction_type == "epsilon":  # D = x - sigma output
         return sigma / (sigma_data * edm), -edm / sigma_data
@@ -111,13 +574,153 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
     raise ValueError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
 
 
-class StudentScheduler(SchedulerMixin, ConfigMixin):
-    """Consistency sampling (2303.01469, Algorithm 1) in x = x0 + sigma noise, by all that the scheduler's config says.
+@dataclass(frozen=True, eq=False)
+class VPKind:
+    """A variance-preserving network; between its integer times ln sigma is interpolated linearly.
 
-    Such students are saved with `CMStochasticIterativeScheduler`, which reads a part of the fields and keeps the others.
-    They mean what they mean to `EDMConsistencyScheduler` of cm_diffusers, whose steps these are.
+    Attributes:
+        sigma_data: Standard deviation of the data.
+        prediction_type: What its output is.
+        log_sigmas: ln(sigma / alpha) at its times `(T,)`.
     """
 
+    sigma_data: float
+    prediction_type: str
+    log_sigmas: np.ndarray
+
+    @classmethod
+    def of(cls, sigma_data: float, prediction_type: str, alphas_cumprod: Tensor) -> "VPKind":
+        """Leaves out a last time of zero terminal SNR, where sigma is infinite."""
+        signal = alphas_cumprod[alphas_cumprod > 0].double()
+        return cls(sigma_data, prediction_type, -torch.logit(signal).numpy() / 2)
+
+    def times(self, sigmas: Tensor) -> Tensor:
+        return torch.as_tensor(np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas))))
+
+    def sigmas(self, times: Tensor) -> Tensor:
+        return torch.as_tensor(np.interp(times.numpy(), np.arange(len(self.log_sigmas)), self.log_sigmas)).exp()
+
+    def shown(self, sigma: Tensor) -> Tensor:
+        return input_scaling(sigma, 1.0)
+
+    def as_edm(self, sigma: Tensor) -> tuple[float, float]:
+        on_x, on_output = vp_scalings(sigma, self.sigma_data, self.prediction_type)
+        return float(on_x), float(on_output)
+
+    def start(self, sigma: float) -> float:
+        return sigma
+
+    def check(self, sigma_min: float, sigma_max: float) -> None:
+        """
+        Raises:
+            ValueError: The levels go beyond what the network knows.
+        """
+        low, high = np.exp(self.log_sigmas[[0, -1]])
+        if sigma_min < low or sigma_max > high:
+            raise ValueError(
+                f"This network knows sigmas from {low:.5g} to {high:.5g}, but sigma_min is {sigma_min} and sigma_max "
+                f"{sigma_max}; give what it was trained with."
+            )
+
+
+def _level(sigma: float) -> Tensor:
+    return torch.tensor(sigma, dtype=torch.float64)
+
+
+def _refuse_integers(timesteps: Tensor) -> None:
+    if not timesteps.is_floating_point():
+        raise ValueError(
+            "Timesteps of EDMConsistencyScheduler are what the network is told of the noise, not integer indices; pass "
+            "entries of scheduler.timesteps."
+        )
+
+
+def at_places(grid: list[float], places: Sequence[int]) -> list[float]:
+    """The levels at these places of a descending grid, which are listed from the last to the first.
+
+    Raises:
+        ValueError: They are not whole, not on the grid, or not descending.
+    """
+    return [grid[place] for place in chosen(places, range(len(grid)), len(grid), 1.0)[::-1]]
+
+
+def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
+    """
+    Raises:
+        ValueError: They are no numbers from high down to low.
+    """
+    values = list(sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas)
+    known = all(isinstance(value, Real) and low <= value <= high for value in values)
+    if not values or not known or any(a <= b for a, b in pairwise(values)):
+        raise ValueError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
+    return [float(value) for value in values]
+
+
+def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """`(points,)` ascending sigmas of EDM (2206.00364, Eq. 5), float64: even in sigma^(1 / rho), with exact ends."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    grid = torch.linspace(low, high, points, dtype=torch.float64) ** rho
+    grid[0], grid[-1] = sigma_min, sigma_max
+    return grid
+
+
+def strided(grid: list[float], count: int) -> list[float]:
+    """`count` levels of a descending grid, the first and every (N // count)-th, as `CMStochasticIterativeScheduler`.
+
+    Raises:
+        ValueError: The count is no whole number from 1 to the points of the grid.
+    """
+    if not isinstance(count, Integral) or not 1 <= count <= len(grid):
+        raise ValueError(
+            f"num_inference_steps must be a whole number from 1 to the {len(grid)} points of the training grid, got "
+            f"{count!r}; for other noise levels give sigmas."
+        )
+    return grid[:: len(grid) // count][:count]
+
+
+class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
+    """Multistep consistency sampling (2303.01469, Algorithm 1) at any descending noise levels.
+
+    A step from sigma to sigma' denoises, f = c_skip x + c_out F, and noises again::
+
+        x' = f + e' ((1 - gamma) (x - f) / e + sqrt(1 - (1 - gamma)^2) s_noise z),    e^2 = sigma^2 - floor^2
+
+    where f has the noise level floor: sigma_min with the boundary "cm", 0 with "edm". gamma = 1 is the paper's
+    sampler, gamma = 0 is deterministic; the last step adds no noise. Fresh noise z keeps the law of the data; reused
+    noise depends on f, so an exact consistency function ends with too much variance below gamma = 1.
+
+    With the defaults this is `CMStochasticIterativeScheduler` step for step, and the config of either makes the other.
+    "cm" is c_skip = d^2 / ((sigma - sigma_min)^2 + d^2) and c_out = d (sigma - sigma_min) / sqrt(sigma^2 + d^2) with
+    d = sigma_data: the shift is not under the root. So have it the paper (Appendix C), the authors' code in torch and
+    in JAX, which trained the published checkpoints, and diffusers. "edm" has no shift (2406.14548, in training).
+
+    A network of kind "edm" is shown x / sqrt(sigma^2 + sigma_data^2) and told `noise_conditioning` of sigma, which is
+    also what `timesteps` holds; it answers with F, or with -F if it predicts v, as Stable Video Diffusion. One of kind
+    "vp" is a diffusion model of Stable Diffusion's kind that was made a consistency model
+    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
+
+    Args:
+        num_train_timesteps: Points of the Karras grid that numbers of steps and indices refer to.
+        sigma_data: Standard deviation of the data, as in training.
+        s_noise: Factor of fresh noise.
+        rho: Exponent of the grid.
+        clip_denoised: Clip f to [-1, 1]; not for latents.
+        boundary_scalings: "cm" or "edm", as in training.
+        noise_conditioning: "adm" (250 ln sigma, as `UNet2DModel` of the published checkpoints) or "edm" (ln sigma / 4).
+        gamma: The share of fresh noise, 0 to 1.
+        network: "edm" or "vp".
+        prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample"; of kind "edm" F is
+            "epsilon", -F "v_prediction". The fields below are for "vp".
+        num_vp_timesteps: How many times the network knows.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: As in its scheduler.
+        recommended_sigmas: What `set_timesteps` takes when it is given none, e.g. [80.0, 0.821].
+
+    Attributes:
+        sigmas: The noise levels `(steps + 1,)` in float64, the last is that of the result; at first the whole grid.
+        noise_sampler: As in `ConsistencyScheduler`.
+    """
+
+    _compatibles = ["CMStochasticIterativeScheduler"]
     order = 1
 
     @register_to_config
@@ -139,23 +742,33 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         beta_schedule: str = "scaled_linear",
-        trained_betas: list[float] | None = None,
+        trained_betas: np.ndarray | list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
         recommended_sigmas: list[float] | None = None,
     ) -> None:
-        self.grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
-        self.floor = sigma_min if boundary_scalings == "cm" else 0.0  # the noise level of f
+        _one_of("boundary_scalings", boundary_scalings, tuple(BOUNDARY_SCALINGS))
+        _one_of("noise_conditioning", noise_conditioning, tuple(NOISE_CONDITIONINGS))
+        _one_of("network", network, ("edm", "vp"))
+        _one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
+        if not 0 < sigma_min < sigma_max < math.inf or not 0 < sigma_data < math.inf:
+            found = f"{sigma_min}, {sigma_max} and {sigma_data}"
+            raise ValueError(f"sigma_min, the larger sigma_max and sigma_data must be positive, got {found}.")
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
             stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
-            signal = stock.alphas_cumprod[stock.alphas_cumprod > 0].double()
-            self.log_sigmas = -torch.logit(signal).numpy() / 2
-
-    @classmethod
-    def of(cls, scheduler: SchedulerMixin, **changes: Any) -> "StudentScheduler":
-        """Samples by the config of a scheduler."""
-        fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        return cls.from_config(fields, **changes)
+            self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod)
+            self._kind.check(sigma_min, sigma_max)
+        else:
+            self._kind = EDMKind(sigma_data, noise_conditioning, prediction_type)
+        self._floor = sigma_min if boundary_scalings == "cm" else 0.0
+        self._grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
+        if recommended_sigmas is not None:
+            checked(recommended_sigmas, sigma_min, sigma_max)
+        self.gamma = _checked_gamma(gamma)
+        self.noise_sampler: NoiseSampler | None = None
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._set_schedule(self._grid, device=None)
 
     def set_timesteps(
         self,
@@ -163,131 +776,216 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
+        gamma: float | None = None,
     ) -> None:
-        """Choose the noise levels: some of the grid, its places counted from the end, these, or the recommended ones."""
-        points = len(self.grid)
+        """Choose the noise levels of the next sampling run; without any, those the student recommends.
+
+        Args:
+            num_inference_steps: So many levels, spaced on the training grid as in `CMStochasticIterativeScheduler`.
+            timesteps: These places on the grid instead, where 0 is sigma_max; listed in descending order, as there.
+            sigmas: Or these levels themselves, descending.
+            gamma: For this run, instead of the config's.
+
+        Raises:
+            ValueError: An argument is out of range, or not exactly one way to choose is given.
+        """
         if num_inference_steps is None and timesteps is None and sigmas is None:
             sigmas = self.config.recommended_sigmas
         if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("Give exactly one of num_inference_steps, timesteps and sigmas.")
-        if num_inference_steps is not None:
-            if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= points:
-                raise ValueError(
-                    f"num_inference_steps must be a whole number from 1 to {points}, got {num_inference_steps!r}."
-                )
-            sigmas = self.grid[:: points // num_inference_steps][:num_inference_steps]
+        if sigmas is not None:
+            schedule = checked(sigmas, self.config.sigma_min, self.config.sigma_max)
         elif timesteps is not None:
-            if not all(isinstance(place, Integral) and 0 <= place < points for place in timesteps):
-                raise ValueError(f"timesteps must be whole numbers from {points - 1} down to 0, got {timesteps}.")
-            sigmas = [self.grid[place] for place in reversed(timesteps)]
-        levels, low, high = [float(sigma) for sigma in sigmas], self.config.sigma_min, self.config.sigma_max
-        known = bool(levels) and all(low <= level <= high for level in levels)
-        if not known or any(a <= b for a, b in pairwise(levels)):
-            raise ValueError(f"Noise levels must descend, from at most {high} to at least {low}; got {levels}.")
-        self.sigmas = torch.tensor([*levels, self.floor], dtype=torch.float64)
-        times = self._told(self.sigmas[:-1])
-        self.timesteps = times.to(device, torch.float32) if str(device).startswith("mps") else times.to(device)
-        self.init_noise_sigma, self.num_inference_steps, self.done = levels[0], len(levels), 0
-
-    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """What the network is shown `(B, ...)`."""
-        std = 1.0 if self.config.network == "vp" else self.config.sigma_data
-        return sample * float(input_scaling(self.sigmas[self.done], std))
+            schedule = at_places(self._grid, timesteps)
+        else:
+            schedule = strided(self._grid, num_inference_steps)
+        self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
+        self.num_inference_steps = len(schedule)
+        self.custom_timesteps = num_inference_steps is None
+        self._set_schedule(schedule, device)
 
     def step(
         self,
         model_output: Tensor,
-        timestep: Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
-    ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
-        """The next step of the schedule; all tensors `(B, ...)`: f = c_skip x + c_out F, and noise to the level after it."""
-        sigma, following = self.sigmas[self.done], self.sigmas[self.done + 1]
+    ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of the schedule: denoise, then noise again to the next level.
+
+        Args:
+            model_output: `(B, ...)`, the network's answer to `scale_model_input` of the sample.
+            timestep: One of `timesteps`. It finds the first step's place; the steps after it follow in order.
+            sample: x `(B, ...)`; both results have its dtype, the arithmetic is in float64.
+        """
+        index = self._enter(timestep)
         x = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
-        denoised = result = self._consistency(model_output.to(x.dtype), sigma, x)
-        self.done += 1
-        if self.done < self.num_inference_steps:
-            gamma = self.config.gamma
-            above, level = ((float(one) ** 2 - self.floor**2) ** 0.5 for one in (sigma, following))
-            if gamma < 1:
-                result = result + level * (1 - gamma) / above * (x - denoised)
-            if gamma > 0:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-                result = result + level * (1 - (1 - gamma) ** 2) ** 0.5 * self.config.s_noise * noise.to(x.dtype)
-        output = LCMSchedulerOutput(result.to(sample.dtype), denoised.to(sample.dtype))
-        return output if return_dict else output.to_tuple()
+        denoised = self._denoise(model_output.to(x.dtype), self._schedule[index], x)
+        prev_sample = self._noise_again(denoised, x, index, sample, generator)
+        self._step_index += 1
+        result = (prev_sample.to(sample.dtype), denoised.to(sample.dtype))
+        return ConsistencySchedulerOutput(*result) if return_dict else result
 
-    def _told(self, sigmas: Tensor) -> Tensor:
-        """What the network is told of noise levels `(N,)`: its own time, or a logarithm."""
-        if self.config.network == "vp":
-            times = np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
-            return torch.as_tensor(times)
-        return NOISE_CONDITIONINGS[self.config.noise_conditioning](sigmas)
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the network is shown: c_in x `(B, ...)`, at the next step's level, before the first at the timestep's."""
+        begun = self._step_index is not None and self._step_index < len(self._schedule)
+        sigma = _level(self._schedule[self._step_index]) if begun else self._sigmas_at(torch.as_tensor(timestep))
+        return sample * float(self._kind.shown(sigma))
 
-    def _consistency(self, output: Tensor, sigma: Tensor, x: Tensor) -> Tensor:
-        """f(x, sigma), exactly x at sigma = floor."""
-        on_x, on_output = 0.0, 1.0  # F = on_x x + on_output output
-        if self.config.network == "vp":
-            on_x, on_output = map(float, vp_scalings(sigma, self.config.sigma_data, self.config.prediction_type))
+    def sigma_to_t(self, sigmas: float | Sequence[float] | Tensor) -> Tensor:
+        """What the network is told of noise levels, of the schedule or not, in float64."""
+        return self._kind.times(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x `(B, ...)` from clean data and noise `(B, ...)` at `timesteps` `(B,)`, of the schedule or not.
+
+        Raises:
+            ValueError: The timesteps are integers.
+        """
+        dtype = torch.promote_types(original_samples.dtype, torch.float32)
+        sigma = self._sigmas_at(timesteps).to(dtype).to(original_samples.device)
+        return (original_samples + sigma.reshape(-1, *[1] * (noise.ndim - 1)) * noise).to(original_samples.dtype)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation that sampling starts from: the first noise level; with -F, of data at that level."""
+        return self._kind.start(self._schedule[0])
+
+    @property
+    def step_index(self) -> int | None:
+        """The next step's place in the schedule, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the first step starts, None where its timestep tells."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this place of the schedule, as image-to-image pipelines do."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The place of a timestep in the schedule.
+
+        Raises:
+            ValueError: It is an integer, or not there.
+        """
+        sigma = self._sigmas_at(torch.as_tensor(timestep)).item()
+        for index, level in enumerate(self._schedule):
+            if math.isclose(sigma, level, rel_tol=1e-5):  # a timestep may have passed through float32
+                return index
+        raise ValueError(
+            f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "
+            "of scheduler.timesteps, or call set_timesteps."
+        )
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
+        """Contains this class even where it is not registered, and none whose dependencies are missing."""
+        return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
+
+    def _set_schedule(self, schedule: list[float], device: str | torch.device | None) -> None:
+        self._schedule = schedule
+        self.sigmas = torch.tensor([*schedule, self._floor], dtype=torch.float64)
+        times = self.sigma_to_t(self.sigmas[:-1])
+        self.timesteps = times.to(device, torch.float32) if str(device).startswith("mps") else times.to(device)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def _enter(self, timestep: float | Tensor) -> int:
+        """The place of the step that begins."""
+        _refuse_integers(torch.as_tensor(timestep))
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._step_index >= len(self._schedule):
+            raise ValueError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
+        return self._step_index
+
+    def _denoise(self, output: Tensor, sigma: float, x: Tensor) -> Tensor:
+        """f(x, sigma) = c_skip x + c_out F."""
+        on_x, on_output = self._kind.as_edm(_level(sigma))
         scalings = BOUNDARY_SCALINGS[self.config.boundary_scalings]
-        c_skip, c_out = map(float, scalings(sigma, self.config.sigma_min, self.config.sigma_data))
+        c_skip, c_out = map(float, scalings(_level(sigma), self.config.sigma_min, self.config.sigma_data))
         f = (c_skip + c_out * on_x) * x + c_out * on_output * output
         return f.clamp(-1, 1) if self.config.clip_denoised else f
+
+    def _noise_again(
+        self, denoised: Tensor, x: Tensor, index: int, sample: Tensor, generator: Generator | list[Generator] | None
+    ) -> Tensor:
+        """The sample at the next level."""
+        if index + 1 == len(self._schedule):
+            return denoised
+        above, following = ((self._schedule[i] ** 2 - self._floor**2) ** 0.5 for i in (index, index + 1))
+        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5 * self.config.s_noise
+        result = denoised
+        if reused > 0:
+            result = result + following * reused / above * (x - denoised)
+        if fresh > 0:
+            result = result + following * fresh * self._draw(sample, generator).to(x.dtype)
+        return result
+
+    def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
+        """Fresh noise `(B, ...)` in the dtype of the sample: what a seed draws depends on it."""
+        if self.noise_sampler is None:
+            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
+        if noise.shape != sample.shape:
+            raise ValueError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+        return noise
+
+    def _sigmas_at(self, timesteps: Tensor) -> Tensor:
+        _refuse_integers(timesteps)
+        return self._kind.sigmas(timesteps.cpu().double())
+
+
+IN_SIGMA = ("EDMConsistencyScheduler", "CMStochasticIterativeScheduler")
+FEW_STEP_SCHEDULERS = ("ConsistencyScheduler", "EDMConsistencyScheduler", "LCMScheduler", "TCDScheduler")
+TCD_GAMMA = 0.3  # TCDScheduler's own default (2402.19159)
+
+
+def consistency_scheduler(class_name: str, config: Mapping[str, Any]) -> ConsistencyScheduler:
+    """The scheduler that samples as `class_name` with `config` does, or would, if it was for many steps.
+
+    Every field is handed on, also those that the other scheduler left at its default. The result bears a mark, see
+    `adopted_from`.
+    """
+    fields = {name: value for name, value in config.items() if not name.startswith("_")}
+    if class_name == "TCDScheduler":
+        fields = {"gamma": TCD_GAMMA, "boundary_scalings": "none", **fields}
+    if class_name not in FEW_STEP_SCHEDULERS:
+        fields["clip_sample"] = False  # DDIM's default is for pixels; Stable Diffusion's pipelines switch it off, too
+    scheduler = ConsistencyScheduler.from_config(fields)
+    scheduler._adopted_from = class_name
+    return scheduler
 
 
 PAPER = {"recommended_num_inference_steps": 4, "recommended_guidance_scale": 8.0}  # 2310.04378
 
 
-class StochasticLCMScheduler(LCMScheduler):
-    """LCMScheduler with a share gamma of fresh noise: 1 is LCM, 0 deterministic, between them as TCD (2402.19159)."""
-
-    gamma = 1.0
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
-    ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step; all tensors `(B, ...)`: along the implied noise to s = floor((1 - gamma) t'), then by fresh noise to t'."""
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        t, following = int(timestep), self.step_index + 1
-        alpha, sigma = self._rates(t)
-        c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)
-        denoised = c_skip * sample + c_out * self._x0(model_output, sample, alpha, sigma)
-        last = following == len(self.timesteps)
-        if self.gamma == 1 or (last and self.config.set_alpha_to_one):
-            alpha_s, sigma_s = 1.0, 0.0
-        else:
-            alpha_s, sigma_s = self._rates(
-                0 if last else math.floor((1 - self.gamma) * int(self.timesteps[following]))
-            )
-        prev_sample = alpha_s * denoised + sigma_s * (sample - alpha * denoised) / sigma
-        if not last and self.gamma > 0:
-            ratio = self._rates(int(self.timesteps[following]))[0] / alpha_s
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = ratio * prev_sample + math.sqrt(1 - ratio**2) * noise
-        self._step_index += 1
-        return LCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
-
-    def _x0(self, output: Tensor, sample: Tensor, alpha: float, sigma: float) -> Tensor:
-        if self.config.prediction_type == "sample":
-            return output
-        if self.config.prediction_type == "v_prediction":
-            return alpha * sample - sigma * output
-        return (sample - sigma * output) / alpha
-
-    def _rates(self, t: int) -> tuple[float, float]:
-        alpha_cumprod = float(self.alphas_cumprod[t])
-        return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
-
-
 class PortableConsistencyPipeline(StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that reads how its student was made."""
+    """`StableDiffusionPipeline` that reads how its student was made, and samples by its scheduler's own config."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        config = scheduler.config
+        parts = (vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder)
+        super().__init__(*parts, requires_safety_checker)
+        scheduler._internal_dict = config  # in which the stock class switches clipping off
 
     @property
     def record(self) -> dict[str, Any]:
@@ -348,11 +1046,9 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
             self.scheduler = stock
 
 
-def _sampler(scheduler: SchedulerMixin, gamma: float | None) -> StudentScheduler | StochasticLCMScheduler:
-    """For students of CD and ECT, whose scheduler says how the network is told of noise, or for LCMs."""
-    if "network" in scheduler.config:
-        return StudentScheduler.of(scheduler, **({} if gamma is None else {"gamma": gamma}))
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    sampler = StochasticLCMScheduler.from_config(config)
-    sampler.gamma = 1.0 if gamma is None else gamma
-    return sampler
+def _sampler(scheduler: SchedulerMixin, gamma: float | None) -> ConsistencyScheduler | EDMConsistencyScheduler:
+    """For students of CD and ECT, whose scheduler knows noise levels, or for LCMs."""
+    name, changes = type(scheduler).__name__, {} if gamma is None else {"gamma": gamma}
+    if name in IN_SIGMA:
+        return EDMConsistencyScheduler.from_config(scheduler.config, **changes)
+    return consistency_scheduler(name, {**scheduler.config, **changes})

@@ -23,6 +23,7 @@ only answer for as many frames as its motion modules know, the result can be of 
 """
 
 from collections.abc import Callable
+from copy import copy
 from itertools import chain
 
 import torch
@@ -64,12 +65,15 @@ def decoded(pipe: AnimateDiffPipeline, latents: Tensor, output_type: str, chunk:
 
 
 def denoised(pipe: AnimateDiffPipeline, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """The scheduler's f(x, t) `(B, C, F, h, w)`; the noise that its step adds is thrown away.
+    """The scheduler's f(x, t) `(B, C, F, h, w)`, in float32; the noise that its step adds is thrown away.
+
+    A copy makes the step, as the first of its schedule: all clips of a video make the same ones.
 
     Raises:
         ValueError: The scheduler is not one of consistency models.
     """
-    step = pipe.scheduler.step(output, t, x, **pipe.prepare_extra_step_kwargs(Generator(x.device), 0.0))
+    options = pipe.prepare_extra_step_kwargs(Generator(x.device), 0.0)
+    step = copy(pipe.scheduler).step(output.float(), t, x.float(), **options)
     if "denoised" not in step or vars(pipe.scheduler).get("gamma", 1.0) != 1.0:
         raise ValueError(
             f"{type(pipe.scheduler).__name__} does not noise a denoised sample anew in each step, as is needed to choose "
@@ -223,17 +227,18 @@ class VideoCoDenoisingPipeline(AnimateDiffPipeline):
         parts = clips(num_frames, length, stride)
         sources = noise_sources(num_frames, length, stride) if share_noise else torch.arange(num_frames)
         draw = self._noise(shape, sources, generator, text.dtype)
-        weights = shares(parts, num_frames).to(text.device, text.dtype)
+        weights = shares(parts, num_frames).to(text.device, torch.float32)
 
         self.scheduler.set_timesteps(num_inference_steps, device=text.device)
         timesteps = self.scheduler.timesteps
         x = draw() * self.scheduler.init_noise_sigma
         for i, t in enumerate(self.progress_bar(timesteps)):
-            # f is affine in the output and all clips share x, so the average of f is f of the average
-            output = torch.zeros_like(x)
+            clean = torch.zeros_like(x, dtype=torch.float32)
             for part, weight in zip(parts, weights, strict=True):
-                output[:, :, part] += weight[part, None, None] * predicted(self, x[:, :, part], t, text[:, part])
-            x = denoised(self, output, t, x)
+                clip = x[:, :, part]
+                output = predicted(self, clip, t, text[:, part])
+                clean[:, :, part] += weight[part, None, None] * denoised(self, output, t, clip)
+            x = clean.to(x.dtype)
             if i + 1 < len(timesteps):
                 x = noised_again(self, x, draw(), timesteps[i + 1])
         return decoded(self, x, output_type, decode_chunk_size, return_dict)

@@ -32,6 +32,7 @@ noise says. The paper's regularization, a gradient step on the squared distance 
 of their difference; that multiple is `regularization` here. Its default is not the paper's, whose norm is not told.
 """
 
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain
 from math import ceil
@@ -75,12 +76,15 @@ def decoded(pipe: AnimateDiffPipeline, latents: Tensor, output_type: str, chunk:
 
 
 def denoised(pipe: AnimateDiffPipeline, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """The scheduler's f(x, t) `(B, C, F, h, w)`; the noise that its step adds is thrown away.
+    """The scheduler's f(x, t) `(B, C, F, h, w)`, in float32; the noise that its step adds is thrown away.
+
+    A copy makes the step, as the first of its schedule: all clips of a video make the same ones.
 
     Raises:
         ValueError: The scheduler is not one of consistency models.
     """
-    step = pipe.scheduler.step(output, t, x, **pipe.prepare_extra_step_kwargs(Generator(x.device), 0.0))
+    options = pipe.prepare_extra_step_kwargs(Generator(x.device), 0.0)
+    step = copy(pipe.scheduler).step(output.float(), t, x.float(), **options)
     if "denoised" not in step or vars(pipe.scheduler).get("gamma", 1.0) != 1.0:
         raise ValueError(
             f"{type(pipe.scheduler).__name__} does not noise a denoised sample anew in each step, as is needed to choose "
@@ -286,7 +290,7 @@ class VideoLookBackPipeline(AnimateDiffPipeline):
         timesteps = self.scheduler.timesteps
         x = clip.noise[0] * self.scheduler.init_noise_sigma
         for i, t in enumerate(timesteps):
-            clean = denoised(self, predicted(self, x, t, text), t, x)
+            clean = denoised(self, predicted(self, x, t, text), t, x).to(x.dtype)
             if ties:
                 clean = regularized(clean, ties[0].clip.clean[i], regularization)
             for tie in ties if i < tied_steps else ():

@@ -2,7 +2,7 @@
 
 `{"script": "share", "argv": [...]}` runs a script of training/; `{"repo_id": id, "to": file}` loads a repository with
 the package and saves an image; with `"package": false`, without the package; with `"custom": class name`, by the
-`pipeline.py` in the repository.
+`pipeline.py` in the repository. `{"push": folder, "repo_id": id}` loads a folder with the package and calls `push_to_hub`.
 """
 
 import contextlib
@@ -36,6 +36,12 @@ def call(name: str, argv: list[str]) -> str:
     return out.getvalue().strip()
 
 
+def push(folder: str, repo_id: str) -> str:
+    from cm_diffusers import ConsistencyPipeline
+
+    return str(ConsistencyPipeline.from_pretrained(folder).push_to_hub(repo_id))
+
+
 def load(repo_id: str, lora: str | None = None, package: bool = True, custom: str | None = None) -> np.ndarray:
     if package:
         from cm_diffusers import ConsistencyPipeline
@@ -64,6 +70,8 @@ if __name__ == "__main__":
         task = json.loads(line)
         if "script" in task:
             reply = call(task["script"], task["argv"])
+        elif "push" in task:
+            reply = push(task["push"], task["repo_id"])
         else:
             np.save(Path(task.pop("to")), load(**task))
             reply = ""

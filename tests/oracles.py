@@ -10,8 +10,30 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cm_diffusers.diffusion.preconditioning import cm_scalings, edm_scalings, lcm_scalings
 from cm_diffusers.diffusion.process import EDM, Prediction, append_dims
+
+
+# The scalings, typed from the papers: what the package has is compared with these, never the package with itself.
+
+
+def lcm_scalings(t, timestep_scaling=10.0, sigma_data=0.5):
+    """c_skip and c_out `(B,)` of LCM (2310.04378, Sec. 4.1)."""
+    scaled = timestep_scaling * t.double()
+    return sigma_data**2 / (scaled**2 + sigma_data**2), scaled / torch.sqrt(scaled**2 + sigma_data**2)
+
+
+def edm_scalings(sigma, sigma_data):
+    """c_skip and c_out `(B,)` of EDM (2206.00364, Table 1)."""
+    sigma = sigma.double()
+    total = sigma**2 + sigma_data**2
+    return sigma_data**2 / total, sigma * sigma_data / torch.sqrt(total)
+
+
+def cm_scalings(sigma, sigma_min, sigma_data):
+    """c_skip and c_out `(B,)` of consistency models (2303.01469, Appendix C)."""
+    sigma = sigma.double()
+    c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+    return c_skip, sigma_data * (sigma - sigma_min) / torch.sqrt(sigma_data**2 + sigma**2)
 
 
 def rates(process, x, t):

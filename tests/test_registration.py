@@ -47,11 +47,13 @@ json.dump(dict(training=training, classes=classes, gamma=pipes[0].scheduler.conf
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of ours, as its own `save_pretrained` writes it."""
+    """A pipeline of ours whose index names the package, as `save_pretrained` of earlier releases wrote it."""
     path = tmp_path_factory.mktemp("student")
     pipe = ConsistencyPipeline.from_pipe(tiny_pipeline(), requires_safety_checker=False)
     pipe.scheduler = ConsistencyScheduler.from_config(pipe.scheduler.config, gamma=0.3)
     pipe.save_pretrained(path)
+    pipe.scheduler.save_pretrained(path / "scheduler")
+    (path / "model_index.json").write_text(pipe.to_json_string())
     return path
 
 

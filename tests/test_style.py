@@ -30,7 +30,7 @@ SELF_CONTAINED = sorted((ROOT / "pipelines").glob("*.py"))
 WINGS = """
     diffusion models schedulers engine policy pipelines data objectives evaluation rewards publishing tasks
 """.split()
-NOUNS = {"types", "record", "measured", "errors", "places", "ranges", "quiet"}
+NOUNS = {"types", "record", "measured", "errors", "places", "ranges", "quiet", "extras"}
 ALLOWED = {"torch", "numpy", "diffusers", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 PAPERS = (ROOT / "docs" / "papers.md").read_text()
 ROWS = [line for line in PAPERS.splitlines() if line.startswith("|")]
@@ -174,6 +174,27 @@ def test_pages_name_files_that_exist(page: str) -> None:
 @each([p for p in SCRIPTS if p.stem.startswith(("distill_", "train_"))])
 def test_every_training_script_has_its_paper(path: Path) -> None:
     assert f"`training/{path.name}`" in PAPERS
+
+
+# Of these only JSON and texts are read; our own pipelines ask for safetensors themselves.
+NO_WEIGHTS = re.compile(r"(Tokenizer|Processor|Config|Scheduler)$|^Consistency\w*Pipeline$|^(super\(\)|cls)$")
+
+
+def loads_anything(path: Path) -> Iterator[str]:
+    """Calls that would open a pickle where there are no safetensors."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            said = {f"{word.arg or '**'}={ast.unparse(word.value)}" for word in node.keywords}
+            loads = node.func.attr in ("from_pretrained", "load_lora_weights", "load_lora_adapter")
+            kept = said & {"use_safetensors=True", "**=LOADING", "state_dict=tensors"}
+            if loads and not kept and not NO_WEIGHTS.search(ast.unparse(node.func.value)):
+                yield ast.unparse(node)
+
+
+@each([*SOURCES, *SCRIPTS, *sorted((ROOT / "benchmarks").glob("*.py"))])
+def test_no_pickle_is_opened(path: Path) -> None:
+    allowed = {"super().load_lora_weights(source, *args, **kwargs)"}  # after a default of use_safetensors
+    assert set(loads_anything(path)) - allowed == set()
 
 
 @pytest.mark.parametrize("folder", ["src", "tests", "training", "docs", "benchmarks", "pipelines"])

@@ -28,10 +28,9 @@ def main() -> None:
     seed_everything(train.seed)
     check_student(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    teacher = load_teacher(source)
-    embedding_dim = None if student.lora else student.unet_time_cond_proj_dim
+    teacher = load_teacher(source, student.loaded_dtype)
     process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
-    objective = LCMObjective(method, process, prediction_type, embedding_dim)
+    objective = LCMObjective(method, process, prediction_type, student.guidance_embedding_dim)
     nets = make_networks(teacher.unet, student)
     if address := distill("lcm", teacher, nets, objective, optim, configs, repo_id):
         print(address)

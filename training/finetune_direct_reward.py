@@ -59,7 +59,8 @@ def main() -> None:
     remembered = Remembered(batches, objective.passes)
     guard = Guard(watched, trainer, task, rewards, remembered.history)
     images = data.train_batch_size * train.gradient_accumulation_steps * ranks
-    trainer.callbacks += [remembered.remember(images), *reports(guard, tuned, validation, data.resolution)]
+    trainer.steering += [remembered.remember(images), guard]
+    trainer.callbacks += reports(guard, tuned, validation, data.resolution)
     trainer.fit(remembered)
     trained_on = source_name(data) if joined else "its own samples"
     publish_run("direct_reward", trainer, tuned, configs, trained_on, repo_id)

@@ -44,6 +44,7 @@ def main() -> None:
     task, rewards = watched_task(tuned, score, watched, drawn.resolution, trainer.device)
     data = Rollouts(drawn, trainer, task)
     guard = Guard(watched, trainer, task, rewards, data.history)
+    trainer.steering.append(guard)
     trainer.callbacks += reports(guard, tuned, validation, drawn.resolution)
     trainer.fit(data)
     publish_run("rlcm", trainer, tuned, configs, "its own samples", repo_id)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from diffusers import AutoencoderKL
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Vae
@@ -22,6 +21,7 @@ from cm_diffusers.models.students import TextConditionedUNet
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.publishing.pipelines import save_pipeline
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.image_models import load_vae
 from cm_diffusers.types import Networks
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     model, shape, data, method, optim, train, validation = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     captions = load_image_text(data, None, Found("the batches report"))[data.caption_column][:]
-    vae = AutoencoderKL.from_pretrained(model.pretrained_vae).eval()
+    vae = load_vae(model.pretrained_vae)
     texts = chain.from_iterable(c if isinstance(c, list) else [c] for c in captions)
     pipe = new_pipeline(shape, vae, texts, method.prediction_type)
     student = TextConditionedUNet(pipe.unet, pipe.text_encoder).train()

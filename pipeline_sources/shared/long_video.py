@@ -1,5 +1,6 @@
 """What pipelines for long videos share."""
 
+from copy import copy
 from itertools import chain
 
 import torch
@@ -53,12 +54,15 @@ def predicted(pipe: AnimateDiffPipeline, x: Tensor, t: Tensor, text: Tensor) -> 
 
 
 def denoised(pipe: AnimateDiffPipeline, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """The scheduler's f(x, t) `(B, C, F, h, w)`; the noise that its step adds is thrown away.
+    """The scheduler's f(x, t) `(B, C, F, h, w)`, in float32; the noise that its step adds is thrown away.
+
+    A copy makes the step, as the first of its schedule: all clips of a video make the same ones.
 
     Raises:
         ValueError: The scheduler is not one of consistency models.
     """
-    step = pipe.scheduler.step(output, t, x, **pipe.prepare_extra_step_kwargs(Generator(x.device), 0.0))
+    options = pipe.prepare_extra_step_kwargs(Generator(x.device), 0.0)
+    step = copy(pipe.scheduler).step(output.float(), t, x.float(), **options)
     if "denoised" not in step or vars(pipe.scheduler).get("gamma", 1.0) != 1.0:
         raise ValueError(
             f"{type(pipe.scheduler).__name__} does not noise a denoised sample anew in each step, as is needed to choose "

@@ -1,8 +1,15 @@
-"""What the user can mend has a class of its own; and one clear sentence for data that cannot be read."""
+"""What the user can mend has a class of its own; one clear sentence for what cannot be read, or written."""
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+logger = logging.getLogger(__name__)
 
 
 class UserError(ValueError):
@@ -20,6 +27,34 @@ def readable(what: str) -> Iterator[None]:
             reason = reason.__cause__
         lines = str(reason).strip().splitlines() or [type(reason).__name__]
         raise UserError(f"{what} cannot be read: {lines[0].rstrip('.: ')}.") from error
+
+
+@contextmanager
+def writable(what: str, size: int = 0, advice: str = "make room, or name another place") -> Iterator[None]:
+    """Errors of the disk inside the block become one ValueError: `what` cannot be written, and why.
+
+    Args:
+        size: Of it, in bytes; 0 if that is not known.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        of_safetensors = re.search(r"I/O error: (.+?) \(os error", str(error))
+        reason = of_safetensors[1] if of_safetensors else getattr(error, "strerror", None)
+        if reason is None:  # no error of the system: libraries raise OSError for other things, too
+            raise
+        needs = f" ({size / 2**20:,.1f} MiB are needed)" if size else ""
+        raise ValueError(f"{what} cannot be written: {reason}{needs}; {advice}.") from error
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Errors inside the block are a warning: it only shows something, and does not end a training."""
+    try:
+        yield
+    except Exception as error:  # memory, a full disk, a server that is down ...
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        logger.warning("%s failed, and training goes on: %s: %s", what, type(error).__name__, reason)
 
 
 def read_text(path: Path) -> str:

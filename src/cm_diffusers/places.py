@@ -7,6 +7,8 @@ LOCAL = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\|file:")  # how a path of a machine
 STEPS = re.compile(r"[\\/]+")
 ADDRESS = r"\s*[A-Za-z][\w+.-]*://"
 ADDRESSES = re.compile(rf"(,)(?={ADDRESS})")  # a comma behind a query may belong to it
+USER = re.compile(r"(?<=://)[^/\s'\"]*@")
+QUERY = re.compile(rf"([A-Za-z][\w+.-]*://[^\s?#'\"]*)[?#](?:(?!,{ADDRESS})[^\s'\")])*")
 PREFIX = r"(?<=[\w.]{2})(?<!file):(?!//)"  # of a reward, as in classifier:FOLDER
 PLACES = re.compile(rf"(,|{PREFIX})(?={ADDRESS}|\s*(?:{LOCAL.pattern}|\.\.[\\/]))")
 
@@ -23,9 +25,15 @@ def public(value: object) -> object:
     return "".join(map(_public_place, (ADDRESSES if set("?#") & set(value) else PLACES).split(value)))
 
 
+def without_secrets(value: object) -> object:
+    """Addresses in a text, or in texts of a list, lose user, password, query and fragment; everything else is left."""
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    return USER.sub("", QUERY.sub(r"\1", value)) if isinstance(value, str) else value
+
+
 def _public_place(text: str) -> str:
-    if "://" in text:
-        text = re.sub(r"://[^/]*@", "://", re.split(r"[?#]", text)[0])
+    text = without_secrets(text)
     place = text.strip()
     if LOCAL.match(place) or (".." in STEPS.split(place) and "://" not in place):
         return next((part for part in reversed(STEPS.split(place)) if part), text)

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 
 RECORD = "cm_diffusers.json"
@@ -67,12 +68,14 @@ def read_record(
     """The record in a student's folder or Hub repository; None where there is none, or no such repository in reach.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder or Hub id; or a single `.safetensors` file, which has it in its metadata.
         token, revision, cache_dir, local_files_only: As for `from_pretrained`.
 
     Raises:
         ValueError: The file is there but is not a record, or the Hub refuses to say whether it is there.
     """
+    if Path(source).is_file():
+        return _parse(Path(source), _in_header(Path(source)))
     path = Path(source) / RECORD
     if not Path(source).exists():
         options = {"token": token, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -85,22 +88,23 @@ def read_record(
                 f"The Hub does not say whether {str(source)!r} has a {RECORD} (status {status}); try again later, log "
                 "in if it is private or gated, or take what is here with local_files_only=True."
             ) from error
-    return _parse(path) if path.is_file() else None
+    return _parse(path, path.read_text("utf-8", "replace")) if path.is_file() else None
 
 
 def base_model_of(record: Record, lora: str | Path) -> str:
     """Where the base model of a LoRA is: its Hub id, or a folder, which the record may name relative to elsewhere.
 
-    A relative name is looked for from the working directory, the LoRA's folder and each folder above it; at last, a
-    folder of the same name beside the LoRA is taken for it.
+    A relative name is looked for from the LoRA's folder, as scripts write it, the working directory and each folder
+    above the LoRA; at last, a folder of the same name beside the LoRA is taken for it.
 
     Raises:
         ValueError: It is the LoRA itself, or a folder without a pipeline, such as another LoRA.
     """
     name, home = Path(record.base_model), Path(lora).resolve()
-    places = [home / name, *(parent / name for parent in home.parents), home.parent / name.name]
+    above = [*(parent / name for parent in home.parents), home.parent / name.name]
     found = record.base_model
-    if not _is_pipeline(name) and home.exists():
+    if home.exists():
+        places = [Path(os.path.normpath(home / name)), name, *above]
         found = next((str(place) for place in places if _is_pipeline(place)), found)
     if found == str(lora) or (Path(found).is_dir() and not _is_pipeline(Path(found))):
         raise ValueError(
@@ -110,8 +114,16 @@ def base_model_of(record: Record, lora: str | Path) -> str:
     return found
 
 
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
+def _is_pipeline(place: Path) -> bool:
+    return (place / "model_index.json").is_file() or (place.suffix == ".safetensors" and place.is_file())
+
+
+def _in_header(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(RECORD)
+    except SafetensorError:  # whoever reads the weights says so
+        return None
 
 
 def _refusal(error: Exception) -> int | None:
@@ -121,9 +133,11 @@ def _refusal(error: Exception) -> int | None:
     return None if missing or not isinstance(cause, HfHubHTTPError) else cause.response.status_code
 
 
-def _parse(path: Path) -> Record:
+def _parse(path: Path, text: str | None) -> Record | None:
+    if text is None:
+        return None
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(text)
         record = Record(**{field.name: content[field.name] for field in fields(Record)})  # newer ones may hold more
         if fault := _fault(record):
             raise ValueError(fault)

@@ -6,9 +6,15 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import cm_diffusers
+
+
+if TYPE_CHECKING:
+    from cm_diffusers.pipelines.recorded import RecordedMixin
 
 
 NAME = "consistency"
@@ -39,7 +45,7 @@ def register() -> None:
 
 
 class _Awaited(MetaPathFinder):
-    """Enters the classes when one of diffusers' modules has been imported, as importing it here would take seconds."""
+    """Enters the classes when the module that takes them has been imported: importing it here would take seconds."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -86,11 +92,25 @@ def _enter_tasks(auto_pipeline: ModuleType) -> None:
     auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[NAME] = cm_diffusers.ConsistencyInpaintPipeline
 
 
-# A module of diffusers, what of ours needs it, and how.
+def _enter_describe(recorded: ModuleType) -> None:
+    recorded.RecordedMixin.describe = _describe
+
+
+def _describe(pipe: "RecordedMixin", folder: Path, name: str) -> None:
+    """What publishing, which builds on the pipelines, writes beside one that is saved."""
+    from cm_diffusers.publishing.folders import optional
+    from cm_diffusers.publishing.saved import describe
+
+    with optional("Its card"):
+        describe(pipe, folder, name)
+
+
+# A module, what needs an entry in it, and how it is made.
 ENTRIES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "diffusers": ("DiffusionPipeline.from_pretrained", _enter_classes),
     "diffusers.pipelines.pipeline_loading_utils": ("model_index.json", _enter_components),
     "diffusers.pipelines.auto_pipeline": ("AutoPipeline", _enter_tasks),
+    "cm_diffusers.pipelines.recorded": ("save_pretrained", _enter_describe),
 }
 
 

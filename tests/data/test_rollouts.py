@@ -71,6 +71,18 @@ def test_resumes_in_the_middle_of_a_roll_out(tmp_path):
     assert_same(second, first)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_drawn_without_dropout_and_learnt_from_as_before(tmp_path, training):
+    """Two parts of three steps are drawn in eval mode; then the probabilities as training will compute them."""
+    trainer, source = run(tmp_path, max_train_steps=1)
+    student, seen = trainer.student.train(training), []
+    student.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    source.number = -1  # draw again
+    next(source(0))
+    assert seen == [False] * 6 + [training] * 4
+    assert student.training == training
+
+
 def test_passes_of_the_network_are_counted(tmp_path):
     _, source = run(tmp_path, {"inner_epochs": 2}, max_train_steps=8)
     passes = [row[COLUMNS.index("passes")] for row in source.history.rows]

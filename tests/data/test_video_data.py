@@ -688,7 +688,9 @@ def test_a_column_of_something_else(config, tmp_path):
 def test_video_files_need_pyav(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     folder = write_clips(tmp_path / "videos", [b"\0\0\0\x18ftypmp42"], ".mp4")
-    with pytest.raises(ValueError, match=r"PyAV, which is missing: pip install 'cm_diffusers\[video\]'"):
+    with pytest.raises(
+        ValueError, match=r"A video file needs av, which is not installed: pip install .cm_diffusers\[video\]"
+    ):
         batches_of(replace(config, train_data_dir=str(folder)))
     assert seen(first(batches_of(config))[0]) == MIDDLES  # GIFs do without
 

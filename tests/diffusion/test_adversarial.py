@@ -94,6 +94,15 @@ def test_adaptive_weight_has_bounds_and_no_gradient():
     assert adaptive_weight(hold, 0 * pull) == 10
 
 
+def test_a_gradient_too_small_for_half_precision_arrives():
+    """1e-4 / 4096 is less than half of the least number of float16, 6e-8."""
+    x = torch.ones(4096, requires_grad=True)
+    value, gradient = detour(lambda y: (y.half() * 1e-4).float().mean(), x)
+    value.backward()
+    for found in (gradient, x.grad):
+        torch.testing.assert_close(found, torch.full((4096,), 1e-4 / 4096), rtol=1e-2, atol=0)
+
+
 def test_a_detour_leads_to_the_same_gradient():
     weight, judge = torch.randn(3, requires_grad=True), nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
 

@@ -77,6 +77,4 @@ def test_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared
         load_pot()
-    assert str(error.value) == (
-        "--coupling ot needs the package POT: pip install pot; or give --coupling independent."
-    )
+    assert str(error.value) == ('--coupling ot needs POT, which is not installed: pip install "cm_diffusers[train]".')

@@ -150,14 +150,16 @@ def test_snapshots_of_a_run_survive_pruning_and_rebuild(tmp_path):
     )
 
 
-def test_averages_go_on_after_a_resume_and_later_ones_are_forgotten(tmp_path):
+def test_averages_go_on_after_a_resume_and_later_ones_are_set_aside(tmp_path):
     settings = {"max_train_steps": 6, "checkpointing_steps": 2, "ema_sigma_rels": [0.1]}
     toy_trainer(tmp_path, **settings).fit(source())
-    first = {one.step: load_file(one.path) for one in list_snapshots(tmp_path)}
+    first, seen = {one.step: load_file(one.path) for one in list_snapshots(tmp_path)}, []
     resumed = toy_trainer(tmp_path, resume_from_checkpoint="checkpoint-2", **settings)
-    assert [one.step for one in list_snapshots(tmp_path)] == [2]
+    assert [one.step for one in list_snapshots(tmp_path)] == [2, 4, 6]  # until training starts
+    resumed.callbacks.append(lambda trainer, loss: seen.append([one.step for one in list_snapshots(tmp_path)]))
     resumed.fit(source())
-    for one in list_snapshots(tmp_path):
+    assert seen == [[2], [2, 4], [2, 4], [2, 4, 6]]
+    for one in [*list_snapshots(tmp_path), *list_snapshots(tmp_path / "later-1")]:
         assert all(torch.equal(value, first[one.step][name]) for name, value in load_file(one.path).items())
 
 

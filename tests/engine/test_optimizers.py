@@ -43,8 +43,16 @@ def test_every_choice_has_its_optimizer():
 @pytest.mark.parametrize(
     ("name", "module", "message"),
     [
-        ("adamw_8bit", "bitsandbytes", "--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes."),
-        ("adamp", "timm.optim", "--optimizer adamp needs timm with a matching torchvision: "),
+        (
+            "adamw_8bit",
+            "bitsandbytes",
+            '--optimizer adamw_8bit needs bitsandbytes, which is not installed: pip install "cm_diffusers[bnb]".',
+        ),
+        (
+            "adamp",
+            "timm.optim",
+            '--optimizer adamp needs timm, which is not installed: pip install "cm_diffusers[timm]".',
+        ),
     ],
 )
 def test_a_missing_package_is_named(monkeypatch, name, module, message):

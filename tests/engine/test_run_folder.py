@@ -120,7 +120,9 @@ def test_a_failure_before_the_first_checkpoint_brings_the_earlier_run_back(tmp_p
 
 
 def test_a_failure_later_keeps_the_earlier_run_until_the_resumed_one_has_ended(tmp_path) -> None:
-    toy_trainer(tmp_path).fit(source())
+    first = toy_trainer(tmp_path)
+    first.fit(source())
+    first.end()
     old = tensors(tmp_path / "checkpoint-4")
     with pytest.raises(RuntimeError, match="no memory"):
         toy_trainer(tmp_path, objective=Failing(3), overwrite_output_dir=True, checkpointing_steps=2, seed=1).fit(
@@ -137,7 +139,9 @@ def test_a_failure_later_keeps_the_earlier_run_until_the_resumed_one_has_ended(t
 @pytest.mark.parametrize("link", ["folder", "checkpoint", "result"])
 def test_overwriting_acts_through_links(tmp_path, link) -> None:
     real, run = tmp_path / "real", tmp_path / "run"
-    toy_trainer(real, toy_networks(5)).fit(source())
+    first = toy_trainer(real, toy_networks(5))
+    first.fit(source())
+    first.end()
     write(real / "pipeline" / "model_index.json", "old")
     if link == "folder":
         run.symlink_to(real)
@@ -229,7 +233,7 @@ def test_latest_on_a_first_start_begins_and_says_so(tmp_path, caplog) -> None:
 
 def test_a_checkpoint_with_a_file_of_the_user_is_not_pruned(tmp_path) -> None:
     def note(trainer, loss) -> None:
-        if trainer.step == 2:
+        if trainer.step == 1:
             write(tmp_path / "checkpoint-1" / "notes.txt", "x")
 
     toy_trainer(tmp_path, callbacks=[note], checkpointing_steps=1, checkpoints_total_limit=1).fit(source())

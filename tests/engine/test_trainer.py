@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from cm_diffusers.engine import accelerator as accelerator_module
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig
-from cm_diffusers.types import Loss, Networks
+from cm_diffusers.types import Batch, Loss, Networks
 
 
 EVERYTHING = {
@@ -77,6 +78,50 @@ def test_micro_batches_add_up_to_the_batch(tmp_path) -> None:
         torch.testing.assert_close(one.value, two.value, rtol=1e-6, atol=0)
         torch.testing.assert_close(one.logs["student/grad_norm"], two.logs["student/grad_norm"], rtol=1e-5, atol=0)
     torch.testing.assert_close(weights(whole.student), weights(parts.student), rtol=1e-5, atol=1e-7)
+
+
+class Drawing:
+    """Two players; keeps a number that each draws in its turn, and one that the source drew."""
+
+    config = ToyConfig()
+
+    def __init__(self) -> None:
+        self.drawn = {"source": [], "student": [], "critic": []}
+        self.players = {name: partial(self.play, name) for name in ("student", "critic")}
+
+    def play(self, name: str, nets: Networks, batch, progress) -> Loss:
+        self.drawn[name].append(torch.rand(()).item())
+        return Loss(getattr(nets, name)(batch.x0).square().mean(), {"drawn": batch.x0[0, 0]})
+
+    def source(self, start: int):
+        while True:
+            self.drawn["source"].append(torch.rand(()).item())
+            yield Batch(torch.randn(4, 4))
+
+
+def drawn_by(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch, **config) -> dict[str, list[float]]:
+    objective = Drawing()
+    trainer = toy_trainer(folder, Networks(toy_network(0), critic=toy_network(1)), objective, **config)
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda _: rank))
+    trainer.fit(objective.source)
+    return objective.drawn
+
+
+def test_ranks_players_steps_and_sources_draw_numbers_of_their_own(tmp_path, monkeypatch) -> None:
+    ranks = [drawn_by(tmp_path / str(rank), rank, monkeypatch) for rank in (0, 1)]
+    numbers = [number for drawn in ranks for of_one in drawn.values() for number in of_one]
+    assert len(numbers) == len(set(numbers)) == 2 * 3 * 4
+    assert drawn_by(tmp_path / "again", 1, monkeypatch) == ranks[1]
+
+
+def test_a_source_that_samples_repeats_after_a_resume(tmp_path, monkeypatch) -> None:
+    config = {"checkpointing_steps": 2}
+    whole = drawn_by(tmp_path / "whole", 0, monkeypatch, **config)
+    torch.rand(7)  # whatever else happens between
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    rest = drawn_by(tmp_path / "rest", 0, monkeypatch, resume_from_checkpoint=checkpoint, **config)
+    assert rest == {name: numbers[2:] for name, numbers in whole.items()}
+    assert_same(tensors(tmp_path / "rest" / "checkpoint-4"), tensors(tmp_path / "whole" / "checkpoint-4"))
 
 
 def test_logs_are_means_over_micro_batches(tmp_path) -> None:
@@ -269,7 +314,9 @@ def test_logs_reach_tensorboard(tmp_path) -> None:
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
-    toy_trainer(tmp_path, checkpointing_steps=1, checkpoints_total_limit=2).fit(source())
+    trainer = toy_trainer(tmp_path, checkpointing_steps=1, checkpoints_total_limit=2)
+    trainer.fit(source())
+    trainer.end()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4", "run.json"]
 
 
@@ -477,19 +524,20 @@ def test_a_stopped_run_continues_as_if_nothing_had_been(tmp_path, interrupted, n
 def test_a_run_killed_while_saving_has_its_last_checkpoint(tmp_path, interrupted) -> None:
     folder, codes = interrupted
     assert codes["SIGKILL"] == -signal.SIGKILL
-    assert (folder / "SIGKILL" / ".checkpoint-4.partial").is_dir()
+    assert len(list((folder / "SIGKILL").glob(".checkpoint-4.*.partial"))) == 1
     again = toy_trainer(folder / "SIGKILL", toy_networks(9), resume_from_checkpoint="latest", checkpointing_steps=2)
     assert again.step == 2
     again.fit(source())
     toy_trainer(tmp_path).fit(source())
     assert_same(tensors(folder / "SIGKILL" / "checkpoint-4"), tensors(tmp_path / "checkpoint-4"))
-    assert not (folder / "SIGKILL" / ".checkpoint-4.partial").exists()
+    again.end()
+    assert sorted(os.listdir(folder / "SIGKILL")) == ["checkpoint-2", "checkpoint-4", "run.json"]
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
     with (
         pytest.warns(UserWarning, match="no supported trackers"),
-        pytest.raises(ValueError, match="pip install wandb"),
+        pytest.raises(ValueError, match=r"pip install .cm_diffusers\[wandb\]"),
     ):
         toy_trainer(tmp_path, report_to="wandb")

@@ -72,6 +72,40 @@ def test_kernel_distance_is_unbiased_and_leaves_the_generator_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_kernel_distance_has_the_cubic_kernel_of_its_paper() -> None:
+    """k(x, y) = (x y / d + 1)^3 (1801.01401, Eq. 3); where all features of a kind are alike, k(r, r) + k(f, f) - 2 k(r, f)."""
+    real, fake = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, 2.0, -1.0])
+    expected = (14.25 / 4 + 1) ** 3 + (6 / 4 + 1) ** 3 - 2 * (-4 / 4 + 1) ** 3
+    found, _ = metrics.kernel_distance(real.expand(20, 4), fake.expand(30, 4), 3)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_ceiling_of_coverage_by_hand() -> None:
+    """No fake image is among the 2 nearest of 5 other real and 3 fake ones: 5/8 times 4/7."""
+    assert metrics.coverage_ceiling(6, 3, 2) == pytest.approx(1 - 5 / 8 * 4 / 7, rel=1e-12)
+    assert metrics.coverage_ceiling(3, 6, 1) == pytest.approx(1 - 2 / 8, rel=1e-12)
+
+
+def test_kernel_distance_leaves_the_generators_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "mps", "xpu"):
+        module = getattr(torch, name)
+        for function in ("manual_seed", "manual_seed_all"):
+            if hasattr(module, function):
+                monkeypatch.setattr(module, function, lambda seed: pytest.fail("re-seeded"))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("re-seeds all"))
+    metrics.kernel_distance(torch.ones(9, 2), torch.zeros(9, 2), 2)
+
+
+@pytest.mark.parametrize("size", [10, 1000])
+def test_subsets_of_the_kernel_distance_differ(size: int) -> None:
+    """Of a set as large as a subset the standard deviation was 1e-16."""
+    real, fake = torch.randn(2, 40, 8)
+    mean, std = metrics.kernel_distance(real, fake, 50, size)
+    assert std > 0.01 * abs(mean)
+    whole = metrics.kernel_distance(real.repeat(2, 1), fake.repeat(2, 1), 1, 40)[1]
+    assert whole == 0  # of one subset
+
+
 @pytest.mark.parametrize(("k", "limit"), [(3, 0.875), (5, 0.969), (10, 0.999)])
 def test_coverage_of_real_by_real_has_its_ceiling(k: int, limit: float) -> None:
     assert metrics.coverage_ceiling(10**6, 10**6, k) == pytest.approx(limit, abs=5e-4)
@@ -107,10 +141,26 @@ def test_vendi_counts_distinct_samples() -> None:
     assert metrics.prompt_vendi_score(features, list("vwxyz"), 2) is None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("an elephant", "elephant"), ("an ant", "ant"), ("Ants", None), ("the ant's leg", "ant"), ("(ant)", "ant"),
+        ("a giant", None), ("an ant on an elephant", "elephant"), ("a bathtub", None), ("a tub, a bath", "bath"),
+        ("a Golden  Retriever", "golden_retriever"), ("a retriever", None), ("a hot dog", "hot dog"), ("", None),
+        ("a dog-like thing", None), ("an élan", "élan"), ("African elephant", "African elephant"), ("a plan", None),
+    ],
+)  # fmt: skip
+def test_labels_are_whole_words(prompt: str, found: str | None) -> None:
+    labels = ["ant", "elephant", "African elephant", "bath", "golden_retriever", "hot dog", "élan", "", " "]
+    place = metrics.label_in_prompt(prompt, labels)
+    assert found == (None if place is None else labels[place])
+
+
 def test_prompts_name_their_longest_label() -> None:
     labels = ["shirt", "t-shirt", "ankle boot"]
     prompts = ["a photo of a T-shirt", "a shirt", "an ankle boot", "a hat"]
     assert [metrics.label_in_prompt(prompt, labels) for prompt in prompts] == [1, 0, 2, None]
+    assert metrics.label_in_prompt("a T-shirt", ["shirt", "coat"]) is None  # a word of its own
     logits = torch.eye(3)[[1, 2, 2, 0]]
     assert metrics.prompt_agreement(logits, [1, 0, 2, None]) == pytest.approx(2 / 3)
     assert metrics.prompt_agreement(logits, [None] * 4) is None
@@ -169,6 +219,10 @@ def test_classification_loss_by_hand() -> None:
     smooth = ClassificationObjective(ClassificationConfig(label_smoothing=1.0))
     flat = smooth(Networks(Constant()), batch, Progress(0, 1))
     torch.testing.assert_close(flat.value, -probabilities[-2:].log().mean())
+    some = ClassificationObjective(ClassificationConfig(label_smoothing=0.2))(
+        Networks(Constant()), batch, Progress(0, 1)
+    )
+    torch.testing.assert_close(some.value, 0.8 * loss.value + 0.2 * flat.value)  # 1512.00567, Eq. 5 and 6
 
 
 def test_images_do_not_depend_on_the_batch() -> None:
@@ -405,7 +459,7 @@ def test_labels_of_another_classifier_are_refused(
 
 def test_inception_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+    with pytest.raises(ValueError, match=r'pip install "cm_diffusers\[metrics\]"'):
         load_extractor("inception")
 
 

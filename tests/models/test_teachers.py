@@ -52,6 +52,15 @@ def test_share_of_dropped_conditions(share):
     assert counts.max() < 20
 
 
+def test_every_time_is_trained_at():
+    net, process = Listener(), DiscreteVP(VP.alphas_cumprod[:10])
+    batch = Batch(torch.randn(4000, 1), {"label": torch.ones(4000, 1)}, {"label": torch.zeros(4000, 1)})
+    DiffusionObjective(DiffusionConfig(), process)(Networks(net), batch, PROGRESS)
+    counts = torch.bincount(net.t)
+    assert len(counts) == 10
+    assert (counts - 400).abs().max() < 100
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_the_share_is_a_share(share):
     with pytest.raises(ValueError, match=f"--condition_dropout is {share}; give a share between 0 and 1"):

@@ -29,7 +29,7 @@ from cm_diffusers.evaluation.separability import (
     real_and_generated,
     through_vae,
 )
-from cm_diffusers.models import vision_critic
+from cm_diffusers.models import decoding
 from cm_diffusers.models.critics import CriticConfig, make_critic, unused_flags
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.vision_critic import FeatureNetwork, VisionCritic, levels, load_backbone
@@ -106,7 +106,7 @@ def test_the_gradient_is_that_of_finite_differences(home, monkeypatch):
 
     x = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
     (whole,) = torch.autograd.grad(seen(x), x)
-    monkeypatch.setattr(vision_critic, "CHUNK", 4)
+    monkeypatch.setattr(decoding, "CHUNK", 4)
     (chunks,) = torch.autograd.grad(seen(x), x)
     torch.testing.assert_close(chunks, whole)
     assert whole.abs().min() > 0
@@ -117,7 +117,7 @@ def test_chunks_change_nothing(home, monkeypatch):
     critic, (x, t, cond), sizes = make(home), inputs(5), []
     expected = critic(x, t, cond)
     critic._called[0].decoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    monkeypatch.setattr(vision_critic, "CHUNK", 130)
+    monkeypatch.setattr(decoding, "CHUNK", 130)
     torch.testing.assert_close(critic(x, t, cond), expected, rtol=1e-4, atol=1e-4)
     assert sizes == [2, 2, 1]
     critic(x.requires_grad_(), t, cond).mean().backward()
@@ -179,7 +179,7 @@ def test_vae_and_network_follow_the_latents(home, monkeypatch):
     assert {value.device.type for value in state} == {"meta"}
 
 
-def test_the_vae_does_not_decode_in_half_precision(home):
+def test_nothing_looks_in_half_precision(home):
     critic, (x, t, cond), seen = make(home), inputs(), []
     vae, network = critic._called
     vae.decoder.conv_in.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
@@ -187,7 +187,7 @@ def test_the_vae_does_not_decode_in_half_precision(home):
     layer.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         logits = critic(x.requires_grad_(), t, cond)
-    assert seen == [torch.float32, torch.bfloat16]
+    assert seen == [torch.float32, torch.float32]
     assert logits.dtype == torch.float32
     logits.mean().backward()
     assert x.grad.isfinite().all()
@@ -500,7 +500,7 @@ def test_guidance_is_the_record_s_or_given(home, tmp_path, monkeypatch, given, e
     if given is None:
         with pytest.raises(ValueError, match="has no record that recommends a guidance scale: give --guidance_scale"):
             draw()
-    write_record(Record("lcm", "teacher", "embedded", 1.0, 7.0, 3.5, 4, {}), student)
+    write_record(Record("lcm", "teacher", "distilled", 1.0, 7.0, 3.5, 4, {}), student)
     real, fake = draw()
     assert asked == [(["a coat"] * 4, range(5, 9), 2, expected, 32, 32)]
     assert torch.equal(fake, images)

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracles import Gaussian, GridLinear, OracleNet, edm_student, edm_teacher, guided
+from oracles import Gaussian, GridLinear, OracleNet, cm_scalings, edm_student, edm_teacher, guided
 from tiny import tiny_scheduler
 from toys import forget_accelerate, toy_trainer
 
 from cm_diffusers.diffusion.distances import l1, load_lpips, perceptual
-from cm_diffusers.diffusion.preconditioning import cm_scalings, input_scaling
 from cm_diffusers.diffusion.process import EDM, DiscreteVP, Prediction
 from cm_diffusers.diffusion.solvers import heun_step
 from cm_diffusers.diffusion.times import karras_grid
@@ -150,7 +149,7 @@ def end_of_training(folder, objective, sigmas, scalings, steps=800):
         trainer.training_step(batches)
     c_skip, c_out = scalings(sigmas)
     gain, bias = nets.student.gain.detach(), nets.student.bias.detach()
-    return c_skip + c_out * input_scaling(sigmas, 0.5) * gain, c_out * bias
+    return c_skip + c_out * gain / (sigmas**2 + 0.25).sqrt(), c_out * bias
 
 
 def end_on_a_grid(folder, objective, points):
@@ -268,6 +267,34 @@ def test_lpips_sees_images_of_224_pixels_in_colour(make, channels):
     assert constant.tolist() == [1, 1]
 
 
+def test_lpips_resizes_bilinearly():
+    """Pixel i of 224 lies at (i + 1/2) n / 224 - 1/2 of n pixels, between its neighbours; none lies beyond the border."""
+    place = ((torch.arange(224).double() + 0.5) * 8 / 224 - 0.5).clamp(0, 7)
+    across = (1 - (place[:, None] - torch.arange(8)).abs()).clamp(min=0)  # (224, 8)
+    x, y = torch.rand(2, 2, 3, 8, 8, dtype=torch.float64)
+    large = [across @ image @ across.T for image in (x, y)]
+    ramp = torch.linspace(0, 1, 224).double()
+
+    def lpips(one, other):
+        return (ramp * (one - other).abs()).mean((1, 2, 3))
+
+    torch.testing.assert_close(perceptual(lpips)(x, y), lpips(*large), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((32, 32), (224, 224)), ((255, 255), (224, 224)), ((256, 256), (256, 256)), ((300, 512), (300, 512)),
+     ((96, 192), (224, 448)), ((512, 128), (896, 224))],
+)  # fmt: skip
+def test_lpips_sees_large_images_as_they_are(size, shown):
+    seen = []
+    distance = perceptual(lambda x, y: seen.append(x) or (x - y).square().mean((1, 2, 3)))
+    x, y = torch.rand(2, 1, 3, *size)
+    distance(x, y)
+    assert seen[0].shape == (1, 3, *shown)
+    assert torch.equal(seen[0], x) == (size == shown)
+
+
 def test_lpips_is_for_images():
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared
         perceptual(l1)(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8))
@@ -279,7 +306,7 @@ def test_lpips_is_for_images():
 
 def test_a_missing_package_is_told_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ValueError, match=r"--loss_type lpips needs the package lpips: pip install lpips\."):
+    with pytest.raises(ValueError, match="--loss_type lpips needs lpips, which is not installed"):
         cd(loss_type="lpips")
 
 

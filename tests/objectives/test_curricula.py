@@ -1,6 +1,7 @@
 """Grids, curricula and constants of consistency training, and what all its objectives share."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +30,6 @@ from cm_diffusers.objectives.slct import SLCTConfig, SLCTObjective
 from cm_diffusers.types import Batch, Networks, Progress
 
 
-CPU = torch.device("cpu")
-
-
 @pytest.fixture(autouse=True)
 def clean_accelerate():
     yield
@@ -56,6 +54,16 @@ def test_the_published_choices_of_two_steps(points, from_above, sigma):
     assert (grid.diff() > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "sigma"),
+    [("cd_imagenet64", "1.382"), ("ct_imagenet64", "1.913"), ("ict_imagenet64", "1.526"), ("ect_imagenet64", "1.526"),
+     ("ict_latents256", "0.253"), ("slct_latents256", "0.253")],
+)  # fmt: skip
+def test_recipes_recommend_what_their_papers_chose(recipe, sigma):
+    text = (Path(__file__).parents[2] / "training" / "recipes" / f"{recipe}.args").read_text("utf-8")
+    assert f"--recommended_sigmas 80 {sigma}\n" in text
+
+
 @pytest.mark.parametrize("rho", [7.0, 3.0, 1.0])
 def test_the_ends_of_a_grid_are_exact(rho):
     grid = karras_grid(11, 0.002, 80.0, rho)
@@ -68,7 +76,7 @@ def test_the_ends_of_a_grid_are_exact(rho):
 def test_neighbours_are_drawn_as_asked():
     grid, wanted = karras(5), torch.tensor([0.1, 0.0, 0.6, 0.3])
     for probabilities, expected in ((wanted, wanted), (None, torch.full((4,), 0.25))):
-        t, s = sample_neighbours(40_000, grid, CPU, probabilities)
+        t, s = sample_neighbours(40_000, grid, probabilities)
         index = torch.searchsorted(grid, s)
         assert torch.equal(grid[index], s)
         assert torch.equal(grid[index + 1], t)
@@ -81,13 +89,19 @@ def test_a_lognormal_between_two_sigmas():
     """Its quantiles are those of the normal within the ends, whose mass is 0.99166."""
     ends = torch.special.ndtr((torch.tensor([0.002, 80.0], dtype=torch.float64).log() + 1.1) / 2.0)
     assert float(ends[1] - ends[0]) == pytest.approx(0.99166, abs=5e-6)
-    t = sample_lognormal(100_000, -1.1, 2.0, 0.002, 80.0, CPU)
+    t = sample_lognormal(100_000, -1.1, 2.0, 0.002, 80.0)
     assert (t.dtype, 0.002 <= t.min(), t.max() <= 80.0) == (torch.float64, True, True)
     shares = (torch.special.ndtr((t.log() + 1.1) / 2.0) - ends[0]) / (ends[1] - ends[0])
     for quantile in (0.1, 0.5, 0.9):
         assert float((shares < quantile).double().mean()) == pytest.approx(quantile, abs=0.006)
-    narrow = sample_lognormal(1000, -1.1, 2.0, 0.0292, 14.614, CPU)
+    narrow = sample_lognormal(1000, -1.1, 2.0, 0.0292, 14.614)
     assert 0.0292 <= narrow.min() < 0.05 < 5 < narrow.max() <= 14.614
+    middle = sample_lognormal(20_000, 0.0, 1.0, 0.5, 2.0)  # half of the mass: what is outside is drawn anew
+    assert ((middle > 0.5) & (middle < 2.0)).all()
+    low = torch.special.ndtr(torch.tensor(0.5, dtype=torch.float64).log())
+    shares = (torch.special.ndtr(middle.log()) - low) / (1 - 2 * low)
+    for quantile in (0.1, 0.5, 0.9):
+        assert float((shares < quantile).double().mean()) == pytest.approx(quantile, abs=0.012)
 
 
 # ---- curricula
@@ -116,6 +130,16 @@ def test_the_doublings_of_ict():
     assert [doubling_intervals(Progress(k, 7), 10, 640) for k in range(7)] == [10, 20, 40, 80, 160, 320, 640]
     assert [doubling_intervals(Progress(k, 3), 10, 1280) for k in range(3)] == [10, 20, 40]  # shorter than its stages
     assert doubling_intervals(Progress(9, 10), 10, 10) == 10
+
+
+def test_doublings_that_do_not_come_out_even():
+    """K' = floor(K / (log2 floor(s1 / s0) + 1)) and N(k) = min(s0 2^floor(k / K'), s1) + 1 (2310.14189, Sec. 3.4)."""
+    for first, last, steps, starts in (
+        (3, 20, 100, {0: 3, 27: 6, 54: 12, 81: 20}),  # 100 / 3.58, of floor(20 / 3) = 6
+        (10, 100, 1000, {0: 10, 231: 20, 462: 40, 693: 80, 924: 100}),  # 1000 / 4.32
+    ):
+        expected = [max(n for start, n in starts.items() if start <= k) for k in range(steps)]
+        assert [doubling_intervals(Progress(k, steps), first, last) for k in range(steps)] == expected
 
 
 @pytest.mark.parametrize(("points", "mean_weight"), [(11, 8.42), (21, 17.45), (161, 141.1), (1281, 1129.1)])

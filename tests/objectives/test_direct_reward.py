@@ -10,12 +10,13 @@ from torch import Tensor
 from cm_diffusers.data.prompt_batches import prompt_batches
 from cm_diffusers.data.sampler import Position
 from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.models import decoding
 from cm_diffusers.models.adapters import WithoutAdapters, add_lora
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.policy.policy import Policy
 from cm_diffusers.rewards import CheckedReward
-from cm_diffusers.tasks.reward_runs import ImageScore
+from cm_diffusers.tasks.reward_runs import ImageScore, Tuned
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -28,6 +29,33 @@ def pipe():
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.vae.requires_grad_(False)
     return pipe
+
+
+def test_large_images_are_decoded_one_at_a_time(pipe, monkeypatch):
+    """Eight of 768 pixels at once need tens of gigabytes; the rewards and their gradient do not change."""
+    latents, decoded = torch.randn(5, *SHAPE), []
+    pipe.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(len(args[0])))
+    score = ImageScore(pipe, [], CheckedReward(Red(), "red"))
+    found = []
+    for chunk in (10_000, 2 * 64, 10):
+        monkeypatch.setattr(decoding, "CHUNK", chunk)
+        x = latents.clone().requires_grad_()
+        images = score.images(x)
+        found.append((images.detach(), *torch.autograd.grad(images.square().sum(), x)))
+        with torch.no_grad():
+            score.images(latents)
+    assert decoded == [5, 5, *[2, 2, 1], *[1, 2, 2], *[2, 2, 1], *[1] * 15]
+    torch.testing.assert_close(found[1:], [found[0]] * 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_not_square_is_drawn_so(pipe):
+    pipe.unet.register_to_config(sample_size=(8, 12))
+    tuned = Tuned(pipe, None, Policy(pipe.scheduler, STEPS))
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    assert tuned.shape(None) == (4, 8, 12)
+    assert tuned.shape(16 * factor) == (4, 16, 16)
+    with pytest.raises(ValueError, match=f"--resolution 17 must be a multiple of {factor}"):
+        tuned.shape(17)
 
 
 def batch_of(size: int = 2) -> Batch:
@@ -124,6 +152,14 @@ def test_divergence_of_a_trajectory(pipe):
     plain, held = (loss_of(objective_of(pipe, "trajectory", kl_coef=weight), nets, batch) for weight in (0.0, 2.0))
     assert held.logs["kl"] > 0 == plain.logs["kl"]
     assert held.value.item() == pytest.approx((plain.value + 2 * held.logs["kl"]).item(), rel=1e-5)
+    policy, by_hand = objective_of(pipe, "trajectory").policy, 0.0
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for index, sample, taken, _ in policy.walk(nets.student, torch.randn(STEPS + 1, 2, *SHAPE), batch.cond):
+            if taken.std > 0:  # |mean - mean'|^2 / (2 std^2), the mean over elements, summed over steps
+                mean = policy.transition(nets.teacher, index, sample, batch.cond).mean
+                by_hand += ((taken.mean - mean).square() / (2 * taken.std**2)).mean().item()
+    assert held.logs["kl"].item() == pytest.approx(by_hand, rel=1e-4)
     still = Networks(nets.teacher, teacher=nets.teacher)
     assert loss_of(objective_of(pipe, "trajectory", kl_coef=2.0), still, batch).logs["kl"] == 0
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from oracles import Gaussian, OracleNet, edm_teacher
+from oracles import Gaussian, OracleNet, edm_scalings, edm_teacher
 from tiny import tiny_scheduler
 from torch import nn
 from toys import forget_accelerate
 
-from cm_diffusers.diffusion.preconditioning import edm_scalings
 from cm_diffusers.diffusion.process import EDM, DiscreteVP
 from cm_diffusers.diffusion.times import easy_ratio
 from cm_diffusers.diffusion.views import EDMView, VPView
@@ -62,7 +61,7 @@ def test_training_ends_there(tmp_path, stage, q):
     sigmas = torch.tensor(sorted({*chain(80.0, stage), *chain(0.821, stage)}), dtype=torch.float64)
     objective = ect(q=q, stage_steps=0, huber_c=4.0)  # the metric does not matter; a smooth one settles sooner
 
-    def times(batch_size, progress, device):
+    def times(batch_size, progress):
         t = sigmas[torch.randint(len(sigmas), (batch_size,))]
         r = t * easy_ratio(t, objective.stage(progress), q, 8.0, 1.0)
         return t, torch.where(r < 0.002, 0, r)
@@ -81,7 +80,7 @@ def test_training_ends_there(tmp_path, stage, q):
 def test_pairs_are_drawn_as_the_stage_says():
     objective = ect(stage_steps=100)
     for step, stage in ((0, 0), (99, 0), (100, 1), (250, 2)):
-        t, r = objective.times(20_000, Progress(step, 1000), torch.device("cpu"))
+        t, r = objective.times(20_000, Progress(step, 1000))
         assert objective.stage(Progress(step, 1000)) == stage
         assert t.dtype == r.dtype == torch.float64
         torch.testing.assert_close(r[r > 0], (t * easy_ratio(t, stage, 2.0, 8.0, 1.0))[r > 0])
@@ -92,9 +91,9 @@ def test_pairs_are_drawn_as_the_stage_says():
 
 
 def test_a_constant_ratio():
-    t, r = ect(mapping="const", q=4.0).times(1000, PROGRESS, torch.device("cpu"))
+    t, r = ect(mapping="const", q=4.0).times(1000, PROGRESS)
     torch.testing.assert_close(r[r > 0], 0.75 * t[r > 0])
-    t, r = ect(mapping="const", q=1.0).times(1000, PROGRESS, torch.device("cpu"))
+    t, r = ect(mapping="const", q=1.0).times(1000, PROGRESS)
     assert not r.any()
 
 
@@ -104,7 +103,7 @@ def test_a_constant_ratio():
 def replay(objective, batch, seed=3):
     """The draws of one loss: t, r and the noise."""
     torch.manual_seed(seed)
-    t, r = objective.times(len(batch.x0), PROGRESS, torch.device("cpu"))
+    t, r = objective.times(len(batch.x0), PROGRESS)
     return t, r, torch.randn_like(batch.x0)
 
 
@@ -189,6 +188,52 @@ def test_no_loss_on_a_point_mass():
     for stage_q in (2.0, 16.0):
         assert loss(ect(q=stage_q), edm_teacher(Gaussian(0.7, 0.0)), batch) < 1e-4
         assert loss(ect(q=stage_q), edm_teacher(Gaussian(0.7, 0.5)), batch) > 1e-2
+
+
+class Counting(nn.Module):
+    """How many samples it is called with; with dropout between its layers."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.layers, self.sizes = nn.Sequential(nn.Linear(8, 8), nn.Dropout(dropout), nn.Linear(8, 8)), []
+
+    def forward(self, shown, told, return_dict=True, **cond):
+        self.sizes.append(len(shown))
+        assert {len(value) for value in (told, *cond.values())} == {len(shown)}
+        return (self.layers(shown) + sum(value for value in cond.values()),)
+
+
+def test_the_target_runs_on_samples_that_need_it():
+    """In the first stage four of five have the data itself; the loss is that of a run on all."""
+    batch = Batch(draw(DATA, 500, 8).float(), {"shift": torch.randn(500, 8)})
+    network, objective = Counting(0.0), ect()
+    t, r, noise = replay(objective, batch)
+    needed = int((r > 0).sum())
+    found = loss(objective, network, batch)
+    assert network.sizes == [needed, 500]
+    assert 50 < needed < 150
+    jump = objective.consistency(network, batch.x0 + torch.where(r > 0, r, t)[:, None].float() * noise,
+                                 torch.where(r > 0, r, t), batch.cond)  # fmt: skip
+    online = objective.consistency(network, batch.x0 + t[:, None].float() * noise, t, batch.cond)
+    norm = (online - torch.where(r[:, None] > 0, jump, batch.x0)).norm(dim=1)
+    assert found == pytest.approx((norm / (t - r)).mean().item(), rel=1e-5)
+
+
+def test_dropout_masks_are_shared_by_the_whole_batch():
+    """They hang on its size, so nothing is left out; both passes then see the same."""
+    network = Counting(0.5)
+    masks = []
+    network.layers[1].register_forward_hook(lambda _, given, made: masks.append(made == 0))
+    loss(ect(), network, Batch(torch.randn(20, 8)))
+    assert network.sizes == [20, 20]
+    assert torch.equal(*masks)
+
+
+def test_a_batch_of_data_alone_still_calls_the_network():
+    """As the other processes do, or they would wait for its buffers."""
+    network = Counting(0.0)
+    loss(ect(mapping="const", q=1.0), network, Batch(torch.randn(6, 8)))
+    assert network.sizes == [1, 6]
 
 
 # ---- wrong settings

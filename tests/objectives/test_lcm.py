@@ -154,6 +154,20 @@ def test_student_and_target_see_the_same_random_state_and_guidance(target):
     assert teacher.calls == [16]  # both branches, one call
 
 
+def test_the_student_is_told_the_strength_that_guides_the_teacher():
+    """With data 1 in the condition and 0 without, the guided data is 1 + w, which x_s shows."""
+    student, teacher = Recorder(VP, "epsilon", Gaussian(0, 1)), OracleNet(VP, "sample", Gaussian(1, 0), Gaussian(0, 0))
+    batch = Batch(torch.randn(64, 4, dtype=torch.float64), {"label": torch.ones(64)}, {"label": torch.zeros(64)})
+    loss = lcm("sample", dim=16, w_min=2.0, w_max=14.0)(Networks(student, teacher=teacher), batch, PROGRESS)
+    offline, online = student.calls
+    (a_t, b_t), (a_s, b_s) = ((VP.alpha(c["t"])[:, None], VP.sigma(c["t"])[:, None]) for c in (online, offline))
+    data = (offline["x"] - b_s / b_t * online["x"]) / (a_s - a_t * b_s / b_t)  # DDIM (2010.02502, Eq. 12), solved
+    told = 10 * online["timestep_cond"][:, 7].asin().double()  # the slowest wave is sin(1000 w / 10000)
+    torch.testing.assert_close(told[:, None].expand(64, 4) + 1, data, rtol=1e-4, atol=1e-4)
+    assert told.max() - told.min() > 6
+    assert loss.logs["w"].item() == pytest.approx(told.mean().item(), rel=1e-4)
+
+
 def test_without_an_embedding_the_network_gets_none():
     _, online, _, _ = recorded(lcm(), Batch(torch.randn(2, 4)))
     assert "timestep_cond" not in online

@@ -49,7 +49,7 @@ def test_grid_size_is_checked(num_steps):
 
 
 def test_pairs_are_uniform_and_one_spacing_apart():
-    t, s = sample_solver_pairs(50_000, solver_grid(1000, 50), CPU)
+    t, s = sample_solver_pairs(50_000, solver_grid(1000, 50))
     assert set(zip(t.tolist(), s.tolist(), strict=True)) == {(k, max(k - 20, 0)) for k in range(19, 1000, 20)}
     counts = torch.bincount(t)[19::20]
     assert ((counts - 1000).abs() < 5 * (1000 * 0.98) ** 0.5).all()
@@ -96,6 +96,20 @@ def test_rewind_rng_repeats_dropout_masks(device):
     second = F.dropout(x)
     assert torch.equal(first, second)
     assert not torch.equal(second, F.dropout(x))
+
+
+def test_rewind_rng_rewinds_the_device_it_is_given(monkeypatch):
+    """Not the current one."""
+    states = {0: 10, 1: 20}
+    number = lambda device: 0 if device is None else device.index  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device=None: states[number(device)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device=None: states.update({number(device): state}))
+    with rewind_rng(torch.device("cuda", 1)):
+        states.update({0: 11, 1: 21})
+    assert states == {0: 11, 1: 20}
+    with rewind_rng(torch.device("cuda")):
+        states.update({0: 12, 1: 22})
+    assert states == {0: 11, 1: 22}
 
 
 def test_rewind_rng_rewinds_after_an_error():

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, LCMScheduler
 from torch import nn
 
 from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
@@ -148,16 +148,28 @@ def test_ppo_stops_where_it_has_gone_far_enough(advantage, ratio, learns):
     assert (clipped(advantage, ratio) > 0) == learns
 
 
-def test_advantages_are_clipped():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_advantages_are_clipped(sign):
     policy = policy_of(1, final_std=0.5)
     network, states = Linear(policy), [torch.zeros(1, 1), torch.ones(1, 1)]
     found = []
     for advantage in (3.0, 100.0):
         network.zero_grad()
-        step = moves(states, 0, advantage=torch.tensor([advantage]))
+        step = moves(states, 0, advantage=torch.tensor([sign * advantage]))
         objective_of(policy, final_step="stochastic", adv_clip=3.0)(Networks(network), step, START).value.backward()
         found.append(network.biases.grad.item())
     assert found[0] == found[1] != 0
+
+
+def test_a_policy_starts_and_ends_with_the_noise_that_it_says():
+    """Standard normal noise times sigma_max; the last step, which adds none, gets `final_std`."""
+    edm = Policy(CMStochasticIterativeScheduler(sigma_max=60.0), 2)
+    assert edm.start(torch.ones(1, 1)).item() == pytest.approx(60.0, rel=1e-6)
+    policy = policy_of(2, final_std=0.3)
+    network = Linear(policy)
+    assert float(policy.transition(network, 1, torch.zeros(1, 1), {}).std) == pytest.approx(0.3, rel=1e-6)
+    following = float(policy.scheduler.alphas_cumprod[policy.scheduler.timesteps[1]])
+    assert float(policy.transition(network, 0, torch.zeros(1, 1), {}).std) == pytest.approx((1 - following) ** 0.5)
 
 
 def test_divergence_from_the_start_is_zero_there_and_holds_back_later():

@@ -5,12 +5,11 @@ from itertools import count, pairwise, product
 
 import pytest
 import torch
-from oracles import Gaussian, Mixture, OracleNet
+from oracles import Gaussian, Mixture, OracleNet, lcm_scalings
 from tiny import tiny_scheduler, tiny_unet
 from torch import nn
 from toys import assert_same, forget_accelerate, tensors, toy_trainer, weights
 
-from cm_diffusers.diffusion.preconditioning import lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP, diffuse
 from cm_diffusers.diffusion.solvers import ddim_noise, sub_times
 from cm_diffusers.engine.averages import ema_update
@@ -246,25 +245,26 @@ def test_the_target_is_where_three_guided_noisy_steps_get(sde):
 
 
 class Witness(nn.Module):
-    """Answers 0, and keeps what it was asked and the state of the generator."""
+    """Answers 0, and keeps what it was asked and a number that it drew, as dropout would."""
 
     def __init__(self):
         super().__init__()
         self.scale, self.calls = nn.Parameter(torch.zeros(())), []
 
     def forward(self, x_t, t, label=None, timestep_cond=None, return_dict=True):
-        self.calls.append((x_t, t, label, timestep_cond, torch.get_rng_state()))
+        self.calls.append((x_t, t, label, timestep_cond, torch.rand(1)))
         return (self.scale * x_t,)
 
 
-@pytest.mark.parametrize("loss_type", ["l2", "huber"])
-def test_the_student_is_told_text_and_strength_and_compared_as_asked(loss_type):
+@pytest.mark.parametrize(("loss_type", "averaged"), [("l2", True), ("huber", True), ("l2", False)])
+def test_the_student_is_told_text_and_strength_and_compared_as_asked(loss_type, averaged):
     settings = {"w_min": 1.0, "w_max": 5.0, "timestep_scaling_factor": 0.02, "loss_type": loss_type}
     objective, student, target = scott(critic=False, dim=16, **settings), Witness(), Witness()
-    nets = Networks(student, target=target, teacher=OracleNet(VP, "sample", COND, UNCOND).float())
+    teacher = OracleNet(VP, "sample", COND, UNCOND).float()
+    nets = Networks(student, target=target if averaged else None, teacher=teacher)
     batch = Batch(draw(COND, 64, 4).float(), *LABELS)
     loss = objective(nets, batch, Progress(0, 1))
-    ((x_s, s, label_s, strength_s, before),), ((x_t, t, label, strength, after),) = target.calls, student.calls
+    (x_s, s, label_s, strength_s, before), (x_t, t, label, strength, after) = target.calls + student.calls
     assert (label == 1).all()
     assert (label_s == 1).all()
     assert torch.equal(before, after)  # the same dropout masks
@@ -305,9 +305,10 @@ def test_r1_disturbs_what_is_real():
     nets, objective = Networks(Linear(torch.zeros(1000))), scott(critic_inputs="clean", r1_weight=100.0)
     found = []
     for where in (2.0, 0.0):
-        nets.critic = Recorder(lambda x, t, where=where: torch.where((x - where).abs() < 0.7, x - where, 0.0))
+        nets.critic = Recorder(lambda x, t, where=where: torch.where((x - where).abs() < 0.7, x - where + 0.5, -0.5))
         found.append(objective.judge(nets, Batch(torch.full((4000, 1), 2.0)), Progress(0, 1)).value.item())
-    assert found == [pytest.approx(3.0, rel=0.1), pytest.approx(2.0, abs=1e-3)]
+    # hinge losses of 0.5 twice and of 1.5 twice; a disturbance of 0.1 makes 100 * 0.1^2
+    assert found == [pytest.approx(1.0 + 1.0, rel=0.1), pytest.approx(3.0, abs=1e-3)]
 
 
 def test_least_squares_has_its_own_boundary():

@@ -1,6 +1,7 @@
 """The single files of `pipelines/`: they do what this package does, and travel beside the weights without it."""
 
 import ast
+import inspect
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, 
 from publishing.test_publish_images import CLASSES, STATISTICS, saved, scheduler_of, unet2d, vp_view, without_text
 from tiny import tiny_pipeline, tiny_unet, tiny_vae
 
-from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
+from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler, EDMConsistencyScheduler
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.publishing.images import images_pipeline, images_record, text_pipeline
 from cm_diffusers.publishing.pipelines import save_pipeline
@@ -217,12 +218,12 @@ def test_all_ways_to_say_how_many_and_which(drawer, folders) -> None:
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents must have the shape \(1, 4, 8, 8\)"),
         ({"num_inference_steps": 2, "sigmas": [80.0]}, "Give exactly one of"),
-        ({"num_inference_steps": 19}, "whole number from 1 to 18, got 19"),
+        ({"num_inference_steps": 19}, "whole number from 1 to the 18 points of the training grid, got 19"),
         ({"timesteps": [18, 0]}, "from 17 down to 0"),
         ({"timesteps": [0, 5]}, "must descend"),
-        ({"sigmas": [0.8, 80.0]}, "must descend, from at most 80.0 to at least 0.002"),
-        ({"sigmas": []}, "must descend"),
-        ({"sigmas": [float("nan")]}, "must descend"),
+        ({"sigmas": [0.8, 80.0]}, "numbers that descend, from at most 80.0 to at least 0.002"),
+        ({"sigmas": []}, "numbers that descend"),
+        ({"sigmas": [float("nan")]}, "numbers that descend"),
         ({"sigmas": [81.0]}, "from at most 80.0"),
     ],
 )
@@ -247,11 +248,19 @@ def test_a_gamma_is_for_one_call(tmp_path: Path) -> None:
         single("a bag", num_inference_steps=1, sigmas=[14.0])
 
 
-def test_the_files_share_one_scheduler() -> None:
-    """Each stands alone, so each has it; none may change alone."""
-    sources = set()
-    for path in (ROOT / "pipelines").glob("consistency_*.py"):
+def test_the_files_have_no_schedulers_but_the_packages() -> None:
+    """Each stands alone, so each has them; none may sample otherwise than the package."""
+    known = {
+        kind.__name__: inspect.getsource(kind).rstrip() for kind in (ConsistencyScheduler, EDMConsistencyScheduler)
+    }
+    found = set()
+    for path in (ROOT / "pipelines").glob("*.py"):
         text = path.read_text()
-        (found,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == "StudentScheduler")
-        sources.add(ast.get_source_segment(text, found))
-    assert len(sources) == 1
+        for node in ast.parse(text).body:
+            if any(
+                getattr(base, "id", "").endswith(("SchedulerMixin", "Scheduler"))
+                for base in getattr(node, "bases", ())
+            ):
+                assert ast.get_source_segment(text, node) == known[node.name], path.name
+                found.add(node.name)
+    assert found == set(known)

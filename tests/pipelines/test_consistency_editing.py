@@ -202,6 +202,12 @@ class TestResults:
         torch.testing.assert_close(result[~hole], x[~hole], atol=1e-7, rtol=0)
         assert (result - x)[hole].abs().mean() > 0.1
 
+    def test_no_noise_is_drawn_in_vain(self, editor: DiffusionPipeline) -> None:
+        """The scheduler's steps end at f and need none: torch's own generator stays as it is."""
+        state = torch.get_rng_state()
+        editor("inpainting", images(), mask_image=mask(), generator=torch.Generator().manual_seed(0), **PLACES)
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_inpainting_keeps_every_byte(self, editor: DiffusionPipeline) -> None:
         array = (images()[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
         hole = mask()[0, 0].bool().numpy()
@@ -284,7 +290,7 @@ def test_refuses_what_cannot_be_done(editor: DiffusionPipeline, arguments: tuple
 
 
 def test_refuses_other_requests(editor: DiffusionPipeline, module) -> None:
-    with pytest.raises(ValueError, match="Noise levels must descend"):
+    with pytest.raises(ValueError, match="sigmas must be numbers that descend"):
         editor("inpainting", images(), mask(), sigmas=[0.8, 80.0])
     with pytest.raises(ValueError, match="Found 1 generators for 2 images"):
         editor("inpainting", images(), mask(), generator=[torch.Generator()], **PLACES)

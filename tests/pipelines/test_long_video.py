@@ -189,6 +189,19 @@ class TestBoth:
                 latents(pipe, **asked)
 
     @pytest.mark.parametrize("name", FILES)
+    def test_half_precision_keeps_the_digits_of_the_scheduler_s_arithmetic(self, pipes, name: str) -> None:
+        """Data is a difference of two that are 15 times as large at the most noise."""
+        pipe = pipes[name]
+        output, x = (torch.randn(1, 4, 3, 8, 8, generator=seeded(seed)).bfloat16() for seed in (1, 2))
+        pipe.scheduler.set_timesteps(2)
+        for t in pipe.scheduler.timesteps:
+            found = module_of(pipe).denoised(pipe, output, t, x)
+            alpha = float(pipe.scheduler.alphas_cumprod[t]) ** 0.5
+            expected = (x.double() - (1 - alpha**2) ** 0.5 * output.double()) / alpha
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        assert pipe.scheduler.step_index is None
+
+    @pytest.mark.parametrize("name", FILES)
     @pytest.mark.parametrize(
         ("asked", "message"),
         [
@@ -266,8 +279,11 @@ class TestCoDenoising:
         assert weights[0].tolist() == pytest.approx([1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0, 0, 0, 0])
         assert weights[1].tolist() == pytest.approx(weights[0].flip(0).tolist())
 
-    def test_clean_frames_of_overlapping_clips_are_averaged(self, co, stock) -> None:
+    @pytest.mark.parametrize("clipping", [{}, {"clip_sample": True, "clip_sample_range": 0.3}, {"thresholding": True}])
+    def test_clean_frames_of_overlapping_clips_are_averaged(self, co, stock, monkeypatch, clipping: dict) -> None:
         """Each clip's prediction by the stock scheduler, weighted by hand."""
+        for pipe in (co, stock):
+            monkeypatch.setattr(pipe, "scheduler", LCMScheduler(**LINEAR, **clipping))
         actual = latents(co, num_frames=12, num_inference_steps=1)
         z = torch.randn(1, 4, 12, 8, 8, generator=seeded())
         first, second = (

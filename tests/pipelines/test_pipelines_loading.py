@@ -235,9 +235,10 @@ def test_a_fused_lora_survives_another_one_and_changes_of_class() -> None:
 
 
 @pytest.mark.parametrize("kind", [ConsistencyPipeline, StableDiffusionPipeline])
-def test_a_fused_lora_without_record_is_not_taken_for_a_base_model(kind) -> None:
+def test_a_fused_lora_without_record_is_not_taken_for_a_base_model(kind, tmp_path: Path) -> None:
     pipe = kind.from_pretrained(TEACHER)
-    pipe.load_lora_weights(LORA / "comfyui")
+    shutil.copy(LORA / LORA_WEIGHTS, tmp_path)
+    pipe.load_lora_weights(tmp_path)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe = ConsistencyPipeline.from_pipe(pipe)
@@ -405,8 +406,6 @@ def test_saving_loses_nothing(tmp_path: Path) -> None:
     again = ConsistencyPipeline.from_pretrained(tmp_path)
     assert again.record == pipe.record
     np.testing.assert_array_equal(images(again), expected)
-    (tmp_path / RECORD).unlink()
-    assert ConsistencyPipeline.from_pretrained(tmp_path).record == pipe.record  # also in model_index.json
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])

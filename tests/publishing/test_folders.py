@@ -1,12 +1,17 @@
 """Folders of results: whole or not at all, and what lies beside the weights of each kind."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from cm_diffusers.publishing import folders
 from cm_diffusers.publishing.folders import SAMPLES, write_result
+from cm_diffusers.record import base_model_of, read_record
 from publishing.test_model_card import PROVENANCE_OF_IT, RECORD
 
 
@@ -15,7 +20,7 @@ TOLD = {"training.json", "README.md"}
 
 
 def weights(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes(b"new")
+    save_file({"w": torch.zeros(1)}, folder / WEIGHTS)
 
 
 def fails(folder: Path) -> None:
@@ -60,6 +65,34 @@ def test_a_student_of_a_run_without_grids_shows_none(tmp_path: Path) -> None:
     assert "Sample grid" not in (tmp_path / "result/README.md").read_text()
 
 
+@pytest.mark.parametrize("what", ["model_card", "shutil"])
+def test_a_card_or_grid_that_fails_does_not_stop_publishing(what: str, folder: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(folders, what, None)
+    write_result(folder, [weights], RECORD, PROVENANCE_OF_IT)
+    assert (folder / WEIGHTS).is_file()
+    assert (folder / "training.json").is_file()
+    assert (folder / "README.md").is_file() == (what == "shutil")
+    assert not (folder / SAMPLES).exists() or what == "model_card"
+    (line,) = caplog.messages
+    assert line.endswith("the result is published without it.")
+
+
+@pytest.mark.parametrize("given", ["relative", "absolute", "hub"])
+def test_a_base_model_is_found_from_wherever_scripts_are_started(given: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "models/teacher").mkdir(parents=True)
+    (tmp_path / "models/teacher/model_index.json").write_text("{}")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    names = {"relative": "../models/teacher", "absolute": str(tmp_path / "models/teacher"), "hub": "ada/teacher"}
+    result = tmp_path / "elsewhere/run/lora"
+    write_result(result, [weights], replace(RECORD, base_model=names[given]))
+    written = read_record(result)
+    assert written.base_model == ("ada/teacher" if given == "hub" else "../../../models/teacher")
+    monkeypatch.chdir("/")
+    wanted = "ada/teacher" if given == "hub" else str(tmp_path / "models/teacher")
+    assert base_model_of(written, result) == wanted
+
+
 def test_what_fails_leaves_the_earlier_result(folder: Path) -> None:
     with pytest.raises(RuntimeError, match=WEIGHTS):
         write_result(folder, [weights, fails], RECORD, PROVENANCE_OF_IT)
@@ -73,8 +106,8 @@ def test_a_result_is_as_readable_as_the_umask_says(folder: Path, umask: int, fil
 
     def private(aside: Path) -> None:
         (aside / "unet").mkdir()
-        for path in (aside / WEIGHTS, aside / "unet" / WEIGHTS):
-            path.touch(0o600)
+        weights(aside)
+        weights(aside / "unet")
 
     before = os.umask(umask)
     try:

@@ -24,11 +24,14 @@ from cm_diffusers.publishing import hub as sharing
 from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
 from cm_diffusers.publishing.provenance import describe_run
-from cm_diffusers.record import read_record
+from cm_diffusers.record import base_model_of, read_record
 
 
 WRONG = "hf_wrongToken"
 SINGLE_FILE = Path(__file__).parents[2] / "pipelines" / "consistency_text_to_image.py"
+LEFTOVERS = (
+    "checkpoint-5/optimizer.safetensors unet/weights.bin .cache/x.json logs/events.txt notes.txt me.png a.json".split()
+)
 Run = Callable[..., str]
 
 
@@ -79,7 +82,7 @@ def results(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = lcm_record("ada/teacher", "embedded", 0.0, 4.0, 1.0, scheduler)
     save_pipeline(student, run / "pipeline", False, record, provenance)
     (run / "pipeline/clips.gif").write_bytes(b"GIF89a")
-    for leftover in ("checkpoint-5/optimizer.safetensors", "unet/weights.bin", ".cache/x.json", "logs/events.txt"):
+    for leftover in LEFTOVERS:
         (run / "pipeline" / leftover).parent.mkdir(exist_ok=True)
         (run / "pipeline" / leftover).write_text("not to be shared")
     adapter = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False)
@@ -132,8 +135,7 @@ def test_a_push_is_whole_private_and_idempotent(hub: Hub, share: Run, results: P
     wanted = {"README.md", "model_index.json", "cm_diffusers.json", "training.json", "scheduler/scheduler_config.json"}
     assert wanted | {"unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"} <= set(repo.files)
     assert "clips.gif" in repo.files  # the cards of clips show it
-    leftovers = {"checkpoint-5", "weights.bin", ".cache", "logs"}
-    assert not [path for path in repo.files if leftovers & set(path.split("/"))]
+    assert set(repo.files).isdisjoint(LEFTOVERS)
     card = repo.files["README.md"].decode()
     assert 'from_pretrained("ada/tiny-lcm")' in card
     assert "license: creativeml-openrail-m" in card  # read from the teacher's card on the Hub
@@ -146,7 +148,7 @@ def test_an_interrupted_push_is_tried_again(hub: Hub, share: Run, results: Path)
     hub.trouble[:] = [500, "drop", 503]
     assert share(results / "lora", WRITE, hub_model_id="tiny-lora") == f"{hub.url}/ada/tiny-lora"
     assert hub.trouble == []
-    assert {"pytorch_lora_weights.safetensors", "comfyui/lcm_lora_teacher.safetensors"} <= set(
+    assert {"pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json"} <= set(
         hub.repos["ada/tiny-lora"].files
     )
 
@@ -204,8 +206,10 @@ def test_distillation_ends_on_the_hub_or_does_not_start(hub: Hub, run: Run, resu
     files = hub.repos["ada/tiny-distilled"].files
     assert not [path for path, content in files.items() if str(results).encode() in content]
     assert json.loads(files["cm_diffusers.json"])["base_model"] == "teacher"
-    assert read_record(tmp_path / "tiny-distilled/lora").base_model == str(results / "teacher")
-    assert {"README.md", "pytorch_lora_weights.safetensors", "comfyui/lcm_lora_teacher.safetensors"} <= set(files)
+    local = read_record(tmp_path / "tiny-distilled/lora")
+    assert not Path(local.base_model).is_absolute()
+    assert base_model_of(local, tmp_path / "tiny-distilled/lora") == str(results / "teacher")
+    assert {"README.md", "pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors"} <= set(files)
     card = files["README.md"].decode()
     assert 'load_lora_weights("ada/tiny-distilled"' in card
     assert "license: creativeml-openrail-m" in card
@@ -236,9 +240,16 @@ def test_a_folder_without_a_result_is_refused(share: Run, results: Path) -> None
 def test_reload_by_id_without_and_with_the_package(hub: Hub, share: Run, results: Path, tmp_path: Path) -> None:
     share(results / "pipeline", WRITE, hub_model_id="tiny-lcm", hub_private_repo=True, pipeline_file=SINGLE_FILE)
     share(results / "lora", WRITE, hub_model_id="tiny-lora")
-    files = [tmp_path / f"{i}.npy" for i in range(5)]
+    files = [tmp_path / f"{i}.npy" for i in range(6)]
     student, lora = {"repo_id": "ada/tiny-lcm"}, {"repo_id": "ada/teacher", "lora": "ada/tiny-lora"}
+    with worker(hub, tmp_path, HF_TOKEN=WRITE) as ask:
+        ask({"push": str(results / "pipeline"), "repo_id": "ada/tiny-pushed"})
+    pushed = hub.repos["ada/tiny-pushed"].files
+    assert {"README.md", "cm_diffusers.json", "training.json"} <= set(pushed)
+    assert 'from_pretrained("ada/tiny-pushed")' in pushed["README.md"].decode()
+    assert not [path for path, content in pushed.items() if str(results).encode() in content]
     with worker(hub, tmp_path, HF_TOKEN=READ) as ask:
+        ask({"package": False, "repo_id": "ada/tiny-pushed", "to": str(files[5])})
         ask({"package": False, "custom": "PortableConsistencyPipeline", "to": str(files[4]), **student})
         for i, (package, what) in enumerate(((False, student), (False, lora), (True, student), (True, lora))):
             ask({"package": package, "to": str(files[i]), **what})
@@ -256,6 +267,7 @@ def test_reload_by_id_without_and_with_the_package(hub: Hub, share: Run, results
     np.testing.assert_allclose(loaded[2], loaded[0], atol=1e-4)
     np.testing.assert_allclose(loaded[3], loaded[1], atol=1e-4)
     np.testing.assert_allclose(loaded[4], loaded[0], atol=1e-4)
+    np.testing.assert_array_equal(loaded[5], loaded[0])  # by `push_to_hub` of our pipeline
 
 
 @pytest.mark.parametrize(
@@ -288,6 +300,18 @@ def test_a_token_is_in_no_repr_and_not_given_to_wandb() -> None:
     with pytest.raises(ValueError, match=r"--hub_token would be recorded by wandb") as caught:
         check_hub(config, "runs/x", "wandb")
     assert WRITE not in str(caught.value)
+
+
+def test_a_line_tells_what_is_not_uploaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("config.json", "peft/adapter_config.json", *(f"note {i}.txt" for i in range(12))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with mock.patch.object(sharing.HfApi, "upload_folder") as upload, caplog.at_level("INFO"):
+        push_folder(tmp_path, "ada/x", HubConfig())
+    assert upload.call_args.kwargs["allow_patterns"] == ["config.json", "peft/adapter_config.json"]
+    (line,) = [one.getMessage() for one in caplog.records if "Not uploaded" in one.getMessage()]
+    assert line.startswith("Not uploaded, as no script of this package wrote it: note 0.txt, note 1.txt, note 10.txt")
+    assert line.endswith("and 2 more.")
 
 
 def test_nothing_is_asked_of_the_hub_without_the_flag() -> None:

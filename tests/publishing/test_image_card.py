@@ -297,7 +297,7 @@ class TestSharing:
         with mock.patch.object(hub.HfApi, "upload_folder") as upload:
             push_folder(stock, "ada/x", HubConfig())
         assert upload.call_args.kwargs["folder_path"] == stock
-        assert "cm_diffusers.json" not in upload.call_args.kwargs["ignore_patterns"]  # it goes up as it is
+        assert "cm_diffusers.json" in upload.call_args.kwargs["allow_patterns"]  # it goes up as it is
         assert "base model" not in caplog.text
 
     def test_a_single_file_that_serves(self, stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:

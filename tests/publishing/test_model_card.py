@@ -317,6 +317,47 @@ def test_the_licence_is_read_from_a_folders_card(tmp_path: Path) -> None:
     assert read_license(str(tmp_path)) == {}
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"---\nlicense: [unclosed\n---\n", "is malformed (while parsing a flow sequence"),
+        (b"---\nlicense: mit\n\ttags: [x]\n---\n", "is malformed ("),
+        (b"---\nlicense: caf\xe9\n---\n", "is malformed ('utf-8' codec can't decode"),
+        (b"---\n- license\n- mit\n---\n", "is malformed (repo card metadata block should be a dict"),
+        (b"---\nlicense: 2.0\n---\n", "gives no text as license"),
+        (b"---\nlicense: {name: mit}\n---\n", "gives no text as license"),
+        (b"---\nlicense: [2]\n---\n", "gives no text as license"),
+        (b"---\nlicense: mit\nlicense_link: 3\n---\n", "gives no text as license_link"),
+    ],
+)
+def test_a_malformed_readme_gives_no_licence_and_a_warning(content: bytes, said: str, tmp_path: Path, caplog) -> None:
+    """It once ended the run after training, before anything was published."""
+    (tmp_path / "README.md").write_bytes(content)
+    assert read_license(str(tmp_path)) == {}
+    (line,) = caplog.messages
+    assert said in line
+    assert "\n" not in line
+
+
+def test_a_lora_lists_no_settings_of_a_full_student_and_the_reverse() -> None:
+    settings = {"unet_time_cond_proj_dim": 256, "ema_decay": 0.95, "lora_rank": 64, "lora_target_modules": ["to_q"]}
+    for provenance, absent in ((PROVENANCE_OF_IT, "lora_"), (LORA, "unet_time_cond_proj_dim"), (LORA, "ema_decay")):
+        full = provenance is PROVENANCE_OF_IT
+        card = model_card(RECORD, replace(provenance, settings=provenance.settings | settings))
+        assert f"| {absent}" not in card
+        assert ("| ema_decay | 0.95 |" in card) == full
+        assert ("| lora_rank | 64 |" in card) != full
+
+
+def test_a_lora_on_an_embedded_student_is_not_offered_to_comfyui() -> None:
+    """Which has no input for guidance; the card once recommended CFG 3."""
+    card = model_card(RECORD, LORA)
+    assert "ComfyUI and A1111 cannot sample this one" in card
+    assert "CFG" not in card
+    card = model_card(replace(RECORD, guidance="distilled", recommended_guidance_scale=1.0), LORA)
+    assert "the same file, `pytorch_lora_weights.safetensors`, with the sampler `lcm`, 4 steps, CFG 1" in card
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A run that ended with a student; its last validation grid is red."""

@@ -137,6 +137,8 @@ pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=Fa
 pipe.load_lora_weights("ada/result")
 image = pipe("your prompt", num_inference_steps=10, guidance_scale=2, eta=0.5).images[0]
 ```
+
+For ComfyUI, A1111 and kohya's tools: the same file, `pytorch_lora_weights.safetensors`. For PEFT: `peft/`, exactly what was trained.
 """
 
 

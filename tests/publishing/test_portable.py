@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline
 from transformers import CLIPTextModel
@@ -52,9 +53,9 @@ def test_lora_metadata_has_no_field_of_a_newer_peft(tmp_path: Path) -> None:
     unet.add_adapter(LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["to_q", "to_v"]))
     record = lcm_record("base", "none", 0.0, 0.0, 1.0, lcm_scheduler(tiny_pipeline(), 50, 10.0))
     save_lora(unet, tmp_path / "lora", record)
-    found = metadata(tmp_path / "lora")
-    layers = found.pop("unet.target_modules")
-    assert found == {"unet.r": 4, "unet.lora_alpha": 8, "unet.lora_dropout": 0.0}
+    found = lora_fields(tmp_path / "lora")
+    layers = found.pop("target_modules")
+    assert found == {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
     assert layers == sorted(name for name, _ in tiny_unet().named_modules() if name.endswith(("to_q", "to_v")))
     pipe = tiny_pipeline()
     pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
@@ -62,10 +63,42 @@ def test_lora_metadata_has_no_field_of_a_newer_peft(tmp_path: Path) -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.0)
 
 
-def metadata(folder: Path) -> dict:
-    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
-        entries = json.loads(file.metadata()["lora_adapter_metadata"])
-    return {key: sorted(value) if isinstance(value, list) else value for key, value in entries.items()}
+def lora_fields(folder: Path) -> dict:
+    fields = json.loads((folder / "peft/adapter_config.json").read_text())
+    assert (fields.pop("peft_type"), fields.pop("inference_mode")) == ("LORA", True)
+    return fields
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])
+def test_the_same_pipeline_gives_the_same_bytes(make, tmp_path: Path) -> None:
+    """Whatever was done with it in between: tokenizers note the last call, and a folder where it was loaded from."""
+    pipe = make()
+    save_pipeline(pipe, tmp_path / "first", fp16=False)
+    pipe.tokenizer(["a bag"], padding="max_length", truncation=True, max_length=9)
+    save_pipeline(pipe, tmp_path / "called", fp16=False)
+    pipe.save_pretrained(tmp_path / "stock")
+    save_pipeline(DiffusionPipeline.from_pretrained(tmp_path / "first"), tmp_path / "loaded", fp16=False)
+    wanted = contents(tmp_path / "first")
+    assert len(wanted) > 8
+    assert contents(tmp_path / "called") == wanted
+    assert contents(tmp_path / "loaded") == wanted
+
+
+def test_the_same_lora_gives_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors writes its metadata in another order each time."""
+    unet = tiny_unet()
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"]))
+    record = lcm_record("base", "none", 0.0, 0.0, 1.0, lcm_scheduler(tiny_pipeline(), 50, 10.0))
+    found = []
+    for name in "abcd":
+        save_lora(unet, tmp_path / name, record)
+        found.append(contents(tmp_path / name))
+    assert all(one == found[0] for one in found)
+    assert load_file(tmp_path / "a/pytorch_lora_weights.safetensors")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", ["fashion_teacher", "fashion_lcm"])
@@ -74,6 +107,6 @@ def test_bundled_text_encoders(name: str) -> None:
 
 
 def test_bundled_lora() -> None:
-    entries = metadata(ASSETS / "fashion_lcm_lora")
-    assert set(entries) == {"unet.r", "unet.lora_alpha", "unet.lora_dropout", "unet.target_modules"}
-    assert (entries["unet.r"], entries["unet.lora_alpha"]) == (16, 16)
+    entries = lora_fields(ASSETS / "fashion_lcm_lora")
+    assert set(entries) == {"r", "lora_alpha", "lora_dropout", "target_modules"}
+    assert (entries["r"], entries["lora_alpha"]) == (16, 16)

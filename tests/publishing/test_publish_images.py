@@ -20,11 +20,11 @@ from diffusers import (
     LCMScheduler,
     UNet2DModel,
 )
+from oracles import cm_scalings, edm_scalings
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet, tiny_vae
 from tiny_xl import tiny_xl_pipeline, tiny_xl_unet
 
 from cm_diffusers import ConsistencyImagesPipeline, ConsistencyPipeline, EDMConsistencyScheduler
-from cm_diffusers.diffusion.preconditioning import BOUNDARY_SCALINGS
 from cm_diffusers.diffusion.process import DiscreteVP, append_dims
 from cm_diffusers.diffusion.views import EDMView, VPView
 from cm_diffusers.publishing.images import images_pipeline, images_record, network_of, text_pipeline
@@ -138,7 +138,8 @@ def test_one_step_is_the_consistency_function_of_training(view, boundary: str) -
     cond = {} if labels is None else {"encoder_hidden_states": None, "class_labels": labels}
     with torch.no_grad():
         output = view(unet, high * noise, sigma, cond)
-    c_skip, c_out = BOUNDARY_SCALINGS[boundary](sigma, low, view.sigma_data)
+    scalings = cm_scalings(sigma, low, view.sigma_data), edm_scalings(sigma, view.sigma_data)
+    c_skip, c_out = scalings[boundary == "edm"]
     expected = append_dims(c_skip, noise) * high * noise + append_dims(c_out, noise) * output
     torch.testing.assert_close(in_our_class(pipe)(**asked).images, expected, rtol=1e-4, atol=1e-4)
 
@@ -242,7 +243,7 @@ def test_a_diffusion_model_is_sampled_by_euler_steps() -> None:
     x = x * sigmas[0]
     for sigma, following in pairwise(sigmas):
         level = torch.tensor([sigma], dtype=torch.float64)
-        c_skip, c_out = BOUNDARY_SCALINGS["edm"](level, 0.0, 0.5)
+        c_skip, c_out = edm_scalings(level, 0.5)
         with torch.no_grad():
             denoised = append_dims(c_skip, x) * x + append_dims(c_out, x) * view(unet, x, level, {})
         x = x + (following - sigma) * (x - denoised) / sigma
@@ -351,7 +352,7 @@ class TestText:
         states = pipe.encode_prompt("a bag", "cpu", 1, False)[0]
         with torch.no_grad():
             output = view(pipe.unet, x, sigma, {"encoder_hidden_states": states})
-        c_skip, c_out = BOUNDARY_SCALINGS["cm"](sigma, low, view.sigma_data)
+        c_skip, c_out = cm_scalings(sigma, low, view.sigma_data)
         return append_dims(c_skip, x) * x + append_dims(c_out, x) * output
 
     def test_a_scheduler_of_other_levels_is_named(self, tmp_path: Path) -> None:

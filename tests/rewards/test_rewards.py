@@ -262,8 +262,10 @@ def as_pil(images: torch.Tensor) -> list[Image.Image]:
         CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
         CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": 28, "width": 25}, do_normalize=False),
         ViTImageProcessorPil(size={"height": 24, "width": SIDE}),
+        CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 28, "width": 44}),
+        CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 41, "width": 16}),
     ],
-    ids=["clip", "crop", "squeeze"],
+    ids=["clip", "crop", "squeeze", "wider", "higher"],
 )
 def test_tensors_are_prepared_as_pil_images_are(processor, shape: tuple[int, int]) -> None:
     images = ((0.2 + 0.6 * pictures(2, *shape)) * 255).round() / 255  # PIL cuts overshoots after each axis, too
@@ -508,6 +510,13 @@ def test_classifier_reward_is_the_log_probability_of_the_label() -> None:
         load_reward(CLASSIFIER)(images, ["a bag", "a coat", "a fox"])
 
 
+def test_prompts_without_a_class_are_refused_beforehand() -> None:
+    both = load_rewards(["jpeg_compressibility", CLASSIFIER])
+    both.check(["a bag", "a coat"])
+    with pytest.raises(ValueError, match="The prompt 'a handbag' names no class of the classifier"):
+        both.check(["a bag", "a handbag"])
+
+
 def test_classifiers_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     labels = {0: "tench, Tinca tinca", 1: "cock", 2: "great white shark, man-eater"}
@@ -613,7 +622,7 @@ def test_bad_layouts_and_renderers_are_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="must return the same views"):
         MultiViewConsistency(lambda views, cameras: views[:, :2])(tiled(), PROMPTS)
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
-    with pytest.raises(ValueError, match="LPIPS needs the packages"):
+    with pytest.raises(ValueError, match="LPIPS needs torchvision, which is not installed"):
         multi_view.lpips()
 
 

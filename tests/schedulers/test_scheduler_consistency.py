@@ -10,9 +10,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.torch_utils import randn_tensor
-from oracles import ConsistencyNet, Gaussian, as_output
+from oracles import ConsistencyNet, Gaussian, as_output, lcm_scalings
 
-from cm_diffusers.diffusion.preconditioning import lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.schedulers import ConsistencyScheduler
 

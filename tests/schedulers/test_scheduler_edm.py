@@ -7,9 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, DDIMScheduler
-from oracles import Gaussian, as_output
+from oracles import Gaussian, as_output, cm_scalings, edm_scalings
 
-from cm_diffusers.diffusion.preconditioning import cm_scalings, edm_scalings
 from cm_diffusers.diffusion.process import EDM, DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, VPView
 from cm_diffusers.schedulers import EDMConsistencyScheduler
@@ -178,7 +177,10 @@ class TestLevels:
         x, noise = normal(0), normal(1)
         expected = x + sigma.view(-1, 1, 1, 1) * noise
         torch.testing.assert_close(scheduler.add_noise(x, noise, t), expected, rtol=1e-5, atol=1e-5)
-        assert scheduler.add_noise(x.half(), noise.half(), t).dtype == torch.float16
+        halves = scheduler.add_noise(x.half(), noise.half(), t)
+        assert halves.dtype == torch.float16  # rounded once, at the end
+        expected = x.half().float() + sigma.float().view(-1, 1, 1, 1) * noise.half().float()
+        assert ((halves - expected).abs() <= 0.501 * 2**-10 * expected.abs() + 1e-6).all()
 
 
 class TestScalings:
@@ -244,13 +246,15 @@ class TestScalings:
         x = normal(0).to(dtype)
         assert torch.equal(scheduler.step(torch.full_like(x, 1e3), scheduler.timesteps[0], x).prev_sample, x)
 
-    def test_half_precision_is_computed_in_double(self):
-        half, full = EDMConsistencyScheduler(clip_denoised=False), EDMConsistencyScheduler(clip_denoised=False)
-        x, output = (80 * normal(0)).half(), normal(1).half()
-        for scheduler in (half, full):
-            scheduler.set_timesteps(1)
-        expected = full.step(output.double(), full.timesteps[0], x.double()).denoised
-        assert torch.equal(half.step(output, half.timesteps[0], x).denoised, expected.half())
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_every_precision_is_computed_in_double(self, dtype):
+        scheduler = EDMConsistencyScheduler(clip_denoised=False)
+        x, output = (80 * normal(0)).to(dtype), normal(1).to(dtype)
+        scheduler.set_timesteps(1)
+        c_skip, c_out = cm_scalings(torch.tensor(80.0), SIGMA_MIN, 0.5)
+        expected = c_skip * x.double() + c_out * output.double()
+        found = scheduler.step(output, scheduler.timesteps[0], x).denoised
+        assert torch.equal(found, expected.to(dtype))
 
 
 def network(x, t, **conditions):

@@ -19,6 +19,7 @@ from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.models.motion import MOTION, MotionConfig, motion_scheduler, new_motion_adapter
 from cm_diffusers.objectives.lcm import LCMConfig
+from cm_diffusers.pipelines.lora import PEFT_PREFIX, PEFT_WEIGHTS
 from cm_diffusers.publishing.pipelines import lcm_record, save_lora
 from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.record import read_record
@@ -115,8 +116,8 @@ def test_the_lora_leaks_into_the_target(parts, lora):
     """2402.00769 v1, Sec. 4.2: after k averages the target's image layers are W + (1 - mu^k) BA."""
     nets = stage(parts, "motion", spatial_lora=lora).nets
     path = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
-    raw = load_file(f"{lora}/pytorch_lora_weights.safetensors")
-    delta = 8 / 4 * raw[f"unet.{path}.lora_B.weight"] @ raw[f"unet.{path}.lora_A.weight"]
+    raw = load_file(f"{lora}/{PEFT_WEIGHTS}")
+    delta = 8 / 4 * raw[f"{PEFT_PREFIX}{path}.lora_B.weight"] @ raw[f"{PEFT_PREFIX}{path}.lora_A.weight"]
     before = parts.image.unet.get_submodule(path).weight
     assert delta.abs().max() > 0.01
     assert torch.allclose(nets.student.get_submodule(path).weight, before + delta, atol=1e-6)
@@ -221,9 +222,9 @@ def test_what_is_saved_samples_alike_in_a_stock_pipeline(parts, lora, tmp_path, 
     adapted = [path for path, layer in stock.unet.named_modules() if hasattr(layer, "lora_A")]
     assert adapted
     assert not any(MOTION in path for path in adapted)
-    raw = load_file(folder / "pytorch_lora_weights.safetensors")
+    raw = load_file(folder / PEFT_WEIGHTS)
     loaded = get_peft_model_state_dict(stock.unet, adapter_name="default_0")
-    assert_same({f"unet.{key}": value for key, value in loaded.items()}, raw)  # none missing, none unexpected
+    assert_same({f"{PEFT_PREFIX}{key}": value for key, value in loaded.items()}, raw)  # none missing, none unexpected
     wanted = frames_of(made.make_pipeline(network))
     assert torch.allclose(frames_of(stock), wanted, atol=2e-5)
     stock.unload_lora_weights()

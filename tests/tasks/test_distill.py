@@ -26,7 +26,10 @@ from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.evaluation.grids import MARGIN, image_grid
 from cm_diffusers.evaluation.sampling import generate
 from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.models.teachers import release_encoders
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.pipelines.lora import PEFT_PREFIX, PEFT_WEIGHTS
+from cm_diffusers.tasks import text_to_image
 
 
 GUIDANCE, SEEDS, NFE, TEACHER_STEPS = 6.0, [3, 4], [1, 2, 4, 8], 5
@@ -132,7 +135,9 @@ def published(either, teacher) -> DiffusionPipeline:
 
 def result(folder: Path) -> dict[str, Tensor]:
     weights = folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    return load_file(weights if weights.exists() else folder / "lora" / "pytorch_lora_weights.safetensors")
+    if weights.exists():
+        return load_file(weights)
+    return {f"unet.{k.removeprefix(PEFT_PREFIX)}": v for k, v in load_file(folder / "lora" / PEFT_WEIGHTS).items()}
 
 
 def inputs(network) -> dict[str, Tensor]:
@@ -157,6 +162,10 @@ def test_resume_is_bit_exact(home, either) -> None:
     resumed = distil(home, f"{kind}-resumed", **KINDS[kind], **VALIDATION, resume_from_checkpoint=checkpoint)
     assert_same(tensors(resumed / "checkpoint-4"), tensors(either / "checkpoint-4"))
     assert_same(result(resumed), result(either))
+    published = "lora" if kind == "lora" else "pipeline"
+    files = [path.relative_to(either) for path in (either / published).rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert [str(path) for path in files if (resumed / path).read_bytes() != (either / path).read_bytes()] == []
 
 
 def test_the_cache_changes_nothing(home, full) -> None:
@@ -229,7 +238,7 @@ def test_adapters_load_into_the_stock_pipeline(teacher, lora) -> None:
     config = next(iter(teacher.unet.peft_config.values()))
     assert (config.r, config.lora_alpha) == (4, 8)
     loaded = [name for name, _ in teacher.unet.named_parameters() if ".lora_" in name]
-    assert len(loaded) == len(average) == len(load_file(lora / "lora" / "pytorch_lora_weights.safetensors"))
+    assert len(loaded) == len(average) == len(load_file(lora / "lora" / PEFT_WEIGHTS))
     assert any("attn1.to_q" in name for name in loaded)
     found = outputs(teacher.unet, **given)
     assert torch.equal(found, outputs(nets.student.eval(), **given))
@@ -260,7 +269,7 @@ def test_record_says_how_to_sample(home, either, published) -> None:
     embedded = either.name == "full"
     assert record == {
         "method": "lcm",
-        "base_model": str(home / "teacher"),
+        "base_model": "../../teacher",
         "guidance": "embedded" if embedded else "distilled",
         "w_min": 1.0,
         "w_max": 7.0,
@@ -342,3 +351,25 @@ def test_a_teacher_in_half_precision(home) -> None:
     assert {value.dtype for value in result(folder).values()} == {torch.float32}
     pixels = np.asarray(Image.open(folder / "samples" / "step-000002.png").convert("L").crop((150, 60, 230, 120)))
     assert pixels.std() > 1, "the teacher's row is an image"
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_adapters_on_a_teacher_in_half_precision(home, watched, monkeypatch) -> None:
+    """The network is loaded in it; VAE and text tower are given back where no grid needs them."""
+    released = []
+    monkeypatch.setattr(
+        text_to_image, "release_encoders", lambda pipe: released.append(pipe) or release_encoders(pipe)
+    )
+    precision = {"cast_teacher_unet": "bf16", "mixed_precision": "bf16", "max_train_steps": 2, "report_to": "none"}
+    small = VALIDATION | {"validation_nfe": [1], "validation_teacher_steps": 2} if watched else {}
+    folder = distil(home, f"half-adapters-{watched}", **KINDS["lora"], **small | precision)
+    adapters = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    assert any(value.any() for name, value in adapters.items() if ".lora_B." in name)
+    grids = list((folder / "samples").glob("*.png"))
+    assert (len(grids), len(released)) == ((1, 0) if watched else (0, 1))
+    for pipe in released:
+        assert pipe.unet.dtype == torch.bfloat16
+        assert {p.device.type for part in (pipe.vae, pipe.text_encoder) for p in part.parameters()} == {"meta"}
+    card = (folder / "lora" / "README.md").read_text()
+    assert "- stable-diffusion\n" in card, "the family is known without the tower"

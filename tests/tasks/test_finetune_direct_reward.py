@@ -67,7 +67,7 @@ def test_the_reward_rises_in_both_directions(home, through):
     assert less - turned > 0.002
     result = folders[1.0] / ("pipeline" if through == "single_step" else "lora")
     record = read_record(result)
-    assert (record.method, record.base_model) == ("direct_reward", str(home / "student"))
+    assert (record.method, record.base_model) == ("direct_reward", "../../student")
     assert ("its own samples" in (result / "README.md").read_text()) == (through != "single_step")
 
 

@@ -407,3 +407,12 @@ def test_dropout_acts_where_it_should() -> None:
     assert [rates(block) for block in unet.down_blocks] == [{0.0}, {0.3}]
     assert [rates(block) for block in unet.up_blocks] == [{0.3}, {0.0}]
     assert rates(unet.mid_block) == {0.3}
+    for size, least in (((16, 8), {0.0}), ([4, 16], {0.0}), ((8, 8), {0.3})):  # by the longer side
+        unet.register_to_config(sample_size=size)
+        set_dropout(unet, DropoutConfig(0.3, 8))
+        assert [rates(block) for block in unet.down_blocks] == [least, {0.3}]
+    unet.register_to_config(sample_size=None)
+    set_dropout(unet, DropoutConfig(0.2))
+    assert [rates(block) for block in unet.down_blocks] == [{0.2}, {0.2}]
+    with pytest.raises(ValueError, match="config has no sample_size: leave the flag out, or write sample_size there"):
+        set_dropout(unet, DropoutConfig(0.3, 8))

@@ -198,7 +198,7 @@ WRONG = {
         with_flags(dataset_name="x/y"),
         "exactly one is needed and --dataset_name and --train_data_dir were given",
     ),
-    "nan teacher": (nan_teacher, "holds 1 tensors that are not finite, such as conv_in.weight"),
+    "nan teacher": (nan_teacher, "holds 1 tensors that are not finite, such as unet.conv_in.weight"),
     "no pipeline": (empty_folder("pretrained_teacher_model"), "there is no model_index.json in it"),
     "no weights": (teacher_without_weights, "does not load: Error no file named"),
     "unknown teacher": (with_flags(pretrained_teacher_model="nobody/nothing"), "nor a Hub id within reach"),
@@ -232,15 +232,14 @@ WRONG = {
         with_flags(lora_target_modules=["to_q"]),
         "--lora_target_modules has no effect without --lora",
     ),
-    "adapters in half": (adapters(save_fp16=True), "--save_fp16 has no effect with --lora"),
     "embedded adapters": (with_flags(lora=True), "--unet_time_cond_proj_dim has no effect with --lora"),
-    "embedding": (with_flags(unet_time_cond_proj_dim=2), "--unet_time_cond_proj_dim must be an even number from 4 on"),
+    "embedding": (
+        with_flags(unet_time_cond_proj_dim=2),
+        "--unet_time_cond_proj_dim must be 0 (none) or an even number",
+    ),
     "odd embedding": (with_flags(unet_time_cond_proj_dim=7), "an even number from 4 on, but it is 7"),
     "no sampling steps": (with_flags(validation_nfe=[1, 0]), "--validation_nfe must be at least 1, but it is 0"),
-    "cast adapters": (
-        adapters(cast_teacher_unet="bf16", mixed_precision="bf16"),
-        "--cast_teacher_unet is for the full student",
-    ),
+    "cast adapters": (adapters(cast_teacher_unet="bf16"), "--cast_teacher_unet bf16 needs --mixed_precision bf16"),
     "cast teacher": (with_flags(cast_teacher_unet="bf16"), "--cast_teacher_unet bf16 needs --mixed_precision bf16"),
 }
 

@@ -59,7 +59,7 @@ class Vae:
         folder = folder / (subfolder or "")
         fingerprint = folder_fingerprint(folder)
         factors = _factors(json.loads((folder / "config.json").read_text("utf-8")))
-        return cls(lambda: AutoencoderKL.from_pretrained(folder), fingerprint, *factors)
+        return cls(lambda: AutoencoderKL.from_pretrained(folder, use_safetensors=True), fingerprint, *factors)
 
 
 def _factors(config: dict[str, Any]) -> tuple[float, float, int]:

@@ -12,6 +12,7 @@ from PIL import Image
 from cm_diffusers.data.file_names import IMAGE_SUFFIXES, suffix_of
 from cm_diffusers.data.preprocessing import content_hash, decode_image, read_bytes, to_rgb
 from cm_diffusers.data.shards import shard_key
+from cm_diffusers.extras import PYAV, missing
 
 
 ANIMATION_SUFFIXES = {".gif", ".webp"}
@@ -121,7 +122,5 @@ def _pyav() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ValueError(
-            "Video files are read by PyAV, which is missing: pip install 'cm_diffusers[video]'."
-        ) from error
+        raise ValueError(missing("A video file", PYAV)) from error
     return av

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Embeddings, cached_embeddings
@@ -115,14 +115,16 @@ def generated_batches(
     too_long(texts, encoders.tokenizers, found)
     found.report()
     sampler = _Sampler(config, generation, teacher, [texts[i % len(texts)] for i in range(number)], seed)
-    shards = sampler.shards(encoders.fingerprint, device)
+    jobs = sampler.jobs(encoders.fingerprint)
+    shards = sampler.shards(jobs, device)
     table = {text: i for i, text in enumerate(dict.fromkeys(["", *texts]))}
     with placed(encoders.towers, device):
         embeddings = cached_embeddings(list(table), encoders.encode_prompts, encoders.fingerprint, config)
     numbers = np.array([table[prompt] for prompt in sampler.prompts])
     position = Position(seed, rank, world_size)
     source = _Source(config, shards, numbers, embeddings, position, encoders.micro_conditioning)
-    return stream(source.make, config.dataloader_num_workers, found=found)
+    fingerprint = shard_key(encoders.fingerprint, *(job.key for job in jobs))
+    return stream(source.make, config.dataloader_num_workers, found=found, fingerprint=fingerprint)
 
 
 def read_prompts(path: str, column: str) -> list[str]:
@@ -183,16 +185,18 @@ class _Sampler:
     prompts: list[str]  # one for each sample
     seed: int
 
-    def shards(self, text_fingerprint: str, device: torch.device | str) -> list[Shard]:
-        """Latents (N, C, h, w) float16, scaled as the network wants them."""
+    def jobs(self, text_fingerprint: str) -> list[Job]:
         ask, scheduler = self.generation, self.teacher.scheduler
         schedule = sorted((k, repr(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
         made_by = [_fingerprint(self.teacher.unet), text_fingerprint, type(scheduler).__name__, schedule]
         settings = [ask.generation_steps, ask.generation_guidance_scale, self.config.resolution, self.seed]
-        jobs = [
+        return [
             Job(shard_key("generated", *made_by, *settings, rows.start, *(self.prompts[i] for i in rows)), rows)
             for rows in row_ranges(len(self.prompts), GENERATED_ROWS)
         ]
+
+    def shards(self, jobs: list[Job], device: torch.device | str) -> list[Shard]:
+        """Latents (N, C, h, w) float16, scaled as the network wants them."""
 
         def draw(job: Job) -> Iterator[Tensors]:
             with _ready(self.teacher, device):
@@ -232,9 +236,10 @@ def _fingerprint(unet: UNet2DConditionModel) -> str:
 @contextmanager
 def _ready(teacher: DiffusionPipeline, device: torch.device | str) -> Iterator[None]:
     """The teacher alone inside the block: without adapters or dropout, and in the precision its network is kept in."""
-    unet, training = teacher.to(device).unet, teacher.unet.training
-    kind = torch.device(device).type
-    with adapters_off(adapter_layers(unet)), torch.autocast(kind, unet.dtype, enabled=unet.dtype != torch.float32):
+    unet, training = teacher.unet.to(device), teacher.unet.training
+    others = [part for part in teacher.components.values() if isinstance(part, nn.Module) and part is not unet]
+    half = torch.autocast(torch.device(device).type, unet.dtype, enabled=unet.dtype != torch.float32)
+    with placed(tuple(others), device), adapters_off(adapter_layers(unet)), half:
         try:
             unet.eval()
             yield

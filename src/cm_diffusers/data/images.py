@@ -13,8 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from cm_diffusers.data.found import SHOWN, Found
-from cm_diffusers.data.preprocessing import crop, decode_image, drawn_view, fault_of, resize, square, to_tensor
+from cm_diffusers.data.preprocessing import (
+    content_hash,
+    crop,
+    decode_image,
+    drawn_view,
+    fault_of,
+    resize,
+    square,
+    to_tensor,
+)
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
+from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig, load_image_text, row_name, source_name
 
 
@@ -53,7 +63,8 @@ def image_batches(
     images = Images(dataset.select_columns(config.image_column), config, found)
     make = partial(_make_batch, images=images, labels=labels, position=Position(seed, rank, world_size))
     found.report()
-    return stream(make, config.dataloader_num_workers, found=found)
+    fingerprint = shard_key(images.digests, None if labels is None else labels.tolist())
+    return stream(make, config.dataloader_num_workers, found=found, fingerprint=fingerprint)
 
 
 def usable_rows(
@@ -113,8 +124,9 @@ class Images:
     def __init__(self, dataset: datasets.Dataset, config: DataConfig, found: Found) -> None:
         self.dataset, self.config = dataset, config
         keep = len(dataset) * 3 * config.resolution**2 < MEMORY_LIMIT
-        valid, self.memory = [], []
+        valid, self.memory, self.digests = [], [], []
         for record in dataset:
+            self.digests.append(content_hash(record[config.image_column]))
             image = decode_image(record[config.image_column])
             valid.append(image is not None)
             if keep and image is not None:

@@ -60,6 +60,10 @@ class Remembered:
     def __call__(self, start: int) -> Iterator[Batch]:
         return self.batches(start)
 
+    @property
+    def fingerprint(self) -> str:
+        return getattr(self.batches, "fingerprint", "")
+
     def remember(self, images: int) -> Callable[[Trainer, Loss], None]:
         """A callback, for steps of so many images."""
 

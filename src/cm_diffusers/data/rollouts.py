@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.reward_history import RewardHistory
+from cm_diffusers.diffusion.process import doubled, home_of_float64
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.policy.advantages import PromptStatistics, compared
 from cm_diffusers.policy.policy import Conditions, Moves
@@ -126,8 +127,7 @@ class Rollouts:
         order = self._generator(ORDER, self.number, epoch)
         size = self.config.train_batch_size
         rows = torch.randperm(self.config.samples_per_rollout, generator=order)[chunk * size :][:size]
-        rows = rows.to(self.rollout.states.device)
-        states, prompts, rewards, advantages, scales, log_probs = (part[rows] for part in self.rollout)
+        states, prompts, rewards, advantages, scales, log_probs = (part[rows.to(part.device)] for part in self.rollout)
         cond, uncond = self.task.conditions(prompts)
         return Moves(
             None, cond, uncond, index=index, sample=states[:, index], action=states[:, index + 1], advantage=advantages,
@@ -149,7 +149,7 @@ class Rollouts:
         trainer.student.train(was_training)
         states, kl, rewards = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         advantages, scales = self._compared(prompts, rewards, kl)
-        log_probs = torch.full((len(prompts), self.num_transitions), torch.nan, device=trainer.device).double()
+        log_probs = doubled(torch.full((len(prompts), self.num_transitions), torch.nan, device=trainer.device))
         rollout = Rollout(states, prompts, rewards, advantages, scales, log_probs)
         if not self.is_on_policy:
             self._fill_log_probs(rollout)
@@ -160,7 +160,7 @@ class Rollouts:
         """States `(B, H + 1, ...)`, divergences from the model before training `(B,)`, and rewards `(B,)`."""
         nets, (cond, uncond) = self.trainer.nets, self.task.conditions(prompts)
         noise = torch.randn(self.policy.num_steps + 1, len(prompts), *self.task.shape, generator=generator)
-        noise, kl = noise.to(prompts.device), torch.zeros(len(prompts), dtype=torch.float64, device=prompts.device)
+        noise, kl = noise.to(prompts.device), doubled(torch.zeros(len(prompts), device=prompts.device))
         states = [self.policy.start(noise[0])]
         for index, sample, taken, action in self.policy.walk(nets.student, noise, cond, uncond):
             states.append(action)
@@ -194,11 +194,12 @@ class Rollouts:
                 with trainer.accelerator.autocast():
                     taken = self.policy.transition(trainer.nets.student, index, states, cond, uncond)
                 if taken.std > 0:
-                    rollout.log_probs[rows, index] = log_prob(taken, rollout.states[rows, index + 1], reduction)
+                    found = log_prob(taken, rollout.states[rows, index + 1], reduction)
+                    rollout.log_probs[rows.to(found.device), index] = found
 
     def _remember(self, number: int, rewards: Tensor, kl: Tensor) -> None:
         """A row of the history. A pass of training counts three times, with its gradient; one of the model before, once."""
-        rewards, kl = (self.trainer.accelerator.gather(part).double() for part in (rewards, kl))
+        rewards, kl = (self.trainer.accelerator.gather(part).cpu().double() for part in (rewards, kl))
         steps, epochs, config = self.policy.num_steps, self.config.inner_epochs, self.trainer.objective.config
         again = 0 if self.is_on_policy else self.num_transitions
         noisy = steps if self.policy.ends_random else steps - 1  # of which there are divergences
@@ -225,7 +226,9 @@ class Rollouts:
         if "number" in tensors:
             own, rank = self.config.samples_per_rollout, self.trainer.accelerator.process_index
             parts = {name: tensors[name][rank * own : (rank + 1) * own] for name in Rollout._fields}
-            self.rollout = Rollout(**{name: part.to(self.trainer.device) for name, part in parts.items()})
+            moved = {name: part.to(self.trainer.device) for name, part in parts.items() if name != "log_probs"}
+            home = home_of_float64(self.trainer.device)
+            self.rollout = Rollout(**moved, log_probs=parts["log_probs"].to(home))
             self.number = int(tensors["number"])
 
     def _generator(self, *entropy: int) -> Generator:

@@ -51,10 +51,12 @@ class Stream:
     Attributes:
         batches: That function.
         found: What is trained on and what is left out.
+        fingerprint: Names the content that the batches are made of, wherever it lies; "" if nothing is known of it.
     """
 
     batches: Callable[[int], Iterator[Batch]]
     found: Found
+    fingerprint: str = ""
 
     def __call__(self, start: int = 0) -> Iterator[Batch]:
         return self.batches(start)
@@ -70,7 +72,7 @@ class BatchDataset(Dataset):
         return self.make(k)
 
 
-def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: Found) -> Stream:
+def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: Found, fingerprint: str = "") -> Stream:
     """The data source of `make(k) -> (x0, cond, uncond, ...)`, a batch's fields."""
 
     def batches(start: int) -> Iterator[Batch]:
@@ -85,4 +87,4 @@ def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: F
         for fields in loader:
             yield Batch(*fields)
 
-    return Stream(batches, found=found)
+    return Stream(batches, found, fingerprint)

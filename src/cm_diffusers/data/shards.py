@@ -26,6 +26,7 @@ from cm_diffusers.data.sources import DataConfig
 
 logger = logging.getLogger(__name__)
 SHARD_ROWS = 1024
+SAMPLED = 2**16  # bytes, at each of three places of a file
 ABANDONED = 3600  # seconds after which nobody is still writing a file
 Tensors = dict[str, Tensor]
 Shard = Path | Tensors  # on disk or in memory
@@ -41,6 +42,23 @@ class Job(NamedTuple):
 
 def shard_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def files_fingerprint(files: list[str], *others: str) -> str:
+    """Of large files, by their sizes and three samples of each, and of what else there is; "" if one is not here."""
+    if not files or not all(map(os.path.isfile, files)):
+        return ""
+    return shard_key(*others, *map(_sample, files))
+
+
+def _sample(name: str) -> str:
+    size = os.path.getsize(name)
+    digest = hashlib.sha256(str(size).encode())
+    with open(name, "rb") as file:
+        for place in (0, size // 2, max(0, size - SAMPLED)):
+            file.seek(place)
+            digest.update(file.read(SAMPLED))
+    return digest.hexdigest()
 
 
 def row_ranges(rows: int, size: int = SHARD_ROWS) -> list[range]:

@@ -23,6 +23,7 @@ from cm_diffusers.data.folders import checked_tables
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
 from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, batch_generator
+from cm_diffusers.data.shards import files_fingerprint
 from cm_diffusers.data.sources import (
     DataConfig,
     captions_of,
@@ -76,7 +77,8 @@ def streaming_batches(
     """
     _check(config, encoders)
     found = Found(source_name(config), kind="samples")
-    reader = _Reader(config, _open(config, found), Position(seed, rank, world_size), found)
+    files = _files(config, found)
+    reader = _Reader(config, _open(config, files), Position(seed, rank, world_size), found)
     encoder = _Encoder(config, encoders, device, found)
     found.report()
     found.aloud = True
@@ -89,7 +91,7 @@ def streaming_batches(
         for k in count(start):
             yield encoder.batch(window.take(size), batch_generator(k, reader.position))
 
-    return Stream(batches, found=found)
+    return Stream(batches, found, files_fingerprint(files, encoders.vae.fingerprint, encoders.fingerprint))
 
 
 def _check(config: DataConfig, encoders: Encoders) -> None:
@@ -106,16 +108,21 @@ def _check(config: DataConfig, encoders: Encoders) -> None:
         )
 
 
-def _open(config: DataConfig, found: Found) -> datasets.IterableDataset:
+def _files(config: DataConfig, found: Found) -> list[str]:
+    """Tar shards or parquet files, some of which may lie elsewhere; none for a dataset of the Hub."""
+    if config.train_shards_path_or_url:
+        return tar_shards(config.train_shards_path_or_url)
+    return [] if config.dataset_name else _parquet_files(config, found)
+
+
+def _open(config: DataConfig, files: list[str]) -> datasets.IterableDataset:
     image, caption = config.image_column, config.caption_column
     if config.train_shards_path_or_url:
-        arguments = {"shards": tar_shards(config.train_shards_path_or_url)}
-        arguments |= {"image_column": image, "caption_column": caption}
+        arguments = {"shards": files, "image_column": image, "caption_column": caption}
         return datasets.IterableDataset.from_generator(
             tar_rows, features=tar_features(image, caption), gen_kwargs=arguments
         )
     load = partial(datasets.load_dataset, cache_dir=config.cache_dir, streaming=True)
-    files = None if config.dataset_name else _parquet_files(config, found)
     with readable(source_flag(config)):
         if files:
             dataset = load("parquet", data_files=files, split="train")

@@ -18,6 +18,7 @@ from cm_diffusers.data.found import Found
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.images import usable_rows
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
+from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text, source_name
 
 
@@ -54,7 +55,8 @@ def text_image_batches(
     with placed(encoders.towers, device):
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, config)
     source = _Source(encoders.vae, rows, texts, table, Position(seed, rank, world_size), encoders.micro_conditioning)
-    return stream(source.make, config.dataloader_num_workers, found=rows.found)
+    fingerprint = shard_key(rows.fingerprint, encoders.fingerprint)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found, fingerprint=fingerprint)
 
 
 def token_batches(
@@ -70,7 +72,7 @@ def token_batches(
     rows, texts = _load(config, vae, (copy.deepcopy(tokenizer),), False, device)
     table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     source = _Source(vae, rows, texts, _Tokens(table), Position(seed, rank, world_size))
-    return stream(source.make, config.dataloader_num_workers, found=rows.found)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found, fingerprint=rows.fingerprint)
 
 
 class _Tokens(NamedTuple):
@@ -87,6 +89,7 @@ class _Rows:
     numbers: np.ndarray  # rows of the data set that can be used
     captions: list[list[int]]  # for each of them, its captions' numbers in the table
     found: Found
+    fingerprint: str  # of images, captions and VAE
 
 
 @dataclass(frozen=True)
@@ -155,4 +158,5 @@ def _load(
     found.captions = len(table) - 1
     too_long(list(table), tokenizers, found)
     found.report()
-    return _Rows(framing, posteriors, numbers, by_row, found), list(table)
+    fingerprint = shard_key(vae.fingerprint, framing.digests, captions)
+    return _Rows(framing, posteriors, numbers, by_row, found, fingerprint), list(table)

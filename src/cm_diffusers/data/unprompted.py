@@ -12,7 +12,7 @@ from cm_diffusers.data.found import Found
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.images import class_labels, image_batches, usable_rows
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
-from cm_diffusers.data.shards import row_ranges
+from cm_diffusers.data.shards import row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig, load_image_text, source_name
 from cm_diffusers.data.text_image import drawn_latents
 from cm_diffusers.engine.cli import refuse_changed
@@ -79,7 +79,8 @@ def unprompted_batches(
         affine = mean, std / sigma_data
     source = _Source(latents, labels, affine, Position(seed, rank, world_size))
     latents.found.report()
-    return stream(source.make, config.dataloader_num_workers, found=latents.found)
+    fingerprint = shard_key(vae.fingerprint, latents.framing.digests, None if labels is None else labels.tolist())
+    return stream(source.make, config.dataloader_num_workers, found=latents.found, fingerprint=fingerprint)
 
 
 def measure_statistics(config: DataConfig, vae: Vae, device: torch.device | str = "cpu") -> LatentStatistics:

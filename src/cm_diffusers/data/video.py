@@ -19,7 +19,7 @@ from cm_diffusers.data.found import Found
 from cm_diffusers.data.images import usable_rows
 from cm_diffusers.data.moving_articles import MovingArticles
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
-from cm_diffusers.data.shards import Tensors
+from cm_diffusers.data.shards import Tensors, shard_key
 from cm_diffusers.data.sources import DataConfig, check_values, load_image_text
 from cm_diffusers.data.text_image import EMPTY, drawn_latents
 from cm_diffusers.engine.cli import refuse_changed
@@ -148,7 +148,8 @@ def video_batches(
         table = cached_embeddings(texts, encoders.encode_prompts, encoders.fingerprint, rows.views.images)
     position = Position(seed, rank, world_size)
     source = _Source(encoders.vae, rows, table, position, first_frame, control == "edges")
-    return stream(source.make, config.dataloader_num_workers, found=rows.found)
+    fingerprint = shard_key(rows.fingerprint, encoders.fingerprint)
+    return stream(source.make, config.dataloader_num_workers, found=rows.found, fingerprint=fingerprint)
 
 
 def single_frames(clips: Stream) -> Stream:
@@ -170,6 +171,7 @@ class _Rows:
     numbers: np.ndarray  # clips that can be used
     captions: list[list[int]]  # for each of them, its captions' numbers in the table
     found: Found
+    fingerprint: str  # of clips, captions and VAE
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ def _load(config: VideoDataConfig, encoders: Encoders, device: torch.device | st
     found.captions = len(table) - 1
     too_long(list(table), encoders.tokenizers, found)
     found.report()
-    return _Rows(views, posteriors, numbers, by_clip, found), list(table)
+    fingerprint = shard_key(encoders.vae.fingerprint, clips.digests, clips.captions)
+    return _Rows(views, posteriors, numbers, by_clip, found, fingerprint), list(table)
 
 
 def open_clips(config: VideoDataConfig, found: Found) -> tuple[MovingArticles | FileClips, DataConfig]:

@@ -5,6 +5,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cm_diffusers.diffusion.process import exact
+from cm_diffusers.extras import POT, missing
+
 
 def load_pot() -> ModuleType:
     """
@@ -14,9 +17,7 @@ def load_pot() -> ModuleType:
     try:
         import ot
     except ImportError as error:
-        raise ValueError(
-            "--coupling ot needs the package POT: pip install pot; or give --coupling independent."
-        ) from error
+        raise ValueError(missing("--coupling ot", POT)) from error
     return ot
 
 
@@ -55,6 +56,6 @@ def transport(x0: Tensor, noise: Tensor) -> Tensor:
         ValueError: There is one sample only, or POT is missing.
     """
     check_batch(len(x0))
-    cost = torch.cdist(x0.flatten(1).double(), noise.flatten(1).double()).square()
-    plan = load_pot().emd([], [], cost.cpu().numpy())
+    cost = torch.cdist(exact(x0.flatten(1)), exact(noise.flatten(1))).square()
+    plan = load_pot().emd([], [], cost.numpy())
     return noise[torch.from_numpy(plan.argmax(1)).to(noise.device)]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cm_diffusers.diffusion.guidance import ConditionalDenoiser
-from cm_diffusers.diffusion.process import Process, interpret
+from cm_diffusers.diffusion.process import Process, as_like, interpret
 
 
 XL_CONDITIONS = ("text_embeds", "time_ids")  # the UNet's added_cond_kwargs
@@ -29,7 +29,8 @@ def as_denoiser(network: Callable, process: Process, prediction_type: str) -> Co
     """View a network as (x_t, t, conditions) -> Prediction, in float32."""
 
     def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple:
-        output = network(x_t, t, **unet_arguments(for_frames(cond, x_t)), return_dict=False)[0]
+        told = as_like(t, x_t) if t.is_floating_point() else t.to(x_t.device, non_blocking=x_t.is_cuda)
+        output = network(x_t, told, **unet_arguments(for_frames(cond, x_t)), return_dict=False)[0]
         return interpret(process, output.float(), x_t, t, prediction_type)
 
     return denoise

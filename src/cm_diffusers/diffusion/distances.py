@@ -2,10 +2,18 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from cm_diffusers.diffusion.feature_networks import in_float32
+from cm_diffusers.extras import LPIPS, missing
+
+
+LPIPS_SIDE = 224  # pixels
+LPIPS_AS_IT_IS = 256  # pixels, from which on images are not resized
 
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
@@ -60,10 +68,13 @@ def cauchy_c(elements: int, intervals: int) -> float:
 
 
 def perceptual(lpips: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS (1801.03924) of images `(B, 1 or 3, H, W)` in [-1, 1], resized to 224 pixels as in 2303.01469, Appendix C.
+    """LPIPS (1801.03924) of images `(B, 1 or 3, H, W)` in [-1, 1].
+
+    As in 2303.01469, Appendix C, the shorter side is brought to 224 pixels, but larger images, from 256 on, are compared
+    as they are.
 
     Args:
-        lpips: Two batches of images `(B, 3, 224, 224)` -> distances `(B,)` or `(B, 1, 1, 1)`, of a frozen network.
+        lpips: Two batches of images `(B, 3, H, W)` -> distances `(B,)` or `(B, 1, 1, 1)`, of a frozen network.
     """
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
@@ -71,14 +82,17 @@ def perceptual(lpips: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
             raise ValueError(
                 f"--loss_type lpips compares images (B, 1 or 3, H, W), but these are {tuple(x.shape)}; use l2 or l1."
             )
-        x, y = (interpolate(image.expand(-1, 3, -1, -1), (224, 224), mode="bilinear") for image in (x, y))
+        x, y = x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)
+        if (shorter := min(x.shape[2:])) < LPIPS_AS_IT_IS:
+            size = [round(side * LPIPS_SIDE / shorter) for side in x.shape[2:]]
+            x, y = (interpolate(image, size, mode="bilinear") for image in (x, y))
         return lpips(x, y).reshape(len(x))
 
     return distance
 
 
 def load_lpips() -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS with VGG features from the package lpips, on whichever device its images are.
+    """LPIPS with VGG features from the package lpips, see `in_float32`.
 
     Raises:
         ValueError: The package is missing.
@@ -86,6 +100,5 @@ def load_lpips() -> Callable[[Tensor, Tensor], Tensor]:
     try:
         import lpips
     except ImportError as error:
-        raise ValueError("--loss_type lpips needs the package lpips: pip install lpips.") from error
-    network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval()
-    return lambda x, y: network.to(x.device)(x, y)
+        raise ValueError(missing("--loss_type lpips", LPIPS)) from error
+    return partial(in_float32, lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval())

@@ -1,7 +1,7 @@
 """The scalings around a network: boundary families f = c_skip x + c_out (output), and inputs in EDM's coordinates.
 
 The one place they are defined. In EDM's coordinates x = x0 + sigma * noise, sigma is the time, and F is the output of
-a network of EDM (2206.00364, Eq. 7). All answers are float64.
+a network of EDM (2206.00364, Eq. 7). All answers are in float64 on the CPU.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cm_diffusers.diffusion.process import PREDICTION_TYPES
+from cm_diffusers.diffusion.process import PREDICTION_TYPES, exact
 
 
 def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 
         t: Discrete times `(B,)`.
         timestep_scaling: Multiplies t, as `LCMScheduler.config.timestep_scaling`.
     """
-    scaled = t.double() * timestep_scaling
+    scaled = exact(t) * timestep_scaling
     c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
     c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
     return c_skip, c_out
@@ -27,18 +27,18 @@ def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 
 
 def input_scaling(sigma: Tensor, sigma_data: float) -> Tensor:
     """c_in `(B,)` of EDM (2206.00364, Table 1): c_in x has unit variance."""
-    return 1 / (sigma.double() ** 2 + sigma_data**2).sqrt()
+    return 1 / (exact(sigma) ** 2 + sigma_data**2).sqrt()
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of EDM's denoiser (2206.00364, Table 1); exactly (1, 0) at sigma = 0."""
-    sigma = sigma.double()
+    sigma = exact(sigma)
     return 1 / (1 + (sigma / sigma_data) ** 2), sigma * sigma_data * input_scaling(sigma, sigma_data)
 
 
 def cm_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
     """c_skip and c_out `(B,)` of consistency models (2303.01469, Appendix C); exactly (1, 0) at sigma = sigma_min."""
-    shifted = sigma.double() - sigma_min
+    shifted = exact(sigma) - sigma_min
     return 1 / (1 + (shifted / sigma_data) ** 2), shifted * sigma_data * input_scaling(sigma, sigma_data)
 
 
@@ -63,7 +63,7 @@ def noise_condition(sigma: Tensor, kind: str) -> Tensor:
     """
     if kind not in NOISE_CONDITIONINGS:
         raise ValueError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
-    return NOISE_CONDITIONINGS[kind](sigma.double())
+    return NOISE_CONDITIONINGS[kind](exact(sigma))
 
 
 def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
     Args:
         prediction_type: What the output is: "epsilon", "v_prediction" or "sample".
     """
-    sigma = sigma.double()
+    sigma = exact(sigma)
     edm, vp = (sigma**2 + sigma_data**2).sqrt(), (1 + sigma**2).sqrt()
     if prediction_type == "epsilon":  # D = x - sigma output
         return sigma / (sigma_data * edm), -edm / sigma_data

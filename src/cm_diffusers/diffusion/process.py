@@ -1,9 +1,11 @@
 """Gaussian noising processes x_t = alpha(t) x0 + sigma(t) noise, and the views of a network output.
 
-Every process answers in float64. `half_log_snr(t) = log(alpha / sigma)` falls with t; `time_at` is its inverse.
+Every process answers in float64 on the CPU, wherever its times are: not every device has float64. `as_like` and
+`append_dims` bring an answer to the samples. `half_log_snr(t) = log(alpha / sigma)` falls with t; `time_at` is its inverse.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,7 +41,6 @@ class DiscreteVP:
     """
 
     alphas_cumprod: Tensor
-    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_scheduler(cls, scheduler: SchedulerMixin) -> "DiscreteVP":
@@ -56,9 +57,7 @@ class DiscreteVP:
         return len(self.alphas_cumprod)
 
     def alphas_cumprod_at(self, t: Tensor) -> Tensor:
-        if t.device not in self._tables:  # one copy per device, not one per call
-            self._tables[t.device] = self.alphas_cumprod.to(t.device)
-        table = self._tables[t.device]
+        table, t = self.alphas_cumprod, t.cpu()
         if not t.is_floating_point():
             return table[t]
         lower = t.double().floor().long().clamp(0, len(table) - 2)
@@ -74,8 +73,13 @@ class DiscreteVP:
     def half_log_snr(self, t: Tensor) -> Tensor:
         return torch.logit(self.alphas_cumprod_at(t)) / 2
 
+    @cached_property
+    def _ascending(self) -> Tensor:
+        """The half log-SNR `(T,)` of the times T-1..0."""
+        return torch.logit(self.alphas_cumprod).flip(0) / 2
+
     def time_at(self, half_log_snr: Tensor) -> Tensor:
-        table = torch.logit(self.alphas_cumprod.to(half_log_snr.device)).flip(0) / 2  # ascending
+        table, half_log_snr = self._ascending, exact(half_log_snr)
         upper = torch.searchsorted(table, half_log_snr).clamp(1, len(table) - 1)
         lo, hi = table[upper - 1], table[upper]
         return len(table) - 1 - (upper - 1 + (half_log_snr - lo) / (hi - lo))
@@ -86,16 +90,16 @@ class EDM:
     """The variance-exploding process of EDM (2206.00364): alpha = 1, sigma = t."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t, dtype=torch.float64)
+        return torch.ones_like(exact(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return t.double()
+        return exact(t)
 
     def half_log_snr(self, t: Tensor) -> Tensor:
-        return -t.double().log()
+        return -exact(t).log()
 
     def time_at(self, half_log_snr: Tensor) -> Tensor:
-        return torch.exp(-half_log_snr)
+        return torch.exp(-exact(half_log_snr))
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,16 @@ class TrigFlow:
     """The process of sCM (2410.11081, Sec. 3.1), t in [0, pi/2], for data scaled to unit variance."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(t.double())
+        return torch.cos(exact(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(t.double())
+        return torch.sin(exact(t))
 
     def half_log_snr(self, t: Tensor) -> Tensor:
-        return -torch.log(torch.tan(t.double()))
+        return -torch.log(torch.tan(exact(t)))
 
     def time_at(self, half_log_snr: Tensor) -> Tensor:
-        return torch.atan(torch.exp(-half_log_snr))
+        return torch.atan(torch.exp(-exact(half_log_snr)))
 
 
 @dataclass(frozen=True)
@@ -120,21 +124,46 @@ class RectifiedFlow:
     """Linear interpolation (2209.03003), t in [0, 1]: alpha = 1 - t, sigma = t."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - t.double()
+        return 1 - exact(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return t.double()
+        return exact(t)
 
     def half_log_snr(self, t: Tensor) -> Tensor:
-        return torch.log((1 - t.double()) / t.double())
+        return torch.log((1 - exact(t)) / exact(t))
 
     def time_at(self, half_log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-half_log_snr)
+        return torch.sigmoid(-exact(half_log_snr))
+
+
+def exact(times: Tensor) -> Tensor:
+    """Times, or what is computed of them, in float64 on the CPU."""
+    return times.cpu().double()
+
+
+@cache
+def home_of_float64(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64, as Apple's GPUs."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return torch.device("cpu")
+    return device
+
+
+def doubled(samples: Tensor) -> Tensor:
+    """In float64, where they are or on the CPU: for sums over samples, which coefficients do without."""
+    return samples.to(home_of_float64(samples.device)).double()
+
+
+def as_like(values: Tensor, like: Tensor) -> Tensor:
+    """In the dtype and on the device of `like`: cast first, as its device may have no float64."""
+    return values.to(like.dtype).to(like.device, non_blocking=like.is_cuda)  # which copies before it returns
 
 
 def append_dims(values: Tensor, like: Tensor) -> Tensor:
-    """Shape per-sample values `(B,)` as `(B, 1, ...)`, in the dtype of `like`, so that they multiply it."""
-    return values.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+    """Shape per-sample values `(B,)` as `(B, 1, ...)`, in dtype and on the device of `like`, so that they multiply it."""
+    return as_like(values.reshape(-1, *[1] * (like.ndim - 1)), like)
 
 
 def diffuse(process: Process, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from cm_diffusers.diffusion.guidance import Denoiser
-from cm_diffusers.diffusion.process import Process, append_dims
+from cm_diffusers.diffusion.process import Process, append_dims, exact
 
 
 def ddim_step(denoise: Denoiser, process: Process, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ SOLVERS = {"ddim": ddim_step, "heun": heun_step, "dpm_2s": dpm_2s_step}
 
 def sub_times(t: Tensor, s: Tensor, steps: int) -> Tensor:
     """`(steps + 1, B)` times from t down to s, evenly spaced; whole numbers where t and s are, so some may repeat."""
-    share = torch.arange(steps + 1, device=t.device, dtype=torch.float64)[:, None] / steps
-    times = torch.lerp(t.double(), s.double(), share)
+    share = torch.arange(steps + 1, dtype=torch.float64)[:, None] / steps
+    times = torch.lerp(exact(t), exact(s), share)
     return times if t.is_floating_point() else times.round().long()
 
 
@@ -151,7 +151,7 @@ def _latest(now: Tensor, end: Tensor, new: tuple[Tensor, Tensor], old: tuple | N
 
 def _slope_weight(phi: Callable[[Tensor], Tensor], lam: Tensor, lam_end: Tensor, lam_before: Tensor) -> Tensor:
     """What the last change of x0 counts `(B,)`: the integral of the slope's term over its denominator, or 0 over 0."""
-    share = torch.linspace(0, 1, QUADRATURE_POINTS, dtype=lam.dtype, device=lam.device)[:, None]
+    share = torch.linspace(0, 1, QUADRATURE_POINTS, dtype=lam.dtype)[:, None]
     grid = torch.lerp(lam_end, lam, share)
     term = lam_end - lam + phi(lam_end) * torch.trapezoid(1 / phi(grid), grid, dim=0)
     change = lam - lam_before
@@ -160,7 +160,7 @@ def _slope_weight(phi: Callable[[Tensor], Tensor], lam: Tensor, lam_end: Tensor,
 
 def _moved(now: Tensor, end: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """y where there was a way to go, x itself where rounding left none."""
-    return torch.where((now == end).reshape(-1, *[1] * (x.ndim - 1)), x, y)
+    return torch.where((now == end).reshape(-1, *[1] * (x.ndim - 1)).to(x.device), x, y)
 
 
 def _normal(like: Tensor, generator: Generator | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Which times a method trains at: pure functions, no state.
 
-Curricula depend on `Progress` alone, so every rank and a resumed run are at the same place. Grids ascend.
+Curricula depend on `Progress` alone, so every rank and a resumed run are at the same place. Grids ascend. All of it is
+on the CPU, where float64 is.
 """
 
 import math
@@ -8,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from cm_diffusers.diffusion.process import exact
 from cm_diffusers.types import Progress
 
 
@@ -22,10 +24,9 @@ def solver_grid(num_train_timesteps: int, num_solver_steps: int) -> Tensor:
     return torch.arange(1, num_solver_steps + 1) * skip - 1
 
 
-def sample_solver_pairs(batch_size: int, grid: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def sample_solver_pairs(batch_size: int, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Times t `(B,)` drawn uniformly from the grid and s `(B,)`, one grid spacing below and at least 0."""
-    index = torch.randint(len(grid), (batch_size,), device=device)
-    t = grid.to(device)[index]
+    t = grid[torch.randint(len(grid), (batch_size,))]
     skip = int(grid[0]) + 1
     return t, (t - skip).clamp(min=0)
 
@@ -38,19 +39,16 @@ def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> 
     return grid
 
 
-def sample_neighbours(
-    batch_size: int, grid: Tensor, device: torch.device, probabilities: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def sample_neighbours(batch_size: int, grid: Tensor, probabilities: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Times t = grid[i + 1] and s = grid[i], each `(B,)`.
 
     Args:
         probabilities: Of the interval i `(points - 1,)`; uniform if None.
     """
     if probabilities is None:
-        index = torch.randint(len(grid) - 1, (batch_size,), device=device)
+        index = torch.randint(len(grid) - 1, (batch_size,))
     else:
-        index = torch.multinomial(probabilities.to(device), batch_size, replacement=True)
-    grid = grid.to(device)
+        index = torch.multinomial(probabilities, batch_size, replacement=True)
     return grid[index + 1], grid[index]
 
 
@@ -86,13 +84,11 @@ def lognormal_probabilities(grid: Tensor, mean: float, std: float) -> Tensor:
     return mass / mass.sum()
 
 
-def sample_lognormal(
-    batch_size: int, mean: float, std: float, sigma_min: float, sigma_max: float, device: torch.device
-) -> Tensor:
+def sample_lognormal(batch_size: int, mean: float, std: float, sigma_min: float, sigma_max: float) -> Tensor:
     """Times `(B,)` in float64 with ln t ~ N(mean, std^2), given that they lie between sigma_min and sigma_max."""
-    ends = (torch.tensor([sigma_min, sigma_max], dtype=torch.float64, device=device).log() - mean) / std
+    ends = (torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log() - mean) / std
     low, high = torch.special.ndtr(ends)
-    share = torch.rand(batch_size, dtype=torch.float64, device=device)
+    share = torch.rand(batch_size, dtype=torch.float64)
     return torch.exp(mean + std * torch.special.ndtri(torch.lerp(low, high, share))).clamp(sigma_min, sigma_max)
 
 
@@ -102,4 +98,4 @@ def easy_ratio(t: Tensor, stage: int, q: float, k: float, b: float) -> Tensor:
     It is 0 at first, where the loss is diffusion's, and goes to 1; but not beyond 0.999, as in 2410.14895: float32 must
     tell the pair apart. k = 0 gives the same ratio at all times.
     """
-    return (1 - (1 + k * torch.sigmoid(-b * t.double())) * q ** -(stage + 1)).clamp(0, 0.999)
+    return (1 - (1 + k * torch.sigmoid(-b * exact(t))) * q ** -(stage + 1)).clamp(0, 0.999)

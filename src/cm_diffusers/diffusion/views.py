@@ -1,11 +1,12 @@
 """Any diffusers network seen in EDM's coordinates: F(x, sigma, cond), around which c_skip x + c_out F are built.
 
-x = x0 + sigma * noise `(B, ...)`, sigma `(B,)` in float64; see `preconditioning`.
+x = x0 + sigma * noise `(B, ...)`, sigma `(B,)` in float64 on the CPU; see `preconditioning`.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from cm_diffusers.diffusion.denoisers import unet_arguments
 from cm_diffusers.diffusion.guidance import ConditionalDenoiser, Conditions
 from cm_diffusers.diffusion.preconditioning import edm_scalings, input_scaling, noise_condition, vp_scalings
-from cm_diffusers.diffusion.process import PREDICTION_TYPES, DiscreteVP, Prediction, append_dims
+from cm_diffusers.diffusion.process import PREDICTION_TYPES, DiscreteVP, Prediction, append_dims, as_like, exact
 
 
 class View(Protocol):
@@ -50,7 +51,7 @@ class EDMView:
     def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
         """F `(B, ...)`, float32."""
         shown = append_dims(input_scaling(sigma, self.sigma_data), x) * x
-        told = noise_condition(sigma, self.noise_conditioning).to(x.dtype)
+        told = as_like(noise_condition(sigma, self.noise_conditioning), x)
         return network(shown, told, **unet_arguments(cond), return_dict=False)[0].float()
 
 
@@ -75,7 +76,7 @@ class VPView:
                 f"Unknown prediction_type {self.prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}."
             )
 
-    @property
+    @cached_property
     def with_signal(self) -> DiscreteVP:
         """The process without the last time of zero terminal SNR, where sigma is infinite."""
         return DiscreteVP(self.process.alphas_cumprod[self.process.alphas_cumprod > 0])
@@ -89,9 +90,9 @@ class VPView:
 
     def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
         """F `(B, ...)`, float32."""
-        sigma = sigma.double()
+        sigma = exact(sigma)
         shown = append_dims(1 / (1 + sigma**2).sqrt(), x) * x
-        t = self.with_signal.time_at(-sigma.log()).to(x.dtype)
+        t = as_like(self.with_signal.time_at(-sigma.log()), x)
         output = network(shown, t, **unet_arguments(cond), return_dict=False)[0].float()
         on_x, on_output = vp_scalings(sigma, self.sigma_data, self.prediction_type)
         return append_dims(on_x, x) * x + append_dims(on_output, x) * output

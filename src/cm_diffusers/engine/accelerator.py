@@ -1,18 +1,28 @@
 """The processes, precision and tracker of a run."""
 
 import json
+import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin
+
+from cm_diffusers.extras import TRACKERS, missing
+from cm_diffusers.places import without_secrets
 
 
 def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> Accelerator:
     """Accelerate's settings in the environment do not act beside ours: `take_launched` has read them.
 
     Raises:
-        ValueError: The tracker's package is missing, the device has no such precision, or weights would be sharded.
+        ValueError: The tracker's package is missing or would record a secret, the device has no such precision, or
+            weights would be sharded.
     """
+    if report_to == "wandb" and (shown := [word for word in sys.argv if without_secrets(word) != word]):
+        raise ValueError(
+            f"--report_to wandb records the command line with what the address {without_secrets(shown[0])} holds beside "
+            "host and path; put that flag into a file and give it as --recipe."
+        )
     tracker = None if report_to == "none" else report_to
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -20,15 +30,15 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
         dynamo_backend="no",
         log_with=tracker,
         project_dir=output_dir,
+        # before torch 2.11 autocast keeps the weights that a pass without a gradient has cast for the pass that learns
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError(
             f"--mixed_precision fp16 needs a GPU, but this run is on {accelerator.device.type}: take bf16 or no."
         )
     if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
-        raise ValueError(
-            f"--report_to {tracker}: the package is not installed; pip install {tracker}, or give another tracker."
-        )
+        raise ValueError(missing(f"--report_to {tracker}", TRACKERS[tracker]))
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"Sharded training ({accelerator.distributed_type.value}) is not supported: checkpoints and moving averages need "

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cm_diffusers.engine.checkpoints import write_folder
-from cm_diffusers.engine.own_files import remove_empty
 
 
 MOST_ERROR = 0.2  # of a rebuilt profile, relative, in the 2-norm
@@ -118,7 +117,7 @@ class Averages:
         """Keep the power-function averages of this step for `rebuild`."""
         if self.powers:
             tensors = {f"{sigma_rel:g}": average.average for sigma_rel, average in self.powers.items()}
-            write_folder(run / SNAPSHOTS / f"step-{step}", tensors, {})
+            write_folder(run / SNAPSHOTS / f"step-{step}", tensors)
 
 
 class Snapshot(NamedTuple):
@@ -134,14 +133,6 @@ def list_snapshots(run: Path) -> list[Snapshot]:
         (int(path.parent.name[5:]), float(path.stem), path) for path in run.glob(f"{SNAPSHOTS}/step-*/*.safetensors")
     ]
     return [Snapshot(*one) for one in sorted(found)]
-
-
-def forget_snapshots(run: Path, after: int) -> None:
-    """Those of later steps: the run has gone back to an earlier one."""
-    for snapshot in list_snapshots(run):
-        if snapshot.step > after:
-            snapshot.path.unlink()
-            remove_empty(snapshot.path.parent, run)
 
 
 def profile_product(step_a: float, gamma_a: float, step_b: float, gamma_b: float) -> float:

@@ -1,19 +1,34 @@
-"""Checkpoints of a run: safetensors and JSON in a folder that appears whole or not at all."""
+"""Checkpoints of a run: safetensors and JSON in a folder that appears whole or not at all, and says what is in it."""
 
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cm_diffusers.engine.own_files import foreign_files, is_checkpoint_file, keep_foreign, remove
+from cm_diffusers.errors import writable
 
 
 logger = logging.getLogger(__name__)
 
-PREFIX, STATE = "checkpoint-", "state.json"
+PREFIX, STATE, FILES = "checkpoint-", "state.json", "files"
+NEEDED = ("step", "identity", "players")  # in every `state.json`
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint does not hold what was written into it."""
+
+
+class OtherNetworkError(ValueError):
+    """A checkpoint is whole, but of another network."""
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
@@ -23,10 +38,15 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trainable_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    expected = trainable_state(module)
-    if expected.keys() != state.keys():
-        odd = sorted(expected.keys() ^ state.keys())
-        raise ValueError(f"The checkpoint belongs to another network: {len(odd)} parameters differ, such as {odd[0]}.")
+    """
+    Raises:
+        OtherNetworkError: Names or shapes of the parameters are not the module's.
+    """
+    expected, found = ({k: tuple(v.shape) for k, v in s.items()} for s in (trainable_state(module), state))
+    if odd := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        raise OtherNetworkError(
+            f"The checkpoint belongs to another network: {len(odd)} parameters differ, such as {odd[0]}."
+        )
     module.load_state_dict(state, strict=False)
 
 
@@ -53,47 +73,111 @@ def write_checkpoint(output_dir: Path, step: int, tensors: dict[str, dict[str, T
     Args:
         tensors: file stem -> named tensors.
         state: JSON, as `state.json`.
+
+    Raises:
+        ValueError: As `write_folder`.
     """
-    return write_folder(output_dir / f"{PREFIX}{step}", tensors, {STATE: state})
+    kept = list_checkpoints(output_dir)
+    advice = f"make room; the last good checkpoint is {kept[-1] if kept else 'none yet'}"
+    return write_folder(output_dir / f"{PREFIX}{step}", tensors, state, advice)
 
 
-def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, dict]) -> Path:
-    """Write a folder aside and rename it, replacing what was there.
+def write_folder(
+    final: Path, tensors: dict[str, dict[str, Tensor]], state: dict | None = None, advice: str = "make room"
+) -> Path:
+    """Write a folder aside, under a name of its own, and rename it, replacing what was there.
 
     Args:
         tensors: File stem -> named tensors.
-        texts: File name -> JSON.
+        state: JSON, as `state.json`, where the other files and their sizes are listed too; None for no such file.
+        advice: To who reads that it cannot be written.
+
+    Raises:
+        ValueError: The disk is full or may not be written to; nothing has changed.
     """
     final = Path(os.path.realpath(final))
-    aside, replaced = (final.with_name(f".{final.name}.{suffix}") for suffix in ("partial", "replaced"))
-    remove(aside)
-    aside.mkdir(parents=True)
-    for stem, named in tensors.items():
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, aside / f"{stem}.safetensors")
-    for name, content in texts.items():
-        (aside / name).write_text(json.dumps(content, indent=1))
-    for path in aside.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    keep_foreign(final, aside, is_checkpoint_file)
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(aside, final)
+    aside = final.with_name(f".{final.name}.{uuid4().hex[:8]}.partial")
+    replaced = final.with_name(f".{final.name}.replaced")
+    size = sum(value.nbytes for named in tensors.values() for value in named.values())
+    try:
+        with writable(str(final), size, advice):
+            _fill(aside, tensors, state)
+            keep_foreign(final, aside, is_checkpoint_file)
+            if final.exists():
+                remove(replaced)
+                os.replace(final, replaced)
+            os.replace(aside, final)
+    except BaseException:
+        remove(aside)
+        raise
     remove(replaced)
     return final
 
 
+def _fill(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict | None) -> None:
+    folder.mkdir(parents=True)
+    for stem, named in tensors.items():
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, folder / f"{stem}.safetensors")
+    if state is not None:
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        (folder / STATE).write_text(json.dumps(state | {FILES: sizes}, indent=1))
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def read_state(path: Path) -> dict:
-    """The JSON of a checkpoint."""
+    """The JSON of a checkpoint, whose files are there in the sizes that it lists; older ones list none.
+
+    Raises:
+        ValueError: There is none.
+        DamagedCheckpointError: It, or another file, is not as it was written.
+    """
+    file = path / STATE
+    if not file.exists():
+        raise ValueError(f"{path} is not a checkpoint: there is no {STATE} in it.")
     try:
-        return json.loads((path / STATE).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is not a checkpoint: there is no {STATE} in it.") from error
+        state = json.loads(file.read_text("utf-8"))
+        lacking = [name for name in NEEDED if name not in state]
+        sizes = dict(state.get(FILES, {}))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{file} is damaged: it is not the JSON that was written.") from error
+    if lacking:
+        raise DamagedCheckpointError(f"{file} is damaged: {lacking[0]} is missing in it.")
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            what = "it is not there" if found is None else f"it has {found} bytes, not {size}"
+            raise DamagedCheckpointError(f"{path / name} is damaged: {what}.")
+    return state
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
-    state = read_state(path)
-    return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
+    """Tensors by file stem and name, and the JSON.
+
+    Raises:
+        ValueError, DamagedCheckpointError: As `read_state`.
+    """
+    state, files = read_state(path), {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            files[file.stem] = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise DamagedCheckpointError(f"{file} is damaged: {error}.") from error
+    return files, state
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """What fails inside the block, for a part is missing or has another form, is the damage of this checkpoint."""
+    try:
+        yield
+    except (DamagedCheckpointError, OtherNetworkError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{lines[0]} is missing in it" if isinstance(error, LookupError) else lines[0].rstrip(".:")
+        raise DamagedCheckpointError(f"{path} is damaged: {reason}.") from error
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -125,7 +209,6 @@ def prune_checkpoints(output_dir: Path, limit: int) -> None:
         if foreign := foreign_files(old, is_checkpoint_file):
             logger.warning("%s is kept, for %s in it is not of a checkpoint.", old, foreign[0])
             continue
-        aside = old.with_name(f".{old.name}.replaced")
-        remove(aside)
+        aside = old.with_name(f".{old.name}.{uuid4().hex[:8]}.pruned")
         os.replace(old, aside)
         remove(aside)

@@ -18,6 +18,8 @@ from transformers.hf_argparser import HfArgumentParser
 from cm_diffusers.engine.flag_names import OURS
 from cm_diffusers.engine.launcher import refuse_lone_processes
 from cm_diffusers.engine.recipes import with_recipes
+from cm_diffusers.extras import check_installed
+from cm_diffusers.places import without_secrets
 from cm_diffusers.ranges import check_ranges
 
 
@@ -32,7 +34,7 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     Args:
         configs: Dataclasses of flags.
         description: For --help.
-        argv: Words to parse in place of the command line's; what they name need not be there.
+        argv: Words to parse in place of the command line's; what they name need not be there, nor what they need installed.
     """
     parsed = parse_words(configs, description, argv)
     refuse_lone_processes(trains=any(hasattr(config, "max_train_steps") for config in parsed))
@@ -47,7 +49,7 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
 
 
 def parse_words(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
-    """Words become one instance of each dataclass; nothing that they name is looked at but recipes.
+    """Words become one instance of each dataclass; no file that they name is looked for but recipes.
 
     `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win, and the recipe
     gives way to them as `with_recipes` says.
@@ -58,7 +60,7 @@ def parse_words(configs: Sequence[type], description: str, argv: Sequence[str] |
         argv: Words to parse in place of the command line's.
 
     Raises:
-        ValueError: A flag that is not there, or a value that makes no sense.
+        ValueError: A flag that is not there, a value that makes no sense, or one that needs what is not installed.
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -67,13 +69,16 @@ def parse_words(configs: Sequence[type], description: str, argv: Sequence[str] |
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
     parsed = tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
+    if argv is None:  # a run, not a look at what flags would mean
+        check_installed(parsed)
     for config in parsed:
         check_ranges(config)
     return parsed
 
 
 def _advice(parser: ArgumentParser, unknown: list[str]) -> str:
-    known = [option for action in parser._actions for option in action.option_strings if len(option) > 2]
+    options = (option for action in parser._actions for option in action.option_strings)
+    known = [option for option in options if len(option) > 2 and "-" not in option[2:]]  # each has a twin with dashes
     names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     translated = [f"--{ours}" for name in names for ours in OURS.get(name[2:], "").split()]
     close = dict.fromkeys(name for name in translated if name in known)
@@ -126,7 +131,7 @@ def in_one_sentence() -> Iterator[None]:
         _take_turn(told)
         if not told:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {without_secrets(str(error))}")
 
 
 def _take_turn(told: bool) -> None:

@@ -1,9 +1,14 @@
-"""SIGINT and SIGTERM as a request to stop at the end of the current step."""
+"""SIGINT, SIGTERM and the end of the launcher as requests to stop at the end of the current step."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")  # which torchrun and `accelerate launch` set
+LAUNCHER = os.getppid() if any(name in os.environ for name in OF_LAUNCHERS) else None
 
 
 class StopRequest:
@@ -15,6 +20,11 @@ class StopRequest:
         if self.signum is not None:  # a second one means now
             raise KeyboardInterrupt
         self.signum = signum
+
+    @property
+    def arrived(self) -> bool:
+        """Also when a launcher that was killed can no longer send one."""
+        return self.signum is not None or (LAUNCHER is not None and os.getppid() != LAUNCHER)
 
 
 @contextmanager

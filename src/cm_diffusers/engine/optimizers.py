@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.extras import BITSANDBYTES, TIMM, missing
 from cm_diffusers.ranges import check_ranges
 
 
@@ -20,7 +21,7 @@ class OptimConfig:
 
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
     optimizer: Literal["adamw", "adamw_8bit", "radam", "adamp"] = HfArg(
-        default="adamw", help="adamw is fused; adamw_8bit needs bitsandbytes, adamp needs timm."
+        default="adamw", help="adamw is fused; adamw_8bit needs the extra bnb, adamp the extra timm."
     )
     adam_beta1: float = HfArg(default=0.9, help="Decay of the first moment.")
     adam_beta2: float = HfArg(default=0.999, help="Decay of the second moment.")
@@ -61,13 +62,15 @@ def _adamw_8bit(parameters: list[nn.Parameter], **settings: object) -> torch.opt
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ValueError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes.") from error
+        raise ValueError(missing("--optimizer adamw_8bit", BITSANDBYTES)) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
 def _adamp(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Optimizer:
     try:
         from timm.optim import AdamP
+    except ModuleNotFoundError as error:
+        raise ValueError(missing("--optimizer adamp", TIMM)) from error
     except (ImportError, RuntimeError) as error:  # timm imports torchvision, which raises RuntimeError if mismatched
         raise ValueError(f"--optimizer adamp needs timm with a matching torchvision: {error}.") from error
     return AdamP(parameters, **settings)

@@ -17,19 +17,24 @@ IN_RESULT = re.compile(
     r"|(?:cm_diffusers|training|model_index|config|scheduler_config|metrics|\w+\.safetensors\.index)\.json"
     r"|(?:diffusion_pytorch_model|model|pytorch_lora_weights)[\w.-]*\.safetensors"
     rf"|(?:{PARTS})/[^/]+\.(?:json|safetensors|txt|model)"
-    r"|comfyui/[^/]+\.safetensors"
+    r"|peft/adapter_(?:config\.json|model\.safetensors)|single_file/[^/]+\.safetensors"
+    r"|comfyui/[^/]+\.safetensors"  # of LoRAs before its form was that at the top
     r"|(?:evaluation/)?(?:table\.json|grid\.png|clips\.gif)"
 )
 IN_CHECKPOINT = re.compile(r"state\.json|[^/]+\.safetensors")
 IN_RUN = re.compile(
     r"samples/step-\d+\.(?:png|gif|webp|mp4)"
-    r"|averages/(?:step-\d+|\.step-\d+\.(?:partial|replaced))/[^/]+\.safetensors"
+    r"|averages/step-\d+/[^/]+\.safetensors"
     r"|rewards\.(?:json|png)|metrics\.json"
-    rf"|\.(?:checkpoint-\d+|{'|'.join(RESULTS)})\.(?:partial|replaced)/.*",
-    re.DOTALL,
 )
+LEFTOVER = re.compile(
+    rf"\.(?P<of>(?:checkpoint-\d+|step-\d+|rewards|{'|'.join(RESULTS)})(?:\.\w+)?)\.(?P<kind>partial|pruned|replaced)"
+)
+LATER = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.(?:png|gif|webp|mp4))?")
+HOLD_LEFTOVERS = ("averages", "samples")  # beside the run's folder itself
 LOGS = re.compile(r"(?:[\d.]+/)?(?:events\.out\.tfevents\.[^/]+|hparams\.yml)")
-FOLDERS = re.compile(rf"checkpoint-\d+|samples|averages|{'|'.join(RESULTS)}")
+FOLDERS = re.compile(rf"checkpoint-\d+|samples|averages|later-\d+|{'|'.join(RESULTS)}")
+LOCK = ".lock"  # of the process that writes into the folder; no file of a run: it stays where it is, and vanishes
 
 
 def is_result_file(name: str) -> bool:
@@ -49,8 +54,12 @@ def is_run_file(name: str, logs: str) -> bool:
         logs: Name of the tracker's folder.
     """
     first, _, rest = name.partition("/")
+    if re.fullmatch(r"later-\d+", first):
+        return is_run_file(rest, logs)
     if re.fullmatch(r"checkpoint-\d+", first):
         return is_checkpoint_file(rest)
+    if LEFTOVER.fullmatch(first) or (first in HOLD_LEFTOVERS and LEFTOVER.fullmatch(rest.partition("/")[0])):
+        return True
     return (
         bool(IN_RUN.fullmatch(name))
         or (first in RESULTS and is_result_file(rest))
@@ -95,6 +104,34 @@ def move_own(source: Path, goal: Path, is_ours: Callable[[str], bool]) -> None:
             (goal / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(source / name, goal / name)
             remove_empty((source / name).parent, source)
+
+
+def set_later_aside(run: Path, step: int) -> Path | None:
+    """Move checkpoints of later steps, with averages and samples, into `later-<n>`; None if there is no such checkpoint.
+
+    Checkpoints go last, the newest first: a kill in between leaves whole ones up to some step, as the end of a run does.
+    """
+    found = [*run.glob("averages/step-*"), *run.glob("samples/step-*"), *run.glob("checkpoint-*")]
+    steps = {path: int(match[1]) for path in found if (match := LATER.fullmatch(path.name))}
+    later = sorted((path for path in steps if steps[path] > step), key=lambda path: (path.parent == run, -steps[path]))
+    if not later or later[-1].parent != run:  # averages and samples alone: a kill before their checkpoint was whole
+        return None
+    goal = run / f"later-{next(i for i in range(1, 10**6) if not (run / f'later-{i}').exists())}"
+    for path in later:
+        (goal / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, goal / path.relative_to(run))
+    return goal
+
+
+def clear_leftovers(run: Path) -> None:
+    """What a kill left of a file or folder that was being written or removed; the one that was being replaced returns."""
+    for entry in [entry for name in ("", *HOLD_LEFTOVERS) for entry in (run / name).glob(".*")]:
+        if match := LEFTOVER.fullmatch(entry.name):
+            final = entry.with_name(match["of"])
+            if match["kind"] == "replaced" and not os.path.lexists(final):
+                os.replace(entry, final)
+            else:
+                remove(entry)
 
 
 def remove_empty(folder: Path, above: Path) -> None:

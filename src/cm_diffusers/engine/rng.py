@@ -12,11 +12,14 @@ import torch
 def rewind_rng(device: torch.device) -> Iterator[None]:
     """Put the generator of `device` back at the end, so that the next pass draws the same dropout masks."""
     module = torch if device.type == "cpu" else getattr(torch, device.type)
-    state = module.get_rng_state()
+    which = (
+        (device,) if device.index is not None and device.type != "mps" else ()
+    )  # or the only one, or the current one
+    state = module.get_rng_state(*which)
     try:
         yield
     finally:
-        module.set_rng_state(state)
+        module.set_rng_state(state, *which)
 
 
 def seed_everything(*entropy: int) -> None:

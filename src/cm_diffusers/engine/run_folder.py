@@ -13,42 +13,35 @@ from typing import Any
 from accelerate import Accelerator
 
 from cm_diffusers.engine import checkpoints
-from cm_diffusers.engine.own_files import FOLDERS, is_run_file, move_own, remove
+from cm_diffusers.engine.identity import DATA, FINGERPRINTS, refuse_other_run
+from cm_diffusers.engine.lock import FolderLock
+from cm_diffusers.engine.own_files import (
+    FOLDERS,
+    LOCK,
+    clear_leftovers,
+    is_run_file,
+    move_own,
+    remove,
+    set_later_aside,
+)
+from cm_diffusers.errors import writable
 
 
 logger = logging.getLogger(__name__)
 
 IDENTITY, PARTIAL, LOGS = "run.json", ".run.json.partial", "tracker_project_name"
 REPLACED = ".replaced-"  # and a number: an earlier run, until the one that replaces it has ended
-# Settings a resumed run may change: they say how long, where and how fast, not what.
-MAY_CHANGE = set(
-    "output_dir overwrite_output_dir max_train_steps gradient_checkpointing compile allow_tf32 checkpointing_steps "
-    "checkpoints_total_limit resume_from_checkpoint report_to tracker_project_name logging_steps "
-    "cache_dir latent_cache_dir cache_latents dataloader_num_workers encode_batch_size save_fp16".split()
-)
-
-
-def run_identity(objective: str, num_processes: int, *settings: object, **optims: object) -> dict:
-    """Which run this is: what a resume must share, flat, as JSON types.
-
-    Args:
-        settings: The dataclasses of the run.
-        optims: Those of its players, by name.
-    """
-    shared = {"objective": objective, "num_processes": num_processes}
-    for config in settings:
-        shared |= {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
-    for player, optim in optims.items():
-        shared |= {f"{player}/{name}": value for name, value in asdict(optim).items()}
-    return json.loads(json.dumps(shared))
 
 
 class RunFolder:
     """Nothing in it is touched before training starts; an earlier run is set aside then, and removed at the end.
 
+    A resume holds the folder's lock from here on, a fresh start from when training starts, until `end`.
+
     Args:
         config: The `TrainConfig`; with "latest" to resume from and no checkpoint a run starts afresh.
         identity: JSON that says which run this is; what a resume must not change.
+        defaults: Of the settings in it.
         inputs: Dataclasses that name what the run reads.
         accelerator: Only the main process writes and moves.
 
@@ -57,52 +50,138 @@ class RunFolder:
         continues: Whether that is of the run in this very folder.
 
     Raises:
-        ValueError: The folder holds another run or no run, or the checkpoint asked for is missing or of another run.
+        ValueError: The folder holds another run or no run, is in use or may not be written to; or the checkpoint asked for
+            is missing, damaged or of another run.
     """
 
-    def __init__(self, config: Any, identity: dict, inputs: Iterable[object], accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: Any, identity: dict, defaults: dict, inputs: Iterable[object], accelerator: Accelerator
+    ) -> None:
         self.path, self.identity, self.logs = Path(config.output_dir), identity, config.tracker_project_name
-        self.is_main, self.claims, path = accelerator.is_main_process, True, self.path
-        resume, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
-        if overwrite:
+        self.defaults, self.is_main, self.claims = defaults, accelerator.is_main_process, True
+        self.overwrite, self.lock = config.overwrite_output_dir, FolderLock(self.path)
+        if self.overwrite:
             refuse_inputs_inside(config.output_dir, inputs)
+        self._enter(config.resume_from_checkpoint)
+        accelerator.wait_for_everyone()
+        try:
+            self._look(config.resume_from_checkpoint)
+        except BaseException:
+            self.lock.release()
+            raise
+        accelerator.wait_for_everyone()  # all have looked before the main process changes anything
+
+    def _enter(self, resume: str | None) -> None:
+        """Take the lock for a resume, and clear what a kill left; a fresh start only sees whether the folder is in use."""
+        here = resume == "latest" or (resume and self._is_here(checkpoints.find_checkpoint(self.path, resume)))
+        if self.is_main and (here or self.lock.path.exists()) and (self.path / IDENTITY).is_file():
+            with writable(f"--output_dir {self.path}"):
+                self.lock.take()
+                if here:
+                    clear_leftovers(self.path)
+
+    def _is_here(self, checkpoint: Path) -> bool:
+        return checkpoint.parent.resolve() == self.path.resolve()
+
+    def _look(self, resume: str | None) -> None:
+        """What is in the folder, and where to continue."""
+        path = self.path
         if resume == "latest" and not checkpoints.list_checkpoints(path):
             if self.is_main:
                 logger.info("--resume_from_checkpoint latest: %s has no checkpoint, so training starts afresh.", path)
             resume = None
-        self.checkpoint = checkpoints.find_checkpoint(path, resume) if resume else None
-        if self.checkpoint:
-            _refuse_other_run(self.checkpoint, checkpoints.read_state(self.checkpoint)["identity"], identity)
-        self.continues = self.checkpoint is not None and self.checkpoint.parent.resolve() == path.resolve()
+        asked = checkpoints.find_checkpoint(path, resume) if resume else None
+        self.continues = asked is not None and self._is_here(asked)
+        self.latest = resume == "latest"
+        self.older = checkpoints.list_checkpoints(path)[:-1] if self.latest else []  # to fall back to
+        self.checkpoint = self._checked(asked) if asked else None
         if not self.continues:
-            _refuse_used(path, overwrite)
-        accelerator.wait_for_everyone()  # all have looked before the main process changes anything
+            _refuse_used(path, self.overwrite)
+        _refuse_read_only(path)
+
+    def _checked(self, checkpoint: Path) -> Path:
+        """It, or one before it, that is whole as far as sizes tell, and of this run."""
+        try:
+            saved = checkpoints.read_state(checkpoint)["identity"]
+        except checkpoints.DamagedCheckpointError as error:
+            return self.fall_back(error)
+        refuse_other_run(checkpoint, saved, self.identity, self.defaults, knows_data=False)
+        return checkpoint
+
+    def fall_back(self, error: checkpoints.DamagedCheckpointError) -> Path:
+        """To the checkpoint before, which "latest" may mean, too.
+
+        Raises:
+            ValueError: There is none, or a certain one was asked for.
+        """
+        if not self.older:
+            advice = "no checkpoint before it is whole: start afresh" if self.latest else "give another, or latest"
+            raise ValueError(f"{str(error).rstrip('.')}; {advice}.") from error
+        before = self.older.pop()
+        if self.is_main:
+            logger.warning("%s Training goes on from the checkpoint before, %s.", error, before)
+        self.checkpoint = self._checked(before)
+        return self.checkpoint
+
+    def know_data(self, fingerprint: str | None) -> None:
+        """Whether a resumed run has the data of the one that it continues.
+
+        Args:
+            fingerprint: Of the source's content; None if it has none.
+
+        Raises:
+            ValueError: They are others.
+        """
+        if fingerprint:
+            self.identity[FINGERPRINTS][DATA] = fingerprint
+        if self.checkpoint and self.claims:
+            saved = checkpoints.read_state(self.checkpoint)["identity"]
+            refuse_other_run(self.checkpoint, saved, self.identity, self.defaults, knows_data=True)
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """The folder is this run's inside the block; an earlier one comes back if it fails before its first checkpoint."""
-        replaced = self._claim() if self.is_main and self.claims else None
+    def claimed(self, step: int) -> Iterator[None]:
+        """The folder is this run's inside the block; an earlier one comes back if it fails before its first checkpoint.
+
+        Args:
+            step: Where training starts; what the run in this folder had of later ones is set aside.
+        """
+        replaced = self._claim(step) if self.is_main and self.claims else None
         self.claims = False
         try:
             yield
         except BaseException:
             if replaced and not checkpoints.list_checkpoints(self.path):
                 self._restore(replaced)
+            self.lock.release()
             raise
 
     def end(self) -> None:
-        """Remove what this run has replaced: it has ended well."""
+        """Remove what this run has replaced, for it has ended well, and let others in."""
         for replaced in self.path.glob(f"{REPLACED}*") if self.is_main else ():
             if replaced.name.removeprefix(REPLACED).isdigit():
                 remove(replaced)
+        self.lock.release()
 
-    def _claim(self) -> Path | None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        replaced = None if self.continues else self._set_aside()
-        content = json.dumps(self.identity | {LOGS: self.logs}, indent=1)
-        (self.path / PARTIAL).write_text(content)
-        os.replace(self.path / PARTIAL, self.path / IDENTITY)
+    def _claim(self, step: int) -> Path | None:
+        with writable(f"--output_dir {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+            if not self.continues:
+                _refuse_used(self.path, self.overwrite)  # another run may have ended here since
+            clear_leftovers(self.path)
+            content = json.dumps(self.identity | {LOGS: self.logs}, indent=1)
+            (self.path / PARTIAL).write_text(content)  # before anything is moved: the disk may be full
+            replaced = self._set_later_aside(step) if self.continues else self._set_aside()
+            os.replace(self.path / PARTIAL, self.path / IDENTITY)
         return replaced
+
+    def _set_later_aside(self, step: int) -> None:
+        if later := set_later_aside(self.path, step):
+            logger.warning(
+                "What the run had of steps after %d is kept in %s; delete that folder when it is not needed.",
+                step,
+                later,
+            )
 
     def _set_aside(self) -> Path | None:
         """The files of an earlier run; its `run.json` is copied, so that the folder is never without one."""
@@ -143,7 +222,7 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
         )
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {path} is a file: give a folder.")
-    names = sorted({entry.name for entry in path.iterdir()} - {PARTIAL}) if path.exists() else []
+    names = sorted({entry.name for entry in path.iterdir()} - {PARTIAL, LOCK}) if path.exists() else []
     if names and not (path / IDENTITY).is_file():
         raise ValueError(
             f"--output_dir {path} holds files, such as {names[0]}, but no {IDENTITY}, so it is not the folder of a run and "
@@ -157,6 +236,12 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
             f"--output_dir {path} already holds the files of another run, such as {kept[0]}; choose another folder, "
             "continue it with --resume_from_checkpoint latest, or give --overwrite_output_dir to replace them."
         )
+
+
+def _refuse_read_only(path: Path) -> None:
+    place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {path} cannot be written: {place} is read-only; name another place.")
 
 
 def refuse_inputs_inside(output_dir: str, configs: Iterable[object]) -> None:
@@ -186,14 +271,3 @@ def refuse_inputs_inside(output_dir: str, configs: Iterable[object]) -> None:
 
 def _may_be_path(text: str) -> bool:
     return "\0" not in text and "://" not in text and len(text) < 4096
-
-
-def _refuse_other_run(path: Path, saved: dict, identity: dict) -> None:
-    changed = [name for name in identity.keys() | saved.keys() if identity.get(name) != saved.get(name)]
-    if changed:
-        differences = ", ".join(
-            f"{name} was {saved.get(name)!r}, now {identity.get(name)!r}" for name in sorted(changed)
-        )
-        raise ValueError(
-            f"{path} belongs to a run with other settings ({differences}); use the same ones, or start afresh."
-        )

@@ -16,13 +16,16 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.accelerator import any_rank, make_accelerator, start_trackers
-from cm_diffusers.engine.averages import Averages, ema_update, forget_snapshots
+from cm_diffusers.engine.averages import Averages, ema_update
+from cm_diffusers.engine.identity import run_defaults, run_identity
 from cm_diffusers.engine.interrupts import stop_request
 from cm_diffusers.engine.launcher import take_launched
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.run_folder import RunFolder, run_identity
+from cm_diffusers.engine.run_folder import RunFolder
+from cm_diffusers.engine.state import load_state, write_state
+from cm_diffusers.errors import optional, writable
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
@@ -52,7 +55,9 @@ class TrainConfig:
         help="torch.compile every network; if not given, as accelerate's launcher or config file says, or not.",
         metadata={"nargs": "?", "const": True},
     )
-    allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on NVIDIA GPUs from Ampere on.")
+    allow_tf32: bool = HfArg(
+        default=False, help="TF32 matrix products and convolutions on NVIDIA GPUs from Ampere on."
+    )
     ema_decay: float = HfArg(default=0.95, help="Rate of the EMA target network, where the method has one.")
     export_ema_decay: float = HfArg(
         default=0.0, help="Rate of the average that is validated and published; 0 publishes the last weights."
@@ -88,11 +93,13 @@ class Trainer:
         objective: The method.
         optim: How the players learn: one config for all, or one per player.
         settings: Dataclasses with whatever else a resumed run must share, such as the data's.
-        callbacks: `(trainer, loss) -> None` after each optimizer step, on every rank.
+        callbacks: `(trainer, loss) -> None` after each optimizer step and its checkpoint, on every rank; they only show
+            something, so one that fails is a warning. They do not wait for other ranks.
 
     Attributes:
         place: Rank, number of ranks and device, as sources of batches take them.
-        stopping: Why training ends after this step; callbacks set it, on all ranks alike.
+        steering: Callbacks that are part of the run, before the checkpoint, which has what they keep; one that fails ends it.
+        stopping: Why training ends after this step; those set it, on all ranks alike.
     """
 
     def __init__(
@@ -105,26 +112,26 @@ class Trainer:
         callbacks: Iterable[Callable[["Trainer", Loss], None]] = (),
     ) -> None:
         self.config, self.nets, self.objective, self.callbacks = config, nets, objective, list(callbacks)
+        self.steering: list[Callable[[Trainer, Loss], None]] = []
         self.output_dir, self.step, self.stopping = Path(config.output_dir), 0, ""
         self.source, self.source_state = None, {}
         optims = optim if isinstance(optim, dict) else dict.fromkeys(objective.players, optim)
         self.accelerator = make_accelerator(config.mixed_precision, config.report_to, config.output_dir)
         self.place = self.accelerator.process_index, self.accelerator.num_processes, self.device
-        self.identity = run_identity(
-            type(objective).__name__, self.accelerator.num_processes, config, objective.config, *settings, **optims
-        )
+        settings = [config, objective.config, *settings]
+        self.identity = run_identity(type(objective).__name__, self.accelerator.num_processes, *settings, **optims)
         if getattr(objective, "spans_training", False):
             self.identity["max_train_steps"] = config.max_train_steps
-        self.folder = RunFolder(config, self.identity, [objective.config, *settings], self.accelerator)
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        defaults = run_defaults(*settings, **optims)
+        self.folder = RunFolder(config, self.identity, defaults, settings[1:], self.accelerator)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         for _, module in nets.items():
             module.to(self.device)
             if config.compile:
                 module.compile()
         self.averages = Averages(nets.student, config.export_ema_decay, config.ema_sigma_rels)
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
-        if self.folder.checkpoint:
-            self.load(self.folder.checkpoint)
+        self._resume()
 
     @property
     def device(self) -> torch.device:
@@ -144,18 +151,23 @@ class Trainer:
 
         Args:
             batches: Data source; called with the number of micro-batches this rank has already seen. One with `state` and
-                `load_state` (named tensors, on all ranks) has them in checkpoints.
+                `load_state` (named tensors, on all ranks) has them in checkpoints; with `fingerprint`, of the data, a
+                resumed run must have the same.
 
         Raises:
+            ValueError: The folder is in use, the data are others than before, or a checkpoint cannot be written.
             FloatingPointError: A loss or gradient is not finite; the last checkpoint stands.
             SystemExit: SIGINT or SIGTERM arrived; a checkpoint was written.
         """
         config, self.source = self.config, batches
+        self.folder.know_data(getattr(batches, "fingerprint", None))
         if self.source_state:
-            batches.load_state(self.source_state)
+            with checkpoints.undamaged(self.folder.checkpoint):
+                batches.load_state(self.source_state)
         stream = iter(batches(self.step * config.gradient_accumulation_steps))
-        with self.folder.claimed():
-            start_trackers(self.accelerator, config.report_to, config.tracker_project_name, self.identity)
+        with self.folder.claimed(self.step):
+            with writable(f"The tracker's folder in {self.output_dir}"):
+                start_trackers(self.accelerator, config.report_to, config.tracker_project_name, self.identity)
             self._fit(stream)
         if self.stopping:
             logger.warning("Training ended at step %d of %d: %s", self.step, config.max_train_steps, self.stopping)
@@ -168,17 +180,21 @@ class Trainer:
                 started = time.perf_counter()
                 loss, images = self.training_step(stream)
                 self._log(loss, images / (time.perf_counter() - started), bar)
-                for callback in self.callbacks:
+                for callback in self.steering:
                     callback(self, loss)
-                stopping = any_rank(self.accelerator, request.signum is not None)  # all leave at the same step
-                if stopping or self.step % config.checkpointing_steps == 0:
+                ends = self.step == config.max_train_steps or bool(self.stopping)
+                if ends or self.step % config.checkpointing_steps == 0:
                     last_saved = self.save()
-                if stopping:
+                for callback in self.callbacks:
+                    with optional(f"What shows step {self.step}"):
+                        callback(self, loss)
+                if any_rank(self.accelerator, request.arrived):  # all leave at the same step
+                    if last_saved != self.step:
+                        self.save()
                     raise SystemExit(
-                        f"Stopped by a signal at step {self.step}; continue with --resume_from_checkpoint latest."
+                        f"Stopped {'by a signal' if request.signum else 'without a launcher'} at step {self.step}; "
+                        "continue with --resume_from_checkpoint latest."
                     )
-        if last_saved != self.step:
-            self.save()
 
     def end(self) -> None:
         """The result is written: what this run has replaced goes, and the tracker is closed."""
@@ -244,45 +260,29 @@ class Trainer:
                 student.train(was_training)
 
     def save(self) -> int:
-        """Write a checkpoint (by the main process: state is equal on all ranks) and return its step."""
+        """Write a checkpoint (by the main process: state is equal on all ranks) and return its step.
+
+        Raises:
+            ValueError: It cannot be written; the one before stands.
+        """
         source = self.source.state() if hasattr(self.source, "state") else {}
         if self.accelerator.is_main_process:
-            files, state = self.averages.state(), {"step": self.step, "identity": self.identity, "players": {}}
-            for player in self.players:
-                tensors, state["players"][player.name] = player.state()
-                files |= tensors
-            if self.nets.target is not None:
-                files["target"] = self.nets.target.state_dict()
-            if source:
-                files["source"] = source
-            if self.accelerator.scaler is not None:
-                state["grad_scaler"] = self.accelerator.scaler.state_dict()
-            self.averages.write_snapshots(self.output_dir, self.step)
-            checkpoints.write_checkpoint(self.output_dir, self.step, files, state)
-            if self.config.checkpoints_total_limit:
-                checkpoints.prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
+            write_state(self, source)
         self.accelerator.wait_for_everyone()
         return self.step
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint folder."""
-        files, state = checkpoints.read_checkpoint(path)
-        if state["step"] > self.config.max_train_steps:
+    def _resume(self) -> None:
+        """From the folder's checkpoint, or from the one before if that is damaged."""
+        while self.folder.checkpoint:
+            try:
+                self.source_state = load_state(self, self.folder.checkpoint)
+                break
+            except checkpoints.DamagedCheckpointError as error:
+                self.folder.fall_back(error)
+        if self.step > (steps := self.config.max_train_steps):
             raise ValueError(
-                f"--max_train_steps {self.config.max_train_steps} is less than the {state['step']} of {path}: give more steps."
+                f"--max_train_steps {steps} is less than the {self.step} of {self.folder.checkpoint}: give more steps."
             )
-        for player in self.players:
-            player.load_state(files, state["players"][player.name])
-        if self.nets.target is not None:
-            self.nets.target.load_state_dict(files["target"])
-        self.averages.load(files)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
-        self.source_state = files.get("source", {})
-        self.step = state["step"]
-        if self.accelerator.is_main_process and self.folder.continues:
-            forget_snapshots(self.output_dir, after=self.step)
-        logger.info("Resumed from %s at step %d", path, self.step)
 
     def _make_player(self, name: str, optim: OptimConfig) -> Player:
         if self.config.gradient_checkpointing:
@@ -296,4 +296,5 @@ class Trainer:
         if self.step % self.config.logging_steps == 0:
             values = {name: value.item() for name, value in loss.logs.items()}
             values |= {"loss": loss.value.item(), "images_per_second": images_per_second}
-            self.accelerator.log(values, step=self.step)
+            with optional(f"The tracker at step {self.step}"):
+                self.accelerator.log(values, step=self.step)

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
@@ -18,6 +19,8 @@ from cm_diffusers.evaluation.report import Row, Setting, hardware, row_names
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline, reads_prompts, takes_classes
 from cm_diffusers.measured import REAL, TEACHER, weights_digest
 from cm_diffusers.models.classifier import ImageClassifier
+from cm_diffusers.models.single_file import is_single_file
+from cm_diffusers.models.teachers import SINGLE_FILE_CONFIG
 from cm_diffusers.places import public
 from cm_diffusers.record import read_record
 
@@ -30,7 +33,7 @@ class EvaluationConfig:
     """Which pipelines to sample, how, and what to measure."""
 
     pipelines: list[str] = HfArg(
-        default_factory=list, help="Pipeline folders, Hub ids, or folders of published LoRAs."
+        default_factory=list, help="Pipeline folders, Hub ids, .safetensors files, or folders of published LoRAs."
     )
     names: list[str] | None = HfArg(
         default=None,
@@ -55,6 +58,7 @@ class EvaluationConfig:
     clip_model: str | None = HfArg(
         default=None, help="CLIP model for the CLIP score of pipelines that read prompts, a Hub id or a folder."
     )
+    single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
     output_dir: str = HfArg(default="runs/evaluation", help="Where table.md, table.json, grid.png and plot.png go.")
 
 
@@ -115,7 +119,8 @@ class Comparison:
         Raises:
             ValueError: The reference has not the captions or labels that the pipeline needs.
         """
-        pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device)
+        options = {"single_file_config": self.config.single_file_config}
+        pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device, **options)
         record = read_record(source)
         scales: list[float | None] = list(self.config.guidance_scales)
         if not reads_prompts(pipe):
@@ -217,4 +222,6 @@ def _names(config: EvaluationConfig) -> list[str]:
     """Of the rows of each pipeline, where all that needs no data is right."""
     if config.num_images <= metrics.NEIGHBOURS:
         raise ValueError(f"--num_images is {config.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")
+    if not any(is_single_file(source) for source in [*config.pipelines, config.teacher or ""]):
+        refuse_changed(config, "single_file_config", "without a .safetensors file among --pipelines and --teacher")
     return row_names(config.pipelines, config.names)

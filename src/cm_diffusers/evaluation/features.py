@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from cm_diffusers.extras import FIDELITY, missing
 from cm_diffusers.models.classifier import ImageClassifier
 
 
@@ -21,9 +22,7 @@ class InceptionFeatures(nn.Module):
         try:
             self.network = FrechetInceptionDistance(feature=2048).inception
         except ModuleNotFoundError as error:
-            raise ValueError(
-                "Inception features need the package torch-fidelity: pip install torch-fidelity."
-            ) from error
+            raise ValueError(missing("--feature_extractor inception", FIDELITY)) from error
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 "The Inception weights could not be downloaded; check the network or TORCH_HOME."
@@ -50,14 +49,15 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassi
         raise ValueError(
             f"Unknown feature extractor {name!r}: give 'inception' or the folder of a saved ImageClassifier."
         )
-    return ImageClassifier.from_pretrained(name, torch_dtype=torch.float32).to(device).eval()
+    return ImageClassifier.from_pretrained(name, dtype=torch.float32, use_safetensors=True).to(device).eval()
 
 
 @torch.no_grad()
 def extract_features(extractor: ImageClassifier | InceptionFeatures, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed on the extractor's device and kept there."""
+    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed in float32 on the extractor's device and kept there."""
     device = next(extractor.parameters()).device
-    return torch.cat([extractor.features(part.to(device)) for part in images.split(batch_size)])
+    with torch.autocast(device.type, enabled=False):
+        return torch.cat([extractor.features(part.to(device).float()) for part in images.split(batch_size)])
 
 
 @torch.no_grad()

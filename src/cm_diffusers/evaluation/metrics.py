@@ -1,5 +1,6 @@
 """Distances between sets of features, and how well images agree with their prompts."""
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 
 NEIGHBOURS = 5  # k of the neighbour metrics
+WORD = r"[^\W_]+(?:-[^\W_]+)*"
 
 
 class _Features(nn.Identity):
@@ -37,12 +39,12 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, subset_size:
         real: Features (N, D).
         fake: Features (M, D).
         subsets: Number of random subsets (always the same ones).
-        subset_size: Samples a subset, at most min(N, M).
+        subset_size: Samples a subset, at most half of the smaller set: subsets that are the set itself do not differ.
     """
-    size = min(subset_size, len(real), len(fake))
+    size = min(subset_size, min(len(real), len(fake)) // 2)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would re-seed those of all GPUs, too
         metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=size)
         metric.update(real.cpu().double(), real=True)
         metric.update(fake.cpu().double(), real=False)
@@ -112,9 +114,19 @@ def prompt_vendi_score(features: Tensor, prompts: Sequence[str], images_per_prom
 
 
 def label_in_prompt(prompt: str, labels: Sequence[str]) -> int | None:
-    """Index of the longest label that occurs in the prompt ("t-shirt" before "shirt"); None if there is none."""
-    found = [label for label in labels if label.lower() in prompt.lower()]
+    """Index of the longest label that the prompt names; None if there is none.
+
+    Labels are found as whole words: no "ant" is in "an elephant", and no "shirt" in "a T-shirt". Case does not count,
+    and an underscore is a space.
+    """
+    words = _words(prompt)
+    found = [label for label in labels if _words(label).strip() and _words(label) in words]
     return list(labels).index(max(found, key=len)) if found else None
+
+
+def _words(text: str) -> str:
+    """The text's words in lower case, each between two spaces; a hyphen inside is part of a word."""
+    return f" {' '.join(re.findall(WORD, text.casefold()))} "
 
 
 def prompt_agreement(logits: Tensor, labels: Sequence[int | None]) -> float | None:
@@ -136,7 +148,8 @@ def clip_score(images: Tensor, prompts: Sequence[str], model_id: str, batch_size
         ValueError: if the CLIP model cannot be loaded.
     """
     try:
-        model, processor = CLIPModel.from_pretrained(model_id), CLIPProcessor.from_pretrained(model_id)
+        model = CLIPModel.from_pretrained(model_id, use_safetensors=True, dtype=torch.float32)
+        processor = CLIPProcessor.from_pretrained(model_id)
     except (OSError, ImportError) as error:
         raise ValueError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
     model.to(images.device).eval()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cm_diffusers.diffusion.process import as_like, doubled
+
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
 MIN_SPEED = 0.3  # px per frame; what is slower does not count as moving anywhere
@@ -23,7 +25,7 @@ def centroids(clips: Tensor) -> Tensor:
     thing fills less than three quarters of the frame: a background that is not quite black does not draw the centre to the middle. A
     uniform frame has its own middle for a centre.
     """
-    grey = clips.double().mean(2)
+    grey = doubled(clips).mean(2)
     background = grey.flatten(2).kthvalue(max(1, grey[0, 0].numel() // 4), dim=2).values
     mass = (grey - background[..., None, None]).clamp(min=0)
     total = mass.sum((2, 3))
@@ -93,7 +95,7 @@ def static_threshold(change_of_real: Tensor) -> float:
     A percentile and not the least, which one dim article would set; half of it, so that a pipeline which moves a
     little less than the slowest real clips is not called static.
     """
-    return change_of_real.double().quantile(0.05).item() / 2
+    return doubled(change_of_real).quantile(0.05).item() / 2
 
 
 def mass_change(clips: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ def mass_change(clips: Tensor) -> Tensor:
 
     Things that stay in the frame and keep their size have 0; a black clip too.
     """
-    mass = clips.double().mean((2, 3, 4))
+    mass = doubled(clips).mean((2, 3, 4))
     return mass.diff(dim=1).abs().mean(1) / mass.mean(1).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
@@ -123,7 +125,8 @@ def content_distances(features: Tensor) -> Tensor:
     Give features of `centred` frames: features of an ordinary network change with the place of the thing, so those of
     whole frames would be a measure of motion.
     """
-    return 1 - F.cosine_similarity(features[:, 1:].double(), features[:, :1].double(), dim=2)
+    features = doubled(features)
+    return 1 - F.cosine_similarity(features[:, 1:], features[:, :1], dim=2)
 
 
 def content_drift(features: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ def content_drift(features: Tensor) -> Tensor:
 def centred(clips: Tensor, zoom: float = 1.0) -> Tensor:
     """Frames of the same size with the centroid at their middle, enlarged by `zoom`; black beyond the border."""
     frames, (height, width) = clips.flatten(0, 1), clips.shape[-2:]
-    centres = centroids(clips).flatten(0, 1).to(clips.dtype)
+    centres = as_like(centroids(clips).flatten(0, 1), clips)
     sizes = torch.tensor([width, height], dtype=clips.dtype, device=clips.device)
     shift = (2 * centres + 1) / sizes - 1  # pixel centres to [-1, 1] between the frame's borders
     scale = torch.eye(2, dtype=clips.dtype, device=clips.device).expand(len(frames), 2, 2) / zoom

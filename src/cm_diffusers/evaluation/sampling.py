@@ -9,12 +9,16 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cm_diffusers.models.single_file import is_single_file
+from cm_diffusers.models.teachers import first_line, load_stock
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
+from cm_diffusers.pipelines.lora import load_lora
+from cm_diffusers.pipelines.manners import refuse_contradiction
 from cm_diffusers.record import RECORD, base_model_of, read_record
 
 
@@ -22,37 +26,60 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def load_pipeline(
-    source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", lora: str | None = None
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    lora: str | None = None,
+    single_file_config: str | None = None,
 ) -> DiffusionPipeline:
     """A silent pipeline without safety checker, which would black out images that are to be measured.
 
     A consistency model without prompts, ours or a published one, is a `ConsistencyImagesPipeline`.
 
     Args:
-        source: Pipeline folder or Hub id; or the folder of a LoRA, which is put on the base model of its record.
+        source: Pipeline folder, Hub id or single `.safetensors` file; or the folder of a LoRA, which is put on the base model of its record.
         dtype: Dtype of the weights.
         device: Where the pipeline runs.
         lora: Folder or Hub id of a LoRA to put on `source`.
+        single_file_config: Of a single file, see `load_stock`.
 
     Raises:
-        ValueError: if `source` holds neither a pipeline nor a LoRA with its record.
+        ValueError: if `source` holds neither a whole pipeline as its record says nor a LoRA with its record.
     """
     folder = Path(source)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        return load_pipeline(_base_model(folder), dtype, device, lora=source)
-    try:
-        kind = DiffusionPipeline.load_config(source).get("_class_name")
-        loader = ConsistencyPipeline if kind in WITHOUT_PROMPT else DiffusionPipeline
-        pipe = loader.from_pretrained(source, dtype=dtype)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{source!r} is neither a pipeline folder here nor a Hub id in reach: {reason}") from error
+    if not is_single_file(source) and folder.exists() and not (folder / "model_index.json").is_file():
+        return load_pipeline(_base_model(folder), dtype, device, source, single_file_config)
+    if not folder.is_file() and _class_of(source) in WITHOUT_PROMPT:
+        pipe = ConsistencyPipeline.from_pretrained(source, dtype=dtype)
+    else:
+        pipe = load_stock(source, dtype, single_file_config if folder.is_file() else None)
+        _as_recorded(pipe, source)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     if lora is not None:
         _apply_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _class_of(source: str) -> str:
+    try:
+        return DiffusionPipeline.load_config(source)["_class_name"]
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"{source!r} is neither a pipeline folder here nor a Hub id in reach: {first_line(error)}"
+        ) from error
+
+
+def _as_recorded(pipe: DiffusionPipeline, source: str) -> None:
+    """With the scheduler of the record, where the file is a single one, which holds no other."""
+    record = read_record(source) if isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) else None
+    if record is None:
+        return
+    refuse_contradiction(source, record, pipe.unet)
+    if Path(source).is_file():
+        scheduler = dict(record.scheduler)
+        pipe.scheduler = getattr(diffusers, scheduler.pop("_class_name", "LCMScheduler")).from_config(scheduler)
 
 
 def _base_model(folder: Path) -> str:
@@ -65,7 +92,7 @@ def _base_model(folder: Path) -> str:
 
 
 def _apply_lora(pipe: DiffusionPipeline, lora: str) -> None:
-    pipe.load_lora_weights(lora)
+    load_lora(pipe, lora)
     record = read_record(lora)
     scheduler = dict(record.scheduler) if record else {}
     scheduler_class = getattr(diffusers, scheduler.pop("_class_name", "LCMScheduler"))

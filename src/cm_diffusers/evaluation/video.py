@@ -202,13 +202,13 @@ class VideoComparison:
         return {
             "direction_accuracy": accuracy.pop("all", None),
             **{f"direction_accuracy_{direction}": share for direction, share in accuracy.items()},
-            "velocity_residual": _mean(found["residual"][told.to(self.device)]),
+            "velocity_residual": _mean(found["residual"][told.to(found["residual"].device)]),
             "static_rate": (found["frame_change"] < self.setting.static_threshold).float().mean().item(),
             "fd_frames": self._distance(found, "frames"),
             "fd_differences": self._distance(found, "differences"),
             "fvd": self._distance(found, "videos"),
             "agreement": self._agreement(found.get("logits"), captions),
-            "content_drift": _mean(found["content_drift"][upright.to(self.device)]),
+            "content_drift": _mean(found["content_drift"][upright.to(found["content_drift"].device)]),
             "colour_drift": _mean(found["colour_drift"]),
             "mass_change": _mean(found["mass_change"]),
         }

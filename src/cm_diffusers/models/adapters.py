@@ -10,6 +10,8 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 
@@ -51,10 +53,10 @@ def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
 
 
 @contextmanager
-def recomputed_with(network: nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Blocks that run inside run in this context in gradient checkpointing's recomputation, too."""
+def recomputed_with(blocks: list[nn.Module], context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Those of the blocks that checkpoint gradients run in this context in the recomputation, too."""
     recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), context()))
-    blocks = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+    blocks = [block for block in blocks if block.gradient_checkpointing]
     usual = [block._gradient_checkpointing_func for block in blocks]
     for block in blocks:
         block._gradient_checkpointing_func = recompute
@@ -71,12 +73,23 @@ class WithoutAdapters(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self._student = [student]  # a list, so that this is not a second registration of the same parameters
-        self._layers = adapter_layers(student)
+        self._layers = adapter_layers(student)  # found once: a large network has thousands of modules
+        self._in_training = [module for module in student.modules() if isinstance(module, _DropoutNd | _NormBase)]
+        self._blocks = [module for module in student.modules() if hasattr(module, "gradient_checkpointing")]
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        student, was_training = self._student[0], self._student[0].training
-        with adapters_off(self._layers), recomputed_with(student, partial(adapters_off, self._layers)):
-            try:
-                return student.eval()(*args, **kwargs)
-            finally:
-                student.train(was_training)
+        with self._bare(), recomputed_with(self._blocks, self._bare):
+            return self._student[0](*args, **kwargs)
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """Adapters are off, and layers that act otherwise in training do as in evaluation."""
+        training = [layer for layer in self._in_training if layer.training]
+        for layer in training:
+            layer.training = False
+        try:
+            with adapters_off(self._layers):
+                yield
+        finally:
+            for layer in training:
+                layer.training = True

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from diffusers import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.ranges import check_ranges
@@ -30,13 +32,13 @@ def set_dropout(unet: ModelMixin, config: DropoutConfig) -> None:
     """Sets the dropout of the residual blocks, in place.
 
     Raises:
-        ValueError: No block is as small as the config says.
+        ValueError: No block is as small as the config says, or it is not known how large they are.
     """
     if config.dropout is None:
         return
-    side, lowest = unet.config.sample_size, len(unet.down_blocks) - 1
-    most = side if config.dropout_max_resolution is None else config.dropout_max_resolution
-    if (least := side >> lowest) > most:
+    lowest, most = len(unet.down_blocks) - 1, config.dropout_max_resolution
+    side = 0 if most is None else _longer_side(unet)
+    if (least := side >> lowest) > (most or 0):
         raise ValueError(
             f"--dropout_max_resolution is {most}, but no block is smaller than {least}: give at least that."
         )
@@ -44,4 +46,21 @@ def set_dropout(unet: ModelMixin, config: DropoutConfig) -> None:
     for level, block in levels:
         for module in block.modules() if block is not None else ():
             if isinstance(module, ResnetBlock2D):
-                module.dropout.p = config.dropout if side >> level <= most else 0.0
+                module.dropout.p = config.dropout if side >> level <= (most or 0) else 0.0
+
+
+def _longer_side(unet: ModelMixin) -> int:
+    """Of what the network was made for; its config has a number, or height and width."""
+    size = unet.config.sample_size
+    if size is None:
+        raise ValueError(
+            "--dropout_max_resolution needs the size of the feature maps, and the network's config has no sample_size: "
+            "leave the flag out, or write sample_size there."
+        )
+    return size if isinstance(size, int) else max(size)
+
+
+def has_dropout(network: nn.Module) -> bool:
+    """Whether two passes on the same input differ; a plain function's do not."""
+    layers = network.modules() if isinstance(network, nn.Module) else ()
+    return any(isinstance(layer, _DropoutNd) and layer.training and layer.p > 0 for layer in layers)

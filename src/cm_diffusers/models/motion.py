@@ -122,8 +122,8 @@ def adapter_at_root(
         kind = MotionAdapter.load_config(source, **(hub or {})).get("_class_name")
         if kind != "MotionAdapter":
             raise ValueError(f"its config.json is that of a {kind}")
-        options = {"output_loading_info": True, "use_safetensors": True, "low_cpu_mem_usage": False}
-        adapter, info = MotionAdapter.from_pretrained(source, dtype=dtype, **options, **(hub or {}))
+        options = {"output_loading_info": True, "low_cpu_mem_usage": False, **(hub or {})}
+        adapter, info = MotionAdapter.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{str(source)!r} holds no motion adapter that can be loaded ({reason}).") from error

@@ -13,6 +13,9 @@ from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_
 from cm_diffusers.types import Networks
 
 
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass
 class StudentConfig:
     """What becomes of the teacher's network."""
@@ -24,12 +27,29 @@ class StudentConfig:
     lora_target_modules: list[str] = HfArg(
         default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
     )
-    unet_time_cond_proj_dim: int = HfArg(default=256, help="Size of the full student's guidance embedding.")
-    save_fp16: bool = HfArg(default=False, help="Store the full student's UNet and VAE in half precision.")
+    save_fp16: bool = HfArg(
+        default=False, help="Store the full student's UNet and VAE, or the LoRA, in half precision."
+    )
+    unet_time_cond_proj_dim: int = HfArg(
+        default=256,
+        help="Size of the full student's guidance embedding; 0: none, with guidance in the weights as in a LoRA, for programs "
+        "that know no embedding.",
+    )
     cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
         default="no",
-        help="Keep the full student's teacher in half precision (with --mixed_precision of the same kind).",
+        help="Keep what does not train in half precision, the full student's teacher or the network below a LoRA (with "
+        "--mixed_precision of the same kind).",
     )
+
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """Of the teacher's network as it is loaded: a full student is copied from the whole weights."""
+        return DTYPES[self.cast_teacher_unet if self.lora else "no"]
+
+    @property
+    def guidance_embedding_dim(self) -> int | None:
+        """None where guidance goes into the weights."""
+        return None if self.lora else self.unet_time_cond_proj_dim or None
 
 
 def require_autocast(config: StudentConfig, mixed_precision: str) -> None:
@@ -42,31 +62,29 @@ def require_autocast(config: StudentConfig, mixed_precision: str) -> None:
 def make_networks(teacher: UNet2DConditionModel, config: StudentConfig) -> Networks:
     """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
     if config.lora:
-        if config.cast_teacher_unet != "no":
-            raise ValueError(
-                "--cast_teacher_unet is for the full student: with --lora, teacher and student share weights."
-            )
+        teacher.to(config.loaded_dtype)
         names = config.lora_target_modules
         student = add_lora(teacher, config.lora_rank, config.lora_alpha, config.lora_dropout, names)
         return Networks(student, teacher=WithoutAdapters(student))
-    student = make_student(teacher, config.unet_time_cond_proj_dim)
-    if config.cast_teacher_unet != "no":
-        teacher.to({"bf16": torch.bfloat16, "fp16": torch.float16}[config.cast_teacher_unet])
+    student = make_student(teacher, config.guidance_embedding_dim)
+    teacher.to(DTYPES[config.cast_teacher_unet])
     return Networks(student, target=frozen_copy(student), teacher=teacher)
 
 
-def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int) -> UNet2DConditionModel:
-    """A copy of the teacher with a guidance embedding that starts at zero: student = teacher at step 0.
+def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int | None) -> UNet2DConditionModel:
+    """A copy of the teacher, with a guidance embedding that starts at zero: student = teacher at step 0.
 
     Args:
-        guidance_embedding_dim: Size of the embedding, e.g. 256, as `time_cond_proj_dim` in the config.
+        guidance_embedding_dim: Size of the embedding, e.g. 256, as `time_cond_proj_dim` in the config; None for none.
     """
     # `_use_default_values` among the private entries would reset time_cond_proj_dim to its default
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     config["time_cond_proj_dim"] = guidance_embedding_dim
     student = UNet2DConditionModel.from_config(config).to(teacher.device)
-    projection = student.time_embedding.cond_proj.weight
-    student.load_state_dict({**teacher.state_dict(), "time_embedding.cond_proj.weight": torch.zeros_like(projection)})
+    weights = teacher.state_dict()
+    if guidance_embedding_dim:
+        weights["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
+    student.load_state_dict(weights)
     return student.train()
 
 

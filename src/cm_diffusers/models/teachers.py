@@ -5,58 +5,125 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.models.single_file import is_single_file, load_single_file
+from cm_diffusers.models.stored import check_stored
+
 
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
+# What diffusers and transformers raise about files: also of shapes, of names in configs, and of missing packages.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+SINGLE_FILE_CONFIG = (
+    "Folder or Hub id of a pipeline of the same architecture, for configs and tokenizers of a .safetensors file; by default "
+    "the original Stable Diffusion's, from the Hub."
+)
 
 
 @dataclass
 class TeacherConfig:
     """The diffusion model to distil."""
 
-    pretrained_teacher_model: str = HfArg(help="Folder or Hub id of a Stable Diffusion pipeline (1.x, 2.x or XL).")
+    pretrained_teacher_model: str = HfArg(
+        help="Folder, Hub id or .safetensors file of a Stable Diffusion pipeline (1.x, 2.x or XL)."
+    )
     teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     teacher_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
     pretrained_vae_model_name_or_path: str | None = HfArg(
         default=None, help="Folder or Hub id of another VAE than the teacher's, such as one that is stable in float16."
     )
+    single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
 
 
-def load_teacher(config: TeacherConfig) -> DiffusionPipeline:
+def load_teacher(config: TeacherConfig, unet_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The teacher's pipeline in float32 whatever its files hold, frozen.
 
+    Args:
+        unet_dtype: Of its network, if another.
+
     Raises:
-        ValueError: Not a Stable Diffusion (XL) pipeline, out of reach, or with non-finite weights.
+        ValueError: Not a Stable Diffusion (XL) pipeline, out of reach, or with missing or non-finite weights.
     """
-    path = config.pretrained_teacher_model
-    if Path(path).exists() and not (Path(path) / "model_index.json").exists():
-        raise ValueError(f"{path} is not a diffusers pipeline folder: there is no model_index.json in it.")
-    options = {"revision": config.teacher_revision, "variant": config.teacher_variant, **LOADING}
+    path, parts = config.pretrained_teacher_model, {}
     if config.pretrained_vae_model_name_or_path:
-        options["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
-    try:
-        pipe = DiffusionPipeline.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:  # diffusers raises ValueError for what cannot be a Hub id
-        trouble = (
-            "does not load" if Path(path).exists() else "is neither a pipeline folder here nor a Hub id within reach"
-        )
-        raise ValueError(f"{path} {trouble}: {str(error).splitlines()[0]}") from error
+        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+    dtype = {"unet": unet_dtype, "default": torch.float32}
+    hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
+    pipe = load_stock(path, dtype, config.single_file_config, **hub, **parts)
     _check_teacher(path, pipe)
     pipe.set_progress_bar_config(disable=True)
+    return frozen(pipe)
+
+
+def frozen(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, no part of which trains."""
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
 
 
+def release_encoders(pipe: DiffusionPipeline) -> None:
+    """Gives the memory of VAE and text towers back; of the pipeline, only the network can compute from here on."""
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if getattr(pipe, name, None) is not None:
+            getattr(pipe, name).to("meta")
+
+
+def load_stock(
+    source: str | Path,
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
+    single_file_config: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    **parts: nn.Module,
+) -> DiffusionPipeline:
+    """Any pipeline that diffusers has a class for, with all of its weights.
+
+    Args:
+        source: Folder, Hub id, or `.safetensors` file of Stable Diffusion.
+        dtype: Of the weights, or by name of the network, with one for the "default".
+        single_file_config: As `load_single_file`'s `config`.
+        revision, variant: Of a Hub id, and of the weights.
+        parts: In place of its own.
+
+    Raises:
+        ValueError: It is out of reach, is a pickle, does not load, or lacks weights.
+    """
+    if is_single_file(source):
+        if given := revision or variant:
+            raise ValueError(f"{source} is a single file, which has no revision or variant {given}: leave that out.")
+        pipe = load_single_file(source, single_file_config, dtype)
+        pipe.register_modules(**parts)
+        return pipe
+    if single_file_config is not None:
+        raise ValueError(f"--single_file_config is for a .safetensors file, but {source} is none: leave it out.")
+    if Path(source).exists() and not (Path(source) / "model_index.json").exists():
+        raise ValueError(f"{source} is not a diffusers pipeline folder: there is no model_index.json in it.")
+    try:
+        options = {"dtype": dtype, "revision": revision, "variant": variant}
+        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options, **parts)
+    except LOADING_ERRORS as error:
+        trouble = (
+            "does not load" if Path(source).exists() else "is neither a pipeline folder here nor a Hub id within reach"
+        )
+        raise ValueError(f"{source} {trouble}: {first_line(error)}") from error
+    check_stored(pipe, source, variant, revision, given=parts)
+    return pipe
+
+
 def _load_vae(path: str) -> AutoencoderKL:
     try:
         return AutoencoderKL.from_pretrained(path, **LOADING)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {reason}") from error
+    except LOADING_ERRORS as error:
+        raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of what it says, without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def is_xl(unet: UNet2DConditionModel) -> bool:
@@ -79,11 +146,21 @@ def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
     check_vae(path, pipe.vae)
     if unet.config.time_cond_proj_dim:
         raise ValueError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
-    broken = [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"The teacher {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew."
-        )
+    check_finite(f"The teacher {path}", pipe)
+
+
+def check_finite(what: str, pipe: DiffusionPipeline) -> None:
+    """
+    Args:
+        what: Begins the sentence.
+
+    Raises:
+        ValueError: A weight of a network is not a finite number.
+    """
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    tensors = ((f"{name}.{key}", p) for name, part in networks.items() for key, p in part.named_parameters())
+    if broken := [name for name, p in tensors if not p.isfinite().all()]:
+        raise ValueError(f"{what} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew.")
 
 
 def check_vae(path: str, vae: AutoencoderKL) -> None:

@@ -2,24 +2,24 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from cm_diffusers.diffusion.feature_networks import in_float32, move
 from cm_diffusers.errors import readable
+from cm_diffusers.extras import TIMM, missing
+from cm_diffusers.models.decoding import in_chunks
 from cm_diffusers.models.heads import head_body, zeroed
 
 
 LEVELS = 4
-CHUNK = 64 * 64  # latent pixels decoded at once: one image of 512 pixels, whose gradient takes 6 GiB
 ADDED_NORM = "hidden_states_norms."  # what some backbones put on their maps: the identity, and in no file
 
 
@@ -82,9 +82,9 @@ def _load_transformers(source: str) -> FeatureNetwork:
             "dinov2, convnext, resnet or swin, or a network in timm's format"
         )
     config.out_features = [config.stage_names[i] for i in levels(len(config.stage_names))]
-    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     # AutoBackbone itself would ask the Hub even for a folder
-    network, report = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, **options)
+    network, report = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, use_safetensors=True, **options)
     if missing := sorted(name for name in report["missing_keys"] if not name.startswith(ADDED_NORM)):
         raise ValueError(f"its file lacks {len(missing)} of its weights, such as {missing[0]}; get it anew")
     file = cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
@@ -105,6 +105,8 @@ def _preparation(settings: dict) -> tuple[list[float], list[float], int | None]:
 def _load_timm(source: str) -> FeatureNetwork:
     try:
         import timm
+    except ModuleNotFoundError as error:
+        raise ValueError(missing("It", TIMM)) from error
     except (ImportError, RuntimeError) as error:  # timm imports torchvision, which raises RuntimeError if mismatched
         raise ValueError(f"it needs timm with a matching torchvision: {error}") from error
     name = f"local-dir:{Path(cached_file(source, SAFE_WEIGHTS_NAME)).parent}"  # config.json is there, too
@@ -125,7 +127,8 @@ class VisionCritic(nn.Module):
     """Heads on the features of decoded images, and on how well they go with the text.
 
     VAE and network are called, not owned: they are neither trained nor saved with the critic, and follow the latents
-    from device to device. The VAE decodes in its own precision also under autocast: several overflow in float16.
+    from device to device. The VAE decodes in its own precision also under autocast: several overflow in float16. The network
+    looks in float32.
 
     Args:
         vae: Of the latents; frozen.
@@ -157,18 +160,14 @@ class VisionCritic(nn.Module):
     @torch.compiler.disable
     def features(self, x: Tensor) -> list[Tensor]:
         """Feature maps `(B, C', H', W')` of latents x `(B, C, h, w)`. A gradient decodes each chunk a second time."""
-        for module in self._called:
-            module.to(x.device)
-        parts = x.split(max(1, CHUNK // x[0, 0].numel()))
-        again = x.requires_grad and len(parts) > 1
-        look = partial(checkpoint, self._look, use_reentrant=False) if again else self._look
-        return [torch.cat(maps) for maps in zip(*map(look, parts), strict=True)]
+        return [torch.cat(maps) for maps in zip(*in_chunks(self._look, x), strict=True)]
 
     def _look(self, x: Tensor) -> list[Tensor]:
         vae, network = self._called
+        move(vae, x.device)
         with torch.autocast(x.device.type, enabled=False):
             images = vae.decode(x / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
-        return network((images + 1) / 2)
+        return in_float32(network, (images + 1) / 2)
 
 
 class TextHead(nn.Module):

@@ -58,7 +58,7 @@ class CDObjective:
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         x0, device = batch.x0, batch.x0.device
-        t, s = sample_neighbours(len(x0), self.grid, device)
+        t, s = sample_neighbours(len(x0), self.grid)
         x_t = x0 + append_dims(t, x0) * torch.randn_like(x0)
         with torch.no_grad():  # first, so that its activations are gone before the student's are kept
             x_s = heun_step(self.teacher(nets, batch), EDM(), x_t, t, s)

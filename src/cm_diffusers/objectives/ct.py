@@ -59,7 +59,7 @@ class CTObjective:
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         x0, device = batch.x0, batch.x0.device
         grid = self.grid(progress)
-        t, s = sample_neighbours(len(x0), grid, device)
+        t, s = sample_neighbours(len(x0), grid)
         noise = torch.randn_like(x0)
         with torch.no_grad(), rewind_rng(device):  # the student draws the same dropout masks
             x_s = x0 + append_dims(s, x0) * noise

@@ -37,12 +37,12 @@ class DiffusionObjective:
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         x0, device = batch.x0, batch.x0.device
-        t = torch.randint(self.process.num_train_timesteps, (len(x0),), device=device)
+        t = torch.randint(self.process.num_train_timesteps, (len(x0),))
         noise = torch.randn_like(x0)
         dropped = torch.rand(len(x0), device=device) < self.config.condition_dropout
         cond = {k: torch.where(_mask(dropped, v), batch.uncond[k], v) for k, v in batch.cond.items()}
         x_t = diffuse(self.process, x0, noise, t)
-        output = nets.student(x_t, t, **for_frames(cond, x_t), return_dict=False)[0].float()
+        output = nets.student(x_t, t.to(device), **for_frames(cond, x_t), return_dict=False)[0].float()
         value = (output - self.target(x0, noise, t)).square().mean()
         return Loss(value, {})
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.diffusion.process import as_like, home_of_float64
 from cm_diffusers.policy.policy import Policy
 from cm_diffusers.policy.transitions import kl_divergence
 from cm_diffusers.types import Batch, Loss, Networks, Progress
@@ -107,13 +108,13 @@ class DirectRewardObjective:
         size, device = batch.size, next(iter(batch.cond.values())).device
         noise = torch.randn(self.policy.num_steps + 1, size, *self.shape, device=device)
         steps = list(self.policy.walk(nets.student, noise, batch.cond, batch.uncond, self._first))
-        kl = torch.zeros(size, dtype=torch.float64, device=device)
+        kl = torch.zeros(size, dtype=torch.float64, device=home_of_float64(device))
         for index, sample, taken, _ in steps if self.config.kl_coef else ():
             before = self.policy.transition(nets.teacher, index, sample, batch.cond, batch.uncond)
             kl = kl + (kl_divergence(taken, before, "mean") if taken.std > 0 else 0)
         rewards = self.score(steps[-1][-1], batch.texts, batch.metadata)
-        value = -rewards.mean() + self.config.kl_coef * kl.mean().float()
-        return Loss(value, self._logs(rewards, kl=kl.mean()))
+        apart = as_like(kl.mean(), rewards)
+        return Loss(self.config.kl_coef * apart - rewards.mean(), self._logs(rewards, kl=apart))
 
     def _logs(self, rewards: Tensor, **more: Tensor) -> dict[str, Tensor]:
         found = {"reward": rewards.mean(), "reward_std": rewards.std(correction=0)} | more

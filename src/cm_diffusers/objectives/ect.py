@@ -9,10 +9,11 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.distances import pseudo_huber
 from cm_diffusers.diffusion.preconditioning import edm_scalings
-from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.process import append_dims, as_like
 from cm_diffusers.diffusion.times import easy_ratio, sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.models.dropout import has_dropout
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -68,26 +69,37 @@ class ECTObjective:
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         config, x0, device = self.config, batch.x0, batch.x0.device
-        t, r = self.times(len(x0), progress, device)
-        noise, clean = torch.randn_like(x0), r == 0
+        t, r = self.times(len(x0), progress)
+        noise = torch.randn_like(x0)
         with torch.no_grad(), rewind_rng(device):  # the student draws the same dropout masks
-            seen = torch.where(clean, t, r)  # networks have no sigma = 0
-            jump = self.consistency(nets.target or nets.student, x0 + append_dims(seen, x0) * noise, seen, batch.cond)
-            target = torch.where(append_dims(clean, x0) != 0, x0, jump)
+            target = self.target(nets.target or nets.student, batch, noise, t, r)
         online = self.consistency(nets.student, x0 + append_dims(t, x0) * noise, t, batch.cond)
         distance = pseudo_huber(online, target, config.huber_c)
-        weight = WEIGHTINGS[config.weighting](t, r, self.view.sigma_data).to(distance.dtype)
+        weight = WEIGHTINGS[config.weighting](t, r, self.view.sigma_data)
         logs = {"stage": x0.new_tensor(self.stage(progress)), "distance": distance.mean().detach()}
-        return Loss((weight * distance).mean(), logs)
+        return Loss((as_like(weight, distance) * distance).mean(), logs)
+
+    def target(self, network: nn.Module, batch: Batch, noise: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The jump from r `(B, ...)`, or the data where r is 0.
+
+        The network runs on those samples only that need it; on all where dropout is on, whose masks hang on the batch.
+        """
+        x0, needed = batch.x0, r > 0
+        rows = torch.arange(len(x0)) if has_dropout(network) else needed.nonzero().flatten()
+        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # all ranks call the network equally often
+        seen, at = torch.where(needed, r, t)[rows], rows.to(x0.device)  # networks have no sigma = 0
+        x = x0[at] + append_dims(seen, x0) * noise[at]
+        jump = self.consistency(network, x, seen, {name: value[at] for name, value in batch.cond.items()})
+        return torch.where(append_dims(needed, x0) != 0, x0.index_copy(0, at, jump), x0)
 
     def stage(self, progress: Progress) -> int:
         """How often 1 - r / t has been divided by q."""
         return progress.step // self.config.stage_steps if self.config.stage_steps else 0
 
-    def times(self, batch_size: int, progress: Progress, device: torch.device) -> tuple[Tensor, Tensor]:
+    def times(self, batch_size: int, progress: Progress) -> tuple[Tensor, Tensor]:
         """t and r, each `(B,)`; r is 0 where it would be less than sigma_min."""
         config = self.config
-        t = sample_lognormal(batch_size, config.p_mean, config.p_std, config.sigma_min, config.sigma_max, device)
+        t = sample_lognormal(batch_size, config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
         k = config.mapping_k if config.mapping == "sigmoid" else 0.0
         r = t * easy_ratio(t, self.stage(progress), config.q, k, config.mapping_b)
         return t, torch.where(r < config.sigma_min, 0, r)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.preconditioning import edm_scalings
-from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.process import append_dims, as_like
 from cm_diffusers.diffusion.times import sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.ranges import check_ranges
@@ -44,12 +44,12 @@ class EDMObjective:
         self.players = {"student": self}
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
-        config, x0, device = self.config, batch.x0, batch.x0.device
-        sigma = sample_lognormal(len(x0), config.p_mean, config.p_std, config.sigma_min, config.sigma_max, device)
+        config, x0 = self.config, batch.x0
+        sigma = sample_lognormal(len(x0), config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
         x = x0 + append_dims(sigma, x0) * torch.randn_like(x0)
         error = (self.denoise(nets.student, x, sigma, batch.cond) - x0).square().flatten(1).mean(1)
         weight = 1 / edm_scalings(sigma, self.view.sigma_data)[1].square()  # Eq. 8 with lambda = 1 / c_out^2
-        return Loss((weight.to(error.dtype) * error).mean(), {"error": error.mean().detach()})
+        return Loss((as_like(weight, error) * error).mean(), {"error": error.mean().detach()})
 
     def denoise(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """D(x, sigma) = c_skip x + c_out F (Eq. 7), `(B, ...)`."""

@@ -8,7 +8,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.distances import huber_c, pseudo_huber
 from cm_diffusers.diffusion.preconditioning import cm_scalings
-from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.process import append_dims, as_like
 from cm_diffusers.diffusion.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
@@ -54,7 +54,7 @@ class ICTObjective:
         config, x0, device = self.config, batch.x0, batch.x0.device
         grid = self.grid(progress)
         probabilities = lognormal_probabilities(grid, config.p_mean, config.p_std)
-        t, s = sample_neighbours(len(x0), grid, device, probabilities)
+        t, s = sample_neighbours(len(x0), grid, probabilities)
         noise = torch.randn_like(x0)
         with torch.no_grad(), rewind_rng(device):  # the student draws the same dropout masks
             x_s = x0 + append_dims(s, x0) * noise
@@ -62,7 +62,7 @@ class ICTObjective:
         online = self.consistency(nets.student, x0 + append_dims(t, x0) * noise, t, batch.cond)
         c = huber_c(x0[0].numel()) if config.huber_c is None else config.huber_c
         distance = pseudo_huber(online, target, c)
-        value = (distance / (t - s).to(distance.dtype)).mean()  # Sec. 3.1
+        value = (distance / as_like(t - s, distance)).mean()  # Sec. 3.1
         return Loss(value, {"num_scales": x0.new_tensor(len(grid)), "distance": distance.mean().detach()})
 
     def grid(self, progress: Progress) -> Tensor:

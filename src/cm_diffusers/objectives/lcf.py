@@ -70,7 +70,7 @@ class LCFObjective:
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         x0, cond, logs = batch.x0, batch.cond, {}
-        t, s = sample_solver_pairs(len(x0), self.grid, x0.device)
+        t, s = sample_solver_pairs(len(x0), self.grid)
         if self.guidance_embedding_dim is not None:
             w = torch.empty(len(x0), device=x0.device).uniform_(self.config.w_min, self.config.w_max)
             cond = cond | {"timestep_cond": guidance_embedding(w, self.guidance_embedding_dim)}

@@ -70,7 +70,7 @@ class LCMObjective:
     def pair(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The student's jump from t, with a gradient, the target's from s, each `(B, ...)`, and the guidance w `(B,)`."""
         config, x0, device = self.config, batch.x0, batch.x0.device
-        t, s = sample_solver_pairs(len(x0), self.grid, device)
+        t, s = sample_solver_pairs(len(x0), self.grid)
         w = torch.empty(len(x0), device=device).uniform_(config.w_min, config.w_max)
         x_t = diffuse(self.process, x0, torch.randn_like(x0), t)
         with torch.no_grad():  # first, so that its activations are gone before the student's are kept

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.diffusion.process import as_like
 from cm_diffusers.policy.policy import Moves, Policy
 from cm_diffusers.policy.transitions import Transition, kl_divergence, log_prob
 from cm_diffusers.types import Loss, Networks, Progress
@@ -90,7 +91,7 @@ class RLCMObjective:
         if config.kl_coef:
             with torch.no_grad():
                 before = self.policy.transition(nets.teacher, *where)
-            kl = kl_divergence(taken, before, config.logprob_reduction).mean().float()
+            kl = as_like(kl_divergence(taken, before, config.logprob_reduction).mean(), kl)
         value, off = self._policy_loss(log_ratio.exp(), batch), (log_ratio.detach().exp() - 1).abs()
         clipped = (off > config.clip_range).float().mean()
         found = (log_ratio.detach().abs().mean(), clipped, kl.detach())
@@ -99,7 +100,7 @@ class RLCMObjective:
     def _log_ratio(self, taken: Transition, batch: Moves) -> Tensor:
         """Of the action's probability now to that when it was drawn `(B,)`."""
         now = log_prob(taken, batch.action, self.config.logprob_reduction)
-        return (now - (now.detach() if batch.log_prob is None else batch.log_prob)).float()
+        return as_like(now - (now.detach() if batch.log_prob is None else batch.log_prob), batch.advantage)
 
     def _policy_loss(self, ratio: Tensor, batch: Moves) -> Tensor:
         """PPO's clipped objective (1707.06347, Eq. 7), or the importance-weighted one."""

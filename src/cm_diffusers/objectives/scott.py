@@ -170,7 +170,7 @@ class SCottObjective:
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy data `(B, ...)`, its times `(B,)`, any but 0, and guidance strengths `(B,)`."""
         size, device = len(batch.x0), batch.x0.device
-        t = torch.randint(1, self.process.num_train_timesteps, (size,), device=device)
+        t = torch.randint(1, self.process.num_train_timesteps, (size,))
         w = torch.empty(size, device=device).uniform_(self.config.w_min, self.config.w_max)
         return diffuse(self.process, batch.x0, torch.randn_like(batch.x0), t), t, w
 
@@ -191,10 +191,12 @@ class SCottObjective:
     def shown(self, samples: list[Tensor], times: list[Tensor]) -> tuple[Tensor, Tensor]:
         """What the critic sees `(N B, ...)` and the times `(N B,)` it is told, of N times B samples."""
         if self.config.critic_inputs == "clean":
-            return torch.cat(samples), torch.cat(times)
+            return torch.cat(samples), torch.cat(times).to(samples[0].device)
         s = torch.randint_like(times[0], self.config.renoise_below)
         noise = torch.randn_like(samples[0])
-        return torch.cat([diffuse(self.process, x, noise, s) for x in samples]), s.repeat(len(samples))
+        return torch.cat([diffuse(self.process, x, noise, s) for x in samples]), s.repeat(len(samples)).to(
+            noise.device
+        )
 
     def consistency(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], w: Tensor) -> Tensor:
         """f(x_t, t) = c_skip x_t + c_out x0, `(B, ...)`, as `LCMScheduler.step` computes it."""

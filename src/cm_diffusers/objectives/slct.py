@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.diffusion.coupling import load_pot, transport, transport_in_classes
 from cm_diffusers.diffusion.distances import cauchy, cauchy_c, l2, pseudo_huber
 from cm_diffusers.diffusion.preconditioning import cm_scalings
-from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.process import append_dims, as_like
 from cm_diffusers.diffusion.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
@@ -75,17 +75,18 @@ class SLCTObjective:
         config, x0, device = self.config, batch.x0, batch.x0.device
         grid = self.grid(progress)
         probabilities = lognormal_probabilities(grid, config.p_mean, config.p_std)
-        t, s = sample_neighbours(len(x0), grid, device, probabilities)
+        t, s = sample_neighbours(len(x0), grid, probabilities)
         noise = self.coupled(x0, torch.randn_like(x0), batch.cond)
         with torch.no_grad(), rewind_rng(device):  # the student draws the same dropout masks
             x_s = x0 + append_dims(s, x0) * noise
             target = self.consistency(nets.target or nets.student, x_s, s, batch.cond)
         online = self.consistency(nets.student, x0 + append_dims(t, x0) * noise, t, batch.cond)
+        low, share = self.low(t, grid, probabilities)
         c = config.robust_c or cauchy_c(x0[0].numel(), len(grid) - 1)
         metric = {"cauchy": cauchy, "pseudo_huber": pseudo_huber}[config.loss_type]
-        consistency = (metric(online, target, c) / (t - s).to(online.dtype)).mean()
-        low = t <= grid[math.floor(config.diffusion_share * (len(grid) - 1))]
-        diffusion = l2(online, x0)[low].sum() / low.sum().clamp(min=1)
+        distance = metric(online, target, c)
+        consistency = (distance / as_like(t - s, distance)).mean()
+        diffusion = (l2(online, x0) * as_like(low / share, distance)).mean()
         logs = {"consistency": consistency.detach(), "diffusion": diffusion.detach()}
         logs |= {"num_scales": x0.new_tensor(len(grid)), "robust_c": x0.new_tensor(c)}
         return Loss(consistency + config.diffusion_weight * diffusion, logs)
@@ -103,6 +104,14 @@ class SLCTObjective:
         config = self.config
         intervals = doubling_intervals(progress, config.discretization_s_0, config.discretization_s_1)
         return karras_grid(intervals + 1, config.sigma_min, config.sigma_max, config.rho)
+
+    def low(self, t: Tensor, grid: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
+        """Which samples `(B,)` get the diffusion loss, and how many of all do on average.
+
+        Divided by that, not by how many a batch happens to have, each of them counts alike in batches of any size.
+        """
+        last = math.floor(self.config.diffusion_share * len(probabilities))
+        return t <= grid[last], probabilities[:last].sum().item() or 1.0  # 1: there are none
 
     def consistency(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """f(x, sigma) = c_skip x + c_out F (2303.01469, Eq. 5), `(B, ...)`."""

@@ -1,18 +1,25 @@
-"""Whether a LoRA can be read, and fits."""
+"""Whether a LoRA can be read, and fits; and PEFT's exact form of ours."""
 
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from diffusers import DiffusionPipeline
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
 Source = str | os.PathLike
+PEFT_WEIGHTS, PEFT_CONFIG = "peft/adapter_model.safetensors", "peft/adapter_config.json"  # PEFT's own names
+PEFT_PREFIX = "base_model.model."  # of PEFT's names of layers
 SAFE = (".safetensors",)
 OTHERS = (".bin", ".pt", ".ckpt")
 
@@ -40,6 +47,61 @@ def check_weights(source: Source, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"There is no {name or 'safetensors file'} in {str(folder)!r}; say where it is with subfolder and weight_name."
         )
+
+
+class ExactLora(NamedTuple):
+    """What `load_lora_into_unet` takes: PEFT tensors, and the fields of their `LoraConfig`."""
+
+    state_dict: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def read_exact(source: Source, subfolder: str | None = None, **hub: Any) -> ExactLora | None:
+    """The exact form that lies beside a LoRA of this package; None where there is none, as in older folders of ours.
+
+    Args:
+        source: Folder or Hub id.
+        subfolder: Of it.
+        hub: As for `hf_hub_download`.
+    """
+    try:
+        weights, config = (_file(source, name, subfolder, hub) for name in (PEFT_WEIGHTS, PEFT_CONFIG))
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError):
+        return None
+    if not (weights.is_file() and config.is_file()):
+        return None
+    fields = json.loads(config.read_text("utf-8"))
+    state = {f"unet.{name.removeprefix(PEFT_PREFIX)}": value for name, value in load_file(weights).items()}
+    left_out = ("peft_type", "inference_mode")
+    return ExactLora(state, {f"unet.{name}": value for name, value in fields.items() if name not in left_out})
+
+
+def _file(source: Source, name: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
+    if Path(source).exists():
+        return Path(source) / (subfolder or "") / name
+    return Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub))
+
+
+def load_lora(pipe: DiffusionPipeline, source: Source, **hub: Any) -> None:
+    """Puts a LoRA on a stock pipeline, by its exact form where it has one.
+
+    Args:
+        source: Folder or Hub id.
+        hub: As for `hf_hub_download`.
+    """
+    exact = read_exact(source, **hub)
+    if exact is None:
+        pipe.load_lora_weights(source, use_safetensors=True, **hub)
+    else:
+        pipe.load_lora_into_unet(exact.state_dict, None, pipe.unet, metadata=exact.metadata, _pipeline=pipe)
+
+
+def folder_of(source: Source, subfolder: str | None) -> Source:
+    """Where the record of a LoRA is: beside the weights."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    return path.parent if path.is_file() else path / (subfolder or "")
 
 
 def check_fits_unet(state_dict: dict[str, Tensor], unet: nn.Module) -> None:

@@ -12,6 +12,7 @@ from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 
 
 FEW_STEP_SCHEDULERS = ("ConsistencyScheduler", "EDMConsistencyScheduler", "LCMScheduler", "TCDScheduler")
+IN_SIGMA = ("EDMConsistencyScheduler", "CMStochasticIterativeScheduler")
 GRID_FIELDS = (
     "prediction_type",
     "num_train_timesteps",
@@ -115,6 +116,15 @@ def contradiction(record: Record, unet: UNet2DConditionModel) -> str | None:
         return None
     takes = "takes guidance as an embedding" if embeds else "takes no embedding of guidance"
     return f"The record says that guidance is {record.guidance!r}, but this UNet {takes}"
+
+
+def refuse_contradiction(source: object, record: Record, unet: UNet2DConditionModel) -> None:
+    """
+    Raises:
+        ValueError: The record that lies beside the UNet does not fit it.
+    """
+    if reason := contradiction(record, unet):
+        raise ValueError(f"{source} is not as it was published: {reason[0].lower()}{reason[1:]}; get it anew.")
 
 
 def consistency_scheduler(class_name: str, config: Mapping[str, Any]) -> ConsistencyScheduler:

@@ -4,7 +4,15 @@ import warnings
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import IPAdapterMixin, TextualInversionLoaderMixin
@@ -25,7 +33,7 @@ from cm_diffusers.pipelines.checks import check_negative
 from cm_diffusers.pipelines.generation import Callback, Request, Size, generate
 from cm_diffusers.pipelines.latents import dtype_of
 from cm_diffusers.pipelines.loading import ConsistencyLoaderMixin
-from cm_diffusers.pipelines.manners import mismatches, tells_of_distillation
+from cm_diffusers.pipelines.manners import IN_SIGMA, mismatches, tells_of_distillation
 from cm_diffusers.pipelines.prompts import Encoded, encode, listed, lora_scaled, repeat_rows, towers, unconditional
 from cm_diffusers.pipelines.starts import FromNoise
 
@@ -42,8 +50,7 @@ class ConsistencyPipeline(
         pipe = ConsistencyPipeline.from_pretrained("assets/fashion_lcm")
         image = pipe("a photo of a bag").images[0]
 
-    A single-file checkpoint is opened by diffusers: `from_pipe(StableDiffusionPipeline.from_single_file(...))`, or
-    `StableDiffusionXLPipeline`.
+    `from_single_file` opens a `.safetensors` checkpoint.
 
     Args:
         vae: `AutoencoderTiny` is faster.
@@ -260,6 +267,14 @@ class ConsistencyPipeline(
             ValueError: The request is malformed, or the student cannot fulfil it.
         """
         return generate(self, FromNoise(), Request(**{k: v for k, v in locals().items() if k != "self"}))
+
+    def stock_class(self) -> type[DiffusionPipeline] | None:
+        """That for text to image, from which diffusers makes those for other tasks."""
+        if self.unet is None or type(self.scheduler).__name__ in IN_SIGMA:
+            return None
+        if self.is_xl:
+            return StableDiffusionXLPipeline
+        return LatentConsistencyModelPipeline if self.unet.config.time_cond_proj_dim else StableDiffusionPipeline
 
     def _begin(self, ask: Request) -> None:
         """Takes up a request, if the student can fulfil it."""

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
     DiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -25,13 +26,14 @@ from torch import Generator, Tensor
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.generation import Callback
 from cm_diffusers.pipelines.latents import Generators, decode, dtype_of
-from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub
+from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
+from cm_diffusers.pipelines.stock import CARRIED
 from cm_diffusers.record import read_record
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 
 KINDS = EDMConsistencyScheduler, CMStochasticIterativeScheduler
-CARRIED = set.difference(*(set(inspect.signature(kind).parameters) for kind in KINDS))
+STOCK = {"network": "edm", "noise_conditioning": "adm", "boundary_scalings": "cm", "gamma": 1.0}
 
 
 @dataclass
@@ -42,7 +44,7 @@ class ConsistencyImagesPipelineOutput(ImagePipelineOutput):
 
 
 class CarriedSchedulerMixin:
-    """Samples with `EDMConsistencyScheduler`, and is saved with the stock class, which carries its fields."""
+    """Samples with `EDMConsistencyScheduler` where a stock scheduler carries its fields."""
 
     def register_modules(self, **modules: Any) -> None:
         """As in diffusers; a stock scheduler that carries our fields would sample by its own alone, and becomes ours."""
@@ -50,24 +52,6 @@ class CarriedSchedulerMixin:
         if isinstance(scheduler, CMStochasticIterativeScheduler) and set(scheduler.config) & CARRIED:
             modules["scheduler"] = EDMConsistencyScheduler.from_config(scheduler.config)
         super().register_modules(**modules)
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, which can load every part without this package."""
-        scheduler = self.scheduler
-        if isinstance(scheduler, EDMConsistencyScheduler):
-            self.scheduler = stock_scheduler(scheduler)
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.scheduler = scheduler
-
-
-def stock_scheduler(scheduler: EDMConsistencyScheduler) -> CMStochasticIterativeScheduler:
-    """The stock class with every field in its config."""
-    fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    stock = CMStochasticIterativeScheduler(**{name: fields[name] for name in fields if name not in CARRIED})
-    stock.register_to_config(**fields)
-    return stock
 
 
 class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionPipeline):
@@ -126,9 +110,15 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if record is not None:
             pipe.register_to_config(record=asdict(record))
+            if kwargs.get("unet") is None:
+                pipe.training = read_training(pretrained_model_name_or_path, **of_hub(kwargs))
         if kwargs.get("scheduler") is None and not isinstance(pipe.scheduler, EDMConsistencyScheduler):
             pipe.scheduler = EDMConsistencyScheduler.from_config(pipe.scheduler.config)
         return pipe
+
+    def stock_class(self) -> type[DiffusionPipeline] | None:
+        plain = self.vae is None and self.config.latents_std is None
+        return ConsistencyModelPipeline if plain and is_stock(self.unet, self.scheduler) else None
 
     @property
     def num_classes(self) -> int | None:
@@ -254,6 +244,15 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
                 f"class_labels must be whole numbers from 0 to {self.num_classes - 1}, one or a list; got {labels!r}."
             )
         return torch.tensor(values)
+
+
+def is_stock(
+    unet: UNet2DModel | UNet2DConditionModel, scheduler: EDMConsistencyScheduler | CMStochasticIterativeScheduler
+) -> bool:
+    """Whether the stock pipeline samples a network of pixels right."""
+    square = isinstance(unet.config.sample_size, int)
+    carried = {name: value for name, value in STOCK.items() if name in scheduler.config}
+    return isinstance(unet, UNet2DModel) and square and carried.items() <= scheduler.config.items()
 
 
 def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: object) -> None:

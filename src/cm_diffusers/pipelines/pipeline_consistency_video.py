@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimateDiffControlNetPipeline,
     AnimateDiffPipeline,
     AutoencoderKL,
     ControlNetModel,
+    DiffusionPipeline,
     MotionAdapter,
     MultiControlNetModel,
     UNet2DConditionModel,
@@ -24,7 +26,7 @@ from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.pipelines.checks import check_negative
 from cm_diffusers.pipelines.generation import Callback
 from cm_diffusers.pipelines.latents import dtype_of
-from cm_diffusers.pipelines.manners import mismatches, tells_of_distillation
+from cm_diffusers.pipelines.manners import IN_SIGMA, mismatches, tells_of_distillation
 from cm_diffusers.pipelines.prompts import Encoded, encode, listed, lora_scaled, repeat_rows, towers, unconditional
 from cm_diffusers.pipelines.video_conditions import Frames
 from cm_diffusers.pipelines.video_generation import ClipRequest, generate_clips
@@ -187,6 +189,13 @@ class ConsistencyVideoPipeline(VideoLoaderMixin, AnimateDiffPipeline):
             ValueError: The request is malformed, or the student cannot fulfil it.
         """
         return generate_clips(self, ClipRequest(**{k: v for k, v in locals().items() if k != "self"}))
+
+    def stock_class(self) -> type[DiffusionPipeline] | None:
+        """None with parts that only this package knows: an image adapter, embedded guidance, a scheduler in sigma."""
+        embeds = getattr(self.unet.config, "time_cond_proj_dim", None) is not None
+        if self.image_adapter is not None or embeds or type(self.scheduler).__name__ in IN_SIGMA:
+            return None
+        return AnimateDiffPipeline if self.controlnet is None else AnimateDiffControlNetPipeline
 
     def _begin(self, ask: ClipRequest) -> None:
         """Takes up a request, if the student can fulfil it."""

@@ -1,17 +1,30 @@
 """The record of a student in a pipeline: part of its config, and beside its weights wherever it is saved."""
 
+import json
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+from cm_diffusers.models.stored import check_stored
+from cm_diffusers.pipelines.portable import make_portable
+from cm_diffusers.pipelines.stock import stock_index, stock_scheduler
+from cm_diffusers.places import public
 from cm_diffusers.record import RECORD, Record, write_record
 
 
+PROVENANCE = "training.json"
+
+
 class RecordedMixin:
-    """`record` of a pipeline whose config has the field, so that it survives whatever the config survives."""
+    """`record` of a pipeline whose config has the field, so that it survives whatever the config survives.
+
+    A pipeline is saved as publishing saves it: diffusers alone loads it where one of its classes samples the student.
+    """
 
     @property
     def record(self) -> Record | None:
@@ -19,25 +32,95 @@ class RecordedMixin:
         entry = self.config.get("record")
         return entry and Record(**{field.name: entry[field.name] for field in fields(Record)})
 
+    @property
+    def training(self) -> dict[str, Any] | None:
+        """The content of `training.json`; kept with the network, so every pipeline that shares it knows."""
+        return getattr(self.unet, "_training", None)
+
+    @training.setter
+    def training(self, value: dict[str, Any] | None) -> None:
+        if self.unet is not None:
+            self.unet._training = value
+
+    def stock_class(self) -> type[DiffusionPipeline] | None:
+        """The class of diffusers that loads and samples it; None where there is none."""
+        return None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """As in diffusers.
 
         Raises:
-            ValueError: It is a folder that lacks the weights of a part that the caller does not give; or a `base_model`
+            ValueError: It lacks weights of a part that the caller does not give, or has quantized ones; or a `base_model`
                 is given.
         """
         refuse_base_model(kwargs)
         check_has_weights(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("use_safetensors") and kwargs.get("quantization_config") is None:
+            where = {name: kwargs.get(name) for name in ("variant", "revision", "cache_dir")}
+            check_stored(pipe, pretrained_model_name_or_path, **where, given=kwargs)
+        return pipe
+
+    def check_saveable(self) -> None:
+        """Raises ValueError where the folder of a pipeline cannot hold what it is."""
+
+    def describe(self, folder: Path, name: str) -> None:
+        """Writes the card and what else publishing puts beside the weights; `cm_diffusers.registration` brings it."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, as a folder that needs no package but that where one of its classes samples the student.
+
+        Beside the weights lie the record, and the card and `training.json` where it is known how they were trained. A
+        scheduler of ours is saved as the stock one nearest to it, which carries its fields.
+
+        Raises:
+            ValueError: A LoRA is on the UNet, and not in its weights; text encoders save theirs.
+        """
+        self.check_saveable()
+        scheduler = self.scheduler
+        self.scheduler = stock_scheduler(scheduler)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.scheduler = scheduler
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """As in diffusers; what cannot be saved is refused before a repository is made."""
+        self.check_saveable()
+        return super().push_to_hub(*args, **kwargs)
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Saves the record along, which diffusers lets happen between the weights and an upload."""
+        """Saves what lies beside the weights, which diffusers lets happen between these and an upload."""
         super().save_config(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        if kind := self.stock_class():
+            index = folder / self.config_name
+            content = stock_index(json.loads(index.read_text("utf-8")), kind)
+            index.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        make_portable(folder)
         if self.record is None:
-            (Path(save_directory) / RECORD).unlink(missing_ok=True)
+            (folder / RECORD).unlink(missing_ok=True)
         else:
-            write_record(self.record, Path(save_directory))
+            base = self.record.base_model  # as seen from the folder it was loaded from
+            write_record(replace(self.record, base_model=public(base) if base.startswith("..") else base), folder)
+        self.describe(folder, str(folder))
+
+    def _upload_folder(self, working_dir: str | Path, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, with a card that names the repository in the place of an empty one."""
+        self.describe(Path(working_dir), repo_id)
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+
+
+def read_training(source: str | Path, **hub: Any) -> dict[str, Any] | None:
+    """The content of `training.json` in a student's folder or Hub repository; None where there is none to be read."""
+    try:
+        here = Path(source).exists()
+        path = Path(source, PROVENANCE) if here else Path(hf_hub_download(str(source), PROVENANCE, **hub))
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, HfHubHTTPError, EntryNotFoundError, HFValidationError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusers import MotionAdapter, UNetMotionModel
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
@@ -86,7 +85,7 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
         pipe = cls._on_base(source, base_model or base_model_of(record, source), kwargs | {"motion_adapter": adapter})
         if record is None and kwargs.get("scheduler") is None:
             pipe.scheduler = consistency_scheduler("LCMScheduler", {**pipe.scheduler.config, **ANIMATEDIFF_BETAS})
-        pipe.load_lora_weights(source, weight_name=weight_name or LORA_WEIGHT_NAME_SAFE, **hub)
+        pipe.load_lora_weights(source, weight_name=weight_name, use_safetensors=True, **hub)
         return pipe
 
     @classmethod

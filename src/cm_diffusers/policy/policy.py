@@ -9,6 +9,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from cm_diffusers.diffusion.denoisers import unet_arguments
+from cm_diffusers.diffusion.process import home_of_float64
 from cm_diffusers.policy.transitions import Transition, draw, transition
 from cm_diffusers.types import Batch
 
@@ -42,7 +43,12 @@ class Moves(Batch):
 
     def to(self, device: torch.device | str) -> "Moves":
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("x0", "cond", "uncond")}
-        moved, conditions = {n: v.to(device) for n, v in own.items() if isinstance(v, Tensor)}, super().to(device)
+        conditions, exact = super().to(device), home_of_float64(torch.device(device))
+        moved = {
+            name: value.to(exact if value.dtype == torch.float64 else device)
+            for name, value in own.items()
+            if isinstance(value, Tensor)
+        }
         return replace(self, cond=conditions.cond, uncond=conditions.uncond, **moved)
 
     @property

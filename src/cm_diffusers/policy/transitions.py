@@ -22,7 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from cm_diffusers.diffusion.preconditioning import cm_scalings, lcm_scalings
-from cm_diffusers.diffusion.process import DiscreteVP, Prediction, interpret
+from cm_diffusers.diffusion.process import DiscreteVP, Prediction, doubled, interpret
 from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
 
 
@@ -49,7 +49,7 @@ def transition(
 ) -> Transition:
     """The law of `scheduler.step(model_output, scheduler.timesteps[index], sample).prev_sample`.
 
-    It is computed in float64 whatever the dtypes, sample by sample, and has a gradient in both tensors. At the last
+    It is computed in float64 whatever the dtypes (on the CPU where the device has none), sample by sample, and has a gradient in both tensors. At the last
     index std is 0 and mean the result of sampling, but where `step` itself adds noise there: `DDIMScheduler` without
     `set_alpha_to_one` may.
 
@@ -66,8 +66,9 @@ def transition(
     law = _law(scheduler, eta)
     _check_index(scheduler, index)
     _check_shapes("model_output", model_output, "the sample", sample)
-    mean, std, denoised = law(scheduler, index, model_output.double(), sample.double())
-    return Transition(mean.float(), torch.as_tensor(std, dtype=torch.float32, device=mean.device), denoised.float())
+    mean, std, denoised = law(scheduler, index, doubled(model_output), doubled(sample))
+    parts = mean, torch.as_tensor(std), denoised
+    return Transition(*(part.float().to(sample.device) for part in parts))
 
 
 def draw(transition: Transition, noise: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def draw(transition: Transition, noise: Tensor) -> Tensor:
 
 
 def log_prob(transition: Transition, action: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """The log density `(B,)` of actions `(B, ...)`, float64: sums over a latent are too large for small differences else.
+    """The log density `(B,)` of actions `(B, ...)`, `doubled`: sums over a latent are too large for small differences else.
 
     Args:
         reduction: "sum" over a sample's elements, which is the density, or their "mean", as in DDPO (2305.13301).
@@ -92,7 +93,7 @@ def log_prob(transition: Transition, action: Tensor, reduction: Reduction = "sum
 
 
 def kl_divergence(transition: Transition, reference: Transition, reduction: Reduction = "sum") -> Tensor:
-    """`KL(transition || reference) = |mean - mean_ref|^2 / (2 std^2)` `(B,)` of two laws with one std, float64.
+    """`KL(transition || reference) = |mean - mean_ref|^2 / (2 std^2)` `(B,)` of two laws with one std, `doubled`.
 
     Raises:
         ValueError: The step adds no noise, or the laws are not of the same step.
@@ -221,7 +222,8 @@ def _predicted(scheduler: SchedulerMixin, t: int, output: Tensor, x: Tensor) -> 
             f"Timestep {t} is pure noise (zero terminal SNR), where prediction_type 'epsilon' says nothing; use "
             "'v_prediction' or 'sample', or set rescale_betas_zero_snr=False."
         )
-    return interpret(DiscreteVP.from_scheduler(scheduler), output, x, torch.tensor([t], device=x.device), kind)
+    schedule = DiscreteVP(scheduler.alphas_cumprod[t : t + 1].double())  # of that time alone
+    return interpret(schedule, output, x, torch.tensor([0]), kind)
 
 
 def _bounded(scheduler: SchedulerMixin, x0: Tensor) -> Tensor:
@@ -234,7 +236,7 @@ def _bounded(scheduler: SchedulerMixin, x0: Tensor) -> Tensor:
 def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
-    values = values.flatten(1).double()
+    values = doubled(values.flatten(1))
     return values.sum(1) if reduction == "sum" else values.mean(1)
 
 

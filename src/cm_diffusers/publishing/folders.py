@@ -1,19 +1,24 @@
 """Writing results: whole or not at all, as safetensors, with record, provenance and card beside the weights."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import ModelMixin
 
 from cm_diffusers.engine.own_files import is_result_file, keep_foreign, remove
+from cm_diffusers.errors import writable
+from cm_diffusers.pipelines.portable import forget_origin, sort_headers
 from cm_diffusers.publishing.model_card import model_card
-from cm_diffusers.publishing.portable import forget_origin
-from cm_diffusers.publishing.provenance import Provenance, write_provenance
+from cm_diffusers.publishing.provenance import Provenance, is_path, write_provenance
 from cm_diffusers.record import Record, write_record
 
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = "samples.png"  # the last validation grid of the training
 
@@ -23,21 +28,23 @@ def written_aside(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not.
 
     Its files are as readable as the umask lets new ones be, whatever wrote them: safetensors lets only the owner read.
+    Equal contents give equal bytes.
     What a user has put beside our files stays; of a link the folder that it leads to is replaced.
     """
     folder = Path(os.path.realpath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
-    for leftover in (aside, replaced):
-        remove(leftover)
-    aside.mkdir()
     try:
-        yield aside
-        _follow_umask(aside)
-        keep_foreign(folder, aside, is_result_file)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(aside, folder)
+        with writable(str(folder)):
+            for leftover in (aside, replaced):
+                remove(leftover)
+            aside.mkdir(parents=True)
+            yield aside
+            sort_headers(aside.rglob("*.safetensors"))
+            _follow_umask(aside)
+            keep_foreign(folder, aside, is_result_file)
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(aside, folder)
     finally:
         for leftover in (aside, replaced):
             remove(leftover)
@@ -69,18 +76,37 @@ def write_result(
         for write in writers:
             write(aside)
         if record is not None:
-            write_record(record, aside)
+            write_record(_seen_from(folder, record), aside)
         if provenance is not None and (record or card):
             write_provenance(provenance, aside)
-            (aside / "README.md").write_text(card or _student_card(record, provenance, aside), "utf-8")
+            with optional("Its card"):
+                (aside / "README.md").write_text(card or _student_card(record, provenance, aside), "utf-8")
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Whatever fails inside is a warning: the weights, which took hours, are more than what lies beside them."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s could not be written (%r); the result is published without it.", what, error)
+
+
+def _seen_from(folder: Path, record: Record) -> Record:
+    """The record with a base model that is a folder here named relative to the result, wherever scripts are started."""
+    base = record.base_model
+    if not (is_path(base) and Path(base).exists()):
+        return record
+    return replace(record, base_model=Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix())
 
 
 def _student_card(record: Record, provenance: Provenance, folder: Path) -> str:
     """With the last grid in `samples/` beside the folder: that of the run that ends here."""
     grids = sorted((folder.parent / "samples").glob("step-*.png"))
     if grids:
-        shutil.copyfile(grids[-1], folder / SAMPLES)
-    return model_card(record, provenance, grid=SAMPLES if grids else None)
+        with optional("Its sample grid"):
+            shutil.copyfile(grids[-1], folder / SAMPLES)
+    return model_card(record, provenance, grid=SAMPLES if (folder / SAMPLES).is_file() else None)
 
 
 def model_writer(model: ModelMixin, fp16: bool) -> Callable[[Path], None]:
@@ -92,6 +118,6 @@ def model_writer(model: ModelMixin, fp16: bool) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         (model.half() if fp16 else model).save_pretrained(folder)
-        forget_origin(folder)
+        forget_origin([folder / "config.json"])
 
     return write

@@ -1,5 +1,6 @@
 """Sharing a result on the Hub: find out that it cannot work before training, and never lose the local result."""
 
+import glob
 import json
 import logging
 import shlex
@@ -14,6 +15,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.engine.own_files import files_in, foreign_files, is_result_file
 from cm_diffusers.places import public
 from cm_diffusers.publishing.provenance import is_path
 from cm_diffusers.record import RECORD, read_record
@@ -21,8 +23,7 @@ from cm_diffusers.record import RECORD, read_record
 
 logger = logging.getLogger(__name__)
 
-UPLOADED = "*.safetensors *.json *.txt *.model *.md *.py *.png *.jpg *.jpeg *.webp *.gif".split()  # no pickle
-LEFT_OUT = ".* */.* checkpoint-* */checkpoint-* logs/* samples/* run.json".split()
+NAMED = 10  # files that are left out, in the line that tells of them
 WAITS = (2.0, 8.0, 30.0)  # seconds before each further try
 CONNECTION = (HTTPError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 FAILURES = (HTTPError, OSError, RuntimeError)  # of httpx (1.x) or httpx2, of files and sockets, of the Xet library
@@ -90,9 +91,9 @@ def push_folder(folder: str | Path, repo_id: str, config: HubConfig) -> str:
     """Uploads a finished folder; what is there already is not sent again.
 
     Args:
-        folder: A pipeline or LoRA folder. Only weights as safetensors, JSON, texts and images go up; checkpoints,
-            logs, validation samples and hidden files stay. Where the record names a base model by its path on this
-            machine, the uploaded one has the path's last part.
+        folder: A pipeline or LoRA folder. Only what publishing writes goes up, see `own_files.is_result_file`; a line
+            tells what else stays. Where the record names a base model by its path on this machine, the uploaded one has
+            the path's last part.
         repo_id: What `check_hub` returned.
 
     Returns:
@@ -102,6 +103,9 @@ def push_folder(folder: str | Path, repo_id: str, config: HubConfig) -> str:
         ValueError: It failed, for good or after several tries. The folder is untouched.
     """
     _warn_of_local_base(Path(folder), repo_id)
+    if others := foreign_files(Path(folder), is_result_file):
+        more = "" if len(others) <= NAMED else f" and {len(others) - NAMED} more"
+        logger.info("Not uploaded, as no script of this package wrote it: %s%s.", ", ".join(others[:NAMED]), more)
     waits = iter(WAITS)
     while True:
         try:
@@ -116,11 +120,12 @@ def push_folder(folder: str | Path, repo_id: str, config: HubConfig) -> str:
 
 
 def _upload(folder: Path, repo_id: str, api: HfApi) -> None:
-    ignored, target = list(LEFT_OUT), {"repo_id": repo_id, "commit_message": "Upload by cm_diffusers"}
+    names, target = set(files_in(folder)), {"repo_id": repo_id, "commit_message": "Upload by cm_diffusers"}
     if record := _public_record(folder):
-        ignored.append(RECORD)
+        names.remove(RECORD)
         api.upload_file(path_or_fileobj=record, path_in_repo=RECORD, **target)
-    api.upload_folder(folder_path=folder, allow_patterns=list(UPLOADED), ignore_patterns=ignored, **target)
+    ours = [glob.escape(name) for name in sorted(names) if is_result_file(name)]
+    api.upload_folder(folder_path=folder, allow_patterns=ours, **target)
 
 
 def _public_record(folder: Path) -> bytes | None:

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from cm_diffusers.diffusion.views import EDMView, VPView
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
-from cm_diffusers.pipelines.pipeline_consistency_images import stock_scheduler
+from cm_diffusers.pipelines.pipeline_consistency_images import is_stock
+from cm_diffusers.pipelines.stock import stock_scheduler
 from cm_diffusers.publishing.card import EDM_METHODS
 from cm_diffusers.publishing.pipelines import scheduler_entry
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers import EDMConsistencyScheduler
-
-
-STOCK = {"network": "edm", "noise_conditioning": "adm", "boundary_scalings": "cm", "gamma": 1.0}
 
 
 SCHEDULES = (  # of nearly all diffusion models; any other is told beta by beta
@@ -87,7 +85,7 @@ def images_pipeline(
         vae: For a student of latents.
         statistics: Of the latents, where training standardised them to the scheduler's sigma_data.
     """
-    if vae is None and statistics is None and _is_stock(unet, scheduler):
+    if vae is None and statistics is None and is_stock(unet, scheduler):
         pipe = ConsistencyModelPipeline(unet, stock_scheduler(scheduler))
     else:
         pipe = ConsistencyImagesPipeline(
@@ -100,11 +98,6 @@ def images_pipeline(
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _is_stock(unet: UNet2DModel | UNet2DConditionModel, scheduler: EDMConsistencyScheduler) -> bool:
-    square = isinstance(unet.config.sample_size, int)
-    return isinstance(unet, UNet2DModel) and square and STOCK.items() <= scheduler.config.items()
 
 
 def text_pipeline(

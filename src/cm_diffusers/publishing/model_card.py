@@ -1,5 +1,6 @@
 """Model cards that say what was done: nothing to fill in by hand."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from huggingface_hub import ModelCardData
@@ -8,7 +9,7 @@ from cm_diffusers.measured import TEACHER, Measured, distance_name
 from cm_diffusers.places import public
 from cm_diffusers.publishing.card import EDM_METHODS, METHODS, TAGS, card, made_by
 from cm_diffusers.publishing.provenance import Provenance
-from cm_diffusers.publishing.student_kinds import Kind, count, usage
+from cm_diffusers.publishing.student_kinds import Kind, count, is_lora, usage
 from cm_diffusers.record import Record
 
 
@@ -18,6 +19,7 @@ def model_card(
     measured: Measured | None = None,
     grid: str | None = None,
     single_file: bool = False,
+    checkpoints: Sequence[str] = (),
 ) -> str:
     """The card of a student, as Markdown with the Hub's front matter.
 
@@ -25,6 +27,7 @@ def model_card(
         measured: What an evaluation found.
         grid: Where a sample grid lies, which moves for clips, seen from the card: the evaluation's, or the training's last.
         single_file: Whether `PIPELINE_FILE` lies beside the weights.
+        checkpoints: Files that hold the whole student in one.
     """
     lora, text = bool(provenance.settings.get("lora")), provenance.family is not None
     if measured and not text:
@@ -39,9 +42,11 @@ def model_card(
     sections = [
         f"Makes {kind.makes} in about {steps}. It was {origin if base else alone}.",
         *([_guidance(record)] if text else _classes(provenance)),
+        *([FUSED] if provenance.fused else []),
         _license(provenance, bool(base)),
         "## Use",
         *usage(record, provenance, base, single_file),
+        *[_for_other_tools(file, record) for file in checkpoints],
         *(_measurements(measured) if measured else []),
         *([f"## Samples\n\n{_caption(text, measured)}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
@@ -52,8 +57,13 @@ def model_card(
     return card(front.to_yaml(), f"{title} of {base or provenance.data}", sections)
 
 
+def _for_other_tools(file: str, record: Record) -> str:
+    steps, scale = count(record.recommended_num_inference_steps), record.recommended_guidance_scale
+    return f"For ComfyUI and A1111: `{file}` as the checkpoint, with the sampler `lcm`, {steps} and CFG {scale:g}."
+
+
 def _front(record: Record, provenance: Provenance, task: str, measured: Measured | None) -> ModelCardData:
-    settings, lora = provenance.settings, provenance.settings.get("lora")
+    settings, lora = provenance.settings, is_lora(provenance)
     tags = [task, *TAGS, *_method_tags(record.method), *(["lora", "template:sd-lora"] if lora else [])]
     dataset = settings.get("dataset_name") or ""
     optional = {
@@ -139,7 +149,9 @@ def _measurements(measured: Measured) -> list[str]:
 
 
 def _rows(settings: dict[str, object]) -> list[str]:
-    return [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
+    """Those that acted: of a LoRA not those of a full student, and the reverse."""
+    idle = IDLE.get(settings.get("lora"), ())
+    return [f"| {name} | {value} |" for name, value in settings.items() if value is not None and name not in idle]
 
 
 def _caption(text: bool, measured: Measured | None) -> str:
@@ -162,6 +174,11 @@ UNSTATED = {
     False: "The data it was trained on states no licence where this was trained; look for it before you use this model.",
 }
 
+FUSED = "This is a whole pipeline: what was trained, or a LoRA, was put into the weights of the model it belongs on."
+IDLE = {  # by `lora`
+    True: {"unet_time_cond_proj_dim", "ema_decay"},
+    False: {"lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"},
+}
 BASELINE = "The teacher's rows are the baseline."
 EXTRACTOR = (
     "{distance} is the Fréchet distance on the features of `{extractor}`: it compares only with itself, not with FID."

@@ -150,5 +150,7 @@ pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
 pipe.load_lora_weights("{name}")
 image = pipe("your prompt", {sampling}).images[0]
-"""
+""",
+    below="For ComfyUI, A1111 and kohya's tools: the same file, `pytorch_lora_weights.safetensors`. For PEFT: `peft/`, exactly "
+    "what was trained.",
 )

@@ -1,5 +1,6 @@
 """The stock pipelines, schedulers and records of latent consistency models; pipelines, LoRAs and motion modules as folders."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.teachers import is_xl
+from cm_diffusers.pipelines.portable import make_portable
 from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import model_writer, write_result
-from cm_diffusers.publishing.lora_export import save_kohya
+from cm_diffusers.publishing.lora_export import Lora
 from cm_diffusers.publishing.other_cards import motion_card
-from cm_diffusers.publishing.portable import Lora, forget_origin, nest_text_encoders
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.record import Record
 
@@ -89,26 +90,32 @@ def save_pipeline(
 
     def write_weights(aside: Path) -> None:
         pipe.save_pretrained(aside)
-        nest_text_encoders(aside)
-        forget_origin(aside)
+        make_portable(aside)
         for weights in [*aside.glob("unet/*.safetensors"), *aside.glob("vae/*.safetensors")] if fp16 else ():
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
 
     write_result(folder, [write_weights], record, provenance, card)
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path, record: Record, provenance: Provenance | None = None) -> None:
+def save_lora(
+    unet: UNet2DConditionModel,
+    folder: Path,
+    record: Record,
+    provenance: Provenance | None = None,
+    fp16: bool = False,
+) -> None:
     """A LoRA in two forms, with its record; with `provenance`, also with its model card.
 
-    `Lora.write` for `load_lora_weights`. `comfyui/<name>.safetensors` is for kohya's tools and their kin; a folder
-    below, so that no loader takes it for the other.
+    Args:
+        fp16: As for `Lora.writer`.
     """
-    name = f"{record.method}_lora_{public(record.base_model).rstrip('/').rpartition('/')[2]}"
+    write_result(folder, [lora_writer(Lora.of(unet), record, fp16)], record, provenance)
 
-    def write_kohya(aside: Path) -> None:
-        save_kohya(unet, aside / "comfyui" / f"{name}.safetensors", name, record.scheduler["prediction_type"])
 
-    write_result(folder, [Lora.of(unet).write, write_kohya], record, provenance)
+def lora_writer(lora: Lora, record: Record, fp16: bool) -> Callable[[Path], None]:
+    """Writes both forms of a student's LoRA, named after method and base model."""
+    title = f"{record.method}_lora_{public(record.base_model).rstrip('/').rpartition('/')[2]}"
+    return lora.writer(title, record.scheduler["prediction_type"], fp16)
 
 
 def save_motion_adapter(

@@ -1,6 +1,7 @@
 """Where a student comes from: script, settings, data and teacher's licence, `training.json` beside its weights."""
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -16,10 +17,12 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 import cm_diffusers
 from cm_diffusers.engine.launcher import DEFAULTS
 from cm_diffusers.models.teachers import is_xl
+from cm_diffusers.pipelines.recorded import PROVENANCE
 from cm_diffusers.places import LOCAL, public
 
 
-PROVENANCE = "training.json"
+logger = logging.getLogger(__name__)
+
 # Where files lay and who pushed them is nobody's business, and a token least of all.
 PRIVATE = set(
     "output_dir overwrite_output_dir cache_dir latent_cache_dir resume_from_checkpoint report_to "
@@ -42,6 +45,7 @@ class Provenance:
         commit: Of the code.
         settings: Flags and their values, without paths of the machine and without anything about the Hub.
         num_classes: Of a network that takes `class_labels`.
+        fused: Whether a LoRA, or motion modules, lie in the weights of a whole pipeline.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Provenance:
     commit: str
     settings: dict[str, object]
     num_classes: int | None = None
+    fused: bool = False
 
 
 def describe_run(
@@ -112,27 +117,43 @@ def read_provenance(folder: Path) -> Provenance:
     """
     path = folder / PROVENANCE
     try:
-        content = json.loads(path.read_text("utf-8"))
-        return Provenance(**{field.name: content[field.name] for field in fields(Provenance) if field.name in content})
+        return as_provenance(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} does not tell how the student was trained ({error!r}); give a folder that a training script wrote."
         ) from error
 
 
+def as_provenance(content: dict[str, object]) -> Provenance:
+    """What a newer release has added is passed over."""
+    return Provenance(**{field.name: content[field.name] for field in fields(Provenance) if field.name in content})
+
+
 def read_license(source: str, repo_type: str = "model") -> dict[str, str]:
-    """The licence fields in the front matter of a README, in a folder or on the Hub; {} if unknown."""
+    """The licence fields in the front matter of a README, in a folder or on the Hub; {} if unknown.
+
+    What is wrong with a README is a warning: the licence is for the card, which comes after hours of training.
+    """
     try:
         here = Path(source).exists()
         path = Path(source, "README.md") if here else Path(hf_hub_download(source, "README.md", repo_type=repo_type))
+        metadata = (metadata_load(path) if path.is_file() else None) or {}
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
         return {}
-    metadata = (metadata_load(path) if path.is_file() else None) or {}
+    except Exception as error:  # of yaml, of the encoding, of what is no mapping
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        logger.warning("The README.md of %s is malformed (%s); the card will give no licence.", source, reason)
+        return {}
     found = {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
     listed = found.get("license")
     if isinstance(listed, list):  # as data sets have it; of several, none is that of everything
-        return {**found, "license": listed[0]} if len(listed) == 1 else {}
-    return found
+        found["license"] = listed[0] if len(listed) == 1 else None
+    if odd := sorted(key for key, value in found.items() if not isinstance(value, str | None)):
+        logger.warning(
+            "The README.md of %s gives no text as %s; the card will give no licence.", source, ", ".join(odd)
+        )
+        return {}
+    return found if found.get("license") or "license" not in found else {}
 
 
 def _command(configs: Iterable[object]) -> str:

@@ -8,17 +8,29 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.measured import BASELINES, FOLDER, GRID, TABLE, Measured, clips_of, read_measured
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.measured import BASELINES, FOLDER, GRID, TABLE, Measured, clips_of, read_measured, run_name
+from cm_diffusers.models.teachers import load_stock
 from cm_diffusers.pipelines.recorded import check_has_weights
 from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import SAMPLES, written_aside
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, read_license, read_provenance, write_provenance
+from cm_diffusers.publishing.single_file import write_single_file
 from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS, PIPELINE_FILE, is_stock
 from cm_diffusers.record import RECORD, Record, read_record, write_record
+
+
+CHECKPOINTS = "single_file"
 
 
 @dataclass
@@ -46,6 +58,12 @@ class ShareConfig:
         help="Single-file pipeline to put beside the weights as pipeline.py: a path, or the name of one of this project's, "
         "e.g. consistency_text_to_image.py.",
     )
+    single_file: bool = HfArg(
+        default=False,
+        help="Write a whole student once more as single_file/NAME.safetensors, a checkpoint for ComfyUI and A1111; not one "
+        "with embedded guidance, which they have no input for.",
+    )
+    single_file_fp16: bool = HfArg(default=False, help="With --single_file: in half precision.")
 
 
 def prepare(config: ShareConfig, name: str | None = None) -> Path:
@@ -56,8 +74,8 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
 
     Raises:
         ValueError: The folder holds no result of a training script, or a pipeline without weights, or the evaluation
-            none of this student; a teacher is named where there was none; or the single file is no pipeline for this
-            folder.
+            none of this student; a teacher is named where there was none; the single file is no pipeline for this
+            folder; or programs that read a single checkpoint could not sample it.
     """
     folder = Path(config.folder)
     record = read_record(folder) if folder.is_dir() else None
@@ -77,17 +95,34 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
     single_file = _single_file(config.pipeline_file) if config.pipeline_file else None
     if single_file:
         _check_pipeline_file(single_file, folder, record)
+    if config.single_file:
+        _write_checkpoint(folder, record, run_name(name or config.folder), config.single_file_fp16)
+    else:
+        refuse_changed(config, "single_file_fp16", "without --single_file")
     if config.evaluation:
         attach_evaluation(folder, Path(config.evaluation), config.evaluation_name)
     measured = read_measured(folder / FOLDER) if (folder / FOLDER).is_dir() else None
     grid = f"{FOLDER}/{measured.picture}" if measured else SAMPLES if (folder / SAMPLES).is_file() else None
     if single_file:
         _put(folder / PIPELINE_FILE, single_file.read_bytes())
-    card = model_card(record, provenance, measured, grid, (folder / PIPELINE_FILE).is_file())
+    checkpoints = [f"{path.parent.name}/{path.name}" for path in folder.glob(f"{CHECKPOINTS}/*.safetensors")]
+    card = model_card(record, provenance, measured, grid, (folder / PIPELINE_FILE).is_file(), checkpoints)
     write_record(record, folder)
     write_provenance(provenance, folder)
     _put(folder / "README.md", card.encode())
     return folder
+
+
+def _write_checkpoint(folder: Path, record: Record, name: str, fp16: bool) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"--single_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
+    pipe = load_stock(folder, torch.float16 if fp16 else torch.float32)
+    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline | LatentConsistencyModelPipeline):
+        raise ValueError(
+            f"--single_file is for Stable Diffusion's layout, but {folder} is a {type(pipe).__name__}; leave it out."
+        )
+    with written_aside(folder / CHECKPOINTS) as aside:
+        write_single_file(pipe, aside / f"{name}.safetensors", record)
 
 
 def _put(path: Path, content: bytes) -> None:
@@ -158,7 +193,9 @@ def _pipeline_classes(path: Path) -> list[type[DiffusionPipeline]]:
 
 def _with_license(provenance: Provenance, config: ShareConfig, record: Record) -> Provenance:
     """The licence that the card of teacher or data gives; else, as now stated there, or by the flag."""
-    where = (record.base_model,) if record.base_model else (provenance.data, "dataset")
+    base = record.base_model  # which scripts name relative to the result
+    base = os.path.normpath(Path(config.folder, base)) if base.startswith("..") else base
+    where = (base,) if base else (provenance.data, "dataset")
     known = provenance.license or read_license(*where)
     given = config.teacher_license
     if given and known.get("license", given) != given:

@@ -1,5 +1,6 @@
 """What the model cards of the kinds of students say of their own: how each is loaded and called."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from cm_diffusers.publishing.card import code_block
@@ -41,10 +42,22 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, record: Record, provenance: Provenance) -> "Kind":
         if record.method == "animatelcm":
-            return KINDS["clips"]
+            return KINDS["fused clips" if provenance.fused else "clips"]
         if provenance.family is None:
             return KINDS["images"]
-        return KINDS["lora" if provenance.settings.get("lora") else "text"]
+        return KINDS["lora" if is_lora(provenance) else "text"]
+
+
+def is_lora(provenance: Provenance) -> bool:
+    """Whether a LoRA is what lies beside the card."""
+    return bool(provenance.settings.get("lora")) and not provenance.fused
+
+
+def own_file(name: str) -> Path | None:
+    """A single file of this project, where they lie: in the installed package, or in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "single_files" / name, package.parents[1] / "pipelines" / name)
+    return next((place for place in places if place.is_file()), None)
 
 
 def is_stock(record: Record) -> bool:
@@ -68,7 +81,7 @@ def usage(record: Record, provenance: Provenance, base: str, single_file: bool) 
     if kind in (KINDS["lora"], KINDS["clips"]) and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if kind == KINDS["lora"]:
-        parts.append(FOR_OTHER_TOOLS.format(**values))
+        parts += [(NOT_ELSEWHERE if record.guidance == "embedded" else ELSEWHERE).format(**values), EXACT]
     if single_file:
         parts += [SINGLE_FILE, code_block(BESIDE + kind.beside[not stock], values)]
     return parts
@@ -113,10 +126,15 @@ def _needed(provenance: Provenance) -> str:
     return f"{PACKAGE_NEEDED}{other}."
 
 
-FOR_OTHER_TOOLS = (
-    "For ComfyUI, A1111 and kohya's tools: the file in `comfyui/`, with the sampler `lcm`, {steps} steps, CFG {scale:g} and "
-    "strength 1."
+ELSEWHERE = (
+    "For ComfyUI, A1111 and kohya's tools: the same file, `{weights}`, with the sampler `lcm`, {steps} steps, CFG {scale:g} "
+    "and strength 1."
 )
+NOT_ELSEWHERE = (
+    "ComfyUI and A1111 cannot sample this one: the network that it belongs on takes guidance as an input, which they do not "
+    "give."
+)
+EXACT = "For PEFT: `peft/`, exactly what was trained; with this package, it is what is loaded."
 WITH_PACKAGE = """
 from cm_diffusers import ConsistencyPipeline
 
@@ -170,6 +188,22 @@ OF_TEXT = Kind(
     ("With diffusers alone:", ALONE + CALL),
     (CALL, AS_RECOMMENDED),
 )
+OF_CLIPS = Kind(
+    "text-to-video",
+    "clips",
+    (
+        "Motion modules, the LoRA of the image layers and the scheduler lie here; the rest is the base model. With the "
+        "package, which finds it by the record:",
+        CLIPS_WITH_PACKAGE,
+    ),
+    ("With diffusers alone:", CLIPS_ALONE),
+    (CALL, AS_RECOMMENDED),
+)
+FRAMES_CALL = """
+frames = pipe(
+    "your prompt", num_frames={frames}, num_inference_steps={steps}, guidance_scale={scale}
+).frames[0]
+"""
 KINDS = {
     "text": OF_TEXT,
     "lora": OF_TEXT._replace(alone=("With diffusers alone:", LORA_ALONE + CALL)),
@@ -180,15 +214,8 @@ KINDS = {
         ("With diffusers alone, in one step:", ALONE + "images = pipe({asked}, num_inference_steps=1).images"),
         ("", "{calls}"),
     ),
-    "clips": Kind(
-        "text-to-video",
-        "clips",
-        (
-            "Motion modules, the LoRA of the image layers and the scheduler lie here; the rest is the base model. With the "
-            "package, which finds it by the record:",
-            CLIPS_WITH_PACKAGE,
-        ),
-        ("With diffusers alone:", CLIPS_ALONE),
-        (CALL, AS_RECOMMENDED),
+    "clips": OF_CLIPS,
+    "fused clips": OF_CLIPS._replace(
+        package=(FROM_THE_RECORD, CLIPS_WITH_PACKAGE), alone=("With diffusers alone:", ALONE + FRAMES_CALL.lstrip())
     ),
 }

@@ -73,6 +73,14 @@ class CheckedReward:
             self.reward.to(device)
         return self
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: The reward cannot judge images of one of these prompts, as far as it says so beforehand.
+        """
+        if hasattr(self.reward, "check"):
+            self.reward.check(list(prompts))
+
     def _tensor(self, found: Any, images: Tensor) -> Tensor:
         found = found[0] if isinstance(found, tuple) else found
         try:
@@ -118,6 +126,11 @@ class WeightedSum:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         values = [reward(images, prompts, metadata) for reward in self.rewards]
         return torch.stack([w * value for w, value in zip(self.weights, values, strict=True)]).sum(0)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """As `CheckedReward.check`."""
+        for reward in self.rewards:
+            reward.check(prompts)
 
     def to(self, device: torch.device | str) -> "WeightedSum":
         """As `CheckedReward.to`."""

@@ -34,6 +34,14 @@ class LabelLogProbability(nn.Module):
         wanted = torch.tensor([self.label(prompt) for prompt in prompts], device=images.device)
         return self.network(images).log_softmax(1).gather(1, wanted[:, None]).squeeze(1)
 
+    def check(self, prompts: list[str]) -> None:
+        """
+        Raises:
+            ValueError: A prompt names no class.
+        """
+        for prompt in prompts:
+            self.label(prompt)
+
     def label(self, prompt: str) -> int:
         """Number of the class whose name is the longest that occurs in the prompt."""
         found = label_in_prompt(prompt, [name for name, _ in self.names])
@@ -67,7 +75,7 @@ def load_classifier(source: str, revision: str | None = None) -> LabelLogProbabi
     with readable(f"The classifier {source} (a folder, or a Hub id)"):
         config = Path(source) / "config.json"
         if config.is_file() and f'"{ImageClassifier.__name__}"' in config.read_text("utf-8"):
-            own = ImageClassifier.from_pretrained(source)
+            own = ImageClassifier.from_pretrained(source, use_safetensors=True)
             return LabelLogProbability(own, own.labels)
         options = {"revision": revision, "trust_remote_code": False}
         model = AutoModelForImageClassification.from_pretrained(source, use_safetensors=True, **options)

@@ -91,8 +91,8 @@ def load_towers(source: str, revision: str | None = None, processor: str | None 
         ValueError: One of them cannot be loaded.
     """
     with readable(f"The CLIP model {source} (a folder, or a Hub id)"):
-        options = {"revision": revision, "dtype": torch.float32, "use_safetensors": True}
-        return _towers(CLIPModel.from_pretrained(source, **options), processor or source)
+        options = {"revision": revision, "dtype": torch.float32}
+        return _towers(CLIPModel.from_pretrained(source, use_safetensors=True, **options), processor or source)
 
 
 def _towers(model: CLIPModel, processor: str) -> Towers:

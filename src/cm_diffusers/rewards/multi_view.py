@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from cm_diffusers.diffusion.distances import l1
+from cm_diffusers.diffusion.feature_networks import in_float32
+from cm_diffusers.extras import TORCHVISION, missing
 from cm_diffusers.rewards.base import Metadata
 
 
@@ -95,7 +97,7 @@ def _cropped(view: Tensor, rendered: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lpips() -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS (1801.03924) with AlexNet's features of images `(B, 3, H, W)` in [0, 1], on whichever device they are.
+    """LPIPS (1801.03924) with AlexNet's features of images `(B, 3, H, W)` in [0, 1], see `in_float32`.
 
     Raises:
         ValueError: torchvision or its weights are missing.
@@ -105,12 +107,12 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor]:
 
         network = LearnedPerceptualImagePatchSimilarity("alex").net.requires_grad_(False)
     except ModuleNotFoundError as error:
-        raise ValueError("LPIPS needs the packages torchmetrics and torchvision: pip install torchvision.") from error
+        raise ValueError(missing("LPIPS", TORCHVISION)) from error
     except (OSError, RuntimeError) as error:
         raise ValueError("AlexNet's weights could not be downloaded; check the network or TORCH_HOME.") from error
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         x, y = (interpolate(image, (LPIPS_SIDE,) * 2, mode="bilinear", antialias=True) for image in (x, y))
-        return network.to(x.device)(x, y, normalize=True).reshape(len(x))
+        return in_float32(network, x, y, normalize=True).reshape(len(x))
 
     return distance

@@ -9,6 +9,7 @@ from diffusers.models.model_loading_utils import load_state_dict
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from cm_diffusers.diffusion.feature_networks import in_float32
 from cm_diffusers.rewards.base import Metadata
 
 
@@ -37,10 +38,14 @@ class NetworkReward:
         self.network.to(device)
         return self
 
+    def check(self, prompts: list[str]) -> None:
+        """As `CheckedReward.check`."""
+        if hasattr(self.network, "check"):
+            self.network.check(prompts)
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """Rewards `(B,)` of images `(B, 3, H, W)` in [0, 1]."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.network.to(images.device)(images.float(), prompts)
+        return in_float32(self.network, images, prompts)
 
 
 def read_weights(source: str, file: str, revision: str | None) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 
 MODES = {2: "bilinear", 3: "bicubic"}  # by PIL's number
@@ -17,7 +17,7 @@ class Preparation:
 
     Attributes:
         size: The shorter side, in pixels, or (height, width) into which images are squeezed.
-        crop: (height, width) of the centre that is kept; None keeps all.
+        crop: (height, width) of the centre that is kept, with black around it where the image is smaller; None keeps all.
         mean: Of the three colours, subtracted from images in [0, 1].
         std: By which they are then divided.
         mode: "bicubic" or "bilinear".
@@ -54,8 +54,8 @@ class Preparation:
         images = interpolate(images, self._resized(*images.shape[-2:]), mode=self.mode, antialias=True).clamp(0, 1)
         if self.crop is not None:
             (height, width), (h, w) = images.shape[-2:], self.crop
-            top, left = (height - h) // 2, (width - w) // 2
-            images = images[..., top : top + h, left : left + w]
+            top, left = (height - h) // 2, (width - w) // 2  # negative where black is added
+            images = pad(images, (-left, left + w - width, -top, top + h - height))
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
 

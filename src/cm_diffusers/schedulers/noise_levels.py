@@ -123,7 +123,7 @@ class VPKind:
             )
 
 
-def spread(grid: list[float], count: int) -> list[float]:
+def strided(grid: list[float], count: int) -> list[float]:
     """`count` levels of a descending grid, the first and every (N // count)-th, as `CMStochasticIterativeScheduler`.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from cm_diffusers.diffusion.preconditioning import BOUNDARY_SCALINGS, NOISE_CONDITIONINGS
 from cm_diffusers.diffusion.times import karras_grid
-from cm_diffusers.schedulers.noise_levels import EDMKind, NetworkKind, VPKind, at_places, checked, spread
+from cm_diffusers.schedulers.noise_levels import EDMKind, NetworkKind, VPKind, at_places, checked, strided
 from cm_diffusers.schedulers.scheduling_consistency import (
     ConsistencySchedulerOutput,
     NoiseSampler,
@@ -142,7 +142,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         elif timesteps is not None:
             schedule = at_places(self._grid, timesteps)
         else:
-            schedule = spread(self._grid, num_inference_steps)
+            schedule = strided(self._grid, num_inference_steps)
         self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
         self.num_inference_steps = len(schedule)
         self.custom_timesteps = num_inference_steps is None
@@ -265,12 +265,12 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if index + 1 == len(self._schedule):
             return denoised
         above, following = ((self._schedule[i] ** 2 - self._floor**2) ** 0.5 for i in (index, index + 1))
-        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5
+        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5 * self.config.s_noise
         result = denoised
         if reused > 0:
             result = result + following * reused / above * (x - denoised)
         if fresh > 0:
-            result = result + following * fresh * self.config.s_noise * self._draw(sample, generator).to(x.dtype)
+            result = result + following * fresh * self._draw(sample, generator).to(x.dtype)
         return result
 
     def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:

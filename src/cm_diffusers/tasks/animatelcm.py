@@ -31,9 +31,9 @@ from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.publishing.folders import model_writer, write_result
+from cm_diffusers.publishing.lora_export import Lora
 from cm_diffusers.publishing.other_cards import condition_card
-from cm_diffusers.publishing.pipelines import lcm_pipeline, save_lora
-from cm_diffusers.publishing.portable import Lora
+from cm_diffusers.publishing.pipelines import lcm_pipeline, lora_writer, save_lora
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.record import Record
 from cm_diffusers.types import Batch, Networks
@@ -69,7 +69,7 @@ class StageConfig:
     cast_teacher_unet: Literal["no", "bf16", "fp16"] = HfArg(
         default="no", help="Keep the teacher in half precision (with --mixed_precision of the same kind)."
     )
-    save_fp16: bool = HfArg(default=False, help="Store motion modules or the adapter in half precision.")
+    save_fp16: bool = HfArg(default=False, help="Store motion modules, adapter and LoRA in half precision.")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def image_lora(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
         Networks(student, teacher=WithoutAdapters(student)),
         LCMObjective(method, parts.process, parts.prediction_type, None),
         lambda network: lcm_pipeline(parts.image, network, parts.scheduler),
-        save_lora,
+        lambda network, *where: save_lora(network, *where, fp16=config.save_fp16),
         "lora",
         views=single_frames,
     )
@@ -234,7 +234,9 @@ def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionMode
     pipe = ConsistencyPipeline.from_pipe(parts.image, unet=copy.deepcopy(parts.image.unet), record=None)
     options = {"weight_name": config.spatial_lora_weight_name, "revision": config.spatial_lora_revision}
     pipe.load_lora_weights(
-        config.spatial_lora, **{name: value for name, value in options.items() if value is not None}
+        config.spatial_lora,
+        use_safetensors=True,
+        **{name: value for name, value in options.items() if value is not None},
     )
     if others := sorted(set(pipe.get_list_adapters()) - {"unet"}):
         raise ValueError(
@@ -277,7 +279,8 @@ def _save_student(
     """Motion modules, noise schedule and LoRA, as stock diffusers reads them."""
     modules = model_writer(motion_adapter_of(network, parts.adapter), config.save_fp16)
     record = replace(record, method="animatelcm")
-    write_result(folder, [modules, parts.scheduler.save_config, lora.write], record, provenance)
+    write_lora = lora_writer(lora, record, config.save_fp16)
+    write_result(folder, [modules, parts.scheduler.save_config, write_lora], record, provenance)
 
 
 STAGES = {"image_lora": image_lora, "motion": motion, "joint": joint, "adapter": adapter}
@@ -288,5 +291,4 @@ ACTS = {  # flags -> the stages in which they act
     "spatial_lora_weight_name spatial_lora_revision": "motion adapter",
     "lora_rank lora_alpha": "image_lora joint",
     "condition": "adapter",
-    "save_fp16": "motion joint adapter",
 }

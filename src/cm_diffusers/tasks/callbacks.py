@@ -1,17 +1,22 @@
 """What happens after an optimizer step, beside learning: `(trainer, loss) -> None`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 from accelerate.tracking import GeneralTracker
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.encoders import placed
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
 from cm_diffusers.ranges import check_ranges
@@ -58,8 +63,9 @@ def sample_grid(
     rows: list[Tensor] = []
 
     def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> Tensor:
-        pipe = pipe.to(pipe.unet.device)
-        return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
+        others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.unet]
+        with placed(tuple(others), pipe.unet.device):
+            return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
 
     def callback(trainer: Trainer, loss: Loss) -> None:
         if not prompts or trainer.step % config.validation_steps or not trainer.accelerator.is_main_process:
@@ -73,7 +79,9 @@ def sample_grid(
         scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
         with trainer.export_weights() as student:
             pipe = make_pipeline(student)
-            samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
+            cast = pipe.unet.dtype != torch.float32  # below a LoRA
+            with trainer.accelerator.autocast() if cast else nullcontext():
+                samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
         grid = image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
         publish_grid(trainer, grid)
 
@@ -141,7 +149,7 @@ def publish_grid(trainer: Trainer, grid: Image.Image) -> None:
     """Saves `samples/step-<n>.png` and shows it in the tracker."""
     folder = trainer.output_dir / "samples"
     folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{trainer.step:06d}.png")
+    replace_file(folder / f"step-{trainer.step:06d}.png", partial(grid.save, format="PNG"))
     pixels, name = np.asarray(grid.convert("RGB")), trainer.config.report_to
     for tracker in trainer.accelerator.trackers:
         TRACK_IMAGE[name](tracker, pixels, trainer.step)

@@ -21,9 +21,18 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.data.unprompted import LatentStatistics, measure_statistics, unprompted_batches
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, View, VPView
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
-from cm_diffusers.models.teachers import LOADING, TeacherConfig, check_vae, load_teacher
+from cm_diffusers.models.single_file import is_single_file
+from cm_diffusers.models.teachers import (
+    LOADING,
+    SINGLE_FILE_CONFIG,
+    TeacherConfig,
+    check_vae,
+    load_stock,
+    load_teacher,
+)
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.publishing.images import images_pipeline, text_pipeline
@@ -36,10 +45,12 @@ class StartConfig:
     """The diffusion model to start from."""
 
     pretrained_teacher_model: str = HfArg(
-        help="Folder or Hub id of a diffusion model: of train_edm.py, DDPM or DDIM (UNet2DModel), Stable Diffusion (XL)."
+        help="Folder or Hub id of a diffusion model: of train_edm.py, DDPM or DDIM (UNet2DModel), Stable Diffusion (XL); or "
+        "a .safetensors file of the last."
     )
     teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     teacher_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
+    single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
     sigma_data: float | None = HfArg(
         default=None,
         help="Standard deviation of what the network sees as data; if not given, 0.5, for Stable Diffusion's latents 1. "
@@ -142,13 +153,15 @@ def load_image_model(config: StartConfig) -> ImageModel:
         ValueError: Out of reach, or not a model that this can be.
     """
     path = config.pretrained_teacher_model
-    index = _index(config)
-    if any(name.startswith("text_encoder") for name in index):
-        pipe = load_teacher(TeacherConfig(path, config.teacher_revision, config.teacher_variant))
+    index = {} if is_single_file(path) else _index(config)
+    if not index or any(name.startswith("text_encoder") for name in index):
+        where = {"teacher_variant": config.teacher_variant, "single_file_config": config.single_file_config}
+        pipe = load_teacher(TeacherConfig(path, config.teacher_revision, **where))
         return ImageModel(pipe.unet, _vp_view(pipe.scheduler, config.sigma_data, 1.0), vae=pipe.vae, pipe=pipe)
+    refuse_changed(config, "single_file_config", "for a model that is no .safetensors file")
     ours = index["_class_name"] in WITHOUT_PROMPT
-    loader = ConsistencyPipeline if ours else DiffusionPipeline
-    pipe = loader.from_pretrained(path, revision=config.teacher_revision, variant=config.teacher_variant, **LOADING)
+    hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
+    pipe = ConsistencyPipeline.from_pretrained(path, **hub, **LOADING) if ours else load_stock(path, **hub)
     _check_start(path, pipe, ours)
     pipe.unet.requires_grad_(False).eval()
     return (

@@ -56,9 +56,9 @@ def save_student(
     """A text-to-image student: its LoRA, or the whole pipeline.
 
     Args:
-        config: Says which, by `lora`, and how a pipeline is stored, by `save_fp16`.
+        config: Says which, by `lora`, and how it is stored, by `save_fp16`.
     """
     if config.lora:
-        save_lora(unet, folder, record, provenance)
+        save_lora(unet, folder, record, provenance, config.save_fp16)
     else:
         save_pipeline(make_pipeline(unet), folder, config.save_fp16, record, provenance)

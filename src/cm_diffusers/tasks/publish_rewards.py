@@ -9,11 +9,12 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 
 from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import write_result
 from cm_diffusers.publishing.hub import HubConfig
+from cm_diffusers.publishing.lora_export import Lora
 from cm_diffusers.publishing.other_cards import tuned_card
 from cm_diffusers.publishing.pipelines import save_pipeline
-from cm_diffusers.publishing.portable import Lora
 from cm_diffusers.publishing.provenance import Provenance, describe_run
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.reward_runs import RewardModelConfig, Tuned
@@ -68,6 +69,9 @@ def publish_tuned(
         return
     card = tuned_card(method, provenance, config.lora, tuned.policy)
     if config.lora:
-        write_result(folder, [Lora.of(network).write], provenance=provenance, card=card)
+        title = f"{method}_lora_{public(config.pretrained_student_model).rstrip('/').rpartition('/')[2]}"
+        prediction = tuned.pipe.scheduler.config.prediction_type
+        write = Lora.of(network).writer(title, prediction, config.save_fp16)
+        write_result(folder, [write], provenance=provenance, card=card)
     else:
         save_pipeline(tuned.pipeline(network), folder, config.save_fp16, provenance=provenance, card=card)

@@ -11,6 +11,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.reward_history import COLUMNS, RewardHistory
 from cm_diffusers.data.rollouts import Task
+from cm_diffusers.diffusion.process import home_of_float64
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.ranges import check_ranges
@@ -113,9 +114,8 @@ class Guard:
         row = [float(self.trainer.step), sum(apart) / len(apart)]
         for values in torch.cat(found, dim=1):
             row += [values.mean().item(), values.std().item()]
-        same = torch.tensor(
-            row, dtype=torch.float64, device=self.trainer.device
-        )  # or processes might disagree on stopping
+        home = home_of_float64(self.trainer.device)
+        same = torch.tensor(row, dtype=torch.float64, device=home)  # or processes might disagree on stopping
         self.history.looks.append(tuple(self.trainer.accelerator.reduce(same, reduction="mean").tolist()))
 
     @property
@@ -131,7 +131,7 @@ class Guard:
         with trainer.accelerator.autocast():
             *_, (_, _, _, end) = policy.walk(student, noise, *self.task.conditions(asked))
         images, worth = self.task.score.images(end), self.task.score.worth
-        rewards = [worth(images, asked, reward).double().cpu() for reward in self.rewards.values()]
+        rewards = [worth(images, asked, reward).cpu().double() for reward in self.rewards.values()]
         return torch.pdist(images.flatten(1).float()).mean().item(), torch.stack(rewards)
 
 
@@ -141,20 +141,23 @@ def watched_task(
     """What is drawn for the score's prompts, its VAE moved to the device; and the rewards to watch, the trained one first.
 
     Raises:
-        ValueError: A held-out reward is unknown or out of reach.
+        ValueError: A held-out reward is unknown or out of reach, or a reward cannot judge a prompt.
     """
     tuned.pipe.vae.to(device)
     held_out = {name: load_reward(name).to(device) for name in config.held_out_rewards}
-    conditions = PromptConditions.of(tuned, [text for text, _ in score.prompts], resolution, device)
-    return Task(tuned.shape(resolution), len(score.prompts), conditions, score), {"reward": score.reward} | held_out
+    rewards, texts = {"reward": score.reward} | held_out, [text for text, _ in score.prompts]
+    for reward in rewards.values():
+        reward.check(texts)
+    conditions = PromptConditions.of(tuned, texts, resolution, device)
+    return Task(tuned.shape(resolution), len(score.prompts), conditions, score), rewards
 
 
 def reports(
     guard: Guard, tuned: Tuned, validation: ValidationConfig, resolution: int | None
 ) -> list[Callable[[Trainer, Loss], None]]:
-    """The callbacks that look at a run: its guard, curves of what that saw, and sample grids."""
+    """The callbacks that show a run: curves of what its guard saw, and sample grids."""
     grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=resolution)
-    return [guard, reward_curves(guard.history, guard), grids]
+    return [reward_curves(guard.history, guard), grids]
 
 
 def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Loss], None]:

@@ -16,6 +16,7 @@ from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
+from cm_diffusers.models.decoding import in_chunks
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
@@ -119,12 +120,13 @@ class Tuned:
             ValueError: The VAE does not divide the resolution.
         """
         factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        side = resolution or self.unet.config.sample_size * factor
-        if side % factor:
+        if resolution and resolution % factor:
             raise ValueError(
-                f"--resolution {side} must be a multiple of {factor}, by which the VAE makes images smaller."
+                f"--resolution {resolution} must be a multiple of {factor}, by which the VAE makes images smaller."
             )
-        return self.unet.config.in_channels, side // factor, side // factor
+        size = resolution // factor if resolution else self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
 
 
 def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
@@ -136,8 +138,9 @@ def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
         ValueError: It is out of reach or no such model, or cannot be sampled so.
     """
     if config.sampler == "ddim":
-        where = config.pretrained_student_model, config.student_revision, config.student_variant
-        pipe = load_teacher(TeacherConfig(*where))
+        where = {"teacher_revision": config.student_revision, "teacher_variant": config.student_variant}
+        where["single_file_config"] = config.single_file_config
+        pipe = load_teacher(TeacherConfig(config.pretrained_student_model, **where))
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         scale = 1.0 if config.guidance_scale is None else config.guidance_scale
         return Tuned(pipe, None, Policy(pipe.scheduler, config.num_inference_steps, scale, final_std, config.eta))
@@ -220,8 +223,9 @@ class PromptConditions:
             w = torch.tensor([tuned.embedded - 1])
             constant["timestep_cond"] = guidance_embedding(w, tuned.unet.config.time_cond_proj_dim)
         if encoders.micro_conditioning:
-            side = tuned.shape(resolution)[1] * 2 ** (len(tuned.pipe.vae.config.block_out_channels) - 1)
-            constant["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
+            factor = 2 ** (len(tuned.pipe.vae.config.block_out_channels) - 1)
+            height, width = (side * factor for side in tuned.shape(resolution)[1:])
+            constant["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
         return cls({name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, constant)
 
     def __call__(self, numbers: Tensor) -> tuple[Conditions, Conditions]:
@@ -258,6 +262,9 @@ class ImageScore:
 
     def images(self, latents: Tensor) -> Tensor:
         """`(B, 3, H, W)` in [0, 1]."""
+        return torch.cat(in_chunks(self._decoded, latents))
+
+    def _decoded(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config
         with torch.autocast(latents.device.type, enabled=False):
             decoded = self.pipe.vae.decode(

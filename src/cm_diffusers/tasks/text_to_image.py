@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
-from torch import nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.generated import GenerationConfig, training_batches
@@ -15,12 +14,22 @@ from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
 from cm_diffusers.models.critics import CriticConfig
+from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.students import StudentConfig, frozen_copy
-from cm_diffusers.models.teachers import LOADING, TeacherConfig, check_vae
+from cm_diffusers.models.teachers import (
+    SINGLE_FILE_CONFIG,
+    TeacherConfig,
+    check_finite,
+    check_vae,
+    frozen,
+    load_stock,
+    release_encoders,
+)
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.objectives.lcm import LCMObjective
 from cm_diffusers.objectives.scott import SCottObjective
-from cm_diffusers.pipelines.manners import Manners
+from cm_diffusers.pipelines.lora import load_lora
+from cm_diffusers.pipelines.manners import Manners, refuse_contradiction
 from cm_diffusers.publishing.hub import HubConfig
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler
 from cm_diffusers.publishing.provenance import describe_run
@@ -48,7 +57,8 @@ class FinetuneConfig:
     """The student to go on from, and what of it trains."""
 
     pretrained_student_model: str = HfArg(
-        help="Folder or Hub id of a latent consistency model, or of a LoRA of this package, which is fused."
+        help="Folder, Hub id or .safetensors file of a latent consistency model, or folder or Hub id of a LoRA of this "
+        "package, which is fused."
     )
     student_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     student_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
@@ -59,7 +69,8 @@ class FinetuneConfig:
     lora_target_modules: list[str] = HfArg(
         default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
     )
-    save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE in half precision.")
+    save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE, or its LoRA, in half precision.")
+    single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
 
 
 def distill(
@@ -90,16 +101,28 @@ def distill(
     def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
         return lcm_pipeline(teacher, unet, scheduler)
 
-    scale = 1.0 if student.lora else validation.validation_guidance_scale
+    guidance = "distilled" if student.guidance_embedding_dim is None else "embedded"
+    scale = 1.0 if guidance == "distilled" else validation.validation_guidance_scale
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
-    trainer.fit(training_batches(data, generation, teacher, train.seed, *trainer.place))
-    guidance, base = "distilled" if student.lora else "embedded", source.pretrained_teacher_model
+    batches = training_batches(data, generation, teacher, train.seed, *trainer.place)
+    if not _needs_encoders(student, data, validation, given.get(CriticConfig)):
+        release_encoders(teacher)
+    trainer.fit(batches)
+    base = source.pretrained_teacher_model
     record = replace(lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler), method=name)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
     return publish(trainer, "lora" if student.lora else "pipeline", describe, save, repo_id, hub)
+
+
+def _needs_encoders(
+    student: StudentConfig, data: DataConfig, validation: ValidationConfig, judge: CriticConfig | None
+) -> bool:
+    """Whether VAE or text towers are called after the cache is filled, or are part of the result."""
+    judges_images = judge is not None and judge.critic == "vision"
+    return not student.lora or data.streaming or bool(validation.validation_prompts) or judges_images
 
 
 def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
@@ -108,7 +131,8 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     Of a published latent consistency model without a record, scheduler and network tell what the record would.
 
     Raises:
-        ValueError: Out of reach, not a latent consistency model, or with non-finite weights.
+        ValueError: Out of reach, not a latent consistency model, not as its record says, or with missing or non-finite
+            weights.
     """
     path = config.pretrained_student_model
     record = read_record(path, revision=config.student_revision)
@@ -119,42 +143,36 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     if record is not None and record.method not in ("lcm", "lcf", "scott", "rlcm", "direct_reward"):
         raise ValueError(f"{path} was made by {record.method!r}; fine-tuning is for latent consistency models (lcm).")
     record = record or _inferred(path, pipe)
-    if broken := [name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()]:
-        raise ValueError(
-            f"The student {path} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew."
-        )
+    refuse_contradiction(path, record, pipe.unet)
+    check_finite(f"The student {path}", pipe)
     pipe.scheduler = LCMScheduler.from_config({k: v for k, v in record.scheduler.items() if k != "_class_name"})
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-    return pipe, record
+    return frozen(pipe), record
 
 
 def _load(path: str, record: Record | None, config: FinetuneConfig) -> DiffusionPipeline:
-    revision, options = config.student_revision, {**LOADING, "variant": config.student_variant}
+    revision, options = config.student_revision, {"variant": config.student_variant}
+    options["single_file_config"] = config.single_file_config
     lora = record is not None and not _is_pipeline(path, revision)
     if lora and config.lora:
         raise ValueError(
             f"{path} is a LoRA, and one LoRA on another cannot be published; leave --lora out (or give "
             "--no_lora), which fuses it first, or give a whole student."
         )
+    if not lora:
+        return load_stock(path, revision=revision, **options)
     try:
-        if not lora:
-            return DiffusionPipeline.from_pretrained(path, revision=revision, **options)
-        pipe = DiffusionPipeline.from_pretrained(base_model_of(record, path), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        what = f"{record.base_model}, which the LoRA {path} belongs on," if lora else path
-        raise ValueError(f"{what} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
-    pipe.load_lora_weights(path, revision=revision)
+        pipe = load_stock(base_model_of(record, path), **options)
+    except ValueError as error:
+        raise ValueError(f"The base model of the LoRA {path} cannot be loaded: {error}") from error
+    load_lora(pipe, path, **({"revision": revision} if revision else {}))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     return pipe
 
 
 def _is_pipeline(path: str, revision: str | None) -> bool:
-    if Path(path).exists():
-        return (Path(path) / "model_index.json").is_file()
+    if is_single_file(path) or Path(path).exists():
+        return Path(path).is_file() or (Path(path) / "model_index.json").is_file()
     try:
         return bool(DiffusionPipeline.load_config(path, revision=revision))
     except OSError:

@@ -10,7 +10,7 @@ from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
 
 OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
-OF_FULL = "save_fp16 unet_time_cond_proj_dim"
+OF_FULL = "unet_time_cond_proj_dim"
 
 
 def check_student(config: StudentConfig, mixed_precision: str) -> None:
@@ -21,8 +21,8 @@ def check_student(config: StudentConfig, mixed_precision: str) -> None:
     check_adapters(config)
     require_autocast(config, mixed_precision)
     dim = config.unet_time_cond_proj_dim
-    if dim < 4 or dim % 2:
-        raise ValueError(f"--unet_time_cond_proj_dim must be an even number from 4 on, but it is {dim}.")
+    if dim != 0 and (dim < 4 or dim % 2):
+        raise ValueError(f"--unet_time_cond_proj_dim must be 0 (none) or an even number from 4 on, but it is {dim}.")
 
 
 def check_adapters(config: Any) -> None:

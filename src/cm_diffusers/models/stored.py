@@ -1,0 +1,120 @@
+"""Whether the files of a pipeline hold every weight of its networks: the libraries fill gaps at random, or not at all."""
+
+import json
+import re
+import struct
+from collections.abc import Collection
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import nn
+
+
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# Counted instead of learnt, or of the other tower of a whole CLIP model, which the text tower may be stored with.
+UNUSED = re.compile(r"position_ids$|^logit_scale$|^vision_model\.|^visual_projection\.|^text_projection\.")
+FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of VAEs
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+OPTIONAL_PREFIX = "text_model."  # transformers from 5.6 on leaves it out
+
+
+def check_stored(
+    pipe: DiffusionPipeline,
+    source: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    given: Collection[str] = (),
+) -> None:
+    """Compares the loaded networks with the headers of the files that they came from, where these are safetensors.
+
+    Args:
+        source: Folder or Hub id.
+        variant, revision, cache_dir: As for `from_pretrained`.
+        given: Names of networks that came from elsewhere.
+
+    Raises:
+        ValueError: A file lacks weights, holds unknown ones, or integers in place of numbers.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": True}
+            folder = Path(snapshot_download(str(source), **options))
+        except LocalEntryNotFoundError:
+            return
+    for name in set(NETWORKS) - set(given):
+        network = getattr(pipe, name, None)
+        dtypes = _stored(folder / name, variant) if _is_of(network, folder / name) else None
+        if dtypes is not None:
+            check_weights(f"The {name} of {source}", network, dtypes)
+
+
+def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None:
+    """
+    Args:
+        what: Begins the sentence.
+        dtypes: Of the stored tensors by name, as safetensors spells them: "F32", "I8".
+
+    Raises:
+        ValueError: As `check_stored`.
+    """
+    wanted = {_plain(name) for name, value in network.state_dict().items() if value.is_floating_point()}
+    found = {_plain(name) for name in dtypes}
+    integers = sorted(name for name, dtype in dtypes.items() if dtype not in FLOATS)
+    faults = {
+        "lacks": sorted(wanted - found),
+        "has unknown": sorted(name for name in found - wanted if not UNUSED.search(name)),
+        "has quantized": [name for name in integers if _plain(name) in wanted],
+    }
+    for fault, names in faults.items():
+        if names:
+            raise ValueError(
+                f"{what} {fault} weights ({len(names)}, such as {names[0]}); get a whole checkpoint in float32, float16 or "
+                "bfloat16."
+            )
+
+
+def header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
+    """Entries of the tensors in a safetensors file by name (`dtype`, `shape`), and its metadata.
+
+    Raises:
+        ValueError: It is no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            entries = json.loads(file.read(length))
+    except (ValueError, struct.error) as error:  # of the length, UTF-8 or JSON
+        raise ValueError(f"{path} is no whole safetensors file ({error}); get it anew.") from error
+    metadata = entries.pop("__metadata__", {})
+    return entries, metadata
+
+
+def _is_of(network: nn.Module | None, folder: Path) -> bool:
+    """Whether the folder's config is the network's: of clips, a pipeline makes the network from an image model's."""
+    if network is None or not (folder / "config.json").is_file():
+        return False
+    kind = type(network).__name__
+    return json.loads((folder / "config.json").read_text("utf-8")).get("_class_name", kind) == kind
+
+
+def _stored(folder: Path, variant: str | None) -> dict[str, str] | None:
+    """Dtypes of the tensors of a network, by name; of its variant where it has that; None without such files."""
+    for suffix in (rf"\.{re.escape(variant)}", "") if variant else ("",):
+        shard = r"-\d+-of-\d+"
+        pattern = re.compile(rf"(diffusion_pytorch_)?model({suffix}({shard})?|{shard}{suffix})\.safetensors")
+        if files := [path for path in sorted(folder.glob("*.safetensors")) if pattern.fullmatch(path.name)]:
+            return {name: entry["dtype"] for path in files for name, entry in header(path)[0].items()}
+    return None
+
+
+def _plain(name: str) -> str:
+    for former, present in FORMER_NAMES.items():
+        if ".attentions." in name:
+            name = name.replace(former, present)
+    return name.removeprefix(OPTIONAL_PREFIX)
