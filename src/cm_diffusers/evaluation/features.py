@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from cm_diffusers.extras import FIDELITY, missing
 from cm_diffusers.models.classifier import ImageClassifier
@@ -18,6 +17,8 @@ class InceptionFeatures(nn.Module):
     """
 
     def __init__(self) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
         super().__init__()
         try:
             self.network = FrechetInceptionDistance(feature=2048).inception

@@ -6,12 +6,16 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from cm_diffusers.measured import BASELINES, distance_name, run_name
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 Row = dict[str, str | int | float | None]
@@ -106,8 +110,10 @@ def markdown_table(rows: list[Row], setting: Setting) -> str:
     )
 
 
-def plot(rows: list[Row], setting: Setting) -> Figure:
+def plot(rows: list[Row], setting: Setting) -> "Figure":
     """Fréchet distance to the data over steps, both logarithmic: one line per pipeline and guidance scale."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lines: dict[tuple, list[Row]] = {}
