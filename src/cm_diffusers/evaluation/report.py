@@ -154,7 +154,7 @@ def plot(rows: list[Row], setting: Setting) -> "Figure":
     return figure
 
 
-def warn_of_few(figure: Figure, count: int, what: str = "images") -> None:
+def warn_of_few(figure: "Figure", count: int, what: str = "images") -> None:
     """Says above a plot of Fréchet distances that these are too few, if they are."""
     if too_few(count):
         figure.suptitle(f"{count} {what}: too few for Fréchet distances to be compared", color="firebrick", fontsize=9)
