@@ -65,15 +65,21 @@ class _Awaited(MetaPathFinder):
         return spec
 
 
+class _Late:
+    """A class of ours as an attribute of diffusers, imported when asked for; what diffusers itself sets wins."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: ModuleType, owner: type) -> type:
+        return getattr(cm_diffusers, self.name)
+
+
 def _enter_classes(diffusers: ModuleType) -> None:
-    """Make the classes attributes, imported when asked for: some of diffusers' modules are still on their way here."""
+    """Some of diffusers' modules may be on their way here: nothing of ours that needs them is imported."""
     taken = [name for name in CLASSES if _is_another(getattr(diffusers, name, None))]
-
-    class WithOurs(type(diffusers)):
-        def __getattr__(self, name: str) -> object:
-            return getattr(cm_diffusers, name) if name in CLASSES else super().__getattr__(name)
-
-    diffusers.__class__ = WithOurs
+    ours = {name: _Late(name) for name in CLASSES if name not in taken}
+    diffusers.__class__ = type("WithOurs", (type(diffusers),), ours)
     if taken:
         raise AttributeError(f"diffusers has its own {', '.join(taken)}")
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from scripts import FOLDER, script
@@ -90,16 +91,20 @@ def test_no_module_needs_at_import_what_a_run_may_do_without() -> None:
     assert {(file, root) for file, root in roots if root in OPTIONAL} == set()
 
 
-def test_a_worker_does_not_look_again(tmp_path, monkeypatch) -> None:
-    """A process that is spawned imports the script by another name, with the command line of the first."""
-    module = type(sys)("__mp_main__")
-    module.__file__ = str(FOLDER / "share.py")
-    monkeypatch.setitem(sys.modules, "__main__", module)
-    monkeypatch.setattr(sys, "argv", ["share.py", "--help"])
-    exec(
-        compile(Path(early.__file__).read_text(), early.__file__, "exec"),
-        {"__name__": "again", "__file__": early.__file__},
+@pytest.mark.parametrize("file", [FOLDER / "share.py", FOLDER / "recipes" / "lcm_sd15.args", Path("gone.py"), None])
+@pytest.mark.parametrize("name", ["__main__", "__mp_main__"])  # a spawned worker imports the script by the second
+def test_only_a_script_that_asks_is_answered(name, file) -> None:
+    module = ModuleType(name)
+    module.__file__ = file and str(file)
+    assert early._asks(module) == (name == "__main__" and file == FOLDER / "share.py")
+
+
+def test_a_program_that_imports_a_script_has_flags_of_its_own(tmp_path) -> None:
+    (tmp_path / "program.py").write_text(
+        "CONFIGS = ()\nimport cm_diffusers.engine.early as early\nprint(early.PACKAGE.name)"
     )
+    run, _ = imported(tmp_path / "program.py", "--help")
+    assert run.stdout == "cm_diffusers\n"
 
 
 def test_names_are_found_however_a_module_binds_them(tmp_path) -> None:

@@ -9,6 +9,7 @@ import sys
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -79,11 +80,9 @@ def answer(script: Path) -> None:
     """End the process with the help or with what is wrong with the flags, or else do nothing.
 
     Args:
-        script: Its `CONFIGS` are the dataclasses of its flags; one without is left alone.
+        script: Its `CONFIGS` are the dataclasses of its flags.
     """
     source = Source(script, "__main__")
-    if "CONFIGS" not in source.statements:
-        return
     if "transformers" not in sys.modules:
         _import_alone("transformers.hf_argparser")
     from cm_diffusers.engine.cli import in_one_sentence, parse_words
@@ -92,6 +91,12 @@ def answer(script: Path) -> None:
         parse_words(source.get("CONFIGS"), ast.get_docstring(source.tree, clean=False))
 
 
-main = sys.modules["__main__"]
-if main.__name__ == "__main__" and getattr(main, "__file__", None):  # workers import the script by another name
-    answer(Path(main.__file__))
+def _asks(main: ModuleType) -> bool:
+    """Whether the running script imports this module: another may import such a script, and workers do by another name."""
+    path = Path(getattr(main, "__file__", None) or ".")
+    is_script = main.__name__ == "__main__" and path.suffix == ".py" and path.is_file()
+    return is_script and "\nimport cm_diffusers.engine.early\n" in path.read_text("utf-8")
+
+
+if _asks(sys.modules["__main__"]):
+    answer(Path(sys.modules["__main__"].__file__))
