@@ -158,6 +158,13 @@ def test_labels_are_whole_words(prompt: str, found: str | None) -> None:
     assert found == (None if place is None else labels[place])
 
 
+def test_features_that_are_not_finite_are_refused() -> None:
+    images = torch.rand(5, 3, 8, 8)
+    images[3, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="Features of 1 of 5 images are not finite"):
+        extract_features(ImageClassifier(["a", "b"], (4, 8), 8, 6).eval(), images)
+
+
 def test_prompts_name_their_longest_label() -> None:
     labels = ["shirt", "t-shirt", "ankle boot"]
     prompts = ["a photo of a T-shirt", "a shirt", "an ankle boot", "a hat"]

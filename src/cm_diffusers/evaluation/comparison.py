@@ -85,6 +85,7 @@ class Comparison:
         self.reference, *others = load_references(data, config.num_images, 2)
         for one in candidates:
             self._check(one)
+            self._load(one.source)  # hours may pass before it is its turn
         self.labels = wanted_labels(self.extractor, self.reference)
         self.real = extract_features(self.extractor, self.reference.images, bar="real images")
         self.teacher: dict[float | None, Tensor] = {}
@@ -150,8 +151,7 @@ class Comparison:
 
     def measure(self, source: str, name: str, steps: list[int], keep: Keep = forget) -> None:
         """Rows and strips of one pipeline, at every guidance scale that it has not of its own; `keep` as for `run`."""
-        options = {"single_file_config": self.config.single_file_config}
-        pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device, **options)
+        pipe = self._load(source)
         record = read_record(source)
         scales: list[float | None] = list(self.config.guidance_scales)
         if not reads_prompts(pipe):
@@ -164,6 +164,11 @@ class Comparison:
                 is_reference = source == self.config.teacher and count == self.config.reference_steps
                 self._measure(pipe, name, count, guidance, side, is_reference)
                 keep(self.rows)
+
+    def _load(self, source: str) -> DiffusionPipeline:
+        config = self.config
+        dtype = getattr(torch, config.dtype)
+        return load_pipeline(source, dtype, self.device, single_file_config=config.single_file_config)
 
     def _measure(
         self,

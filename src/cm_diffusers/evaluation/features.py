@@ -67,11 +67,19 @@ def extract_features(
 
     Args:
         bar: Words of a progress bar; none without.
+
+    Raises:
+        ValueError: Some are not finite: LAPACK would end the process on them.
     """
     device = next(extractor.parameters()).device
     parts = tqdm(images.split(batch_size), bar, leave=False, disable=bar is None)
     with torch.autocast(device.type, enabled=False):
-        return torch.cat([extractor.features(part.to(device).float()) for part in parts])
+        features = torch.cat([extractor.features(part.to(device).float()) for part in parts])
+    if broken := int((~features.isfinite().all(1)).sum()):
+        raise ValueError(
+            f"Features of {broken} of {len(images)} images are not finite: the images are not, or the extractor."
+        )
+    return features
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.teachers import first_line, load_stock
+from cm_diffusers.models.teachers import check_finite, first_line, load_stock
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.pipelines.lora import load_lora
@@ -58,6 +58,7 @@ def load_pipeline(
         pipe.safety_checker = None
     if lora is not None:
         _apply_lora(pipe, lora)
+    check_finite(lora or source, pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -69,11 +70,14 @@ def pipeline_index(source: str) -> dict[str, Any]:
         ValueError: There is none in reach.
     """
     try:
-        return DiffusionPipeline.load_config(source)
+        index = DiffusionPipeline.load_config(source)
     except OSError as error:
         raise ValueError(
             f"{source!r} is neither a pipeline folder here nor a Hub id in reach: {first_line(error)}"
         ) from error
+    if not isinstance(index, dict):
+        raise ValueError(f"The model_index.json of {source!r} holds a {type(index).__name__}; get it anew.")
+    return index
 
 
 def _as_recorded(pipe: DiffusionPipeline, source: str) -> None:
