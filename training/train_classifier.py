@@ -1,5 +1,6 @@
 """Train the small classifier whose features and labels `evaluate.py` uses."""
 
+import cm_diffusers.engine.early
 import json
 from dataclasses import dataclass
 from pathlib import Path

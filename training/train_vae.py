@@ -1,5 +1,6 @@
 """Train an AutoencoderKL on images: the latent space of a text-to-image teacher."""
 
+import cm_diffusers.engine.early
 import json
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,8 +27,6 @@ from cm_diffusers.types import Networks
 
 @dataclass
 class MeasureConfig:
-    """What is measured at the end."""
-
     test_data_dir: str | None = HfArg(default=None, help="Images to measure the reconstruction error on.")
     latent_samples: int = HfArg(default=2048, help="Images the latents' scale is measured on.")
 

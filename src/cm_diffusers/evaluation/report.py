@@ -6,12 +6,16 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from cm_diffusers.measured import BASELINES, distance_name, run_name, too_few
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 Row = dict[str, str | int | float | None]
@@ -123,8 +127,10 @@ OF_SIZES = (
 )
 
 
-def plot(rows: list[Row], setting: Setting) -> Figure:
+def plot(rows: list[Row], setting: Setting) -> "Figure":
     """Fréchet distance to the data over steps, both logarithmic: one line per pipeline and guidance scale."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lines: dict[tuple, list[Row]] = {}
@@ -148,7 +154,7 @@ def plot(rows: list[Row], setting: Setting) -> Figure:
     return figure
 
 
-def warn_of_few(figure: Figure, count: int, what: str = "images") -> None:
+def warn_of_few(figure: "Figure", count: int, what: str = "images") -> None:
     """Says above a plot of Fréchet distances that these are too few, if they are."""
     if too_few(count):
         figure.suptitle(f"{count} {what}: too few for Fréchet distances to be compared", color="firebrick", fontsize=9)

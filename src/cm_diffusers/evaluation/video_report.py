@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +20,10 @@ from cm_diffusers.evaluation.report import (
     write_table,
 )
 from cm_diffusers.measured import clips_of, too_few
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 COLUMNS = {  # key of a row -> heading and format
@@ -90,8 +93,10 @@ def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
     )
 
 
-def plot(rows: list[Row], setting: VideoSetting) -> Figure:
+def plot(rows: list[Row], setting: VideoSetting) -> "Figure":
     """Direction accuracy and Fréchet distances over steps: one line per pipeline and guidance scale, real ones dotted."""
+    from matplotlib.figure import Figure
+
     keys = [key for key in PLOTTED if any(row.get(key) is not None for row in rows)]
     sampled = [row for row in rows if row["num_inference_steps"] is not None]
     figure = Figure(figsize=(5 * len(keys), 4), layout="constrained")
