@@ -81,7 +81,7 @@ def teacher(folder: str | None) -> Iterator[Path]:
 
 
 def peak(command: list[str]) -> dict[str, float]:
-    """Of a process, in GiB: resident, and what of it is not pages of a mapped file, which the system may drop."""
+    """Of a process, in GiB: resident, and what of it is not pages of a mapped file, which the system may drop and read again."""
     found = {"VmHWM": 0.0, "RssAnon": 0.0}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
@@ -120,7 +120,8 @@ def as_table(config: LoraMemoryConfig, found: dict[str, dict[str, float]]) -> st
     lines = ["| LoRA of Stable Diffusion 1.5 | peak, GiB | without mapped files, GiB |", "| --- | ---: | ---: |"]
     lines += [f"| {row} | {of['VmHWM']:.2f} | {of['RssAnon']:.2f} |" for row, of in found.items()]
     setting = f"{config.resolution} px, batch {config.train_batch_size}, rank {config.lora_rank}, autocast in bfloat16"
-    return "\n".join(lines) + f"\n\nRandom weights of its size in float32 files, {setting}, AdamW, {hardware()}.\n"
+    mapped = "A float32 base is used where its file is mapped, so the last column lacks it."
+    return "\n".join(lines) + f"\n\nRandom weights in float32 files, {setting}, AdamW, {hardware()}. {mapped}\n"
 
 
 def main() -> None:
