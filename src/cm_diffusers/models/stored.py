@@ -6,6 +6,7 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -16,7 +17,8 @@ NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Counted instead of learnt, or of the other tower of a whole CLIP model, which the text tower may be stored with.
 UNUSED = re.compile(r"position_ids$|^logit_scale$|^vision_model\.|^visual_projection\.|^text_projection\.")
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of VAEs
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
+FLOATS = ("F64", *TORCH_DTYPES, "F8_E4M3", "F8_E5M2")
 OPTIONAL_PREFIX = "text_model."  # transformers from 5.6 on leaves it out
 
 
@@ -108,6 +110,16 @@ def header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
     return entries, metadata
 
 
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Of a network: those of the variant where it has such, in one piece or in shards; none if they are no safetensors."""
+    for suffix in (rf"\.{re.escape(variant)}", "") if variant else ("",):
+        shard = r"-\d+-of-\d+"
+        pattern = re.compile(rf"(diffusion_pytorch_)?model({suffix}({shard})?|{shard}{suffix})\.safetensors")
+        if files := [path for path in sorted(folder.glob("*.safetensors")) if pattern.fullmatch(path.name)]:
+            return files
+    return []
+
+
 def _is_of(network: nn.Module | None, folder: Path) -> bool:
     """Whether the folder's config is the network's: of clips, a pipeline makes the network from an image model's."""
     if network is None or not (folder / "config.json").is_file():
@@ -117,13 +129,9 @@ def _is_of(network: nn.Module | None, folder: Path) -> bool:
 
 
 def _stored(folder: Path, variant: str | None) -> dict[str, str] | None:
-    """Dtypes of the tensors of a network, by name; of its variant where it has that; None without such files."""
-    for suffix in (rf"\.{re.escape(variant)}", "") if variant else ("",):
-        shard = r"-\d+-of-\d+"
-        pattern = re.compile(rf"(diffusion_pytorch_)?model({suffix}({shard})?|{shard}{suffix})\.safetensors")
-        if files := [path for path in sorted(folder.glob("*.safetensors")) if pattern.fullmatch(path.name)]:
-            return {name: entry["dtype"] for path in files for name, entry in header(path)[0].items()}
-    return None
+    """Dtypes of the tensors of a network, by name; None without such files."""
+    files = weight_files(folder, variant)
+    return {name: entry["dtype"] for path in files for name, entry in header(path)[0].items()} if files else None
 
 
 def _plain(name: str) -> str:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.models.casting import dtype_of, load_cast_unet
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import check_stored
 
@@ -103,8 +104,12 @@ def load_stock(
     if Path(source).exists() and not (Path(source) / "model_index.json").exists():
         raise ValueError(f"{source} is not a diffusers pipeline folder: there is no model_index.json in it.")
     try:
-        options = {"dtype": dtype, "revision": revision, "variant": variant}
-        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options, **parts)
+        where = {"revision": revision, "variant": variant}
+        here = Path(source).exists()
+        folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
+        cast = load_cast_unet(Path(folder), variant, dtype_of("unet", dtype))
+        options = {"dtype": dtype, **where, **cast, **parts}
+        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except LOADING_ERRORS as error:
         trouble = (
             "does not load" if Path(source).exists() else "is neither a pipeline folder here nor a Hub id within reach"

@@ -107,7 +107,7 @@ def distill(
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
     batches = training_batches(data, generation, teacher, train.seed, *trainer.place)
-    if not _needs_encoders(student, data, validation, given.get(CriticConfig)):
+    if not needs_encoders(student, data, validation, given.get(CriticConfig)):
         release_encoders(teacher)
     result = "lora" if student.lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, result))
@@ -119,8 +119,11 @@ def distill(
     return publish(trainer, result, configs, describe, save, repo_id)
 
 
-def _needs_encoders(
-    student: StudentConfig, data: DataConfig, validation: ValidationConfig, judge: CriticConfig | None
+def needs_encoders(
+    student: StudentConfig | FinetuneConfig,
+    data: DataConfig,
+    validation: ValidationConfig,
+    judge: CriticConfig | None = None,
 ) -> bool:
     """Whether VAE or text towers are called after the cache is filled, or are part of the result."""
     judges_images = judge is not None and judge.critic == "vision"
