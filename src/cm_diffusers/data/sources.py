@@ -13,6 +13,8 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import Folder, checked_folder, loose_images
 from cm_diffusers.data.found import SHOWN, Found
+from cm_diffusers.data.splits import OTHER_SPLITS, other_than_training
+from cm_diffusers.data.tables import MARK
 from cm_diffusers.data.tars import FAULT, FIELDS, TAR_ROWS, tar_features, tar_rows, tar_shards
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import readable
@@ -118,7 +120,7 @@ def load_image_text(
     if config.train_shards_path_or_url:
         dataset = _from_shards(config, told)
         if columns is None and len(dataset) and not any(map(any, dataset[config.caption_column])):
-            raise ValueError(nothing_usable(config, len(dataset), set(dataset[FIELDS])))
+            raise ValueError(nothing_usable(config, len(dataset), set(dataset[FIELDS]), told))
     elif config.dataset_name:
         dataset = from_hub(config)
     else:
@@ -176,16 +178,18 @@ def captions_of(value: Any, column: str) -> list[str]:
     if not all(text is None or isinstance(text, str) for text in texts):
         found = next(type(text).__name__ for text in texts if not (text is None or isinstance(text, str)))
         raise ValueError(f"--caption_column {column} must hold a text or a list of texts, but a row holds {found}.")
-    return [text for text in texts if text and text.strip()]
+    plain = (text.lstrip(MARK) for text in texts if text)
+    return [text for text in plain if text.strip()]
 
 
-def nothing_usable(config: DataConfig, number: int, fields: Iterable[str]) -> str:
+def nothing_usable(config: DataConfig, number: int, fields: Iterable[str], left_out: Found) -> str:
     """The sentence for `number` samples that hold these fields, where an image and a caption are needed."""
     found = " or ".join(f"[{names}]" for names in sorted(fields)[:3])
     return (
         f"None of the {number} samples of {source_name(config)} has both an image ({config.image_column}) and a "
-        f"caption ({config.caption_column}): they hold {found}; name what to read with --image_column and "
-        "--caption_column."
+        f"caption ({config.caption_column}): they hold {found}; "
+        + "".join(f"{line}; " for line in left_out.lines())
+        + "name what to read with --image_column and --caption_column."
     )
 
 
@@ -255,6 +259,7 @@ def _from_shards(config: DataConfig, found: Found) -> datasets.Dataset:
             cache_dir=config.cache_dir,
             fingerprint=hashlib.sha256(repr([TAR_ROWS, shards, stamps, columns]).encode()).hexdigest()[:16],
         )
+    found.remark(OTHER_SPLITS, other_than_training(shards))
     faults = dataset[FAULT][:]
     for reason in dict.fromkeys(filter(None, faults)):
         rows = [i for i, fault in enumerate(faults) if fault == reason]

@@ -11,16 +11,17 @@ from pyarrow import csv, parquet
 from cm_diffusers.errors import read_text
 
 
+MARK = "\ufeff"  # that Windows puts before a text
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text, stripped; only a line break ends one.
+    """The lines of a text, stripped; only a line break ends one. Each may begin with a mark, of files put together.
 
     Raises:
         ValueError: As `read_text`.
     """
-    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
+    return [line.lstrip(MARK).strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 def read_table(path: Path, texts: Sequence[str]) -> pa.Table:
@@ -36,8 +37,14 @@ def read_table(path: Path, texts: Sequence[str]) -> pa.Table:
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return parquet.read_table(path)
+        return _plain(parquet.read_table(path))
     return _from_csv(path, texts) if suffix == ".csv" else _from_json_lines(path, texts)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Without categories, as pandas writes them and `datasets` does not read them."""
+    plain = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in table.schema]
+    return table.cast(pa.schema(plain, table.schema.metadata))
 
 
 def _from_csv(path: Path, texts: Sequence[str]) -> pa.Table:

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cm_diffusers.markdown import cell
 from cm_diffusers.measured import BASELINES, distance_name, run_name
 
 
@@ -92,7 +93,9 @@ def filled_columns(rows: list[Row], columns: Mapping[str, tuple[str, str]]) -> s
     """A Markdown table of the columns, key -> heading and format, in which some row has a value."""
     keys = [key for key in columns if any(row.get(key) is not None for row in rows)]
     lines = [[columns[key][0] for key in keys], ["---"] + ["---:"] * (len(keys) - 1)]
-    lines += [["–" if row.get(key) is None else columns[key][1].format(row[key]) for key in keys] for row in rows]
+    lines += [
+        ["–" if row.get(key) is None else cell(columns[key][1].format(row[key])) for key in keys] for row in rows
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -100,7 +103,7 @@ def markdown_table(rows: list[Row], setting: Setting) -> str:
     """The table with the columns that hold a value, and the setting in words below it."""
     return (
         f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
-        f"reference {setting.reference}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
+        f"reference {cell(setting.reference)}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
         "NFE counts steps: classifier-free guidance runs the network on both branches in each.\n"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.teachers import first_line, load_stock
+from cm_diffusers.models.teachers import as_text_to_image, first_line, load_stock
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.pipelines.lora import load_lora
@@ -54,6 +54,8 @@ def load_pipeline(
     else:
         pipe = load_stock(source, dtype, single_file_config if folder.is_file() else None)
         _as_recorded(pipe, source)
+        if _starts_from_image(pipe):
+            pipe = as_text_to_image(pipe)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     if lora is not None:
@@ -69,6 +71,13 @@ def _class_of(source: str) -> str:
         raise ValueError(
             f"{source!r} is neither a pipeline folder here nor a Hub id in reach: {first_line(error)}"
         ) from error
+
+
+def _starts_from_image(pipe: DiffusionPipeline) -> bool:
+    """Whether an index names another use, as image-to-image, of a network that needs no image."""
+    unet, asked = getattr(pipe, "unet", None), inspect.signature(pipe.__call__).parameters
+    takes_text = isinstance(unet, UNet2DConditionModel) and {"image", "prompt"} <= asked.keys()
+    return takes_text and unet.config.in_channels == pipe.vae.config.latent_channels
 
 
 def _as_recorded(pipe: DiffusionPipeline, source: str) -> None:

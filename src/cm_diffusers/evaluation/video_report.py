@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.report import Row, filled_columns, headed, replace_file, table_json
+from cm_diffusers.markdown import cell
 from cm_diffusers.measured import clips_of
 
 
@@ -70,7 +71,7 @@ def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
     """The table with the columns that hold a value, and the setting in words below it."""
     return (
         f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
-        f"{setting.seed}, extractor {setting.extractor}, reference {setting.reference}. Direction: at least "
+        f"{setting.seed}, extractor {setting.extractor}, reference {cell(setting.reference)}. Direction: at least "
         f"{setting.min_speed:g} px per frame; chance is 0.25 for clips that move and 0 for static ones. Static: mean frame "
         f"change below {setting.static_threshold:.4f}. Drifts: distance to the first frame, of features and of colours. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "

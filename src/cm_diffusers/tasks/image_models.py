@@ -23,6 +23,7 @@ from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, View, VPView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.recipes import shipped
+from cm_diffusers.errors import read_text
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import (
@@ -260,7 +261,7 @@ def load_vae(path: str) -> AutoencoderKL:
 def _new_unet(name: str, size: int, channels: int, num_classes: int | None) -> UNet2DModel:
     path = shipped("--unet_config", name, ".json")
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"--unet_config {path} cannot be read as JSON: {error}") from error
     derived = {"sample_size": size, "in_channels": channels, "out_channels": channels, "num_class_embeds": num_classes}
