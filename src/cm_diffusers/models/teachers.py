@@ -78,7 +78,8 @@ def as_text_to_image(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
     An index may name what else a model was used for: image-to-image, inpainting by its text-to-image network, ControlNet.
     """
-    kind = StableDiffusionXLPipeline if is_xl(pipe.unet) else StableDiffusionPipeline
+    of_words = LatentConsistencyModelPipeline if pipe.unet.config.time_cond_proj_dim else StableDiffusionPipeline
+    kind = StableDiffusionXLPipeline if is_xl(pipe.unet) else of_words
     if type(pipe) in (kind, LatentConsistencyModelPipeline):
         return pipe
     modules, options = kind._get_signature_keys(kind)
@@ -140,7 +141,7 @@ def load_stock(
 def _load_vae(path: str) -> AutoencoderKL:
     try:
         if (kind := AutoencoderKL.load_config(path).get("_class_name")) != AutoencoderKL.__name__:
-            raise ValueError(f"it is a {kind}; give an AutoencoderKL")
+            raise ValueError(f"it is {kind}; give an AutoencoderKL")
         return AutoencoderKL.from_pretrained(path, **LOADING)
     except LOADING_ERRORS as error:
         raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {first_line(error)}") from error
@@ -197,7 +198,7 @@ def check_vae(path: str, vae: nn.Module) -> None:
     """
     if not isinstance(vae, AutoencoderKL):
         raise ValueError(
-            f"The VAE of {path} is a {type(vae).__name__}, whose latents training cannot draw; give a model with an "
+            f"The VAE of {path} is {type(vae).__name__}, whose latents training cannot draw; give a model with an "
             "AutoencoderKL (of a teacher by --pretrained_vae_model_name_or_path, too)."
         )
     if vae.config.get("latents_mean") or vae.config.get("latents_std"):
