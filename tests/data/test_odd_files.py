@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.prompts import load_prompts
 from cm_diffusers.data.sources import captions_of, load_image_text
 from cm_diffusers.data.tars import FAULT, tar_rows
-from data.test_found import MARK, DataConfig, encoded, opened, write_images
+from data.test_found import MARK, DataConfig, config_of, encoded, opened, write_images
 from data.test_streaming import write_tar
 
 
@@ -93,6 +94,25 @@ def test_paths_as_windows_and_programs_write_them(tmp_path):
     (folder / "metadata.jsonl").write_text('{"file_name": ["a.png", "b.png"], "text": "x"}')
     with pytest.raises(
         ValueError, match=r"must hold paths in its column file_name, but a row holds \['a\.png', 'b\.png'"
+    ):
+        opened(folder)
+
+
+def test_links_are_followed_and_counted(tmp_path):
+    folder = write_images(tmp_path / "set", "a.png")
+    write_images(tmp_path / "elsewhere", "b.png", "sub/c.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "sub" / "back").symlink_to(folder)  # which would lead round for ever
+    (folder / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    found = image_batches(config_of(folder, train_batch_size=1), 0).found
+    assert (found.images, found.lines()) == (3, ["left out, images that are not there: 1 (lost.png)"])
+
+
+def test_two_columns_of_one_name_are_told(tmp_path):
+    folder = write_images(tmp_path / "set", "a.png")
+    (folder / "metadata.csv").write_text("file_name,text,text\na.png,x,y\n")
+    with pytest.raises(
+        ValueError, match=r"metadata\.csv cannot be read: it has several columns named text, give each"
     ):
         opened(folder)
 

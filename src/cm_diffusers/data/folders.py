@@ -174,10 +174,16 @@ def folder_of_test_data(path: str) -> dict[str, str]:
 
 
 def _files(top: Path) -> tuple[list[Path], list[Path]]:
-    """All files, sorted: those to be seen, and hidden ones."""
-    files = sorted((file for file in top.rglob("*") if file.is_file()), key=attrgetter("parts"))
-    hidden = [file for file in files if is_hidden(file.relative_to(top))]
-    return [file for file in files if file not in {*hidden}], hidden
+    """All files, sorted, also in linked folders and links that lead nowhere: those to be seen, and hidden ones."""
+    found, above = [], {str(top): {os.path.realpath(top)}}  # of each folder the real ones that it lies in
+    for place, folders, names in os.walk(top, followlinks=True):
+        found += [Path(place, name) for name in names]
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in above[place]]  # a link may lead back
+        above |= {os.path.join(place, name): above[place] | {real[name]} for name in folders}
+    found.sort(key=attrgetter("parts"))
+    hidden = {file for file in found if is_hidden(file.relative_to(top))}
+    return [file for file in found if file not in hidden], sorted(hidden)
 
 
 def loose_images(folder: Folder) -> datasets.Dataset:

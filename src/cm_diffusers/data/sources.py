@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import Folder, checked_folder, loose_images
 from cm_diffusers.data.found import SHOWN, Found
-from cm_diffusers.data.splits import OTHER_SPLITS, other_than_training
+from cm_diffusers.data.splits import other_than_training
 from cm_diffusers.data.tables import MARK
 from cm_diffusers.data.tars import FAULT, FIELDS, TAR_ROWS, tar_features, tar_rows, tar_shards
 from cm_diffusers.engine.cli import refuse_changed
@@ -46,7 +46,8 @@ class DataConfig:
         "--caption_column names the entry of the .json.",
     )
     dataset_split: str = HfArg(
-        default="train", help="Split of the Hub dataset, or the subfolder of that name in --train_data_dir, if any."
+        default="train",
+        help="Split to read: of the Hub dataset, or of a local folder, as its folders and tables are called.",
     )
     image_column: str = HfArg(default="image", help="Column with the images.")
     caption_column: str = HfArg(default="text", help="Column with a caption, or a list of captions to choose from.")
@@ -247,8 +248,15 @@ def check_values(config: DataConfig) -> None:
         )
 
 
+def shards_of(config: DataConfig, found: Found) -> list[str]:
+    """The tar files that the flags name; `found` is told of those that are called after another split."""
+    shards = tar_shards(config.train_shards_path_or_url)
+    found.remark("shards that are called after another split than training", other_than_training(shards))
+    return shards
+
+
 def _from_shards(config: DataConfig, found: Found) -> datasets.Dataset:
-    shards, columns = tar_shards(config.train_shards_path_or_url), (config.image_column, config.caption_column)
+    shards, columns = shards_of(config, found), (config.image_column, config.caption_column)
     stats = [Path(shard).stat() for shard in shards if Path(shard).is_file()]  # a changed file is read anew
     stamps = [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats]
     with readable(source_flag(config)):
@@ -259,7 +267,6 @@ def _from_shards(config: DataConfig, found: Found) -> datasets.Dataset:
             cache_dir=config.cache_dir,
             fingerprint=hashlib.sha256(repr([TAR_ROWS, shards, stamps, columns]).encode()).hexdigest()[:16],
         )
-    found.remark(OTHER_SPLITS, other_than_training(shards))
     faults = dataset[FAULT][:]
     for reason in dict.fromkeys(filter(None, faults)):
         rows = [i for i, fault in enumerate(faults) if fault == reason]

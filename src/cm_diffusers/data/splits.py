@@ -13,7 +13,6 @@ from cm_diffusers.errors import readable
 
 
 TRAIN, TEST = "train", "test"
-OTHER_SPLITS = "shards that are called after another split than training"
 WORDS = {  # that `datasets` takes for one split -> its name
     word: name
     for name, words in {

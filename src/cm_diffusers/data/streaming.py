@@ -31,12 +31,12 @@ from cm_diffusers.data.sources import (
     open_folder,
     require_columns,
     row_name,
+    shards_of,
     source_flag,
     source_name,
     validate,
 )
-from cm_diffusers.data.splits import OTHER_SPLITS, other_than_training
-from cm_diffusers.data.tars import FAULT, FIELDS, tar_features, tar_rows, tar_shards
+from cm_diffusers.data.tars import FAULT, FIELDS, tar_features, tar_rows
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import readable
 from cm_diffusers.types import Batch
@@ -112,9 +112,7 @@ def _check(config: DataConfig, encoders: Encoders) -> None:
 def _files(config: DataConfig, found: Found) -> list[str]:
     """Tar shards or parquet files, some of which may lie elsewhere; none for a dataset of the Hub."""
     if config.train_shards_path_or_url:
-        shards = tar_shards(config.train_shards_path_or_url)
-        found.remark(OTHER_SPLITS, other_than_training(shards))
-        return shards
+        return shards_of(config, found)
     return [] if config.dataset_name else _parquet_files(config, found)
 
 

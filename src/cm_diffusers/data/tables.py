@@ -1,6 +1,7 @@
 """Texts and tables that users write: captions and prompts stay the texts they are, whatever they look like."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,20 @@ def read_table(path: Path, texts: Sequence[str]) -> pa.Table:
         texts: Columns that hold texts, even where all look like numbers or dates.
 
     Raises:
-        ValueError: Not UTF-8, a line that is no object, or a column of texts that holds something else beside them.
+        ValueError: Not UTF-8, a line that is no object, two columns of one name, or a column of texts that holds something else beside them.
         pyarrow.ArrowInvalid: Damaged.
     """
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _plain(parquet.read_table(path))
-    return _from_csv(path, texts) if suffix == ".csv" else _from_json_lines(path, texts)
+    readers = {".parquet": _from_parquet, ".csv": _from_csv}
+    table = readers.get(suffix, _from_json_lines)(path, texts)
+    if twice := [name for name, number in Counter(table.column_names).items() if number > 1]:
+        raise ValueError(f"it has several columns named {', '.join(twice)}, give each a name of its own")
+    return table
 
 
-def _plain(table: pa.Table) -> pa.Table:
-    """Without categories, as pandas writes them and `datasets` does not read them."""
+def _from_parquet(path: Path, texts: Sequence[str]) -> pa.Table:
+    """Without categories, as pandas writes them and `datasets` does not read them; texts are what the file says."""
+    table = parquet.read_table(path)
     plain = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in table.schema]
     return table.cast(pa.schema(plain, table.schema.metadata))
 

@@ -22,7 +22,10 @@ class ReferenceConfig:
     dataset_name: str | None = HfArg(default=None, help="Dataset id on the Hub.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
     train_data_dir: str | None = HfArg(default=None, help="Local folder of images with captions, or of parquet files.")
-    dataset_split: str = HfArg(default="train", help="Split of the Hub dataset, or subfolder of --train_data_dir.")
+    dataset_split: str = HfArg(
+        default="train",
+        help="Split to read: of the Hub dataset, or of a local folder, as its folders and tables are called.",
+    )
     image_column: str = HfArg(default="image", help="Column with the images.")
     caption_column: str = HfArg(
         default="text", help="Column with a caption, or a list of captions: the first is used."

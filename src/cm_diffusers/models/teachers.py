@@ -140,11 +140,24 @@ def load_stock(
 
 def _load_vae(path: str) -> AutoencoderKL:
     try:
-        if (kind := AutoencoderKL.load_config(path).get("_class_name")) != AutoencoderKL.__name__:
-            raise ValueError(f"it is {kind}; give an AutoencoderKL")
-        return AutoencoderKL.from_pretrained(path, **LOADING)
+        return stored_vae(path)
     except LOADING_ERRORS as error:
         raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {first_line(error)}") from error
+
+
+def stored_vae(path: str, **place: str) -> AutoencoderKL:
+    """
+    Args:
+        path: Folder or Hub id.
+        place: `subfolder`, if it is in one.
+
+    Raises:
+        ValueError: It is of another class, whose weights diffusers would replace by random ones.
+    """
+    kind = AutoencoderKL.load_config(path, **place).get("_class_name", AutoencoderKL.__name__)
+    if kind != AutoencoderKL.__name__:
+        raise ValueError(f"it is {kind}; give an AutoencoderKL")
+    return AutoencoderKL.from_pretrained(path, **place, **LOADING)
 
 
 def first_line(error: Exception) -> str:

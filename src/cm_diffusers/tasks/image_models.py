@@ -33,6 +33,7 @@ from cm_diffusers.models.teachers import (
     check_vae,
     load_stock,
     load_teacher,
+    stored_vae,
 )
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
@@ -248,10 +249,10 @@ def new_image_model(
 def load_vae(path: str) -> AutoencoderKL:
     """Of a folder or repository of its own, or of a pipeline's."""
     try:
-        vae = AutoencoderKL.from_pretrained(path, **LOADING)
+        vae = stored_vae(path)
     except (OSError, ValueError) as alone:
         try:
-            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **LOADING)
+            vae = stored_vae(path, subfolder="vae")
         except (OSError, ValueError):
             raise ValueError(f"--pretrained_vae {path} does not load: {str(alone).splitlines()[0]}") from alone
     check_vae(path, vae)
