@@ -127,7 +127,7 @@ def numbers() -> list[tuple[str, dict, str]]:
     spread = [(TRAININGS[i % len(TRAININGS)], {flag: value}, f"--{flag}") for i, (flag, value) in enumerate(pairs)]
     own = {
         "distill_lcm": {
-            "resolution": [0, -8, 10**6], "w_min": ["nan"], "w_max": ["inf"], "num_ddim_timesteps": [0, 1001],
+            "resolution": [0, -8, 10**6], "w_min": ["nan"], "w_max": ["inf"], "num_ddim_timesteps": [0],
             "timestep_scaling_factor": [0, -1, "nan"], "unet_time_cond_proj_dim": [3], "proportion_empty_prompts": [-0.1, 1.5, "nan"],
             "encode_batch_size": [0], "max_train_samples": [0], "dataloader_num_workers": [-1], "bucket_step": [0],
             "num_crops": [0], "validation_steps": [0], "validation_nfe": [0], "validation_guidance_scale": ["nan"],
@@ -143,7 +143,7 @@ def numbers() -> list[tuple[str, dict, str]]:
         "train_ict": {"discretization_s_1": [1], "p_std": [0, "nan"], "p_mean": ["nan"], "huber_c": [-1], "num_classes": [0]},
         "train_slct": {"diffusion_share": [1.5, -0.1], "diffusion_weight": [-1], "robust_c": [-1]},
         "train_edm": {"sigma_min": [0, -1, "nan"], "validation_images": [-1]},
-        "tune_ect": {"q": [1, "nan"], "stage_steps": [0], "mapping_k": ["nan"], "mapping_b": ["inf"]},
+        "tune_ect": {"q": [0.5, "nan"], "stage_steps": [-1], "mapping_k": ["nan"], "mapping_b": ["inf"]},
         "train_vae": {"kl_weight": [-1, "nan"], "l1_weight": [-1], "norm_num_groups": [0], "latent_channels": [0]},
         "train_diffusion": {"condition_dropout": [1.5, -0.1], "text_length": [0], "unet_channels": [0], "text_layers": [0]},
         "train_classifier": {"label_smoothing": [1.0, -0.1, "nan"], "channels": [0]},

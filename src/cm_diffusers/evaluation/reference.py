@@ -7,12 +7,16 @@ from typing import Literal
 import torch
 from datasets import Dataset
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.found import SHOWN, Found
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
 from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text, row_name, source_name
+
+
+USUAL_SIDE = 512  # pixels, where nothing says how large images are
 
 
 @dataclass
@@ -35,7 +39,11 @@ class ReferenceConfig:
         help="Integer column; images are then taken from each class in turn, and a class-conditional pipeline is asked "
         "for these classes.",
     )
-    resolution: int = HfArg(default=512, help="Side of the square reference images, in pixels.")
+    resolution: int | None = HfArg(
+        default=None,
+        help="Side in pixels of the square reference images, and of what pipelines that read prompts draw; if not given, "
+        "each draws at the size of its training, and the reference has the largest of these.",
+    )
     interpolation_type: Literal["bilinear", "bicubic", "lanczos", "nearest"] = HfArg(
         default="lanczos", help="Filter that resizes the shorter side to --resolution."
     )
@@ -101,7 +109,8 @@ def load_references(
         ValueError: if there is no set, or an image cannot be read.
     """
     label = config.label_column
-    data = DataConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"})
+    known = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"}
+    data = DataConfig(**known | {"resolution": USUAL_SIDE if config.resolution is None else config.resolution})
     rows, captions, missing = _read(config, data)
     told = [row for row, texts in enumerate(captions) if texts] if captioned else []
     size = num_images or len(told) or len(rows)
@@ -122,7 +131,9 @@ def load_references(
     references = []
     for start in range(0, size * min(most, len(order) // size), size):
         part = slice(start, start + size)
-        images = [_pixels(rows[row][config.image_column], data, row) for row in order[part]]
+        images = [
+            _pixels(rows[row][config.image_column], data, row) for row in tqdm(order[part], "Real images", delay=1)
+        ]
         prompts = None if texts is None else texts[part]
         references.append(
             Reference(torch.stack(images), prompts, [labels[row] for row in order[part]], names, missing)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from cm_diffusers.pipelines.checks import check_channels, check_size, check_strength, image_size
 from cm_diffusers.pipelines.latents import Generators, encode
 from cm_diffusers.pixels import mask_levels, mask_of, upright_rgb
+from cm_diffusers.record import Record
 
 
 ROUNDING = 0.01  # by which resizing may leave the range of an image
@@ -29,10 +30,8 @@ class FromNoise:
         check_channels(pipe, (pipe.vae.config.latent_channels,), advice)
 
     def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the result in pixels; by default, what the UNet was trained with."""
-        sample = pipe.unet.config.sample_size
-        sample = (sample, sample) if isinstance(sample, int) else sample
-        size = sided((height, width), [side * pipe.vae_scale_factor for side in sample])
+        """Height and width of the result in pixels; by default those of the student's training, or the UNet's."""
+        size = sided((height, width), native_size(pipe.unet, pipe.vae_scale_factor, pipe.record))
         check_size(*size, pipe.vae_scale_factor)
         return size
 
@@ -62,6 +61,19 @@ class FromNoise:
     def bind(self, pipe: DiffusionPipeline, latents: Tensor, step: int) -> Tensor:
         """The latents after a step, held to what must not change."""
         return latents
+
+
+def native_size(unet: ModelMixin, factor: int, record: Record | None) -> tuple[int, int]:
+    """Height and width in pixels that a network was trained at: by its record, or else by its config.
+
+    Args:
+        factor: By which the VAE makes images smaller.
+    """
+    if record is not None and record.resolution:
+        return record.resolution, record.resolution
+    sample = unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return height * factor, width * factor
 
 
 class FromImage(FromNoise):
