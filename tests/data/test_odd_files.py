@@ -3,10 +3,8 @@
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
-from pyarrow import parquet
 
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.prompts import load_prompts
@@ -115,10 +113,3 @@ def test_two_columns_of_one_name_are_told(tmp_path):
         ValueError, match=r"metadata\.csv cannot be read: it has several columns named text, give each"
     ):
         opened(folder)
-
-
-def test_categories_of_pandas_are_texts(tmp_path):
-    folder = write_images(tmp_path / "set", "a.png", "b.png")
-    columns = {"file_name": ["a.png", "b.png"], "text": pa.array(["x", "x"]).dictionary_encode()}
-    parquet.write_table(pa.table(columns), folder / "metadata.parquet")
-    assert opened(folder)[0] == {"a.png": "x", "b.png": "x"}

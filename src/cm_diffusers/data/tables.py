@@ -37,18 +37,13 @@ def read_table(path: Path, texts: Sequence[str]) -> pa.Table:
         pyarrow.ArrowInvalid: Damaged.
     """
     suffix = path.suffix.lower()
-    readers = {".parquet": _from_parquet, ".csv": _from_csv}
-    table = readers.get(suffix, _from_json_lines)(path, texts)
+    if suffix == ".parquet":
+        table = parquet.read_table(path)
+    else:
+        table = _from_csv(path, texts) if suffix == ".csv" else _from_json_lines(path, texts)
     if twice := [name for name, number in Counter(table.column_names).items() if number > 1]:
         raise ValueError(f"it has several columns named {', '.join(twice)}, give each a name of its own")
     return table
-
-
-def _from_parquet(path: Path, texts: Sequence[str]) -> pa.Table:
-    """Without categories, as pandas writes them and `datasets` does not read them; texts are what the file says."""
-    table = parquet.read_table(path)
-    plain = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in table.schema]
-    return table.cast(pa.schema(plain, table.schema.metadata))
 
 
 def _from_csv(path: Path, texts: Sequence[str]) -> pa.Table:
