@@ -4,6 +4,7 @@ Classes are imported when they are first asked for: diffusers takes seconds, whi
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from cm_diffusers import quiet  # noqa: F401  (first)
@@ -50,10 +51,12 @@ ORIGINS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(ORIGINS.get(name, "cm_diffusers.pipelines")), name)
-    return value
+    if name in __all__:
+        globals()[name] = value = getattr(import_module(ORIGINS.get(name, "cm_diffusers.pipelines")), name)
+        return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import time
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -23,6 +24,7 @@ from cm_diffusers.places import without_secrets
 from cm_diffusers.ranges import check_ranges
 
 
+HOME = re.compile(r"(?:^|(?<=[:,{]))~[\w.-]*(?=/|$)")  # somebody's, at the beginning of a path
 PATIENCE = 2.0  # seconds: a launcher ends the other processes within a fraction of one
 
 
@@ -72,8 +74,22 @@ def parse_words(configs: Sequence[type], description: str, argv: Sequence[str] |
     if argv is None:  # a run, not a look at what flags would mean
         check_installed(parsed)
     for config in parsed:
+        _expand_home(config)
         check_ranges(config)
     return parsed
+
+
+def _expand_home(config: object) -> None:
+    """`~` begins a path also where no shell has read it: in a recipe, in quotes, behind an equals sign or a reward's name."""
+
+    def expanded(value: object) -> object:
+        if isinstance(value, list):
+            return [expanded(item) for item in value]
+        return HOME.sub(lambda found: os.path.expanduser(found[0]), value) if isinstance(value, str) else value
+
+    for field in fields(config):
+        if (value := getattr(config, field.name)) != field.default:
+            setattr(config, field.name, expanded(value))
 
 
 def _advice(parser: ArgumentParser, unknown: list[str]) -> str:

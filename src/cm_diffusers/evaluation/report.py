@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from cm_diffusers.markdown import cell
 from cm_diffusers.measured import BASELINES, distance_name, run_name, too_few
 
 
@@ -102,7 +103,9 @@ def filled_columns(rows: list[Row], columns: Mapping[str, tuple[str, str]]) -> s
     """A Markdown table of the columns, key -> heading and format, in which some row has a value."""
     keys = [key for key in columns if any(row.get(key) is not None for row in rows)]
     lines = [[columns[key][0] for key in keys], ["---"] + ["---:"] * (len(keys) - 1)]
-    lines += [["–" if row.get(key) is None else columns[key][1].format(row[key]) for key in keys] for row in rows]
+    lines += [
+        ["–" if row.get(key) is None else cell(columns[key][1].format(row[key])) for key in keys] for row in rows
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -115,7 +118,7 @@ def markdown_table(rows: list[Row], setting: Setting) -> str:
         f"{filled_columns(rows, columns)}\n\n"
         + "".join(f"**{warning}**\n\n" for warning in warnings)
         + f"{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
-        f"reference {setting.reference}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
+        f"reference {cell(setting.reference)}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
         "NFE counts steps: classifier-free guidance runs the network on both branches in each.\n"
     )

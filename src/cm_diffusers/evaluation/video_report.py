@@ -19,6 +19,7 @@ from cm_diffusers.evaluation.report import (
     warn_of_few,
     write_table,
 )
+from cm_diffusers.markdown import cell
 from cm_diffusers.measured import clips_of, too_few
 
 
@@ -85,7 +86,7 @@ def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
         f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n"
         + (f"**{few}**\n\n" if few else "")
         + f"{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
-        f"{setting.seed}, extractor {setting.extractor}, reference {setting.reference}. Direction: at least "
+        f"{setting.seed}, extractor {setting.extractor}, reference {cell(setting.reference)}. Direction: at least "
         f"{setting.min_speed:g} px per frame; chance is 0.25 for clips that move and 0 for static ones. Static: mean frame "
         f"change below {setting.static_threshold:.4f}. Drifts: distance to the first frame, of features and of colours. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
