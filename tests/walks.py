@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "concepts" / "walks.md"
 HERE = {ROOT / "src" / "cm_diffusers": "", ROOT / "training": "training/"}
 # How flags check themselves and make their defaults, and how python finds modules and names of diffusers: no step.
-ASIDE = {"__post_init__", "<lambda>", "find_spec", "__get__", "__getattr__"}
+ASIDE = {"__post_init__", "check", "<lambda>", "find_spec", "__get__", "__getattr__"}
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
