@@ -1,5 +1,6 @@
 """Fine-tune a latent consistency model on own captioned images, without a teacher (LCF)."""
 
+import cm_diffusers.engine.early
 from dataclasses import replace
 from functools import partial
 

@@ -19,6 +19,7 @@ from cm_diffusers.models.students import StudentConfig, frozen_copy
 from cm_diffusers.models.teachers import (
     SINGLE_FILE_CONFIG,
     TeacherConfig,
+    as_text_to_image,
     check_finite,
     check_vae,
     frozen,
@@ -150,6 +151,7 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     record = record or _inferred(path, pipe)
     refuse_contradiction(path, record, pipe.unet)
     check_finite(f"The student {path}", pipe)
+    pipe = as_text_to_image(pipe)
     pipe.scheduler = LCMScheduler.from_config({k: v for k, v in record.scheduler.items() if k != "_class_name"})
     return frozen(pipe), record
 
