@@ -1,13 +1,11 @@
 """Loading video students: pipelines, image models with a motion adapter, and motion adapters with their LoRA."""
 
-import warnings
 from pathlib import Path
 from typing import Any, Self
 
 from diffusers import MotionAdapter, UNetMotionModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
 
 from cm_diffusers.models.motion import ANIMATEDIFF_BETAS, adapter_at_root
 from cm_diffusers.pipelines.loading import ConsistencyLoaderMixin
@@ -83,9 +81,9 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         adapter = adapter_at_root(source, dtype, hub)
         pipe = cls._on_base(source, base_model or base_model_of(record, source), kwargs | {"motion_adapter": adapter})
+        pipe.load_lora_weights(source, weight_name=weight_name, use_safetensors=True, **hub)
         if record is None and kwargs.get("scheduler") is None:
             pipe.scheduler = consistency_scheduler("LCMScheduler", {**pipe.scheduler.config, **ANIMATEDIFF_BETAS})
-        pipe.load_lora_weights(source, weight_name=weight_name, use_safetensors=True, **hub)
         return pipe
 
     @classmethod
@@ -98,15 +96,6 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
                 f"The motion adapter {str(source)!r} belongs on {str(base_model)!r}, which cannot be used ({reason}); "
                 "say where that base model is, or another one, with base_model."
             ) from error
-
-    @classmethod
-    def load_lora_into_unet(
-        cls, state_dict: dict[str, Tensor], network_alphas: dict, unet: UNetMotionModel, *args: Any, **kwargs: Any
-    ) -> None:
-        """As for images. Motion modules have layers of the names that a LoRA of an image model targets; they get none."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
-            super().load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
 
 
 def _put_on(unet: UNetMotionModel, adapter: MotionAdapter) -> None:
