@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.single_file import is_single_file, load_single_file
-from cm_diffusers.models.stored import check_stored
+from cm_diffusers.models.stored import check_stored, only_variant, weight_files
 
 
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
@@ -48,7 +48,7 @@ def load_teacher(config: TeacherConfig, unet_dtype: torch.dtype = torch.float32)
     """
     path, parts = config.pretrained_teacher_model, {}
     if config.pretrained_vae_model_name_or_path:
-        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, config.teacher_variant)
     dtype = {"unet": unet_dtype, "default": torch.float32}
     hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
     pipe = load_stock(path, dtype, config.single_file_config, **hub, **parts)
@@ -102,6 +102,8 @@ def load_stock(
         raise ValueError(f"--single_file_config is for a .safetensors file, but {source} is none: leave it out.")
     if Path(source).exists() and not (Path(source) / "model_index.json").exists():
         raise ValueError(f"{source} is not a diffusers pipeline folder: there is no model_index.json in it.")
+    if variant is None and Path(source).is_dir():
+        variant = only_variant(path.parent for path in Path(source).glob("*/config.json"))
     try:
         options = {"dtype": dtype, "revision": revision, "variant": variant}
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options, **parts)
@@ -114,9 +116,12 @@ def load_stock(
     return pipe
 
 
-def _load_vae(path: str) -> AutoencoderKL:
+def _load_vae(path: str, variant: str | None) -> AutoencoderKL:
+    """The variant of the teacher's weights where it has that, or the one that its folder has alone."""
+    if Path(path).is_dir():
+        variant = variant if variant in weight_files(Path(path)) else only_variant([Path(path)])
     try:
-        return AutoencoderKL.from_pretrained(path, **LOADING)
+        return AutoencoderKL.from_pretrained(path, variant=variant, **LOADING)
     except LOADING_ERRORS as error:
         raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {first_line(error)}") from error
 
@@ -158,9 +163,20 @@ def check_finite(what: str, pipe: DiffusionPipeline) -> None:
         ValueError: A weight of a network is not a finite number.
     """
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    tensors = ((f"{name}.{key}", p) for name, part in networks.items() for key, p in part.named_parameters())
-    if broken := [name for name, p in tensors if not p.isfinite().all()]:
-        raise ValueError(f"{what} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew.")
+    tensors = {f"{name}.{key}": p for name, part in networks.items() for key, p in part.named_parameters()}
+    if broken := [name for name, p in tensors.items() if _is_broken(p)]:
+        small = any(tensors[name].dtype == torch.float16 for name in broken)
+        raise ValueError(
+            f"{what} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew"
+            f"{', or load it in float32, whose range is wider' if small else ''}."
+        )
+
+
+def _is_broken(values: Tensor) -> bool:
+    """Not where weights lie elsewhere, or are packed."""
+    if values.is_meta or not values.is_floating_point():
+        return False
+    return not (values.float() if values.itemsize == 1 else values).isfinite().all()
 
 
 def check_vae(path: str, vae: AutoencoderKL) -> None:

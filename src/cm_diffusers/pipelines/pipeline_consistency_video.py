@@ -76,6 +76,7 @@ class ConsistencyVideoPipeline(VideoLoaderMixin, AnimateDiffPipeline):
             raise ValueError(
                 "This UNet makes images; give a motion_adapter, such as MotionAdapter.from_pretrained(...), for clips."
             )
+        self._inflated = isinstance(unet, UNet2DConditionModel)
         super().__init__(
             vae, text_encoder, tokenizer, unet, motion_adapter, scheduler, feature_extractor, image_encoder
         )

@@ -24,10 +24,16 @@ class FromNoise:
         check_channels(pipe, (pipe.vae.config.latent_channels,), advice)
 
     def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the result in pixels; by default, what the UNet was trained with."""
-        sample = pipe.unet.config.sample_size
-        sample = (sample, sample) if isinstance(sample, int) else sample
-        size = sided((height, width), [side * pipe.vae_scale_factor for side in sample])
+        """Height and width of the result in pixels; by default, what the UNet was trained with.
+
+        Raises:
+            ValueError: They are no multiples of `vae_scale_factor`, or missing where the UNet's config does not say a size.
+        """
+        size = sided((height, width), trained_size(pipe) or (None, None))
+        if None in size:
+            raise ValueError(
+                "The UNet's config does not say the size it was trained with (sample_size); give height and width."
+            )
         check_size(*size, pipe.vae_scale_factor)
         return size
 
@@ -74,7 +80,8 @@ class FromImage(FromNoise):
         """
         factor, channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
         raw, own = image_size(self.image, factor, -1), image_size(self.image, factor, channels)
-        if raw != own and None in (height, width) and min(raw) >= min(super().size(pipe, None, None)):
+        trained = trained_size(pipe)
+        if raw != own and None in (height, width) and trained and min(raw) >= min(trained):
             raise ValueError(
                 f"An image of {channels} channels is read as latents, here of {own[0]} x {own[1]} pixels; give 3 channels if "
                 "these are pixels, or height and width if they are latents."
@@ -174,6 +181,13 @@ class FromMaskedImage(FromImage):
         following = self.timesteps[step + 1 : step + 2]
         known = pipe.scheduler.add_noise(self.known, self.noise, following) if len(following) else self.known
         return (1 - self.mask) * known + self.mask * latents
+
+
+def trained_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
+    """Height and width in pixels that the UNet was trained with, where its config says so."""
+    sample = pipe.unet.config.sample_size
+    sample = (sample, sample) if isinstance(sample, int) else sample
+    return sample and tuple(side * pipe.vae_scale_factor for side in sample)
 
 
 def sided(asked: Iterable[int | None], default: Iterable[int]) -> tuple[int, int]:
