@@ -224,11 +224,11 @@ def call_back(pipe: DiffusionPipeline, ask: Any, state: Any, i: int, t: Tensor) 
 
     diffusers' callbacks that end guidance keep the last row, as if there was one image; here the half that it is of stays.
     """
-    offered = {name: getattr(state, name) for name in ask.callback_inputs}
+    offered, guided = {name: getattr(state, name) for name in ask.callback_inputs}, pipe.do_classifier_free_guidance
     for name, value in (ask.callback_on_step_end(pipe, i, t, dict(offered)) or {}).items():
         former = offered.get(name)
         if isinstance(former, Tensor) and isinstance(value, Tensor) and len(value) == 1 and value.equal(former[-1:]):
-            value = former if len(former) == len(state.latents) else former[len(former) // 2 :]
+            value = former[len(former) // 2 :] if guided else former
         setattr(state, name, value)
 
 
@@ -260,9 +260,7 @@ def _output(pipe: DiffusionPipeline, ask: Request, latents: Tensor) -> StableDif
     image, unsafe = latents, None
     checks.check_finite(latents, "The sampled latents")
     if ask.output_type != "latent":
-        image = decode(pipe, latents)
-        checks.check_finite(image, "The images that the VAE made of finite latents")
-        image, unsafe = run_safety_checker(pipe, image)
+        image, unsafe = run_safety_checker(pipe, decode(pipe, latents))
         shown = None if unsafe is None else [not flag for flag in unsafe]
         image = pipe.image_processor.postprocess(image, output_type=ask.output_type, do_denormalize=shown)
     pipe.maybe_free_model_hooks()

@@ -101,8 +101,10 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
     def _take_up(self, name: str, told: Told | None, hotswap: bool) -> set[str]:
         """What a new LoRA is to the student; the names of those that stay active beside it."""
         roles, others = self._roles, self._adapters() - {name}
-        if told is None and hotswap:
+        if told is None and hotswap and name in roles.students:
             self._after_lora({name})
+            roles.styles.add(name)
+            return set()
         if told is not None:
             displaced = set(roles.students)
             roles.styles |= others - displaced

@@ -52,20 +52,21 @@ def roles_of(unet: nn.Module) -> LoraRoles:
 
 
 def acting(unet: nn.Module, scale: float = 1.0) -> set[str]:
-    """Names of the LoRAs that change what some layer computes; while some are fused, PEFT passes over all others there.
+    """Names of the LoRAs that change what their layers compute; where some are fused, PEFT passes over all others.
 
     Args:
         scale: Of a call, by which all are multiplied that are not fused.
     """
-    names = set()
+    names, passed_over = set(), set()
     for layer in adapter_layers(unet):
         if layer.disable_adapters:
             continue
         if layer.merged:
             names |= set(layer.merged_adapters)
+            passed_over |= set(layer.active_adapters) & _on(layer) - set(layer.merged_adapters)
         elif scale:
             names |= {name for name in layer.active_adapters if layer.scaling.get(name)}
-    return names
+    return names - passed_over
 
 
 def active(network: nn.Module) -> set[str]:
@@ -86,7 +87,7 @@ def why_off(unet: nn.Module, name: str, scale: float) -> str:
         return "it is no longer loaded; load it again with load_lora_weights"
     if any(layer.disable_adapters for layer in layers):
         return "LoRAs are disabled; call enable_lora()"
-    if any(layer.merged for layer in layers):
+    if any(layer.merged and name not in layer.merged_adapters for layer in layers):
         return "others are fused without it; call unfuse_lora(), and fuse_lora() with it"
     if all(name in layer.active_adapters for layer in layers):
         return (

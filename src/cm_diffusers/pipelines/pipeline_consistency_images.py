@@ -191,8 +191,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
                 result = self.scheduler.step(output, t, state["latents"], generator=generator)
                 state |= {"latents": result.prev_sample, "denoised": result.get("denoised")}
                 if callback_on_step_end is not None:
-                    offered = {name: state[name] for name in names}
-                    state |= callback_on_step_end(self, i, t, offered) or {}
+                    state |= callback_on_step_end(self, i, t, {name: state[name] for name in names}) or {}
                 bar.update()
         images = self._output(state["latents"], output_type)
         self.maybe_free_model_hooks()
@@ -201,8 +200,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
 
     def _size(self, latents: Tensor | None) -> tuple[int, int]:
         """Height and width of the samples: those of training, or of given ones where the config does not say."""
-        size = self.unet.config.sample_size or (latents is not None and latents.shape[-2:])
-        if not size:
+        if not (size := self.unet.config.sample_size or (latents is not None and latents.shape[-2:])):
             raise ValueError("The UNet's config does not say its sample_size; give latents, or write it there.")
         return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -222,7 +220,6 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         if output_type == "latent":
             return latents
         images = latents if self.vae is None else decode(self, latents)
-        checks.check_finite(images, "The images that the VAE made of finite latents")
         return self.image_processor.postprocess(images, output_type=output_type)
 
     def _set_timesteps(self, device: torch.device, **asked: Any) -> None:

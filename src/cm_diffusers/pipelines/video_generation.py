@@ -239,12 +239,12 @@ def _denoise(pipe: DiffusionPipeline, ask: ClipRequest, timesteps: Tensor, state
 def _predict(pipe: DiffusionPipeline, ask: ClipRequest, state: ClipState, t: Tensor) -> Tensor:
     """The UNet's output, with classifier-free guidance from both branches in one batch."""
     given, text = len(state.latents), state.prompt_embeds
-    halves = 2 if len(text) in (2 * given, 2 * given * state.latents.shape[2]) else 1
-    guided = pipe.do_classifier_free_guidance and halves == 2
+    both = len(text) == 2 * given * (state.latents.shape[2] if pipe.free_noise_enabled else 1)
+    guided = pipe.do_classifier_free_guidance and both
     x = pipe.scheduler.scale_model_input(state.latents, t)
     x = torch.cat([x, x]) if guided else x
     clips, frames = len(x), x.shape[2]
-    if halves == 2 and not guided:  # a callback has ended guidance
+    if both and not guided:  # a callback has ended guidance
         text = text[len(text) // 2 :]
     if len(text) == clips:
         text = text.repeat_interleave(frames, dim=0)
