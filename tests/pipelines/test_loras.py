@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -297,8 +297,8 @@ def folder(tmp_path: Path) -> Path:
     return lora_folder(tmp_path / "student", ours(), record(recommended_num_inference_steps=1))
 
 
-def zeros(pipe) -> dict[str, Tensor]:
-    return {f"unet.{key}": torch.zeros_like(value) for key, value in random_lora(pipe.unet, names=["to_q"]).items()}
+def zeros() -> dict[str, Tensor]:
+    return {f"unet.{key}": torch.zeros_like(value) for key, value in random_lora(tiny_unet(), names=["to_k"]).items()}
 
 
 def student(folder: Path, cls=ConsistencyPipeline):
@@ -312,14 +312,14 @@ def test_a_students_lora_stays_on_beside_others_in_any_order(cls, folder: Path) 
     pipe = student(folder, cls)
     options = {"num_frames": 2} if cls is None else {}
     expected = sampled(pipe, **options)
-    pipe.load_lora_weights(zeros(pipe), adapter_name="style")
-    pipe.load_lora_weights(zeros(pipe))
+    pipe.load_lora_weights(zeros(), adapter_name="style")
+    pipe.load_lora_weights(zeros())
     torch.testing.assert_close(sampled(pipe, **options), expected)
     assert OFF not in said(pipe, **options)
     pipe.delete_adapters("style")
     torch.testing.assert_close(sampled(pipe, **options), expected)
     other = our_clips() if cls is None else ours(cls=cls)
-    other.load_lora_weights(zeros(other), adapter_name="style")
+    other.load_lora_weights(zeros(), adapter_name="style")
     other.load_lora_weights(folder)
     torch.testing.assert_close(sampled(other, **options), expected)
     assert set(other.get_active_adapters()) == {"style", "default_0"}
@@ -329,7 +329,7 @@ def test_a_scale_that_was_set_is_kept(folder: Path) -> None:
     pipe = student(folder)
     pipe.set_adapters("student", 0.5)
     expected = sampled(pipe)
-    pipe.load_lora_weights(zeros(pipe))
+    pipe.load_lora_weights(zeros())
     torch.testing.assert_close(sampled(pipe), expected)
 
 
@@ -338,7 +338,7 @@ def test_loras_without_record_all_stay_on_where_any_may_make_the_student() -> No
     state = CONVENTIONS["peft"](random_lora(pipe.unet), None)
     pipe.load_lora_weights(state)
     expected = sampled(pipe)
-    pipe.load_lora_weights(zeros(pipe))
+    pipe.load_lora_weights(zeros())
     torch.testing.assert_close(sampled(pipe), expected)
 
 
@@ -346,7 +346,7 @@ def test_of_styles_on_a_whole_student_the_last_is_active_as_in_diffusers() -> No
     pipe = ours()
     pipe.register_to_config(record=asdict(record()))
     for name in "ab":
-        pipe.load_lora_weights(zeros(pipe), adapter_name=name)
+        pipe.load_lora_weights(zeros(), adapter_name=name)
     assert pipe.get_active_adapters() == ["b"]
 
 
@@ -357,10 +357,10 @@ SWITCHES = {
     "weight": (lambda p: p.set_adapters(["student", "style"], [0.0, 1.0]), "its scale is 0"),
     "fused others": (lambda p: p.fuse_lora(adapter_names=["style"]), "others are fused without it"),
     "fused and disabled": (lambda p: (p.fuse_lora(), p.disable_lora()), "LoRAs are disabled"),
-    "deleted from the UNet": (lambda p: p.unet.delete_adapters("student"), "no longer loaded"),
+    "deleted from the UNet": (lambda p: p.unet.delete_adapters("student"), "it is no longer loaded"),
     "unloaded by a sibling": (
         lambda p: ConsistencyImg2ImgPipeline.from_pipe(p).unload_lora_weights(),
-        "no longer loaded",
+        "it is no longer loaded",
     ),
 }
 
@@ -368,7 +368,7 @@ SWITCHES = {
 @pytest.mark.parametrize("kind", SWITCHES)
 def test_a_students_lora_that_is_off_is_told_of(kind: str, folder: Path) -> None:
     pipe = student(folder)
-    pipe.load_lora_weights(CONVENTIONS["peft"](random_lora(pipe.unet), None), adapter_name="style")
+    pipe.load_lora_weights(zeros(), adapter_name="style")
     assert OFF not in said(pipe)
     change, reason = SWITCHES[kind]
     change(pipe)
@@ -396,7 +396,7 @@ RIGHT = {
 @pytest.mark.parametrize("kind", RIGHT)
 def test_a_students_lora_that_acts_is_not_told_of(kind: str, folder: Path) -> None:
     pipe = student(folder)
-    pipe.load_lora_weights(zeros(pipe), adapter_name="style")
+    pipe.load_lora_weights(zeros(), adapter_name="style")
     RIGHT[kind](pipe)
     assert said(pipe) == ""
     assert pipe.record == record(recommended_num_inference_steps=1)
@@ -412,7 +412,7 @@ def test_a_students_lora_that_acts_is_not_told_of(kind: str, folder: Path) -> No
 )
 def test_without_its_lora_a_style_makes_no_student(change, folder: Path) -> None:
     pipe = student(folder)
-    pipe.load_lora_weights(zeros(pipe), adapter_name="style")
+    pipe.load_lora_weights(zeros(), adapter_name="style")
     change(pipe)
     assert pipe.record is None
     assert "Nothing says that this model was distilled" in said(pipe)
@@ -438,23 +438,18 @@ def test_a_lora_without_record_that_is_off_is_told_of_under_a_scheduler_for_few_
 def test_a_former_students_lora_takes_over_again(tmp_path: Path) -> None:
     pipe = ours()
     for name, steps in (("a", 3), ("b", 5)):
-        pipe.load_lora_weights(
-            lora_folder(tmp_path / name, pipe_without(), record(recommended_num_inference_steps=steps)), name
-        )
+        entry = record(recommended_num_inference_steps=steps)
+        pipe.load_lora_weights(lora_folder(tmp_path / name, tiny_pipeline(), entry), name)
     assert (pipe.get_active_adapters(), pipe.manners.num_inference_steps) == (["b"], 5)
     pipe.delete_adapters("b")
     assert (pipe.get_active_adapters(), pipe.manners.num_inference_steps) == (["a"], 3)
-
-
-def pipe_without():
-    return tiny_pipeline()
 
 
 def test_names_are_free_over_all_networks_and_after_deletions(folder: Path) -> None:
     """Once the second was called by the number of those on the first layer, which may have none."""
     pipe = ours()
     pipe.load_lora_weights(CONVENTIONS["peft"](random_lora(pipe.unet, names=["to_q"]), None))
-    both = CONVENTIONS["peft"](random_lora(pipe.unet, names=["conv1"]), None)
+    both = CONVENTIONS["peft"](random_lora(tiny_unet(), names=["conv1"]), None)
     text = {f"text_encoder.{key}": value for key, value in random_lora(pipe.text_encoder, names=["q_proj"]).items()}
     pipe.load_lora_weights({**both, **text})
     assert pipe.get_list_adapters() == {"unet": ["default_0", "default_1"], "text_encoder": ["default_1"]}
@@ -475,17 +470,15 @@ def test_a_student_whose_lora_another_pipeline_took_off_is_not_saved(folder: Pat
 
 @pytest.mark.parametrize("output", ["pil", "np", "pt", "latent"])
 def test_values_that_are_not_finite_are_refused_for_every_output(output: str) -> None:
-    for pipe, options in ((ours(), {}), (our_clips(), {"num_frames": 2})):
+    for pipe, options in ((ours(), {}), (our_clips(), {"num_frames": 1})):
         pipe.unet.conv_out.weight.data[0] = torch.nan
         with pytest.raises(ValueError, match="The sampled latents hold values that are not finite"):
             sampled(pipe, output_type=output, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_vae_that_overflows_is_told_of(dtype: torch.dtype) -> None:
-    for pipe, options in ((ours(), {}), (our_clips(), {"num_frames": 2})):
+def test_a_vae_that_overflows_is_told_of() -> None:
+    for pipe, options in ((ours().to(dtype=torch.bfloat16), {}), (our_clips(), {"num_frames": 1})):
         pipe.vae.decoder.conv_out.bias.data[0] = torch.inf
-        pipe.to(dtype=dtype)
         with pytest.raises(ValueError, match="that the VAE made of finite latents hold values that are not finite"):
             sampled(pipe, **options)
 
@@ -526,7 +519,3 @@ def test_every_target_module_must_fit() -> None:
         block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
     )
     add_lora(shallow, 4, 4.0, 0.0, LCM_LORA_TARGETS)  # which lacks some of the default ones
-
-
-def test_stock_pipelines_stay_stock() -> None:
-    assert StableDiffusionPipeline.load_lora_weights.__module__.startswith("diffusers.")

@@ -492,7 +492,7 @@ def test_a_sibling_made_by_hand_knows_as_much() -> None:
 def test_only_safetensors_are_read_unless_the_caller_says_otherwise(tmp_path: Path) -> None:
     folder = published_lcm(tmp_path)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="no safetensors but pickles for unet.*use_safetensors=False"):
+    with pytest.raises(ValueError, match=r"no safetensors but pickles for unet.*use_safetensors=False"):
         ConsistencyPipeline.from_pretrained(folder)
 
 
