@@ -152,7 +152,7 @@ def test_of_several_variants_one_must_be_chosen(tmp_path: Path) -> None:
     plain_but("unet", tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     save_file(load_file(weights), tmp_path / "unet" / "diffusion_pytorch_model.bf16.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="no safetensors but of bf16, fp16 for unet; .* variant='bf16'"):
+    with pytest.raises(ValueError, match=r"no safetensors but of bf16, fp16 for unet; .* variant='bf16'"):
         ConsistencyPipeline.from_pretrained(tmp_path)
     assert ConsistencyPipeline.from_pretrained(tmp_path, variant="bf16")
 

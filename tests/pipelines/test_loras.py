@@ -134,8 +134,12 @@ CONVENTIONS = {
 }
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])
-@pytest.mark.parametrize("name", CONVENTIONS)
+OF_XL = ("mixed by diffusers", "kohya, Stability", "ComfyUI")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [(n, tiny_pipeline) for n in CONVENTIONS] + [(n, tiny_xl_pipeline) for n in OF_XL]
+)
 def test_every_convention_loads_every_layer(name: str, make) -> None:
     pipe, by_hand = ours(make), ours(make)
     state = random_lora(pipe.unet)
