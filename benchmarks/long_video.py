@@ -23,6 +23,7 @@ from cm_diffusers.data.moving_articles import MOST_FRAMES
 from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation import motion
+from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance
 from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
@@ -214,8 +215,10 @@ def plot(distances: dict[str, list[float]]) -> Figure:
 
 def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
+    check_output(config.output_dir)
+    found = ways(config)  # a student that cannot be loaded is found before clips are measured
     folder, comparison = Path(config.output_dir), LongVideoComparison(config)
-    for name, (calls, draw) in ways(config).items():
+    for name, (calls, draw) in found.items():
         comparison.draw(name, calls, draw)
     table = markdown(comparison.rows, config)
     numbers = {

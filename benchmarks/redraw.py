@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cm_diffusers.evaluation import report, video_report
-from cm_diffusers.evaluation.grids import MARGIN, MIN_TILE
+from cm_diffusers.evaluation.grids import MARGIN, SMALLEST
 from cm_diffusers.evaluation.report import replace_file
 
 
@@ -73,7 +73,7 @@ def teaser() -> Image.Image:
     drawn = [(row["pipeline"], row["num_inference_steps"], row["guidance_scale"]) for row in rows]
     drawn = ["real", *(row for row in drawn if row[1] is not None)]
     with Image.open(students / "grid.png") as grid:
-        height = MIN_TILE + MARGIN
+        height = SMALLEST + MARGIN
         top = grid.height - height * len(drawn)
         bands = [(0, top), *((y := top + height * drawn.index(row), y + height) for row in TEASER)]
         picture = Image.new("RGB", (grid.width, top + height * len(TEASER)), "white")

@@ -18,6 +18,7 @@ from study import cpu_minutes, result, train
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.places import public
 from cm_diffusers.publishing.provenance import read_provenance
 
@@ -197,8 +198,9 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     path = Path(config.study)
     study = read_reward_study(path, Path(config.work_dir))
-    pairs = finished(study, config)
+    check_output(config.output_dir)
     measuring = Measuring(study.evaluation)
+    pairs = finished(study, config)
     runs = [measure(measuring, study, variant, seed) for variant, seed in pairs]
     folder, prompts = Path(config.output_dir) / path.stem, measuring.reference.prompts
     print(write_reward_study(folder, runs, (study.baseline, study.control), measuring.setting, prompts))

@@ -21,6 +21,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.report import refuse_one_name, row_names
@@ -187,6 +188,7 @@ def main() -> None:
     (config,) = parse_configs((StudyConfig,), __doc__)
     path = Path(config.study)
     study = read_study(path, config.only)
+    check_output(config.output_dir)
     commands, steps, comparison = study.commands, study.steps, study.comparison()
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:

@@ -78,7 +78,7 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
         """Images from prompts.
 
         Args:
-            num_inference_steps, guidance_scale: By default what the student's record recommends.
+            num_inference_steps, guidance_scale: By default what the student's record recommends; likewise height and width.
             gamma: Share of fresh noise in each step; by default 1, or what the scheduler says.
             timesteps, sigmas: Instead of a number of steps, descending; sigmas are noise levels, for students of CD and ECT.
             kwargs: The other arguments of `StableDiffusionPipeline.__call__`.
@@ -102,6 +102,8 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}.")
         if num_inference_steps is None and timesteps is None and sigmas is None:
             sigmas = self.scheduler.config.get("recommended_sigmas")
+        if (side := self.record.get("resolution")) is not None:
+            kwargs = {"height": side, "width": side} | {name: x for name, x in kwargs.items() if x is not None}
         stock, self.scheduler = self.scheduler, _sampler(self.scheduler, gamma)
         try:
             return super().__call__(

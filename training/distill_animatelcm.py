@@ -1,5 +1,6 @@
 """Distil a Stable Diffusion + AnimateDiff teacher into a 1-8 step video student, stage by stage (AnimateLCM)."""
 
+from dataclasses import replace
 from functools import partial
 
 from diffusers import LCMScheduler
@@ -22,6 +23,7 @@ from cm_diffusers.tasks.animatelcm import Parts, StageConfig, idle_settings, mak
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.clip_grids import stage_grid
 from cm_diffusers.tasks.publish import publish
+from cm_diffusers.tasks.summary import announce
 
 
 CONFIGS = (
@@ -47,16 +49,19 @@ def main() -> None:
     settings = [source, motion, config, data, method]
     trainer = Trainer(train, stage.nets, stage.objective, optim, settings, callbacks=samples)
     batches = video_batches(data, Encoders.from_pipeline(image), train.seed, *trainer.place, **stage.wanted)
+    announce(trainer, batches, configs, stage.result)
     trainer.fit(stage.views(batches))
     base, seen = source.pretrained_teacher_model, data.source
     seen = f"single frames of {public(seen)}" if config.stage == "image_lora" else seen
     record = lcm_record(base, "distilled", method.w_min, method.w_max, 1.0, scheduler)
+    frames = None if config.stage == "image_lora" else data.sample_n_frames
+    record = replace(record, resolution=data.resolution, num_frames=frames)
     describe = partial(describe_run, configs, image, base, seen, left_out=idle_settings(config.stage))
 
     def save(network, folder, provenance):
         stage.save(network, folder, record, provenance)
 
-    if address := publish(trainer, stage.result, describe, save, repo_id, hub):
+    if address := publish(trainer, stage.result, configs, describe, save, repo_id):
         print(address)
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
-from cm_diffusers.evaluation.report import write_report
+from cm_diffusers.evaluation.report import PARTIAL, markdown_table, table_json, write_report, write_table
 
 
 CONFIGS = (EvaluationConfig, ReferenceConfig)
@@ -15,10 +16,15 @@ def main() -> None:
     config, data = parse_configs(CONFIGS, __doc__)
     if not config.pipelines and config.teacher is None:
         raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
-    comparison = Comparison(config, data)
-    rows = comparison.run()
-    folder = Path(config.output_dir)
-    print(write_report(folder, rows, comparison.setting, comparison.grid(), comparison.weights))
+    check_output(config.output_dir)
+    comparison, folder = Comparison(config, data), Path(config.output_dir)
+    setting, weights = comparison.setting, comparison.weights
+
+    def keep(rows):
+        write_table(folder / PARTIAL, markdown_table(rows, setting), table_json(rows, setting, weights))
+
+    rows = comparison.run(keep)
+    print(write_report(folder, rows, setting, comparison.grid(), weights))
 
 
 if __name__ == "__main__":

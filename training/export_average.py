@@ -33,11 +33,11 @@ def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
     if Path(config.output_dir).exists():
         raise ValueError(f"--output_dir {config.output_dir} exists already: give a new folder.")
-    average, step = rebuild(Path(config.run_dir), config.sigma_rel, config.step)
     source = Path(config.run_dir) / "pipeline"
     if not (source / "model_index.json").is_file():
         raise ValueError(f"{config.run_dir} has no folder pipeline: the training has not ended, or it made a LoRA.")
     provenance = read_provenance(source)
+    average, step = rebuild(Path(config.run_dir), config.sigma_rel, config.step)
     settings = provenance.settings | {"sigma_rel": config.sigma_rel, "average_of_step": step}
     provenance = replace(provenance, name=public(config.output_dir), settings=settings)
     pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True)

@@ -14,7 +14,7 @@ from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewa
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.rewards import load_rewards, require_differentiable
 from cm_diffusers.tasks.callbacks import ValidationConfig
-from cm_diffusers.tasks.publish_rewards import publish_run
+from cm_diffusers.tasks.publish_rewards import publish_run, result_name
 from cm_diffusers.tasks.reward_reports import Guard, GuardConfig, reports, watched_task
 from cm_diffusers.tasks.reward_runs import (
     ImageScore,
@@ -24,6 +24,7 @@ from cm_diffusers.tasks.reward_runs import (
     load_tuned,
     tuned_networks,
 )
+from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.text_to_image_checks import check_direct_reward
 
 
@@ -59,9 +60,10 @@ def main() -> None:
     images = data.train_batch_size * train.gradient_accumulation_steps * ranks
     trainer.steering += [remembered.remember(images), guard]
     trainer.callbacks += reports(guard, tuned, validation, data.resolution)
+    announce(trainer, batches, configs, result_name(source))
     trainer.fit(remembered)
     trained_on = source_name(data) if joined else "its own samples"
-    publish_run("direct_reward", trainer, tuned, configs, trained_on, repo_id)
+    publish_run("direct_reward", trainer, tuned, configs, data.resolution, trained_on, repo_id)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Fine-tune a latent consistency model on own captioned images, without a teacher (LCF)."""
 
+from dataclasses import replace
 from functools import partial
 
 from cm_diffusers.data.encoders import Encoders
@@ -17,6 +18,7 @@ from cm_diffusers.publishing.pipelines import lcm_pipeline
 from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
+from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks, load_student, with_guidance_of
 from cm_diffusers.tasks.text_to_image_checks import check_adapters
 
@@ -33,6 +35,7 @@ def main() -> None:
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     before, record = load_student(source)
     method, record = with_guidance_of(record, method, source)
+    record = replace(record, resolution=data.resolution)
     scheduler, embedding_dim = before.scheduler, before.unet.config.time_cond_proj_dim
     grid = scheduler.config.original_inference_steps, scheduler.config.timestep_scaling
     process, prediction_type = DiscreteVP.from_scheduler(scheduler), scheduler.config.prediction_type
@@ -45,13 +48,14 @@ def main() -> None:
     samples = sample_grid(validation, make_pipeline, guidance_scale=scale, resolution=data.resolution)
     nets = finetune_networks(before.unet, source)
     trainer = Trainer(train, nets, objective, optim, settings=[source, data], callbacks=[samples])
-    batches = streaming_batches if data.streaming else text_image_batches
-    trainer.fit(batches(data, Encoders.from_pipeline(before), train.seed, *trainer.place))
-    configs = source, data, method, optim, train, validation, hub  # with the guidance range it trained on
+    load = streaming_batches if data.streaming else text_image_batches
+    batches = load(data, Encoders.from_pipeline(before), train.seed, *trainer.place)
+    configs, result = (source, data, method, optim, train, validation, hub), "lora" if source.lora else "pipeline"
+    trainer.fit(announce(trainer, batches, configs, result))  # with the guidance range it trains on
     base, unused = source.pretrained_student_model, OF_TEACHERS.split()
     describe = partial(describe_run, configs, before, base, source_name(data), left_out=unused)
     save = partial(save_student, source, make_pipeline, record)
-    if address := publish(trainer, "lora" if source.lora else "pipeline", describe, save, repo_id, hub):
+    if address := publish(trainer, result, configs, describe, save, repo_id):
         print(address)
 
 

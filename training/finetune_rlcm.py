@@ -9,7 +9,7 @@ from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.rewards import load_rewards, require_differentiable
 from cm_diffusers.tasks.callbacks import ValidationConfig
-from cm_diffusers.tasks.publish_rewards import publish_run
+from cm_diffusers.tasks.publish_rewards import publish_run, result_name
 from cm_diffusers.tasks.reward_reports import Guard, GuardConfig, reports, watched_task
 from cm_diffusers.tasks.reward_runs import (
     ImageScore,
@@ -18,6 +18,7 @@ from cm_diffusers.tasks.reward_runs import (
     load_tuned,
     tuned_networks,
 )
+from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.text_to_image_checks import check_rlcm
 
 
@@ -44,8 +45,8 @@ def main() -> None:
     guard = Guard(watched, trainer, task, rewards, data.history)
     trainer.steering.append(guard)
     trainer.callbacks += reports(guard, tuned, validation, drawn.resolution)
-    trainer.fit(data)
-    publish_run("rlcm", trainer, tuned, configs, "its own samples", repo_id)
+    trainer.fit(announce(trainer, data, configs, result_name(source)))
+    publish_run("rlcm", trainer, tuned, configs, drawn.resolution, "its own samples", repo_id)
 
 
 if __name__ == "__main__":

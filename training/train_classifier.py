@@ -20,6 +20,7 @@ from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_r
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
 from cm_diffusers.publishing.folders import written_aside
+from cm_diffusers.tasks.summary import announce, conclude
 from cm_diffusers.types import Networks
 
 
@@ -46,31 +47,28 @@ def measure(model: ImageClassifier, reference: Reference) -> dict[str, float]:
 
 
 def main() -> None:
-    config, data, method, optim, train = parse_configs(CONFIGS, __doc__)
+    config, data, method, optim, train = configs = parse_configs(CONFIGS, __doc__)
     labels = load_image_text(data, [config.label_column], Found("the batches report")).features[config.label_column]
     if not isinstance(labels, ClassLabel):
         raise ValueError(
             f"--label_column {config.label_column} must be a ClassLabel with the classes' names, as `datasets` writes it "
             f"into parquet files, but it is {labels}."
         )
-    test = load_reference(
-        ReferenceConfig(
-            train_data_dir=config.test_data_dir, label_column=config.label_column, resolution=data.resolution
-        )
-    )
+    place = {"train_data_dir": config.test_data_dir, "label_column": config.label_column}
+    test = load_reference(ReferenceConfig(**place, resolution=data.resolution))
     seed_everything(train.seed)
     model = ImageClassifier(labels=labels.names, channels=config.channels, image_size=data.resolution)
     trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])
-    accelerator = trainer.accelerator
-    ranks = accelerator.process_index, accelerator.num_processes
-    trainer.fit(image_batches(data, train.seed, *ranks, label_column=config.label_column))
+    batches = image_batches(data, train.seed, *trainer.place[:2], label_column=config.label_column)
+    trainer.fit(announce(trainer, batches, configs, "classifier"))
     with trainer.export_weights() as student:
-        if accelerator.is_main_process:
+        if trainer.accelerator.is_main_process:
             figures = measure(student, test) | {"seed": train.seed}
             with written_aside(Path(train.output_dir) / "classifier") as folder:
                 student.save_pretrained(folder)
                 (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
             print(json.dumps(figures))
+    conclude(trainer, configs, "classifier")
     trainer.end()
 
 

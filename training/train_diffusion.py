@@ -19,8 +19,9 @@ from cm_diffusers.models.small_stable_diffusion import SmallStableDiffusionConfi
 from cm_diffusers.models.students import TextConditionedUNet
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.publishing.pipelines import save_pipeline
-from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid, show_end
 from cm_diffusers.tasks.image_models import load_vae
+from cm_diffusers.tasks.summary import announce, conclude
 from cm_diffusers.types import Networks
 
 
@@ -44,7 +45,7 @@ CONFIGS = (
 
 
 def main() -> None:
-    model, shape, data, method, optim, train, validation = parse_configs(CONFIGS, __doc__)
+    model, shape, data, method, optim, train, validation = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     captions = load_image_text(data, None, Found("the batches report"))[data.caption_column][:]
     vae = load_vae(model.pretrained_vae)
@@ -52,12 +53,15 @@ def main() -> None:
     pipe = new_pipeline(shape, vae, texts, method.prediction_type)
     student = TextConditionedUNet(pipe.unet, pipe.text_encoder).train()
     objective = DiffusionObjective(method, DiscreteVP.from_scheduler(pipe.scheduler))
-    grid = sample_grid(validation, lambda _: pipe)
+    grid = sample_grid(validation, lambda _: pipe, resolution=data.resolution)
     trainer = Trainer(train, Networks(student), objective, optim, settings=[data, shape], callbacks=[grid])
-    trainer.fit(token_batches(data, Vae.from_model(vae), pipe.tokenizer, train.seed, *trainer.place))
+    batches = token_batches(data, Vae.from_model(vae), pipe.tokenizer, train.seed, *trainer.place)
+    trainer.fit(announce(trainer, batches, configs, "pipeline"))
     with trainer.export_weights():
         if trainer.accelerator.is_main_process:
+            show_end(trainer)
             save_pipeline(pipe, Path(train.output_dir) / "pipeline", model.save_fp16)
+    conclude(trainer, configs, "pipeline")
     trainer.end()
 
 

@@ -28,6 +28,7 @@ from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.clip_grids import clip_grid
 from cm_diffusers.tasks.publish import publish
+from cm_diffusers.tasks.summary import announce
 from cm_diffusers.types import Networks
 
 
@@ -61,14 +62,15 @@ def main() -> None:
     grid = clip_grid(validation, make_pipeline, *shape)
     settings = [source, motion, new, data]
     trainer = Trainer(train, Networks(unet), objective, optim, settings, callbacks=[grid])
-    trainer.fit(video_batches(data, Encoders.from_pipeline(image), train.seed, *trainer.place))
+    batches = video_batches(data, Encoders.from_pipeline(image), train.seed, *trainer.place)
+    trainer.fit(announce(trainer, batches, configs, "motion_adapter"))
 
     def save(network, folder, provenance):
         trained = motion_adapter_of(network, adapter)
         save_motion_adapter(trained, scheduler, folder, result.save_fp16, provenance)
 
     describe = partial(describe_run, configs, image, source.pretrained_teacher_model, data.source)
-    if address := publish(trainer, "motion_adapter", describe, save, repo_id, hub):
+    if address := publish(trainer, "motion_adapter", configs, describe, save, repo_id):
         print(address)
 
 

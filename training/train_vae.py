@@ -20,6 +20,7 @@ from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.small_stable_diffusion import SmallVAEConfig, new_vae
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.publishing.folders import write_result
+from cm_diffusers.tasks.summary import announce, conclude
 from cm_diffusers.types import Networks
 
 
@@ -50,28 +51,27 @@ def measure(vae: AutoencoderKL, images: Stream, number: int) -> dict[str, float]
 
 
 def main() -> None:
-    model, final, data, method, optim, train = parse_configs(CONFIGS, __doc__)
+    model, final, data, method, optim, train = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     measured = {}
     if final.test_data_dir:  # read before training: what is wrong with it is found now
         elsewhere = {"train_data_dir": final.test_data_dir, "dataset_name": None, "train_shards_path_or_url": None}
         measured["test"] = image_batches(replace(data, **elsewhere), train.seed)
     vae = new_vae(model, data.resolution)
-    trainer = Trainer(
-        train, Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method), optim, settings=[data]
-    )
-    accelerator = trainer.accelerator
-    trainer.fit(image_batches(data, train.seed, accelerator.process_index, accelerator.num_processes))
+    nets, objective = Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method)
+    trainer = Trainer(train, nets, objective, optim, settings=[data])
+    trainer.fit(announce(trainer, image_batches(data, train.seed, *trainer.place[:2]), configs, "vae"))
     with trainer.export_weights():
         measured = {"train": image_batches(data, train.seed), **measured}
         number = -(-final.latent_samples // data.train_batch_size)
         figures = {name: measure(vae, images, number) for name, images in measured.items()}
         vae.register_to_config(scaling_factor=1 / figures["train"]["latent_std"])  # 2112.10752, Appendix G
-        if accelerator.is_main_process:
+        if trainer.accelerator.is_main_process:
             write_result(Path(train.output_dir) / "vae", [vae.save_pretrained])
             figures |= {"samples": final.latent_samples, "seed": train.seed}
             (Path(train.output_dir) / "metrics.json").write_text(json.dumps(figures, indent=1))
             print(json.dumps(figures))
+    conclude(trainer, configs, "vae")
     trainer.end()
 
 

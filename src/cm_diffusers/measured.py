@@ -16,6 +16,7 @@ TEACHER = "teacher"  # the name of its rows
 REAL = "other real images"  # the name of their row: what no pipeline of the same law would be beyond, but for chance
 REAL_CLIPS = "other real clips"
 BASELINES = (REAL, REAL_CLIPS, TEACHER)
+ENOUGH = 1000  # images, below which Fréchet distances are warned of
 RESULTS = "pipeline", "lora", "student"  # folders that training scripts end with
 
 
@@ -23,9 +24,25 @@ def distance_name(extractor: str) -> str:
     """What the Fréchet distance on these features is called: numbers on other features than Inception's are no FID.
 
     Args:
-        extractor: "inception", or the folder of a classifier: "assets/fashion_classifier" gives "FD-fashion".
+        extractor: "inception", or the folder of a classifier: "assets/fashion_classifier" gives "FD-fashion", and
+            "runs/birds/classifier" "FD-birds".
     """
-    return "FID" if extractor == "inception" else f"FD-{Path(extractor).name.removesuffix('_classifier')}"
+    folder = Path(extractor)
+    name = folder.parent.name if folder.name == "classifier" and len(folder.parts) > 2 else folder.name
+    return "FID" if extractor == "inception" else f"FD-{name.removesuffix('_classifier')}"
+
+
+def too_few(count: int, what: str = "images") -> str | None:
+    """A warning where a Fréchet distance was measured on so few images that it says little; else None.
+
+    The distance is biased: of fewer images it is larger, whatever they show (1911.07023).
+    """
+    if count >= ENOUGH:
+        return None
+    return (
+        f"Only {count} {what} were measured: Fréchet distances of fewer than {ENOUGH:,} are too large and uncertain, so "
+        "compare them with none but those of as many, and better measure more."
+    )
 
 
 @dataclass(frozen=True)

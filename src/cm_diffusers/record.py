@@ -3,10 +3,11 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -40,6 +41,8 @@ class Record:
         recommended_guidance_scale: In diffusers' convention.
         recommended_num_inference_steps: Steps its samples look best at.
         scheduler: Class (`_class_name`) and config of the scheduler to sample with.
+        resolution: Side in pixels of the square images or frames it was trained on; older records do not tell.
+        num_frames: Frames of the clips it was trained on; None for images.
     """
 
     method: str
@@ -50,6 +53,19 @@ class Record:
     recommended_guidance_scale: float
     recommended_num_inference_steps: int
     scheduler: dict
+    resolution: int | None = None
+    num_frames: int | None = None
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Self:
+        """From what `asdict` or a file made of one, whatever else it holds: newer ones may hold more, older ones less.
+
+        Raises:
+            KeyError: A field that every record has is missing.
+        """
+        needed = {field.name: entry[field.name] for field in fields(cls) if field.default is MISSING}
+        known = {field.name for field in fields(cls)}
+        return cls(**needed | {name: value for name, value in entry.items() if name in known})
 
 
 def write_record(record: Record, folder: Path) -> None:
@@ -137,8 +153,7 @@ def _parse(path: Path, text: str | None) -> Record | None:
     if text is None:
         return None
     try:
-        content = json.loads(text)
-        record = Record(**{field.name: content[field.name] for field in fields(Record)})  # newer ones may hold more
+        record = Record.of(json.loads(text))
         if fault := _fault(record):
             raise ValueError(fault)
     except (ValueError, KeyError, TypeError) as error:
@@ -155,4 +170,7 @@ def _fault(record: Record) -> str | None:
         return f"w_min, w_max and recommended_guidance_scale must be finite and w_min at most w_max, got {scales}"
     if not isinstance(steps, Integral) or steps < 1:
         return f"recommended_num_inference_steps must be a whole number of at least 1, got {steps!r}"
+    for name in ("resolution", "num_frames"):
+        if (value := getattr(record, name)) is not None and not (isinstance(value, Integral) and value > 0):
+            return f"{name} must be a whole number of at least 1 or null, got {value!r}"
     return None if isinstance(record.scheduler, dict) else f"scheduler must be a dict, got {record.scheduler!r}"

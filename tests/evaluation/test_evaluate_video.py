@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from tiny import FASHION_LABELS, tiny_pipeline
 from torch import Tensor
 
 from cm_diffusers.data.video import VideoDataConfig
-from cm_diffusers.evaluation import metrics, motion
+from cm_diffusers.evaluation import metrics, motion, video
 from cm_diffusers.evaluation.features import extract_features
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig, load_video_extractor
 from cm_diffusers.evaluation.video_report import VideoSetting, markdown_table
@@ -84,6 +85,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     publish.save_lora(image.unet, folder / "student", record)
     tiny_adapter(seed=1).save_pretrained(folder / "student")
     ImageClassifier(labels=list(FASHION_LABELS), channels=(4, 8), num_features=6).save_pretrained(folder / "net")
+    broken = shutil.copytree(folder / "student", folder / "broken") / "diffusion_pytorch_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-100])
     for name in ("articles", "clips"):
         (folder / name).mkdir()
     write_articles(folder / "articles", ["a bag", "a coat"])
@@ -312,6 +315,21 @@ def test_clips_without_directions(parts: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ({"pipelines": ""}, "Nothing to evaluate"),
         ({"pipelines": "{parts}/image"}, "is a StableDiffusionPipeline, which makes no clips"),
+        (
+            {"pipelines": "{parts}/student nobody/nothing", "names": "a b"},
+            "neither a pipeline folder here nor a Hub id",
+        ),
+        (
+            {"pipelines": "{parts}/student {parts}/broken", "names": "a b"},
+            "safetensors cannot be read .*; get or make it",
+        ),
+        ({"teacher": "{parts}/image", "pretrained_motion_adapter": "{parts}/nowhere"}, "holds no motion adapter"),
+        (
+            {"teacher": "{parts}/image", "pretrained_motion_adapter": "{parts}/adapter", "sample_n_frames": "40"},
+            "--sample_n_frames 40 is more than the",
+        ),
+        ({"output_dir": "{parts}/clips/0.gif/out"}, "cannot be written, for .* is a file: give another folder"),
+        ({"num_inference_steps": "0"}, "--num_inference_steps must be at least 1, but it is 0"),
         ({"names": "a b"}, "2 names for 1 pipelines"),
         (
             {"pipelines": "a/x b/x", "feature_extractor": "none"},
@@ -332,6 +350,8 @@ def test_clips_without_directions(parts: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_wrong_input_gets_one_sentence(
     parts: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], message: str
 ) -> None:
+    """Before anything is drawn."""
+    monkeypatch.setattr(video, "generate_clips", None)
     with pytest.raises(ValueError, match=message) as error:
         evaluate(parts, monkeypatch, **{name: value.format(parts=parts) for name, value in flags.items()})
     assert "\n" not in str(error.value)
@@ -355,7 +375,8 @@ def test_table_and_file_names() -> None:
     lines = markdown_table(rows, setting).splitlines()
     assert lines[0] == "| pipeline | NFE | direction accuracy | FD-net of frames |"
     assert lines[2] == "| x | 2 | 0.500 | 1.24 |"
-    assert "below 0.0123" in lines[4]
+    assert lines[4].startswith("**Only 16 frames were measured")
+    assert "below 0.0123" in lines[6]
     assert clips_of("AnimateLCM, w/o init") == "AnimateLCM_w_o_init.gif"
 
 

@@ -21,8 +21,10 @@ from transformers import BertConfig, Dinov2Config, Dinov2Model, ResNetBackbone, 
 
 from cm_diffusers.diffusion.adversarial import ADVERSARIAL_LOSSES, accuracy
 from cm_diffusers.evaluation import separability
+from cm_diffusers.evaluation.candidates import Candidate
 from cm_diffusers.evaluation.separability import (
     RankingConfig,
+    guidance_of,
     logistic_regression,
     pooled_features,
     probe,
@@ -495,7 +497,8 @@ def test_guidance_is_the_record_s_or_given(home, tmp_path, monkeypatch, given, e
     monkeypatch.setattr(separability, "generate", lambda _, *values: (asked.append(values), (images, 1.0))[1])
 
     def draw():
-        return real_and_generated(config, images, ["a coat"] * 4, 32, torch.device("cpu"))
+        scale = guidance_of(config, Candidate.of(str(student)))
+        return real_and_generated(config, images, ["a coat"] * 4, 32, scale, torch.device("cpu"))
 
     if given is None:
         with pytest.raises(ValueError, match="has no record that recommends a guidance scale: give --guidance_scale"):

@@ -1,7 +1,9 @@
 """SCott against data whose solution is known exactly, and the play of student and critic."""
 
 import math
+import re
 from itertools import count, pairwise, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -535,6 +537,16 @@ def test_before_its_time_the_critic_rests(tmp_path):
     assert logs[3]["critic/loss"] == 2
     assert logs[3]["critic/accuracy"] == 0.5
     assert {"critic/real", "critic/fake", "critic/grad_norm", "critic/learning_rate"} <= set(logs[5])
+
+
+def test_the_bar_shows_the_loss_of_every_player(tmp_path):
+    trainer, shown = play(tmp_path, max_train_steps=6), []
+    bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text, _: shown.append(text))
+    stream = corners(0)
+    for _ in range(5):
+        trainer._log(*trainer.training_step(stream), bar)
+    assert "critic" not in shown[0]
+    assert re.fullmatch(r"loss [\d.e-]+, critic [\d.e-]+, [\d.]+ images/s", shown[4])
 
 
 def test_each_turn_leaves_the_other_s_gradients_alone(tmp_path):

@@ -275,6 +275,8 @@ def test_record_says_how_to_sample(home, either, published) -> None:
         "w_max": 7.0,
         "recommended_guidance_scale": GUIDANCE if embedded else 1.0,
         "recommended_num_inference_steps": 4,
+        "resolution": 32,
+        "num_frames": None,
     }
     assert scheduler["_class_name"] == "LCMScheduler"
     for name in ("original_inference_steps", "timestep_scaling", "prediction_type", "beta_schedule", "steps_offset"):

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.reward_history import RewardHistory
@@ -145,7 +146,9 @@ class Rollouts:
         was_training = trainer.student.training
         trainer.student.eval()
         with trainer.accelerator.autocast():
-            drawn = [self._sample(part, generator) for part in prompts.split(config.sample_batch_size)]
+            parts = prompts.split(config.sample_batch_size)
+            quiet = not self.trainer.accelerator.is_local_main_process
+            drawn = [self._sample(part, generator) for part in tqdm(parts, "Samples", leave=False, disable=quiet)]
         trainer.student.train(was_training)
         states, kl, rewards = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         advantages, scales = self._compared(prompts, rewards, kl)

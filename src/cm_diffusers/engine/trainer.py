@@ -292,9 +292,9 @@ class Trainer:
 
     def _log(self, loss: Loss, images_per_second: float, bar: tqdm) -> None:
         bar.update()
-        bar.set_postfix_str(f"loss {loss.value.item():.4g}, {images_per_second:.1f} images/s", refresh=False)
+        others = [f"{name[:-5]} {value.item():.4g}, " for name, value in loss.logs.items() if name.endswith("/loss")]
+        bar.set_postfix_str(f"loss {loss.value.item():.4g}, {''.join(others)}{images_per_second:.1f} images/s", False)
         if self.step % self.config.logging_steps == 0:
-            values = {name: value.item() for name, value in loss.logs.items()}
-            values |= {"loss": loss.value.item(), "images_per_second": images_per_second}
+            values = {name: value.item() for name, value in (loss.logs | {"loss": loss.value}).items()}
             with optional(f"The tracker at step {self.step}"):
-                self.accelerator.log(values, step=self.step)
+                self.accelerator.log(values | {"images_per_second": images_per_second}, step=self.step)

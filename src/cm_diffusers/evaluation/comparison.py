@@ -1,6 +1,6 @@
 """Several pipelines on the same prompts or classes and seeds, measured against the same real images and teacher."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,10 +12,11 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.evaluation import metrics
+from cm_diffusers.evaluation.candidates import Candidate, common_side
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
-from cm_diffusers.evaluation.report import Row, Setting, hardware, row_names
+from cm_diffusers.evaluation.report import Keep, Row, Setting, forget, hardware, row_names
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline, reads_prompts, takes_classes
 from cm_diffusers.measured import REAL, TEACHER, weights_digest
 from cm_diffusers.models.classifier import ImageClassifier
@@ -69,16 +70,24 @@ class Comparison:
     Images may have any size: the extractor brings them to its own.
 
     Raises:
-        ValueError: wrong configuration; too few reference images; an extractor that cannot be loaded.
+        ValueError: wrong configuration; too few reference images; an extractor that cannot be loaded; a pipeline that
+            is none or that the reference cannot prompt.
     """
 
     def __init__(self, config: EvaluationConfig, data: ReferenceConfig) -> None:
-        self.names = _names(config)
-        self.config, self.device = config, PartialState().device
+        self.names, self.config, self.device = _names(config), config, PartialState().device
+        candidates = [Candidate.of(source) for source in self._sources]
+        self.side = data.resolution
         self.extractor = load_extractor(config.feature_extractor, self.device)
+        if config.clip_model:
+            metrics.load_clip(config.clip_model)
+        data = replace(data, resolution=data.resolution or common_side(candidates))
         self.reference, *others = load_references(data, config.num_images, 2)
+        for one in candidates:
+            self._check(one)
+            self._load(one.source)  # hours may pass before it is its turn
         self.labels = wanted_labels(self.extractor, self.reference)
-        self.real = extract_features(self.extractor, self.reference.images)
+        self.real = extract_features(self.extractor, self.reference.images, bar="real images")
         self.teacher: dict[float | None, Tensor] = {}
         self.weights = {
             name: weights_digest(source) for name, source in zip(self.names, config.pipelines, strict=True)
@@ -97,14 +106,41 @@ class Comparison:
             coverage_ceiling=metrics.coverage_ceiling(count, count),
         )
 
-    def run(self) -> list[Row]:
-        """Measures the teacher, longest first, then every pipeline."""
+    @property
+    def _sources(self) -> list[str]:
+        teacher = self.config.teacher
+        return self.config.pipelines if teacher is None else [teacher, *self.config.pipelines]
+
+    def _steps(self, source: str) -> list[int]:
+        """Of a pipeline; of the teacher the longest first."""
+        config = self.config
+        if source != config.teacher:
+            return config.num_inference_steps
+        return [config.reference_steps, *(n for n in config.num_inference_steps if n != config.reference_steps)]
+
+    def _check(self, candidate: Candidate) -> None:
+        """
+        Raises:
+            ValueError: The reference has not the captions or labels that the pipeline needs, or the pipeline not so many
+                steps.
+        """
+        candidate.check_steps(self._steps(candidate.source))
+        if candidate.reads_prompts:
+            _ = self.reference.prompts
+        elif candidate.takes_classes and None in self.reference.labels:
+            raise ValueError(f"{candidate.source} draws classes, but the reference names none: give --label_column.")
+
+    def run(self, keep: Keep = forget) -> list[Row]:
+        """Measures the teacher, longest first, then every pipeline.
+
+        Args:
+            keep: Gets all rows so far after each.
+        """
         config = self.config
         if config.teacher is not None:
-            steps = [config.reference_steps, *(n for n in config.num_inference_steps if n != config.reference_steps)]
-            self.measure(config.teacher, TEACHER, steps)
+            self.measure(config.teacher, TEACHER, self._steps(config.teacher), keep)
         for source, name in zip(config.pipelines, self.names, strict=True):
-            self.measure(source, name, config.num_inference_steps)
+            self.measure(source, name, config.num_inference_steps, keep)
         return self.rows
 
     def grid(self) -> Image.Image:
@@ -113,35 +149,43 @@ class Comparison:
         heads = self.reference.captions or ["" if label is None else str(label) for label in self.reference.labels]
         return image_grid(strips, labels, heads[:GRID_COLUMNS])
 
-    def measure(self, source: str, name: str, steps: list[int]) -> None:
-        """Rows and strips of one pipeline, at every guidance scale that it has not of its own.
-
-        Raises:
-            ValueError: The reference has not the captions or labels that the pipeline needs.
-        """
-        options = {"single_file_config": self.config.single_file_config}
-        pipe = load_pipeline(source, getattr(torch, self.config.dtype), self.device, **options)
+    def measure(self, source: str, name: str, steps: list[int], keep: Keep = forget) -> None:
+        """Rows and strips of one pipeline, at every guidance scale that it has not of its own; `keep` as for `run`."""
+        pipe = self._load(source)
         record = read_record(source)
         scales: list[float | None] = list(self.config.guidance_scales)
         if not reads_prompts(pipe):
             scales = [None]
         elif record is not None and record.guidance == "distilled":
             scales = [record.recommended_guidance_scale]
+        side = self.side or (record and record.resolution)
         for guidance in scales:
             for count in steps:
                 is_reference = source == self.config.teacher and count == self.config.reference_steps
-                self._measure(pipe, name, count, guidance, is_reference)
+                self._measure(pipe, name, count, guidance, side, is_reference)
+                keep(self.rows)
+
+    def _load(self, source: str) -> DiffusionPipeline:
+        config = self.config
+        dtype = getattr(torch, config.dtype)
+        return load_pipeline(source, dtype, self.device, single_file_config=config.single_file_config)
 
     def _measure(
-        self, pipe: DiffusionPipeline, name: str, steps: int, guidance: float | None, is_reference: bool
+        self,
+        pipe: DiffusionPipeline,
+        name: str,
+        steps: int,
+        guidance: float | None,
+        side: int | None,
+        is_reference: bool,
     ) -> None:
         config, asked, prompted = self.config, self._asked(pipe, name), reads_prompts(pipe)
         seeds = range(config.seed, config.seed + config.num_images)
         if prompted:
-            images, seconds = generate(pipe, asked, seeds, steps, guidance, config.eval_batch_size)
+            images, seconds = generate(pipe, asked, seeds, steps, guidance, config.eval_batch_size, side)
         else:
             images, seconds = generate_unprompted(pipe, seeds, steps, config.eval_batch_size, asked)
-        features = extract_features(self.extractor, images)
+        features = extract_features(self.extractor, images, bar="features")
         if is_reference:
             self.teacher[guidance] = features
         self.rows.append(
@@ -149,6 +193,7 @@ class Comparison:
                 "pipeline": name,
                 "num_inference_steps": steps,
                 "guidance_scale": guidance,
+                "resolution": images.shape[-1],
                 **self._quality(features, asked, self.labels),
                 "fid_teacher": self._to_teacher(features, guidance),
                 "clip_score": self._clip_score(images) if prompted else None,
@@ -174,7 +219,8 @@ class Comparison:
         features = extract_features(self.extractor, other.images)
         asked = other.captions or (None if None in other.labels else other.labels)
         quality = self._quality(features, asked, wanted_labels(self.extractor, other))
-        return {"pipeline": REAL, "num_inference_steps": None, "guidance_scale": None, **quality}
+        row = {"pipeline": REAL, "num_inference_steps": None, "guidance_scale": None}
+        return {**row, "resolution": other.images.shape[-1], **quality}
 
     def _quality(self, features: Tensor, asked: list[str] | list[int] | None, labels: list[int | None]) -> Row:
         """Of images that were asked to show something, also how varied they are for each, and whether they do."""

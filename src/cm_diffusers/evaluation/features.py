@@ -1,13 +1,19 @@
 """Networks that turn images into the features that the metrics compare."""
 
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm.auto import tqdm
 
 from cm_diffusers.extras import FIDELITY, missing
 from cm_diffusers.models.classifier import ImageClassifier
+
+
+VideoExtractor = Callable[[Tensor], Tensor]  # (N, F, 3, H, W) in [0, 1] -> (N, D)
 
 
 class InceptionFeatures(nn.Module):
@@ -53,14 +59,60 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassi
 
 
 @torch.no_grad()
-def extract_features(extractor: ImageClassifier | InceptionFeatures, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed in float32 on the extractor's device and kept there."""
+def extract_features(
+    extractor: ImageClassifier | InceptionFeatures, images: Tensor, batch_size: int = 64, bar: str | None = None
+) -> Tensor:
+    """Features (N, D) of images (N, 3, H, W) in [0, 1], computed in float32 on the extractor's device and kept there.
+
+    Args:
+        bar: Words of a progress bar; none without.
+
+    Raises:
+        ValueError: Some are not finite: LAPACK would end the process on them.
+    """
     device = next(extractor.parameters()).device
+    parts = tqdm(images.split(batch_size), bar, leave=False, disable=bar is None)
     with torch.autocast(device.type, enabled=False):
-        return torch.cat([extractor.features(part.to(device).float()) for part in images.split(batch_size)])
+        features = torch.cat([extractor.features(part.to(device).float()) for part in parts])
+    if broken := int((~features.isfinite().all(1)).sum()):
+        raise ValueError(
+            f"Features of {broken} of {len(images)} images are not finite: the images are not, or the extractor."
+        )
+    return features
 
 
 @torch.no_grad()
 def classify(extractor: ImageClassifier | InceptionFeatures, features: Tensor) -> Tensor | None:
     """Logits (N, K) of features (N, D) that `extract_features` made; None for an extractor that is no classifier."""
     return extractor.head(features) if isinstance(extractor, ImageClassifier) else None
+
+
+def load_video_extractor(name: str) -> VideoExtractor:
+    """
+    Args:
+        name: "module:function".
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"--video_extractor {name!r} is no module:function that can be imported: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"--video_extractor {name!r} is not callable: name a function of clips.")
+    return found
+
+
+def video_features(extractor: VideoExtractor, clips: Tensor) -> Tensor:
+    """Features (N, D) of clips (N, F, 3, H, W).
+
+    Raises:
+        ValueError: The extractor gives something else.
+    """
+    features = extractor(clips)
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(clips):
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"--video_extractor must give features (N, D), here N = {len(clips)}, but it gave {found}.")
+    return features

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
+from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 
@@ -138,6 +139,19 @@ def prompt_agreement(logits: Tensor, labels: Sequence[int | None]) -> float | No
     return (logits[known].argmax(1) == wanted).float().mean().item()
 
 
+def load_clip(model_id: str) -> tuple[CLIPModel, CLIPProcessor]:
+    """In float32.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+    try:
+        model = CLIPModel.from_pretrained(model_id, use_safetensors=True, dtype=torch.float32)
+        return model, CLIPProcessor.from_pretrained(model_id)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
+
+
 @torch.no_grad()
 def clip_score(images: Tensor, prompts: Sequence[str], model_id: str, batch_size: int = 32) -> float:
     """Mean of 100 * cosine between the CLIP embeddings of images (N, 3, H, W) in [0, 1] and of their prompts.
@@ -147,14 +161,10 @@ def clip_score(images: Tensor, prompts: Sequence[str], model_id: str, batch_size
     Raises:
         ValueError: if the CLIP model cannot be loaded.
     """
-    try:
-        model = CLIPModel.from_pretrained(model_id, use_safetensors=True, dtype=torch.float32)
-        processor = CLIPProcessor.from_pretrained(model_id)
-    except (OSError, ImportError) as error:
-        raise ValueError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
+    model, processor = load_clip(model_id)
     model.to(images.device).eval()
     total = 0.0
-    for start in range(0, len(images), batch_size):
+    for start in tqdm(range(0, len(images), batch_size), "CLIP score", leave=False):
         pixels = list((images[start : start + batch_size] * 255).round().byte().cpu())
         text = list(prompts[start : start + batch_size])
         inputs = processor(images=pixels, text=text, return_tensors="pt", padding=True, truncation=True)

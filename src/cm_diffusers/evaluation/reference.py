@@ -7,11 +7,15 @@ from typing import Literal
 import torch
 from datasets import Dataset
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
 from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text
+
+
+USUAL_SIDE = 512  # pixels, where nothing says how large images are
 
 
 @dataclass
@@ -31,7 +35,11 @@ class ReferenceConfig:
         help="Integer column; images are then taken from each class in turn, and a class-conditional pipeline is asked "
         "for these classes.",
     )
-    resolution: int = HfArg(default=512, help="Side of the square reference images, in pixels.")
+    resolution: int | None = HfArg(
+        default=None,
+        help="Side in pixels of the square reference images, and of what pipelines that read prompts draw; if not given, "
+        "each draws at the size of its training, and the reference has the largest of these.",
+    )
     interpolation_type: Literal["bilinear", "bicubic", "lanczos", "nearest"] = HfArg(
         default="lanczos", help="Filter that resizes the shorter side to --resolution."
     )
@@ -92,7 +100,8 @@ def load_references(config: ReferenceConfig, num_images: int | None, most: int) 
         ValueError: if there is no set, or an image cannot be read.
     """
     label = config.label_column
-    data = DataConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"})
+    known = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"}
+    data = DataConfig(**known | {"resolution": USUAL_SIDE if config.resolution is None else config.resolution})
     columns, missing = [label] if label else [], None
     try:
         rows = load_image_text(data, [config.caption_column, *columns])
@@ -110,7 +119,10 @@ def _take(
     rows: Dataset, order: list[int], config: ReferenceConfig, data: DataConfig, missing: str | None
 ) -> Reference:
     label, chosen = config.label_column, rows.select(order)
-    images = [_pixels(row[config.image_column], data, i) for i, row in zip(order, chosen, strict=True)]
+    images = [
+        _pixels(row[config.image_column], data, i)
+        for i, row in zip(order, tqdm(chosen, "Real images", delay=1), strict=True)
+    ]
     captions = None
     if missing is None:
         texts = [captions_of(value, config.caption_column) for value in chosen[config.caption_column]]

@@ -11,10 +11,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cm_diffusers.measured import BASELINES, distance_name, run_name
+from cm_diffusers.measured import BASELINES, distance_name, run_name, too_few
 
 
 Row = dict[str, str | int | float | None]
+Keep = Callable[[list[Row]], object]  # what is to be done with all rows so far after each
+PARTIAL = "partial"  # folder with the rows of an evaluation that has not ended
 
 COLUMNS = {  # key of a row -> heading, where the distance on the extractor's features is named, and format
     "pipeline": ("pipeline", "{}"),
@@ -44,6 +46,10 @@ class Setting:
     dtype: str
     batch_size: int
     coverage_ceiling: float
+
+
+def forget(rows: list[Row]) -> None:
+    """Keeps nothing until the end."""
 
 
 def hardware() -> str:
@@ -97,13 +103,24 @@ def filled_columns(rows: list[Row], columns: Mapping[str, tuple[str, str]]) -> s
 
 
 def markdown_table(rows: list[Row], setting: Setting) -> str:
-    """The table with the columns that hold a value, and the setting in words below it."""
+    """The table with the columns that hold a value, warnings, and the setting in words below it."""
+    sizes = sorted({row["resolution"] for row in rows if row.get("resolution")})
+    columns = headed(COLUMNS, setting.extractor) | ({"resolution": ("px", "{}")} if len(sizes) > 1 else {})
+    warnings = [OF_SIZES] * (len(sizes) > 1) + ([few] if (few := too_few(setting.num_images)) else [])
     return (
-        f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
+        f"{filled_columns(rows, columns)}\n\n"
+        + "".join(f"**{warning}**\n\n" for warning in warnings)
+        + f"{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
         f"reference {setting.reference}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
         "NFE counts steps: classifier-free guidance runs the network on both branches in each.\n"
     )
+
+
+OF_SIZES = (
+    "Rows have images of different sizes (px), which the extractor brings to one: distances and speed compare them only "
+    "roughly; --resolution draws all at one."
+)
 
 
 def plot(rows: list[Row], setting: Setting) -> Figure:
@@ -127,7 +144,14 @@ def plot(rows: list[Row], setting: Setting) -> Figure:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
+    warn_of_few(figure, setting.num_images)
     return figure
+
+
+def warn_of_few(figure: Figure, count: int, what: str = "images") -> None:
+    """Says above a plot of Fréchet distances that these are too few, if they are."""
+    if too_few(count):
+        figure.suptitle(f"{count} {what}: too few for Fréchet distances to be compared", color="firebrick", fontsize=9)
 
 
 def table_json(rows: list[Row], setting: object, weights: Mapping[str, str | None]) -> str:
@@ -149,14 +173,27 @@ def write_report(
     Args:
         weights: As for `table_json`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(rows, setting)
-    numbers = table_json(rows, setting, weights)
-    replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
-    replace_file(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
+    write_table(folder, table, table_json(rows, setting, weights))
     replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
     replace_file(folder / "plot.png", lambda path: plot(rows, setting).savefig(path, dpi=150, format="png"))
+    remove_partial(folder)
     return table
+
+
+def write_table(folder: Path, table: str, numbers: str) -> None:
+    """`table.md` and `table.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
+    replace_file(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
+
+
+def remove_partial(folder: Path) -> None:
+    """The table of the rows so far, when that of all is written."""
+    for name in ("table.md", "table.json"):
+        (folder / PARTIAL / name).unlink(missing_ok=True)
+    if (folder / PARTIAL).is_dir() and not any((folder / PARTIAL).iterdir()):
+        (folder / PARTIAL).rmdir()
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.teachers import first_line, load_stock
+from cm_diffusers.models.teachers import check_finite, first_line, load_stock
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.pipelines.lora import load_lora
@@ -48,8 +48,8 @@ def load_pipeline(
     """
     folder = Path(source)
     if not is_single_file(source) and folder.exists() and not (folder / "model_index.json").is_file():
-        return load_pipeline(_base_model(folder), dtype, device, source, single_file_config)
-    if not folder.is_file() and _class_of(source) in WITHOUT_PROMPT:
+        return load_pipeline(base_model(folder), dtype, device, source, single_file_config)
+    if not folder.is_file() and pipeline_index(source).get("_class_name") in WITHOUT_PROMPT:
         pipe = ConsistencyPipeline.from_pretrained(source, dtype=dtype)
     else:
         pipe = load_stock(source, dtype, single_file_config if folder.is_file() else None)
@@ -58,17 +58,26 @@ def load_pipeline(
         pipe.safety_checker = None
     if lora is not None:
         _apply_lora(pipe, lora)
+    check_finite(lora or source, pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def _class_of(source: str) -> str:
+def pipeline_index(source: str) -> dict[str, Any]:
+    """The `model_index.json` of a folder or Hub repository.
+
+    Raises:
+        ValueError: There is none in reach.
+    """
     try:
-        return DiffusionPipeline.load_config(source)["_class_name"]
-    except (OSError, KeyError) as error:
+        index = DiffusionPipeline.load_config(source)
+    except OSError as error:
         raise ValueError(
             f"{source!r} is neither a pipeline folder here nor a Hub id in reach: {first_line(error)}"
         ) from error
+    if not isinstance(index, dict):
+        raise ValueError(f"The model_index.json of {source!r} holds a {type(index).__name__}; get it anew.")
+    return index
 
 
 def _as_recorded(pipe: DiffusionPipeline, source: str) -> None:
@@ -82,7 +91,12 @@ def _as_recorded(pipe: DiffusionPipeline, source: str) -> None:
         pipe.scheduler = getattr(diffusers, scheduler.pop("_class_name", "LCMScheduler")).from_config(scheduler)
 
 
-def _base_model(folder: Path) -> str:
+def base_model(folder: Path) -> str:
+    """Where the base model of a LoRA in a folder is.
+
+    Raises:
+        ValueError: There is no LoRA, or none with a record.
+    """
     if not (folder / LORA_WEIGHTS).is_file():
         raise ValueError(f"{str(folder)!r} is no pipeline folder: it has neither model_index.json nor {LORA_WEIGHTS}.")
     record = read_record(folder)

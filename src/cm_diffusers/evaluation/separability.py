@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +14,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
+from cm_diffusers.evaluation.candidates import Candidate, check_output
+from cm_diffusers.evaluation.reference import USUAL_SIDE, ReferenceConfig, load_reference
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
 from cm_diffusers.models.vision_critic import FeatureNetwork, load_backbone
 from cm_diffusers.ranges import check_ranges
-from cm_diffusers.record import read_record
 
 
 @dataclass
@@ -64,11 +64,17 @@ def rank_backbones(config: RankingConfig, data: ReferenceConfig) -> list[Separab
     """A row for each backbone, the most accurate first.
 
     Raises:
-        ValueError: A backbone, the student or the data cannot be read, or there is no guidance scale.
+        ValueError: A backbone, the student or the data cannot be read, or there is no guidance scale, or no place for
+            the results.
     """
+    check_output(config.output_dir)
+    student = Candidate.of(config.pipeline)
+    guidance = guidance_of(config, student)
+    student.check_steps([config.num_inference_steps])
     device, networks = PartialState().device, [load_backbone(name) for name in config.backbones]
-    reference = load_reference(data, config.num_images)
-    real, fake = real_and_generated(config, reference.images, reference.prompts, data.resolution, device)
+    side = data.resolution or student.side or USUAL_SIDE
+    reference = load_reference(replace(data, resolution=side), config.num_images)
+    real, fake = real_and_generated(config, reference.images, reference.prompts, side, guidance, device)
     rows = []
     for name, network in zip(config.backbones, networks, strict=True):
         network.to(device)
@@ -78,15 +84,22 @@ def rank_backbones(config: RankingConfig, data: ReferenceConfig) -> list[Separab
     return sorted(rows, key=lambda row: (-row.accuracy, row.cross_entropy))
 
 
+def guidance_of(config: RankingConfig, student: Candidate) -> float:
+    """That it is sampled with.
+
+    Raises:
+        ValueError: Neither flag nor record tells.
+    """
+    if config.guidance_scale is None and student.record is None:
+        raise ValueError(f"{config.pipeline} has no record that recommends a guidance scale: give --guidance_scale.")
+    return student.record.recommended_guidance_scale if config.guidance_scale is None else config.guidance_scale
+
+
 def real_and_generated(
-    config: RankingConfig, images: Tensor, prompts: list[str], resolution: int, device: torch.device
+    config: RankingConfig, images: Tensor, prompts: list[str], resolution: int, guidance: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Both as the critic meets them, decoded from latents, and with the same rounding; each (N, 3, R, R) in [0, 1]."""
     pipe = load_pipeline(config.pipeline, getattr(torch, config.dtype), device)
-    guidance, record = config.guidance_scale, read_record(config.pipeline)
-    if guidance is None and record is None:
-        raise ValueError(f"{config.pipeline} has no record that recommends a guidance scale: give --guidance_scale.")
-    guidance = record.recommended_guidance_scale if guidance is None else guidance
     seeds = range(config.seed, config.seed + len(prompts))
     steps, batch_size = config.num_inference_steps, config.eval_batch_size
     fake, _ = generate(pipe, prompts, seeds, steps, guidance, batch_size, resolution)

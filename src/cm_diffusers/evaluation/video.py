@@ -1,7 +1,6 @@
 """Several video pipelines on the same prompts and seeds, measured against the same real clips."""
 
-import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,25 +10,38 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.sources import source_name
 from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.evaluation import motion
-from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
+from cm_diffusers.evaluation.features import (
+    classify,
+    extract_features,
+    load_extractor,
+    load_video_extractor,
+    video_features,
+)
 from cm_diffusers.evaluation.metrics import frechet_distance, label_in_prompt, prompt_agreement
 from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
-from cm_diffusers.evaluation.report import Row, hardware, row_names
+from cm_diffusers.evaluation.report import Keep, Row, forget, hardware, row_names
 from cm_diffusers.evaluation.video_report import Shown, VideoSetting
-from cm_diffusers.evaluation.video_sampling import OF_ADAPTER, generate_clips, load_video_pipeline, load_video_teacher
+from cm_diffusers.evaluation.video_sampling import (
+    OF_ADAPTER,
+    check_video_pipeline,
+    check_video_teacher,
+    generate_clips,
+    load_video_pipeline,
+    load_video_teacher,
+)
 from cm_diffusers.measured import REAL_CLIPS, TEACHER, clips_of, weights_digest
 from cm_diffusers.models.motion import MotionConfig
 from cm_diffusers.places import public
 from cm_diffusers.record import read_record
 
 
-VideoExtractor = Callable[[Tensor], Tensor]  # (N, F, 3, H, W) in [0, 1] -> (N, D)
 Measurements = dict[str, Tensor]
 FIRST_REAL = "real"  # the reference
 
@@ -85,7 +97,8 @@ class VideoComparison:
     Clips are measured in batches and not kept. Pipelines get the captions of the real clips.
 
     Raises:
-        ValueError: wrong configuration; too few real clips; an extractor that cannot be loaded.
+        ValueError: wrong configuration; too few real clips; an extractor that cannot be loaded; a pipeline
+            that is none.
     """
 
     def __init__(self, config: VideoEvaluationConfig, data: VideoDataConfig, adapter: MotionConfig) -> None:
@@ -93,10 +106,11 @@ class VideoComparison:
         if config.teacher is None:
             refuse_changed(adapter, f"pretrained_motion_adapter {OF_ADAPTER}", "without --teacher")
         self.config, self.data, self.adapter, self.device = config, data, adapter, PartialState().device
+        self._check_pipelines()
         self.extractor = load_extractor(config.feature_extractor, self.device)
         self.video_extractor = load_video_extractor(config.video_extractor) if config.video_extractor else None
         self.reference, *others = load_real_clips(data, config.num_videos, 2)
-        self.real, shown = self._measured(self.reference.batches(config.eval_batch_size))
+        self.real, shown = self._measured(self._read(self.reference))
         self.weights = {
             name: weights_digest(source) for name, source in zip(self.names, config.pipelines, strict=True)
         }
@@ -104,26 +118,39 @@ class VideoComparison:
         self.setting = self._setting(motion.static_threshold(self.real["frame_change"]))
         self.rows = [self._row_of_real(other) for other in others]
 
-    def run(self) -> list[Row]:
-        """Measures the teacher, longest first, then every pipeline."""
+    def _check_pipelines(self) -> None:
+        shape = self.data.sample_n_frames, self.data.resolution
+        if self.config.teacher is not None:
+            check_video_teacher(self.config.teacher, self.adapter, *shape)
+        for source in self.config.pipelines:
+            check_video_pipeline(source, *shape)
+
+    def run(self, keep: Keep = forget) -> list[Row]:
+        """Measures the teacher, longest first, then every pipeline.
+
+        Args:
+            keep: Gets all rows so far after each.
+        """
         config, data, dtype = self.config, self.data, getattr(torch, self.config.dtype)
         if config.teacher is not None:
             steps = [config.teacher_steps, *(n for n in config.num_inference_steps if n != config.teacher_steps)]
             pipe = load_video_teacher(config.teacher, self.adapter, data.sample_n_frames, dtype, self.device)
-            self._measure(pipe, TEACHER, steps, config.guidance_scales)
+            self._measure(pipe, TEACHER, steps, config.guidance_scales, keep)
         for source, name in zip(config.pipelines, self.names, strict=True):
-            self.measure(source, name, config.num_inference_steps)
+            self.measure(source, name, config.num_inference_steps, keep)
         return self.rows
 
-    def measure(self, source: str, name: str, steps: Sequence[int]) -> None:
-        """Rows and shown clips of one pipeline, at every guidance scale that it has not of its own."""
+    def measure(self, source: str, name: str, steps: Sequence[int], keep: Keep = forget) -> None:
+        """Rows and shown clips of one pipeline, at every guidance scale that it has not of its own; `keep` as for `run`."""
         record = read_record(source)
         own = record is not None and record.guidance != "embedded"
         scales = [record.recommended_guidance_scale] if own else self.config.guidance_scales
         pipe = load_video_pipeline(source, getattr(torch, self.config.dtype), self.device)
-        self._measure(pipe, name, steps, scales)
+        self._measure(pipe, name, steps, scales, keep)
 
-    def _measure(self, pipe: DiffusionPipeline, name: str, steps: Sequence[int], scales: Sequence[float]) -> None:
+    def _measure(
+        self, pipe: DiffusionPipeline, name: str, steps: Sequence[int], scales: Sequence[float], keep: Keep = forget
+    ) -> None:
         config, captions = self.config, self.reference.captions
         seeds = range(config.seed, config.seed + len(captions))
         shape = self.data.sample_n_frames, self.data.resolution
@@ -134,6 +161,7 @@ class VideoComparison:
             speed = {"seconds_per_clip": _mean(found["seconds"])}
             self.rows.append(row | self._quality(found, captions) | speed)
             self.shown.append(Shown(name, f"{name}, {count} steps, {scale:g}", shown))
+            keep(self.rows)
 
     def _setting(self, threshold: float) -> VideoSetting:
         config, data, clips = self.config, self.data, self.reference.views
@@ -156,9 +184,13 @@ class VideoComparison:
 
     def _row_of_real(self, other: RealClips) -> Row:
         """Real clips measured as if a pipeline had drawn them: what chance alone leaves of each number."""
-        found, _ = self._measured(other.batches(self.config.eval_batch_size))
+        found, _ = self._measured(self._read(other))
         row = {"pipeline": REAL_CLIPS, "num_inference_steps": None, "guidance_scale": None}
         return row | self._quality(found, other.captions)
+
+    def _read(self, clips: RealClips) -> Iterable[tuple[Tensor, float]]:
+        size = self.config.eval_batch_size
+        return tqdm(clips.batches(size), "real clips", -(-len(clips.rows) // size), leave=False)
 
     def _measured(self, batches: Iterable[tuple[Tensor, float]]) -> tuple[Measurements, Tensor]:
         """What is measured of each clip, and the first clips, of batches and the seconds that they took."""
@@ -187,7 +219,7 @@ class VideoComparison:
         if (logits := classify(self.extractor, content[:, content.shape[1] // 2])) is not None:
             found["logits"] = logits
         if self.video_extractor is not None:
-            found["videos"] = _video_features(self.video_extractor, clips)
+            found["videos"] = video_features(self.video_extractor, clips)
         return found
 
     def _features(self, clips: Tensor) -> Tensor:
@@ -226,32 +258,6 @@ class VideoComparison:
         return prompt_agreement(
             logits, [None if motion.is_turning(c) else label_in_prompt(c, names) for c in captions]
         )
-
-
-def load_video_extractor(name: str) -> VideoExtractor:
-    """
-    Args:
-        name: "module:function".
-
-    Raises:
-        ValueError: There is no such function.
-    """
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(f"--video_extractor {name!r} is no module:function that can be imported: {error}.") from error
-    if not callable(found):
-        raise ValueError(f"--video_extractor {name!r} is not callable: name a function of clips.")
-    return found
-
-
-def _video_features(extractor: VideoExtractor, clips: Tensor) -> Tensor:
-    features = extractor(clips)
-    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(clips):
-        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"--video_extractor must give features (N, D), here N = {len(clips)}, but it gave {found}.")
-    return features
 
 
 def _mean(values: Tensor) -> float | None:

@@ -10,8 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.report import Row, filled_columns, headed, replace_file, table_json
-from cm_diffusers.measured import clips_of
+from cm_diffusers.evaluation.report import (
+    Row,
+    filled_columns,
+    headed,
+    remove_partial,
+    replace_file,
+    table_json,
+    warn_of_few,
+    write_table,
+)
+from cm_diffusers.measured import clips_of, too_few
 
 
 COLUMNS = {  # key of a row -> heading and format
@@ -68,8 +77,11 @@ class Shown(NamedTuple):
 
 def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
     """The table with the columns that hold a value, and the setting in words below it."""
+    few = too_few(setting.num_clips * setting.frames_per_clip, "frames")
     return (
-        f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
+        f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n"
+        + (f"**{few}**\n\n" if few else "")
+        + f"{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
         f"{setting.seed}, extractor {setting.extractor}, reference {setting.reference}. Direction: at least "
         f"{setting.min_speed:g} px per frame; chance is 0.25 for clips that move and 0 for static ones. Static: mean frame "
         f"change below {setting.static_threshold:.4f}. Drifts: distance to the first frame, of features and of colours. "
@@ -99,6 +111,7 @@ def plot(rows: list[Row], setting: VideoSetting) -> Figure:
         axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend()
+    warn_of_few(figure, setting.num_clips * setting.frames_per_clip, "frames")
     return figure
 
 
@@ -118,18 +131,16 @@ def write_report(
     Args:
         weights: As for `table_json`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(rows, setting)
-    numbers = table_json(rows, setting, weights)
+    write_table(folder, table, table_json(rows, setting, weights))
     frames = [f"frame {number + 1}" for number in range(setting.num_frames)]
     heads = [f"{prompts[0]}: {frames[0]}", *frames[1:]]
     grid = image_grid([part.clips[0] for part in shown], [part.label for part in shown], heads)
-    replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
-    replace_file(folder / "table.json", lambda path: path.write_text(numbers, "utf-8"))
     replace_file(folder / "plot.png", lambda path: plot(rows, setting).savefig(path, dpi=150, format="png"))
     replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
     for name in dict.fromkeys(part.pipeline for part in shown):
         write_animation(folder / clips_of(name), [part for part in shown if part.pipeline == name], prompts)
+    remove_partial(folder)
     return table
 
 

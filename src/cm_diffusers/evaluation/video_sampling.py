@@ -1,15 +1,20 @@
 """Loading any pipeline of clips, and drawing reproducible clips from it."""
 
 import inspect
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, MotionAdapter, SchedulerMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.evaluation.candidates import Candidate, check_weights
 from cm_diffusers.evaluation.sampling import load_pipeline
 from cm_diffusers.models.motion import (
     MotionConfig,
@@ -20,9 +25,10 @@ from cm_diffusers.models.motion import (
     video_pipeline,
 )
 from cm_diffusers.pipelines.pipeline_consistency_video import ConsistencyVideoPipeline
-from cm_diffusers.record import read_record
+from cm_diffusers.record import base_model_of, read_record
 
 
+logger = logging.getLogger(__name__)
 OF_ADAPTER = "motion_adapter_revision beta_schedule"
 
 
@@ -42,6 +48,64 @@ def load_video_pipeline(
         raise ValueError(f"{source!r} is a {type(pipe).__name__}, which makes no clips; give a video pipeline.")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_video_pipeline(source: str, num_frames: int, resolution: int) -> None:
+    """Looks at its files before anything is loaded; logs where it was trained for other clips.
+
+    Raises:
+        ValueError: There is no such pipeline, or one of images, or weights are missing or damaged.
+    """
+    record = read_record(source)
+    if record is None:
+        kind = Candidate.of(source).index.get("_class_name")
+        known = getattr(diffusers, str(kind), None)
+        if known is not None and "num_frames" not in inspect.signature(known.__call__).parameters:
+            raise ValueError(f"{source!r} is a {kind}, which makes no clips; give a video pipeline.")
+        return
+    Candidate.of(source if (Path(source) / "model_index.json").is_file() else base_model_of(record, source))
+    check_weights(Path(source).glob("*.safetensors"))
+    trained, asked = (record.num_frames, record.resolution), (num_frames, resolution)
+    if any(there not in (None, here) for there, here in zip(trained, asked, strict=True)):
+        logger.warning(
+            "%s was trained on clips of %s frames and %s px, and is measured on %s frames and %s px: --sample_n_frames and "
+            "--resolution say so.",
+            source,
+            *trained,
+            *asked,
+        )
+
+
+def check_video_teacher(source: str, config: MotionConfig, num_frames: int, resolution: int) -> None:
+    """As `check_video_pipeline`, of what `load_video_teacher` takes.
+
+    Raises:
+        ValueError: As there; or the motion adapter is none, or does not take so many frames.
+    """
+    if config.pretrained_motion_adapter is None:
+        refuse_changed(config, OF_ADAPTER, "without --pretrained_motion_adapter")
+        check_video_pipeline(source, num_frames, resolution)
+        return
+    Candidate.of(source)
+    check_weights(Path(config.pretrained_motion_adapter).glob("*.safetensors"))
+    most = adapter_config(config).get("motion_max_seq_length", num_frames)
+    if num_frames > most:
+        raise ValueError(
+            f"--sample_n_frames {num_frames} is more than the {most} frames that the motion adapter takes."
+        )
+
+
+def adapter_config(config: MotionConfig) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: There is no motion adapter.
+    """
+    source = config.pretrained_motion_adapter
+    try:
+        return MotionAdapter.load_config(source, revision=config.motion_adapter_revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source!r} holds no motion adapter that can be loaded ({reason}).") from error
 
 
 def load_video_teacher(

@@ -40,8 +40,9 @@ def check_stored(
         given: Names of networks that came from elsewhere.
 
     Raises:
-        ValueError: A file lacks weights, holds unknown ones, or integers in place of numbers.
+        ValueError: A file lacks weights, holds unknown ones, or integers in place of numbers; or a tokenizer its words.
     """
+    _check_tokenizers(pipe, source)
     folder = Path(source)
     if not folder.is_dir():
         try:
@@ -54,6 +55,18 @@ def check_stored(
         dtypes = _stored(folder / name, variant) if _is_of(network, folder / name) else None
         if dtypes is not None:
             check_weights(f"The {name} of {source}", network, dtypes)
+
+
+def _check_tokenizers(pipe: DiffusionPipeline, source: str | Path) -> None:
+    """transformers makes one of two words where there is no file of it."""
+    for suffix in ("", "_2"):
+        words, tower = getattr(pipe, f"tokenizer{suffix}", None), getattr(pipe, f"text_encoder{suffix}", None)
+        known = getattr(getattr(tower, "config", None), "vocab_size", 0)
+        if words is not None and 2 * len(words) < known:
+            raise ValueError(
+                f"The tokenizer{suffix} of {source} has {len(words)} words of the {known} that its text encoder knows, so its "
+                "files are missing; get a whole checkpoint."
+            )
 
 
 def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None:

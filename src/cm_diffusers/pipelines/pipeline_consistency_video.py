@@ -157,7 +157,7 @@ class ConsistencyVideoPipeline(VideoLoaderMixin, AnimateDiffPipeline):
 
         Args:
             prompt: What to show; with FreeNoise also a dict of frames with what is shown from them on.
-            num_frames: F; by default 16, or as many as the motion adapter takes. More than it takes need
+            num_frames: F; by default those of the student's training or 16, or as many as the motion adapter takes. More than it takes need
                 `enable_free_noise`.
             height, width: In pixels, multiples of `vae_scale_factor`; by default the size of training.
             num_inference_steps: By default what the student recommends.

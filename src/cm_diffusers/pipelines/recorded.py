@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +32,7 @@ class RecordedMixin:
     def record(self) -> Record | None:
         """How the student was made; None where the checkpoint does not tell."""
         entry = self.config.get("record")
-        return entry and Record(**{field.name: entry[field.name] for field in fields(Record)})
+        return entry and Record.of(entry)
 
     @property
     def training(self) -> dict[str, Any] | None:

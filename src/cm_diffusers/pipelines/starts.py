@@ -5,13 +5,14 @@ from collections.abc import Iterable
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from cm_diffusers.pipelines.checks import check_channels, check_size, check_strength, image_size
 from cm_diffusers.pipelines.latents import Generators, encode
+from cm_diffusers.record import Record
 
 
 class FromNoise:
@@ -24,12 +25,12 @@ class FromNoise:
         check_channels(pipe, (pipe.vae.config.latent_channels,), advice)
 
     def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the result in pixels; by default, what the UNet was trained with.
+        """Height and width of the result in pixels; by default those of the student's training, or the UNet's.
 
         Raises:
-            ValueError: They are no multiples of `vae_scale_factor`, or missing where the UNet's config does not say a size.
+            ValueError: They are no multiples of `vae_scale_factor`, or missing where nothing says a size.
         """
-        size = sided((height, width), trained_size(pipe) or (None, None))
+        size = sided((height, width), native_size(pipe.unet, pipe.vae_scale_factor, pipe.record) or (None, None))
         if None in size:
             raise ValueError(
                 "The UNet's config does not say the size it was trained with (sample_size); give height and width."
@@ -65,6 +66,19 @@ class FromNoise:
         return latents
 
 
+def native_size(unet: ModelMixin, factor: int, record: Record | None) -> tuple[int, int] | None:
+    """Height and width in pixels that a network was trained at: by its record, or else by its config; None if neither says.
+
+    Args:
+        factor: By which the VAE makes images smaller.
+    """
+    if record is not None and record.resolution:
+        return record.resolution, record.resolution
+    sample = unet.config.sample_size
+    height, width = sample if isinstance(sample, list | tuple) else (sample, sample)
+    return None if sample is None else (height * factor, width * factor)
+
+
 class FromImage(FromNoise):
     """Image to image: the schedule begins at the share `strength` of the training grid."""
 
@@ -80,7 +94,7 @@ class FromImage(FromNoise):
         """
         factor, channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
         raw, own = image_size(self.image, factor, -1), image_size(self.image, factor, channels)
-        trained = trained_size(pipe)
+        trained = native_size(pipe.unet, factor, pipe.record)
         if raw != own and None in (height, width) and trained and min(raw) >= min(trained):
             raise ValueError(
                 f"An image of {channels} channels is read as latents, here of {own[0]} x {own[1]} pixels; give 3 channels if "
@@ -181,13 +195,6 @@ class FromMaskedImage(FromImage):
         following = self.timesteps[step + 1 : step + 2]
         known = pipe.scheduler.add_noise(self.known, self.noise, following) if len(following) else self.known
         return (1 - self.mask) * known + self.mask * latents
-
-
-def trained_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
-    """Height and width in pixels that the UNet was trained with, where its config says so."""
-    sample = pipe.unet.config.sample_size
-    sample = (sample, sample) if isinstance(sample, int) else sample
-    return sample and tuple(side * pipe.vae_scale_factor for side in sample)
 
 
 def sided(asked: Iterable[int | None], default: Iterable[int]) -> tuple[int, int]:

@@ -153,7 +153,8 @@ def _check_prompts(pipe: DiffusionPipeline, ask: ClipRequest) -> None:
 
 def _frames(pipe: DiffusionPipeline, ask: ClipRequest) -> int:
     most = pipe.unet.config.motion_max_seq_length
-    frames = min(USUAL_FRAMES, most) if ask.num_frames is None else ask.num_frames
+    usual = min((pipe.record and pipe.record.num_frames) or USUAL_FRAMES, most)
+    frames = usual if ask.num_frames is None else ask.num_frames
     if frames > most and not pipe.free_noise_enabled:
         raise ValueError(
             f"num_frames is {frames}, but the motion adapter takes at most {most}; ask for fewer, or call "

@@ -96,6 +96,7 @@ def _values(record: Record, provenance: Provenance, base: str) -> dict[str, obje
         "steps": record.recommended_num_inference_steps,
         "scale": float(record.recommended_guidance_scale),
         "frames": provenance.settings.get("sample_n_frames", 16),
+        "size": f", height={record.resolution}, width={record.resolution}" if record.resolution else "",
         "weights": LORA_WEIGHTS,
         "original": record.scheduler.get("original_inference_steps", 50),
         "scaling": record.scheduler.get("timestep_scaling", 10.0),
@@ -151,7 +152,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
 """
 AS_RECOMMENDED = 'image = pipe("your prompt").images[0]'
-CALL = 'image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}).images[0]'
+CALL = 'image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}{size}).images[0]'
 LORA_ALONE = """
 from diffusers import DiffusionPipeline, LCMScheduler
 
@@ -177,7 +178,7 @@ pipe = AnimateDiffPipeline.from_pretrained("{base}", motion_adapter=adapter)
 pipe.scheduler = LCMScheduler.from_pretrained("{name}")
 pipe.load_lora_weights("{name}")
 frames = pipe(
-    "your prompt", num_frames={frames}, num_inference_steps={steps}, guidance_scale={scale}
+    "your prompt", num_frames={frames}, num_inference_steps={steps}, guidance_scale={scale}{size}
 ).frames[0]
 """
 FROM_THE_RECORD = "With the package; scheduler, steps and guidance come from the record beside the weights:"

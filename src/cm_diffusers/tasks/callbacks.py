@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import placed
 from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.errors import optional
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
@@ -29,7 +31,7 @@ class ValidationConfig:
     """Grids of samples while training: fixed prompts and seeds, a row for each number of steps."""
 
     validation_prompts: list[str] | None = HfArg(default=None, help="Prompts to sample; none, no grids.")
-    validation_steps: int = HfArg(default=500, help="Optimizer steps between grids.")
+    validation_steps: int = HfArg(default=500, help="Optimizer steps between grids; one more at the end.")
     validation_seeds: list[int] = HfArg(default_factory=lambda: [0, 1], help="Seeds sampled for each prompt.")
     validation_nfe: list[int] = HfArg(
         default_factory=lambda: [1, 2, 4, 8], help="Sampling steps, a row of the grid each."
@@ -43,14 +45,53 @@ class ValidationConfig:
         check_ranges(self)
 
 
+@dataclass(frozen=True)
+class SampleGrids:
+    """A callback that saves `samples/step-<n>.png` and shows it in the tracker: at intervals, and when training ends.
+
+    Attributes:
+        interval: Optimizer steps between grids.
+        draw: The grid of what the trainer has.
+        wanted: Whether anything is to be drawn.
+    """
+
+    interval: int
+    draw: Callable[[Trainer], Image.Image]
+    wanted: bool = True
+
+    def __call__(self, trainer: Trainer, loss: Loss) -> None:
+        if trainer.step % self.interval == 0 or has_ended(trainer):
+            self.show(trainer)
+
+    def show(self, trainer: Trainer) -> None:
+        if self.wanted and trainer.accelerator.is_main_process:
+            publish_grid(trainer, self.draw(trainer))
+
+
+def has_ended(trainer: Trainer) -> bool:
+    """Whether the step just taken is the last."""
+    return trainer.step == trainer.config.max_train_steps or bool(trainer.stopping)
+
+
+def show_end(trainer: Trainer) -> None:
+    """The grid of a training's end, where a run that was stopped after its last checkpoint has not drawn it.
+
+    One that cannot be drawn is a warning: the result is worth more.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, SampleGrids) and not grid_path(trainer).is_file():
+            with optional("The last grid"):
+                callback.show(trainer)
+
+
 def sample_grid(
     config: ValidationConfig,
     make_pipeline: Callable[[nn.Module], DiffusionPipeline],
     teacher: DiffusionPipeline | None = None,
     guidance_scale: float | None = None,
     resolution: int | None = None,
-) -> Callable[[Trainer, Loss], None]:
-    """A callback that saves `samples/step-<n>.png` and shows it in the tracker.
+) -> SampleGrids:
+    """Grids of a text-to-image student.
 
     Args:
         make_pipeline: Student network -> the pipeline it will be published in; there is no other sampling path.
@@ -67,10 +108,8 @@ def sample_grid(
         with placed(tuple(others), pipe.unet.device):
             return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
 
-    def callback(trainer: Trainer, loss: Loss) -> None:
-        if not prompts or trainer.step % config.validation_steps or not trainer.accelerator.is_main_process:
-            return
-        names = [f"{steps} steps" for steps in config.validation_nfe]
+    def draw(trainer: Trainer) -> Image.Image:
+        names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
         if teacher is not None:
             names.insert(0, f"teacher, {config.validation_teacher_steps}")
             if not rows:
@@ -82,10 +121,9 @@ def sample_grid(
             cast = pipe.unet.dtype != torch.float32  # below a LoRA
             with trainer.accelerator.autocast() if cast else nullcontext():
                 samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
-        grid = image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
-        publish_grid(trainer, grid)
+        return image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
 
-    return callback
+    return SampleGrids(config.validation_steps, draw, bool(prompts))
 
 
 @dataclass
@@ -96,7 +134,7 @@ class ImageValidationConfig:
     validation_prompts: list[str] | None = HfArg(
         default=None, help="Prompts of a model that reads text, one after the other; none, no grids of it."
     )
-    validation_steps: int = HfArg(default=500, help="Optimizer steps between grids.")
+    validation_steps: int = HfArg(default=500, help="Optimizer steps between grids; one more at the end.")
     validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2], help="Sampling steps, a row of the grid each.")
 
     def __post_init__(self) -> None:
@@ -108,7 +146,7 @@ def image_grids(
     make_pipeline: Callable[[nn.Module], DiffusionPipeline],
     scheduler: EDMConsistencyScheduler,
     resolution: int | None = None,
-) -> Callable[[Trainer, Loss], None]:
+) -> SampleGrids:
     """As `sample_grid`, for models in EDM's coordinates, which most often take no prompts.
 
     Args:
@@ -132,27 +170,28 @@ def image_grids(
             return generate(pipe, captions, range(count), steps, 1.0, count, resolution)[0]
         return generate_unprompted(pipe, range(count), steps, count)[0]
 
-    def callback(trainer: Trainer, loss: Loss) -> None:
-        due = trainer.step % config.validation_steps == 0 and trainer.accelerator.is_main_process
-        if not due or not count or (resolution is not None and not prompts):
-            return
+    def draw(trainer: Trainer) -> Image.Image:
         with trainer.export_weights() as student:
             pipe = make_pipeline(student)
             samples = [sample(pipe, steps) for steps in config.validation_nfe]
         names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
-        publish_grid(trainer, image_grid(samples, names, captions))
+        return image_grid(samples, names, captions)
 
-    return callback
+    return SampleGrids(config.validation_steps, draw, bool(count and (resolution is None or prompts)))
 
 
 def publish_grid(trainer: Trainer, grid: Image.Image) -> None:
     """Saves `samples/step-<n>.png` and shows it in the tracker."""
-    folder = trainer.output_dir / "samples"
-    folder.mkdir(exist_ok=True)
-    replace_file(folder / f"step-{trainer.step:06d}.png", partial(grid.save, format="PNG"))
+    path = grid_path(trainer)
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, partial(grid.save, format="PNG"))
     pixels, name = np.asarray(grid.convert("RGB")), trainer.config.report_to
     for tracker in trainer.accelerator.trackers:
         TRACK_IMAGE[name](tracker, pixels, trainer.step)
+
+
+def grid_path(trainer: Trainer) -> Path:
+    return trainer.output_dir / "samples" / f"step-{trainer.step:06d}.png"
 
 
 def _to_trackio(tracker: GeneralTracker, pixels: np.ndarray, step: int) -> None:

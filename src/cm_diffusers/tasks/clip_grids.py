@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from cm_diffusers.engine.cli import refuse_changed
@@ -11,8 +12,7 @@ from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.models.motion import video_pipeline
 from cm_diffusers.tasks.animatelcm import Parts, Stage, StageConfig
-from cm_diffusers.tasks.callbacks import ValidationConfig, publish_grid, sample_grid
-from cm_diffusers.types import Loss
+from cm_diffusers.tasks.callbacks import SampleGrids, ValidationConfig, sample_grid
 
 
 def clip_grid(
@@ -22,8 +22,8 @@ def clip_grid(
     resolution: int,
     guidance_scale: float,
     teacher: DiffusionPipeline | None = None,
-) -> Callable[[Trainer, Loss], None]:
-    """A callback that saves `samples/step-<n>.png` and shows it in the tracker.
+) -> SampleGrids:
+    """As `sample_grid`, of clips.
 
     Args:
         make_pipeline: Trained network -> the pipeline it samples in.
@@ -50,9 +50,7 @@ def clip_grid(
         ).frames
         return frames[0].float().cpu()
 
-    def callback(trainer: Trainer, loss: Loss) -> None:
-        if not asked or trainer.step % config.validation_steps or not trainer.accelerator.is_main_process:
-            return
+    def draw(trainer: Trainer) -> Image.Image:
         if teacher is not None and not above:
             steps = config.validation_teacher_steps
             with trainer.accelerator.autocast():
@@ -62,15 +60,14 @@ def clip_grid(
             pipe = make_pipeline(network)
             for steps in config.validation_nfe:
                 rows += sample(pipe, str(steps), steps, guidance_scale)
-        grid = image_grid([clip for _, clip in rows], [name for name, _ in rows], [str(i) for i in range(num_frames)])
-        publish_grid(trainer, grid)
+        return image_grid([clip for _, clip in rows], [name for name, _ in rows], [str(i) for i in range(num_frames)])
 
-    return callback
+    return SampleGrids(config.validation_steps, draw, bool(asked))
 
 
 def stage_grid(
     config: StageConfig, validation: ValidationConfig, stage: Stage, teacher: Parts, num_frames: int, resolution: int
-) -> list[Callable[[Trainer, Loss], None]]:
+) -> list[SampleGrids]:
     """The callbacks that draw sample grids, the teacher's on top.
 
     Args:

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.tasks.callbacks import ImageValidationConfig, image_grids
 from cm_diffusers.tasks.image_models import ClassConfig, ImageModel, NewModelConfig, StartConfig
 from cm_diffusers.tasks.publish import publish
+from cm_diffusers.tasks.summary import announce
 from cm_diffusers.types import Networks
 
 
@@ -119,7 +120,8 @@ def train_images(
     grids = image_grids(validation, lambda unet: model.sampler(unet, scheduler), scheduler, resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
-    trainer.fit(model.batches(data, classes, train.seed, *trainer.place))
+    batches = model.batches(data, classes, train.seed, *trainer.place)
+    trainer.fit(announce(trainer, batches, configs, "pipeline"))
     base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
     steps, guidance = len(scheduler.config.recommended_sigmas), "none" if model.pipe is None else "distilled"
     known = None if model.pipe else model.unet.config.num_class_embeds
@@ -128,7 +130,8 @@ def train_images(
     def save(unet: nn.Module, folder: Path, provenance: Provenance) -> None:
         pipe = model.pipeline(unet, scheduler)
         record = images_record(name, base or "", guidance, w, pipe.scheduler, steps)
+        record = replace(record, resolution=data.resolution)
         save_pipeline(pipe, folder, result.save_fp16, record, provenance)
 
-    if address := publish(trainer, "pipeline", describe, save, repo_id, hub):
+    if address := publish(trainer, "pipeline", configs, describe, save, repo_id):
         logger.info("Published: %s", address)

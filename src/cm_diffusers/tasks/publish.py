@@ -1,6 +1,6 @@
 """The end of a training: its result described, saved and pushed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,23 @@ from cm_diffusers.publishing.hub import HubConfig, push_folder
 from cm_diffusers.publishing.pipelines import save_lora, save_pipeline
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.record import Record
+from cm_diffusers.tasks.callbacks import show_end
+from cm_diffusers.tasks.summary import conclude
 
 
 def publish(
     trainer: Trainer,
     result: str,
+    configs: Sequence[object],
     describe: Callable[[str], Provenance],
     save: Callable[[nn.Module, Path, Provenance], None],
     repo_id: str | None,
-    hub: HubConfig,
 ) -> str | None:
-    """Save what was trained, push it where that was asked for, and end the run.
+    """Draw and save what was trained, say where it is and what comes next, push it where that was asked for, and end the run.
 
     Args:
         result: Name of its folder in that of the run.
+        configs: The script's dataclasses, the `HubConfig` among them.
         describe: Name that the card shall give -> provenance.
         save: (trained network, folder, provenance) -> None.
         repo_id: On the Hub; None to save alone.
@@ -36,10 +39,13 @@ def publish(
     address = None
     if trainer.accelerator.is_main_process:
         folder = trainer.output_dir / result
+        show_end(trainer)
         provenance = describe(repo_id or str(folder))
         with trainer.export_weights() as network:
             save(network, folder, provenance)
+        conclude(trainer, configs, result)
         if repo_id:
+            hub = next(config for config in configs if isinstance(config, HubConfig))
             address = push_folder(folder, repo_id, hub)
     trainer.end()
     return address

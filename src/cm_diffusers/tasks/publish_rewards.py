@@ -11,7 +11,6 @@ from diffusers import UNet2DConditionModel
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import write_result
-from cm_diffusers.publishing.hub import HubConfig
 from cm_diffusers.publishing.lora_export import Lora
 from cm_diffusers.publishing.other_cards import tuned_card
 from cm_diffusers.publishing.pipelines import save_pipeline
@@ -24,30 +23,43 @@ logger = logging.getLogger(__name__)
 
 
 def publish_run(
-    method: str, trainer: Trainer, tuned: Tuned, configs: Sequence[object], data: str, repo_id: str | None
+    method: str,
+    trainer: Trainer,
+    tuned: Tuned,
+    configs: Sequence[object],
+    resolution: int | None,
+    data: str,
+    repo_id: str | None,
 ) -> None:
     """Save what a script of reward fine-tuning has trained, and push it where that was asked for.
 
     Args:
         method: For the record.
         configs: The script's, for its flags and for the card.
+        resolution: Side of the images, where one was asked for.
         data: What it was trained on, in words or as a folder.
         repo_id: On the Hub; None to save alone.
     """
     given = {type(config): config for config in configs}
-    source, result = given[RewardModelConfig], "lora" if given[RewardModelConfig].lora else "pipeline"
+    source = given[RewardModelConfig]
     unused = ["validation_guidance_scale", "validation_teacher_steps"]
     unused += ["eta"] * (tuned.record is not None) + ["ema_decay"] * (trainer.nets.target is None)
     describe = partial(describe_run, configs, tuned.pipe, source.pretrained_student_model, data, left_out=unused)
-    save = partial(publish_tuned, method, tuned, source)
-    if address := publish(trainer, result, describe, save, repo_id, given[HubConfig]):
+    save = partial(publish_tuned, method, tuned, source, tuned.side(resolution))
+    if address := publish(trainer, result_name(source), configs, describe, save, repo_id):
         logger.info("Published: %s", address)
+
+
+def result_name(config: RewardModelConfig) -> str:
+    """Of the folder."""
+    return "lora" if config.lora else "pipeline"
 
 
 def publish_tuned(
     method: str,
     tuned: Tuned,
     config: RewardModelConfig,
+    side: int | None,
     network: UNet2DConditionModel,
     folder: Path,
     provenance: Provenance,
@@ -56,6 +68,7 @@ def publish_tuned(
 
     Args:
         method: For the record.
+        side: Of the images in pixels; None of those that are not square.
     """
     if tuned.record is not None:
         record = replace(
@@ -64,6 +77,7 @@ def publish_tuned(
             base_model=config.pretrained_student_model,
             recommended_num_inference_steps=tuned.policy.num_steps,
             recommended_guidance_scale=tuned.guidance_scale,
+            resolution=side,
         )
         save_student(config, tuned.pipeline, record, network, folder, provenance)
         return

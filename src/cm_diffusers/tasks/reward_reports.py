@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.reward_history import COLUMNS, RewardHistory
@@ -16,7 +17,7 @@ from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.rewards import Reward, load_reward
-from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.callbacks import ValidationConfig, has_ended, sample_grid
 from cm_diffusers.tasks.reward_runs import ImageScore, PromptConditions, Tuned
 from cm_diffusers.types import Loss
 
@@ -109,8 +110,10 @@ class Guard:
         return ""
 
     def _look(self) -> None:
+        quiet = not self.trainer.accelerator.is_local_main_process
+        numbers = tqdm(range(self._count), "Guarded prompts", leave=False, disable=quiet)
         with self.trainer.export_weights() as student, torch.no_grad():
-            apart, found = zip(*(self._prompt(student, n) for n in range(self._count)), strict=True)
+            apart, found = zip(*(self._prompt(student, n) for n in numbers), strict=True)
         row = [float(self.trainer.step), sum(apart) / len(apart)]
         for values in torch.cat(found, dim=1):
             row += [values.mean().item(), values.std().item()]
@@ -156,7 +159,8 @@ def reports(
     guard: Guard, tuned: Tuned, validation: ValidationConfig, resolution: int | None
 ) -> list[Callable[[Trainer, Loss], None]]:
     """The callbacks that show a run: curves of what its guard saw, and sample grids."""
-    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=resolution)
+    side = tuned.side(resolution)
+    grids = sample_grid(validation, tuned.pipeline, guidance_scale=tuned.guidance_scale, resolution=side)
     return [reward_curves(guard.history, guard), grids]
 
 
@@ -166,8 +170,7 @@ def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Lo
     def callback(trainer: Trainer, loss: Loss) -> None:
         config, looks = trainer.config, guard.looks
         looked = bool(looks) and looks[-1]["step"] == trainer.step
-        ends = trainer.step == config.max_train_steps or bool(trainer.stopping)
-        is_due = looked or ends or trainer.step % config.checkpointing_steps == 0
+        is_due = looked or has_ended(trainer) or trainer.step % config.checkpointing_steps == 0
         if not (trainer.accelerator.is_main_process and is_due):
             return
         rollouts = [dict(zip(COLUMNS, row, strict=True)) for row in history.rows]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import Encoders, placed, too_long
@@ -20,6 +21,7 @@ from cm_diffusers.models.decoding import in_chunks
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.pipelines.starts import native_size
 from cm_diffusers.policy.policy import Conditions, Policy
 from cm_diffusers.publishing.pipelines import lcm_pipeline
 from cm_diffusers.ranges import check_ranges
@@ -113,20 +115,38 @@ class Tuned:
     def unet(self) -> UNet2DConditionModel:
         return self.pipe.unet
 
+    @property
+    def _factor(self) -> int:
+        return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+
+    def size(self, resolution: int | None) -> tuple[int, int]:
+        """Height and width of images in pixels, of what was trained at if no side is asked for.
+
+        Raises:
+            ValueError: Nothing says what that is.
+        """
+        size = (resolution, resolution) if resolution else native_size(self.unet, self._factor, self.record)
+        if size is None:
+            raise ValueError("--resolution is missing: the UNet's config does not say the size it was trained with.")
+        return size
+
+    def side(self, resolution: int | None) -> int | None:
+        """Of square images; None of others."""
+        height, width = self.size(resolution)
+        return height if height == width else None
+
     def shape(self, resolution: int | None) -> tuple[int, int, int]:
         """Of latents.
 
         Raises:
             ValueError: The VAE does not divide the resolution.
         """
-        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        factor, size = self._factor, self.size(resolution)
         if resolution and resolution % factor:
             raise ValueError(
                 f"--resolution {resolution} must be a multiple of {factor}, by which the VAE makes images smaller."
             )
-        size = resolution // factor if resolution else self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self.unet.config.in_channels, size[0] // factor, size[1] // factor
 
 
 def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
@@ -216,15 +236,14 @@ class PromptConditions:
         encoders, texts = Encoders.from_pipeline(tuned.pipe), [*prompts, ""]
         too_long(texts, encoders.tokenizers, Found("--prompts", aloud=True))
         with torch.no_grad(), placed(encoders.towers, device):
-            starts = range(0, len(texts), ENCODED_AT_ONCE)
+            starts = tqdm(range(0, len(texts), ENCODED_AT_ONCE), "Encoding prompts", delay=1)
             parts = [encoders.encode_prompts(texts[start : start + ENCODED_AT_ONCE]) for start in starts]
         constant = {}
         if tuned.embedded is not None:
             w = torch.tensor([tuned.embedded - 1])
             constant["timestep_cond"] = guidance_embedding(w, tuned.unet.config.time_cond_proj_dim)
         if encoders.micro_conditioning:
-            factor = 2 ** (len(tuned.pipe.vae.config.block_out_channels) - 1)
-            height, width = (side * factor for side in tuned.shape(resolution)[1:])
+            height, width = tuned.size(resolution)
             constant["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
         return cls({name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, constant)
 

@@ -30,17 +30,17 @@ from cm_diffusers.objectives.lcm import LCMObjective
 from cm_diffusers.objectives.scott import SCottObjective
 from cm_diffusers.pipelines.lora import load_lora
 from cm_diffusers.pipelines.manners import Manners, refuse_contradiction
-from cm_diffusers.publishing.hub import HubConfig
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler
 from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
+from cm_diffusers.tasks.summary import announce
 from cm_diffusers.types import Networks
 
 
 OF_A_DISTILLATION = (
-    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, TrainConfig, ValidationConfig, HubConfig,
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, TrainConfig, ValidationConfig,
 )  # fmt: skip
 WHAT_A_RUN_IS = (
     TeacherConfig,
@@ -95,7 +95,7 @@ def distill(
         As `publish`.
     """
     given, method = {type(config): config for config in configs}, objective.config
-    source, student, data, generation, train, validation, hub = (given[kind] for kind in OF_A_DISTILLATION)
+    source, student, data, generation, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
     scheduler = lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
 
     def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
@@ -109,12 +109,14 @@ def distill(
     batches = training_batches(data, generation, teacher, train.seed, *trainer.place)
     if not _needs_encoders(student, data, validation, given.get(CriticConfig)):
         release_encoders(teacher)
-    trainer.fit(batches)
+    result = "lora" if student.lora else "pipeline"
+    trainer.fit(announce(trainer, batches, configs, result))
     base = source.pretrained_teacher_model
-    record = replace(lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler), method=name)
+    record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
+    record = replace(record, method=name, resolution=data.resolution)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
-    return publish(trainer, "lora" if student.lora else "pipeline", describe, save, repo_id, hub)
+    return publish(trainer, result, configs, describe, save, repo_id)
 
 
 def _needs_encoders(
