@@ -31,7 +31,7 @@ from tiny import tiny_pipeline, tiny_unet
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
-from cm_diffusers.pipelines import video_loading
+from cm_diffusers.pipelines import layouts
 from cm_diffusers.pipelines.frame_noise import mixed_frames, progressive_frames, repeated_frames, shuffled_frames
 from cm_diffusers.pipelines.pipeline_consistency_video import ConsistencyVideoPipeline
 from cm_diffusers.record import Record, read_record, write_record
@@ -627,7 +627,7 @@ def test_a_pipeline_is_saved_and_loaded_with_all_its_parts(tmp_path: Path) -> No
 
 def test_a_repository_is_asked_what_it_holds(monkeypatch) -> None:
     def answer(error):
-        monkeypatch.setattr(video_loading, "hf_hub_download", lambda *where, **options: raise_(error))
+        monkeypatch.setattr(layouts, "hf_hub_download", lambda *where, **options: raise_(error))
 
     answer(EntryNotFoundError("no such file"))
     with pytest.raises(ValueError, match="for a motion adapter with its LoRA, give base_model and weight_name"):

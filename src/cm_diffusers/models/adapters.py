@@ -27,13 +27,32 @@ def add_lora(
 ) -> UNet2DConditionModel:
     """Add float32 adapters to a frozen UNet, in place. Adapter B is zero, so the output does not change."""
     unet.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules)
-    try:
-        unet.add_adapter(config)
-    except ValueError as error:
-        raise ValueError(f"--lora_target_modules names no layer of the UNet: {error}") from error
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_targets(unet, target_modules))
+    unet.add_adapter(config)
     cast_training_params(unet, torch.float32)
     return unet.train()
+
+
+def _targets(unet: nn.Module, names: list[str]) -> list[str]:
+    """The names, each of which ends that of some layer; of those of LCM-LoRA the ones that do, for small networks lack some.
+
+    Raises:
+        ValueError: One ends no layer's name, or that of a module that is none.
+    """
+    modules = dict(unet.named_modules())
+    layers = {path for path, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
+    fits = {name: {path for path in modules if f".{path}".endswith(f".{name}")} for name in names}
+    if set(names) == set(LCM_LORA_TARGETS):
+        return [name for name in names if fits[name]]
+    if misfits := [name for name in names if not name or not fits[name] or not fits[name] <= layers]:
+        ends = sorted({path.rpartition(".")[2] for path in layers if not path[-1].isdigit()})
+        raise ValueError(
+            f"--lora_target_modules names no layer of the UNet with {', '.join(misfits)}; its linear layers and convolutions "
+            f"end on {', '.join(ends)}."
+        )
+    if not names:
+        raise ValueError("--lora_target_modules names no layer; leave it out for those of LCM-LoRA.")
+    return names
 
 
 @contextmanager

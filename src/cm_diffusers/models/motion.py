@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.models.stored import only_variant
 from cm_diffusers.models.teachers import is_xl
 
 
@@ -106,7 +107,11 @@ def load_motion_adapter(config: MotionConfig) -> MotionAdapter:
 
 
 def adapter_at_root(
-    source: str | PathLike[str], dtype: torch.dtype | None = None, hub: dict[str, Any] | None = None
+    source: str | PathLike[str],
+    dtype: torch.dtype | None = None,
+    hub: dict[str, Any] | None = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = True,
 ) -> MotionAdapter:
     """The motion adapter at the root of a folder or repository; published ones may lack their positional buffers.
 
@@ -114,6 +119,8 @@ def adapter_at_root(
         source: Folder or Hub id.
         dtype: Of its weights; float32 by default.
         hub: Where it is on the Hub and in the cache, see `cm_diffusers.pipelines.recorded.of_hub`.
+        variant: Of its weights; by default the one that a folder has alone.
+        use_safetensors: False or None to read pickles.
 
     Raises:
         ValueError: It is not there, has weights missing or too many, or of other shapes than its config says.
@@ -123,7 +130,8 @@ def adapter_at_root(
         if kind != "MotionAdapter":
             raise ValueError(f"its config.json is that of a {kind}")
         options = {"output_loading_info": True, "low_cpu_mem_usage": False, **(hub or {})}
-        adapter, info = MotionAdapter.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        options |= {"variant": variant or only_variant([Path(source)] if Path(source).is_dir() else [])}
+        adapter, info = MotionAdapter.from_pretrained(source, dtype=dtype, use_safetensors=use_safetensors, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{str(source)!r} holds no motion adapter that can be loaded ({reason}).") from error

@@ -1,5 +1,6 @@
 """Pipelines in one `.safetensors` file of the original layout, as fine-tunes of Stable Diffusion are passed on."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def load_single_file(
     if tower is None or not any(name.startswith(UNET) for name in entries):
         raise ValueError(
             f"{path} is no whole Stable Diffusion 1, 2 or XL checkpoint, for it holds {len(entries)} tensors such as "
-            f"{next(iter(entries), None)}; give one with network, VAE and text encoder."
+            f"{next(iter(entries), None)}; {_instead(entries)}."
         )
     guidance = next((name for name in GUIDANCE if name in entries), None)
     pipe = _converted(path, tower, config, _cast_unet_weights(Path(path), entries, dtype_of("unet", dtype)))
@@ -86,6 +87,18 @@ def load_single_file(
         network.to(dtype_of(name, dtype))
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **says)
     return _latent_consistency_model(pipe) if guidance else pipe
+
+
+def _instead(names: Iterable[str]) -> str:
+    """What to do with a file of these tensors that is no whole checkpoint."""
+    if any("lora" in name for name in names):
+        return "as a LoRA, load its base model and call load_lora_weights with it"
+    if any(name.startswith("down_blocks.") for name in names):
+        return (
+            "as a network alone, put it with its config.json into a folder, and load the base model with "
+            "unet=UNet2DConditionModel.from_pretrained(FOLDER)"
+        )
+    return "give one with network, VAE and text encoder"
 
 
 def _embed_guidance(unet: UNet2DConditionModel, weight: Tensor) -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +19,10 @@ UNUSED = re.compile(r"position_ids$|^logit_scale$|^vision_model\.|^visual_projec
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of VAEs
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 FLOATS = ("F64", *TORCH_DTYPES, "F8_E4M3", "F8_E5M2")
+WEIGHTS = re.compile(  # of diffusers and transformers; a variant stands before or after the number of a shard
+    r"(?:(?:diffusion_)?pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+(?:\.(?P<after>[\w-]+))?)?"
+    r"(?P<suffix>\.safetensors|\.bin)"
+)
 OPTIONAL_PREFIX = "text_model."  # transformers from 5.6 on leaves it out
 
 
@@ -90,6 +94,27 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
                 f"{what} {fault} weights ({len(names)}, such as {names[0]}); get a whole checkpoint in float32, float16 or "
                 "bfloat16."
             )
+
+
+def weight_files(folder: Path) -> dict[str | None, list[str]]:
+    """Of a network's folder: suffixes of the weights by their variant, None for those without.
+
+    `{None: [".safetensors"], "fp16": [".safetensors"]}`, where a pickle has ".bin".
+    """
+    found: dict[str | None, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := WEIGHTS.fullmatch(path.name):
+            found.setdefault(match["variant"] or match["after"], []).append(match["suffix"])
+    return found
+
+
+def only_variant(folders: Iterable[Path]) -> str | None:
+    """The one variant in which all have safetensors that have none without a variant; None otherwise."""
+    found = [weight_files(folder) for folder in folders]
+    safe = [{variant for variant in files if ".safetensors" in files[variant]} for files in found]
+    variants = [of_one for of_one in safe if of_one and None not in of_one]
+    common = set.intersection(*variants) if variants else set()
+    return common.pop() if len(common) == 1 else None
 
 
 def header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:

@@ -13,12 +13,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.casting import dtype_of, load_cast_unet
 from cm_diffusers.models.single_file import is_single_file, load_single_file
-from cm_diffusers.models.stored import check_stored
+from cm_diffusers.models.stored import check_stored, only_variant, weight_files
 
 
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
@@ -56,7 +56,7 @@ def load_teacher(config: TeacherConfig, unet_dtype: torch.dtype = torch.float32)
     """
     path, parts = config.pretrained_teacher_model, {}
     if config.pretrained_vae_model_name_or_path:
-        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, config.teacher_variant)
     dtype = {"unet": unet_dtype, "default": torch.float32}
     hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
     pipe = load_stock(path, dtype, config.single_file_config, **hub, **parts)
@@ -127,6 +127,8 @@ def load_stock(
         raise ValueError(f"--single_file_config is for a .safetensors file, but {source} is none: leave it out.")
     if Path(source).exists() and not (Path(source) / "model_index.json").exists():
         raise ValueError(f"{source} is not a diffusers pipeline folder: there is no model_index.json in it.")
+    if variant is None and Path(source).is_dir():
+        variant = only_variant(path.parent for path in Path(source).glob("*/config.json"))
     try:
         where = {"revision": revision, "variant": variant}
         here = Path(source).exists()
@@ -143,17 +145,21 @@ def load_stock(
     return pipe
 
 
-def _load_vae(path: str) -> AutoencoderKL:
+def _load_vae(path: str, variant: str | None) -> AutoencoderKL:
+    """The variant of the teacher's weights where it has that, or the one that its folder has alone."""
+    if Path(path).is_dir():
+        variant = variant if variant in weight_files(Path(path)) else only_variant([Path(path)])
     try:
-        return stored_vae(path)
+        return stored_vae(path, variant=variant)
     except LOADING_ERRORS as error:
         raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {first_line(error)}") from error
 
 
-def stored_vae(path: str, **place: str) -> AutoencoderKL:
+def stored_vae(path: str, variant: str | None = None, **place: str) -> AutoencoderKL:
     """
     Args:
         path: Folder or Hub id.
+        variant: Of the weights.
         place: `subfolder`, if it is in one.
 
     Raises:
@@ -162,7 +168,7 @@ def stored_vae(path: str, **place: str) -> AutoencoderKL:
     kind = AutoencoderKL.load_config(path, **place).get("_class_name", AutoencoderKL.__name__)
     if kind != AutoencoderKL.__name__:
         raise ValueError(f"it is {kind}; give an AutoencoderKL")
-    return AutoencoderKL.from_pretrained(path, **place, **LOADING)
+    return AutoencoderKL.from_pretrained(path, variant=variant, **place, **LOADING)
 
 
 def first_line(error: Exception) -> str:
@@ -204,9 +210,20 @@ def check_finite(what: str, pipe: DiffusionPipeline) -> None:
         ValueError: A weight of a network is not a finite number.
     """
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    tensors = ((f"{name}.{key}", p) for name, part in networks.items() for key, p in part.named_parameters())
-    if broken := [name for name, p in tensors if not p.isfinite().all()]:
-        raise ValueError(f"{what} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew.")
+    tensors = {f"{name}.{key}": p for name, part in networks.items() for key, p in part.named_parameters()}
+    if broken := [name for name, p in tensors.items() if _is_broken(p)]:
+        small = any(tensors[name].dtype == torch.float16 for name in broken)
+        raise ValueError(
+            f"{what} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew"
+            f"{', or load it in float32, whose range is wider' if small else ''}."
+        )
+
+
+def _is_broken(values: Tensor) -> bool:
+    """Not where weights lie elsewhere, or are packed."""
+    if values.is_meta or not values.is_floating_point():
+        return False
+    return not (values.float() if values.itemsize == 1 else values).isfinite().all()
 
 
 def check_vae(path: str, vae: nn.Module) -> None:

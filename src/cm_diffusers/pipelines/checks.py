@@ -127,6 +127,21 @@ def check_ip_adapter(pipe: DiffusionPipeline, image: object, embeds: object) -> 
         raise ValueError("No IP-Adapter is loaded: call load_ip_adapter before you give an image for it.")
 
 
+def check_finite(values: Tensor, what: str) -> None:
+    """
+    Args:
+        what: Begins the sentence.
+
+    Raises:
+        ValueError: A value is not finite: images would be black.
+    """
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{what} hold values that are not finite ({values.dtype}); where the weights, LoRAs and inputs are finite, load the "
+            "model in float32 or bfloat16, whose range is wider than float16's."
+        )
+
+
 def image_size(image: object, factor: int, latent_channels: int) -> tuple[int, int]:
     """Height and width in pixels of an image, or of each in a list; latents count `factor` pixels each.
 

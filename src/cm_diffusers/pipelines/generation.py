@@ -215,23 +215,36 @@ def _denoise(pipe: DiffusionPipeline, start: FromNoise, ask: Request, timesteps:
             state.latents = start.bind(pipe, result.prev_sample.to(state.latents.dtype), i)
             state.denoised = getattr(result, "denoised", getattr(result, "pred_original_sample", None))
             if ask.callback_on_step_end is not None:
-                offered = {name: getattr(state, name) for name in ask.callback_inputs}
-                for name, value in (ask.callback_on_step_end(pipe, i, t, offered) or {}).items():
-                    setattr(state, name, value)
+                call_back(pipe, ask, state, i, t)
             bar.update()
+
+
+def call_back(pipe: DiffusionPipeline, ask: Any, state: Any, i: int, t: Tensor) -> None:
+    """Offers the tensors of `state` to the caller's callback, and takes what it gives back.
+
+    diffusers' callbacks that end guidance keep the last row, as if there was one image; here the half that it is of stays.
+    """
+    offered, guided = {name: getattr(state, name) for name in ask.callback_inputs}, pipe.do_classifier_free_guidance
+    for name, value in (ask.callback_on_step_end(pipe, i, t, dict(offered)) or {}).items():
+        former = offered.get(name)
+        if isinstance(former, Tensor) and isinstance(value, Tensor) and len(value) == 1 and value.equal(former[-1:]):
+            value = former[len(former) // 2 :] if guided else former
+        setattr(state, name, value)
 
 
 def _predict(pipe: DiffusionPipeline, start: FromNoise, state: State, t: Tensor) -> Tensor:
     """The UNet's output, with classifier-free guidance from both branches in one batch."""
     guided = pipe.do_classifier_free_guidance and len(state.prompt_embeds) == 2 * len(state.latents)
     x = start.unet_input(pipe.scheduler.scale_model_input(state.latents, t))
-    added = {"text_embeds": state.add_text_embeds, "time_ids": state.add_time_ids} if pipe.is_xl else {}
+    x = torch.cat([x, x]) if guided else x
+    rows = slice(-len(x), None)  # once a callback has ended guidance, the conditional half of all
+    added = {"text_embeds": state.add_text_embeds[rows], "time_ids": state.add_time_ids[rows]} if pipe.is_xl else {}
     if state.image_embeds is not None:
-        added["image_embeds"] = state.image_embeds
+        added["image_embeds"] = [one[rows] for one in state.image_embeds]
     output = pipe.unet(
-        torch.cat([x, x]) if guided else x,
+        x,
         t,
-        encoder_hidden_states=state.prompt_embeds,
+        encoder_hidden_states=state.prompt_embeds[rows],
         timestep_cond=state.w_embedding,
         cross_attention_kwargs=pipe.cross_attention_kwargs,
         added_cond_kwargs=added or None,
@@ -245,6 +258,7 @@ def _predict(pipe: DiffusionPipeline, start: FromNoise, state: State, t: Tensor)
 
 def _output(pipe: DiffusionPipeline, ask: Request, latents: Tensor) -> StableDiffusionPipelineOutput | tuple:
     image, unsafe = latents, None
+    checks.check_finite(latents, "The sampled latents")
     if ask.output_type != "latent":
         image, unsafe = run_safety_checker(pipe, decode(pipe, latents))
         shown = None if unsafe is None else [not flag for flag in unsafe]

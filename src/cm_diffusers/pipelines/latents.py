@@ -7,6 +7,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Generator, Tensor
 
+from cm_diffusers.pipelines.checks import check_finite
+
 
 Generators = Generator | list[Generator] | None
 COMPUTED_IN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -19,10 +21,16 @@ def dtype_of(model: ModelMixin) -> torch.dtype:
 
 
 def decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) around [-1, 1] of latents (B, C, h, w)."""
+    """Images (B, 3, H, W) around [-1, 1] of latents (B, C, h, w).
+
+    Raises:
+        ValueError: They are not finite.
+    """
     scale, mean = _affine(pipe.vae, latents)
     with _safe_precision(pipe) as dtype:
-        return pipe.vae.decode((latents / scale + mean).to(dtype), return_dict=False)[0]
+        images = pipe.vae.decode((latents / scale + mean).to(dtype), return_dict=False)[0]
+    check_finite(images, "The images that the VAE made of finite latents")
+    return images
 
 
 def encode(pipe: DiffusionPipeline, images: Tensor, generator: Generators) -> Tensor:

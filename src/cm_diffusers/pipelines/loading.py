@@ -1,14 +1,12 @@
 """Loading students, published LCMs, base models and LoRAs, and keeping what their records say."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from cm_diffusers.models.single_file import is_single_file
+from cm_diffusers.pipelines.layouts import check_index, for_base, is_pipeline, refuse_part
 from cm_diffusers.pipelines.lora import Source
 from cm_diffusers.pipelines.lora_loading import LoraLoaderMixin
 from cm_diffusers.pipelines.manners import (
@@ -67,12 +65,14 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             return cls.from_single_file(source, **kwargs)
         kwargs.setdefault("use_safetensors", True)
         record = read_record(source, **of_hub(kwargs))
-        if not _is_pipeline(source, record, kwargs):
+        if not is_pipeline(source, of_hub(kwargs), record is not None):
             return cls._from_lora(source, record, kwargs)
-        if (kind := _class_name(source, kwargs)) in WITHOUT_PROMPT:
+        index = _index(source, kwargs)
+        if (kind := index.get("_class_name")) in WITHOUT_PROMPT:
             if cls.__name__ != "ConsistencyPipeline":
                 raise ValueError(f"{str(source)!r} is a {kind}, without prompts; load it with ConsistencyPipeline.")
             return ConsistencyImagesPipeline.from_pretrained(source, **kwargs)
+        check_index(cls, source, index, kwargs)
         pipe = super().from_pretrained(source, **kwargs)
         if record is not None:
             if kwargs.get("unet") is None:
@@ -87,15 +87,16 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
     @classmethod
     def _from_lora(cls, source: Source, record: Record | None, kwargs: dict[str, Any]) -> Self:
         if record is None:
+            refuse_part(source, of_hub(kwargs))
             raise ValueError(
                 f"{str(source)!r} has neither a model_index.json nor the record of a LoRA; for a LoRA without record, "
                 "load its base model and call load_lora_weights."
             )
         hub = of_hub(kwargs)
-        kwargs.pop("revision", None)  # the LoRA's
         try:
             base = base_model_of(record, source)
-            if not _is_pipeline(base, read_record(base, **of_hub(kwargs)), kwargs):
+            kwargs = for_base(base, kwargs)
+            if not is_pipeline(base, of_hub(kwargs), read_record(base, **of_hub(kwargs)) is not None):
                 raise ValueError("that is a LoRA as well")
             pipe = cls.from_pretrained(base, **kwargs)
         except (OSError, ValueError) as error:
@@ -155,23 +156,9 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             self.scheduler = consistency_scheduler(name, config)
 
 
-def _is_pipeline(source: Source, record: Record | None, kwargs: dict[str, Any]) -> bool:
-    """False for what can only be a LoRA: a folder without model_index.json, or such a repository with a record."""
-    if Path(source).is_file():
-        return True
-    if Path(source).exists():
-        return (Path(source) / "model_index.json").is_file()
-    if record is None:
-        return True
+def _index(source: Source, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The content of model_index.json; empty where there is none to be read."""
     try:
-        return bool(hf_hub_download(str(source), "model_index.json", **of_hub(kwargs)))
-    except EntryNotFoundError:
-        return False
-
-
-def _class_name(source: Source, kwargs: dict[str, Any]) -> str | None:
-    """The pipeline class that an index names; None where there is none to be read."""
-    try:
-        return DiffusionPipeline.load_config(source, **of_hub(kwargs)).get("_class_name")
+        return DiffusionPipeline.load_config(source, **of_hub(kwargs))
     except (OSError, ValueError):
-        return None
+        return {}

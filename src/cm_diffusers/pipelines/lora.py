@@ -1,25 +1,30 @@
-"""Whether a LoRA can be read, and fits; and PEFT's exact form of ours."""
+"""Reading LoRAs, and putting them on the networks of a pipeline."""
 
+import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
-from diffusers.utils.state_dict_utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cm_diffusers.pipelines.lora_keys import Layers, lora_layers
+from cm_diffusers.record import read_record
+
 
 Source = str | os.PathLike
-PEFT_WEIGHTS, PEFT_CONFIG = "peft/adapter_model.safetensors", "peft/adapter_config.json"  # PEFT's own names
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # PEFT's own names
+PEFT_WEIGHTS, PEFT_CONFIG = (f"peft/{name}" for name in PEFT_FILES)
 PEFT_PREFIX = "base_model.model."  # of PEFT's names of layers
+HUB = ("token", "revision", "cache_dir", "local_files_only")
 SAFE = (".safetensors",)
 OTHERS = (".bin", ".pt", ".ckpt")
 
@@ -49,31 +54,65 @@ def check_weights(source: Source, kwargs: dict[str, Any]) -> None:
         )
 
 
-class ExactLora(NamedTuple):
-    """What `load_lora_into_unet` takes: PEFT tensors, and the fields of their `LoraConfig`."""
+class LoraFile(NamedTuple):
+    """Tensors by the names of the file, and fields of `LoraConfig` with the part's name before each, where it has them."""
 
     state_dict: dict[str, Tensor]
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] | None
 
 
-def read_exact(source: Source, subfolder: str | None = None, **hub: Any) -> ExactLora | None:
-    """The exact form that lies beside a LoRA of this package; None where there is none, as in older folders of ours.
+def read_lora(source: Source | dict[str, Tensor], **kwargs: Any) -> LoraFile:
+    """A LoRA as it is stored; of one of this package the exact form, unless a `weight_name` says otherwise.
+
+    Args:
+        source: Folder, file, Hub id, or the tensors.
+        kwargs: Of `load_lora_weights`.
+    """
+    hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
+    subfolder, name = kwargs.get("subfolder"), kwargs.get("weight_name")
+    if not isinstance(source, dict) and name is None:
+        if exact := read_exact(source, subfolder, **hub):
+            return exact
+        if not Path(source).exists() and read_record(source, **hub):
+            name = LORA_WEIGHT_NAME_SAFE  # which diffusers must be told where it may not ask the Hub
+    safe = kwargs.get("use_safetensors")
+    fetched = _fetch_state_dict(
+        source,
+        weight_name=name,
+        use_safetensors=True if safe is None else safe,
+        allow_pickle=safe is None,
+        force_download=kwargs.get("force_download", False),
+        proxies=kwargs.get("proxies"),
+        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+        subfolder=subfolder,
+        **{key: kwargs.get(key) for key in HUB},
+    )
+    return LoraFile(*fetched)
+
+
+def read_exact(source: Source, subfolder: str | None = None, **hub: Any) -> LoraFile | None:
+    """PEFT's exact form: beside a LoRA of this package, or what PEFT's own `save_pretrained` made; None where there is none.
 
     Args:
         source: Folder or Hub id.
         subfolder: Of it.
         hub: As for `hf_hub_download`.
     """
+    root = Path(source, subfolder or "")
+    if Path(source).is_file():
+        return None
+    alone = (root / PEFT_FILES[0]).is_file() and not (root / LORA_WEIGHT_NAME_SAFE).is_file()
     try:
-        weights, config = (_file(source, name, subfolder, hub) for name in (PEFT_WEIGHTS, PEFT_CONFIG))
+        weights, config = (_file(source, name if alone else f"peft/{name}", subfolder, hub) for name in PEFT_FILES)
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError):
         return None
     if not (weights.is_file() and config.is_file()):
         return None
     fields = json.loads(config.read_text("utf-8"))
-    state = {f"unet.{name.removeprefix(PEFT_PREFIX)}": value for name, value in load_file(weights).items()}
     left_out = ("peft_type", "inference_mode")
-    return ExactLora(state, {f"unet.{name}": value for name, value in fields.items() if name not in left_out})
+    return LoraFile(
+        load_file(weights), {f"unet.{name}": value for name, value in fields.items() if name not in left_out}
+    )
 
 
 def _file(source: Source, name: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
@@ -89,11 +128,58 @@ def load_lora(pipe: DiffusionPipeline, source: Source, **hub: Any) -> None:
         source: Folder or Hub id.
         hub: As for `hf_hub_download`.
     """
-    exact = read_exact(source, **hub)
-    if exact is None:
-        pipe.load_lora_weights(source, use_safetensors=True, **hub)
-    else:
-        pipe.load_lora_into_unet(exact.state_dict, None, pipe.unet, metadata=exact.metadata, _pipeline=pipe)
+    put_on(pipe, layers_of(pipe, read_lora(source, use_safetensors=True, **hub)), free_name(pipe))
+
+
+def layers_of(pipe: DiffusionPipeline, file: LoraFile) -> dict[str, Layers]:
+    """What a LoRA has for each network of a pipeline; see `lora_layers`."""
+    return lora_layers(*file, {part: getattr(pipe, part, None) for part in PARTS})
+
+
+def put_on(
+    pipe: DiffusionPipeline,
+    layers: dict[str, Layers],
+    adapter_name: str,
+    low_cpu_mem_usage: bool = True,
+    hotswap: bool = False,
+) -> None:
+    """Puts a LoRA on the networks of a pipeline.
+
+    Raises:
+        ValueError: A layer of it is not where it should be, or is scaled otherwise.
+    """
+    options = {"adapter_name": adapter_name, "_pipeline": pipe, "low_cpu_mem_usage": low_cpu_mem_usage}
+    for part, (tensors, config, scales) in layers.items():
+        named = {f"{part}.{name}": value for name, value in tensors.items()}
+        options["metadata"] = {f"{part}.{name}": value for name, value in config.items()}
+        if part == "unet":
+            pipe.load_lora_into_unet(named, None, pipe.unet, hotswap=hotswap, **options)
+        else:
+            for half, other in (
+                ("A", "down"),
+                ("B", "up"),
+            ):  # of all names, the ones that are converted for every layer
+                named = {k.replace(f".lora_{half}.", f".lora_linear_layer.{other}."): v for k, v in named.items()}
+            encoder, scale = getattr(pipe, part), pipe.lora_scale
+            pipe.load_lora_into_text_encoder(named, None, encoder, prefix=part, lora_scale=scale, **options)
+        _check_put_on(getattr(pipe, part), scales, adapter_name, hotswap)
+
+
+def _check_put_on(network: nn.Module, scales: dict[str, float | None], adapter_name: str, hotswap: bool) -> None:
+    modules = dict(network.named_modules())
+    for path, scale in scales.items():
+        layer = modules[path]
+        on = isinstance(layer, BaseTunerLayer) and adapter_name in layer.lora_A
+        if not on or (scale is not None and not hotswap and not math.isclose(layer.scaling[adapter_name], scale)):
+            raise ValueError(
+                f"The installed libraries did not load the LoRA's layer {path!r} as its file says; update peft."
+            )
+
+
+def free_name(pipe: DiffusionPipeline) -> str:
+    """A name that no network has a LoRA of, nor had one of that was fused."""
+    taken = {name for names in pipe.get_list_adapters().values() for name in names} | set(pipe.fused_loras)
+    return next(name for name in (f"default_{i}" for i in itertools.count()) if name not in taken)
 
 
 def folder_of(source: Source, subfolder: str | None) -> Source:
@@ -102,57 +188,6 @@ def folder_of(source: Source, subfolder: str | None) -> Source:
     if not path.exists():
         return source
     return path.parent if path.is_file() else path / (subfolder or "")
-
-
-def check_fits_unet(state_dict: dict[str, Tensor], unet: nn.Module) -> None:
-    """Every LoRA layer for the UNet has its place there, of the right width.
-
-    Raises:
-        ValueError: One has not, or nothing is for the UNet or a text encoder.
-    """
-    layers = _of(state_dict, "unet")
-    if not layers and not any(key.startswith("text_encoder") for key in state_dict):
-        raise ValueError(
-            f"This LoRA has no layer for a UNet or a text encoder; its layers are like {next(iter(state_dict), None)!r}."
-        )
-    if not any(".lora_A." in key for key in layers):
-        layers = convert_unet_state_dict_to_peft(layers)
-    _check_layers(layers, unet, "UNet")
-
-
-def check_fits_text_encoder(state_dict: dict[str, Tensor], text_encoder: nn.Module, prefix: str) -> None:
-    """Every LoRA layer whose name begins with `prefix` has its place in the text encoder, of the right width.
-
-    Raises:
-        ValueError: One has not.
-    """
-    layers = convert_state_dict_to_peft(convert_state_dict_to_diffusers(_of(state_dict, prefix)))
-    if not hasattr(text_encoder, "text_model"):  # transformers 5.6 made CLIPTextModel flat
-        layers = {key.removeprefix("text_model."): value for key, value in layers.items()}
-    _check_layers(layers, text_encoder, prefix)
-
-
-def _of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(f"{prefix}."): value for k, value in state_dict.items() if k.startswith(f"{prefix}.")}
-
-
-def _check_layers(layers: dict[str, Tensor], model: nn.Module, name: str) -> None:
-    modules = dict(model.named_modules())
-    for key, value in layers.items():
-        path, _, part = key.rpartition(".lora_")
-        if part in ("A.weight", "B.weight"):
-            _check_layer(path, part[0], value, modules.get(path), name)
-
-
-def _check_layer(path: str, part: str, weight: Tensor, module: nn.Module | None, name: str) -> None:
-    if module is None:
-        raise ValueError(f"This LoRA is for another architecture: the {name} has no layer {path!r}.")
-    found, wanted = (weight.shape[1], module.weight.shape[1]) if part == "A" else (len(weight), len(module.weight))
-    if found != wanted:
-        side = "reads" if part == "A" else "gives"
-        raise ValueError(
-            f"This LoRA is for another architecture: its layer {path!r} {side} {found} features, the {name}'s {wanted}."
-        )
 
 
 def _is_local(path: Path) -> bool:

@@ -33,7 +33,7 @@ from cm_diffusers.pipelines.checks import check_negative
 from cm_diffusers.pipelines.generation import Callback, Request, Size, generate
 from cm_diffusers.pipelines.latents import dtype_of
 from cm_diffusers.pipelines.loading import ConsistencyLoaderMixin
-from cm_diffusers.pipelines.manners import IN_SIGMA, mismatches, tells_of_distillation
+from cm_diffusers.pipelines.manners import IN_SIGMA, mismatches
 from cm_diffusers.pipelines.prompts import Encoded, encode, listed, lora_scaled, repeat_rows, towers, unconditional
 from cm_diffusers.pipelines.starts import FromNoise
 
@@ -283,7 +283,7 @@ class ConsistencyPipeline(
         self._guidance_scale = self._manners.guidance_scale if wanted is None else wanted
         self._clip_skip, self._cross_attention_kwargs = ask.clip_skip, ask.cross_attention_kwargs
         self._interrupt = False
-        if self._seems_undistilled():
+        if self._check_loras((ask.cross_attention_kwargs or {}).get("scale", 1.0)):
             warnings.warn(
                 "Nothing says that this model was distilled for few steps; expect blurred images. Put an LCM-LoRA on "
                 "it with load_lora_weights, or load a student.",
@@ -293,7 +293,3 @@ class ConsistencyPipeline(
         self._manners.check(self._guidance_scale, ask.negative)
         if found := mismatches(self.scheduler, self.record):
             warnings.warn(f"The scheduler does not fit this student: {'; '.join(found)}.", stacklevel=5)
-
-    def _seems_undistilled(self) -> bool:
-        told = self.record is not None or self._manners.guidance == "embedded" or self.num_fused_loras
-        return not (told or self._adapters() or tells_of_distillation(self.scheduler))

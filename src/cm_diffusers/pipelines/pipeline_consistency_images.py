@@ -170,7 +170,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         self._check_sigma_data()
         wanted = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
         batch = _batch(batch_size=batch_size, class_labels=wanted, latents=latents, generator=generator)
-        shape = (batch, self.unet.config.in_channels, *_size(self.unet.config.sample_size))
+        shape = (batch, self.unet.config.in_channels, *self._size(latents))
         checks.check_generators(generator, batch)
         checks.check_latents(latents, shape)
         labels = self._checked_labels(wanted, batch)
@@ -191,13 +191,18 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
                 result = self.scheduler.step(output, t, state["latents"], generator=generator)
                 state |= {"latents": result.prev_sample, "denoised": result.get("denoised")}
                 if callback_on_step_end is not None:
-                    offered = {name: state[name] for name in names}
-                    state |= callback_on_step_end(self, i, t, offered) or {}
+                    state |= callback_on_step_end(self, i, t, {name: state[name] for name in names}) or {}
                 bar.update()
         images = self._output(state["latents"], output_type)
         self.maybe_free_model_hooks()
         result = ConsistencyImagesPipelineOutput(images=images, class_labels=state["class_labels"])
         return result if return_dict else result.to_tuple()
+
+    def _size(self, latents: Tensor | None) -> tuple[int, int]:
+        """Height and width of the samples: those of training, or of given ones where the config does not say."""
+        if not (size := self.unet.config.sample_size or (latents is not None and latents.shape[-2:])):
+            raise ValueError("The UNet's config does not say its sample_size; give latents, or write it there.")
+        return (size, size) if isinstance(size, int) else tuple(size)
 
     def _predict(self, latents: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         shown = self.scheduler.scale_model_input(latents, t)
@@ -211,6 +216,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
                 for name in ("latents_mean", "latents_std")
             )
             latents = latents * std / self.config.sigma_data + mean
+        checks.check_finite(latents, "The sampled values")
         if output_type == "latent":
             return latents
         images = latents if self.vae is None else decode(self, latents)
@@ -273,10 +279,6 @@ def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None,
             f"latents_mean and latents_std must both hold a number for each of the {channels} channels, latents_std "
             f"positive ones; got {mean} and {std}."
         )
-
-
-def _size(sample_size: int | Sequence[int]) -> tuple[int, int]:
-    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
 
 
 def _batch(**given: object) -> int:

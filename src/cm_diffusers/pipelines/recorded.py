@@ -11,6 +11,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from cm_diffusers.models.stored import check_stored
+from cm_diffusers.models.teachers import check_finite
+from cm_diffusers.pipelines.layouts import check_weight_files
 from cm_diffusers.pipelines.portable import make_portable
 from cm_diffusers.pipelines.stock import stock_index, stock_scheduler
 from cm_diffusers.places import public
@@ -51,15 +53,19 @@ class RecordedMixin:
         """As in diffusers.
 
         Raises:
-            ValueError: It lacks weights of a part that the caller does not give, or has quantized ones; or a `base_model`
-                is given.
+            ValueError: It lacks weights of a part that the caller does not give, or has quantized ones, or some that are not
+                finite; or a `base_model` is given.
         """
         refuse_base_model(kwargs)
-        check_has_weights(pretrained_model_name_or_path, kwargs)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        source = pretrained_model_name_or_path
+        check_has_weights(source, kwargs)
+        if variant := check_weight_files(source, kwargs):
+            kwargs["variant"] = variant
+        pipe = super().from_pretrained(source, **kwargs)
         if kwargs.get("use_safetensors") and kwargs.get("quantization_config") is None:
             where = {name: kwargs.get(name) for name in ("variant", "revision", "cache_dir")}
-            check_stored(pipe, pretrained_model_name_or_path, **where, given=kwargs)
+            check_stored(pipe, source, **where, given=kwargs)
+        check_finite(str(source), pipe)
         return pipe
 
     def check_saveable(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 
 from cm_diffusers.models.single_file import load_single_file
+from cm_diffusers.models.teachers import check_finite
 from cm_diffusers.pipelines.manners import refuse_contradiction
 from cm_diffusers.record import read_record
 
@@ -29,6 +30,7 @@ class SingleFileMixin:
         modules, options = cls._get_signature_keys(cls)
         own, record = {name: value for name, value in parts.items() if name in {*modules, *options}}, read_record(path)
         stock = load_single_file(path, config, parts.get("torch_dtype", dtype))
+        check_finite(str(path), stock)
         pipe = cls.from_pipe(stock, **{"record": record and asdict(record), **own})
         if record is not None:
             refuse_contradiction(path, record, pipe.unet)

@@ -30,8 +30,16 @@ class FromNoise:
         check_channels(pipe, (pipe.vae.config.latent_channels,), advice)
 
     def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the result in pixels; by default those of the student's training, or the UNet's."""
-        size = sided((height, width), native_size(pipe.unet, pipe.vae_scale_factor, pipe.record))
+        """Height and width of the result in pixels; by default those of the student's training, or the UNet's.
+
+        Raises:
+            ValueError: They are no multiples of `vae_scale_factor`, or missing where nothing says a size.
+        """
+        size = sided((height, width), native_size(pipe.unet, pipe.vae_scale_factor, pipe.record) or (None, None))
+        if None in size:
+            raise ValueError(
+                "The UNet's config does not say the size it was trained with (sample_size); give height and width."
+            )
         check_size(*size, pipe.vae_scale_factor)
         return size
 
@@ -63,8 +71,8 @@ class FromNoise:
         return latents
 
 
-def native_size(unet: ModelMixin, factor: int, record: Record | None) -> tuple[int, int]:
-    """Height and width in pixels that a network was trained at: by its record, or else by its config.
+def native_size(unet: ModelMixin, factor: int, record: Record | None) -> tuple[int, int] | None:
+    """Height and width in pixels that a network was trained at: by its record, or else by its config; None if neither says.
 
     Args:
         factor: By which the VAE makes images smaller.
@@ -72,8 +80,8 @@ def native_size(unet: ModelMixin, factor: int, record: Record | None) -> tuple[i
     if record is not None and record.resolution:
         return record.resolution, record.resolution
     sample = unet.config.sample_size
-    height, width = (sample, sample) if isinstance(sample, int) else sample
-    return height * factor, width * factor
+    height, width = sample if isinstance(sample, list | tuple) else (sample, sample)
+    return None if sample is None else (height * factor, width * factor)
 
 
 class FromImage(FromNoise):
@@ -95,7 +103,8 @@ class FromImage(FromNoise):
         """
         factor, channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
         raw, own = image_size(self.image, factor, -1), image_size(self.image, factor, channels)
-        if raw != own and None in (height, width) and min(raw) >= min(super().size(pipe, None, None)):
+        trained = native_size(pipe.unet, factor, pipe.record)
+        if raw != own and None in (height, width) and trained and min(raw) >= min(trained):
             raise ValueError(
                 f"An image of {channels} channels is read as latents, here of {own[0]} x {own[1]} pixels; give 3 channels if "
                 "these are pixels, or height and width if they are latents."

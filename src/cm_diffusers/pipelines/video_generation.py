@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.pipelines import checks
-from cm_diffusers.pipelines.generation import Callback
+from cm_diffusers.pipelines.generation import Callback, call_back
 from cm_diffusers.pipelines.ip_adapter import image_embeddings
 from cm_diffusers.pipelines.latents import Generators, dtype_of
 from cm_diffusers.pipelines.starts import FromNoise
@@ -233,19 +233,20 @@ def _denoise(pipe: DiffusionPipeline, ask: ClipRequest, timesteps: Tensor, state
             state.latents = result.prev_sample.to(state.latents.dtype)
             state.denoised = getattr(result, "denoised", getattr(result, "pred_original_sample", None))
             if ask.callback_on_step_end is not None:
-                offered = {name: getattr(state, name) for name in ask.callback_inputs}
-                for name, value in (ask.callback_on_step_end(pipe, i, t, offered) or {}).items():
-                    setattr(state, name, value)
+                call_back(pipe, ask, state, i, t)
             bar.update()
 
 
 def _predict(pipe: DiffusionPipeline, ask: ClipRequest, state: ClipState, t: Tensor) -> Tensor:
     """The UNet's output, with classifier-free guidance from both branches in one batch."""
-    guided = pipe.do_classifier_free_guidance
+    given, text = len(state.latents), state.prompt_embeds
+    both = len(text) == 2 * given * (state.latents.shape[2] if pipe.free_noise_enabled else 1)
+    guided = pipe.do_classifier_free_guidance and both
     x = pipe.scheduler.scale_model_input(state.latents, t)
     x = torch.cat([x, x]) if guided else x
     clips, frames = len(x), x.shape[2]
-    text = state.prompt_embeds
+    if both and not guided:  # a callback has ended guidance
+        text = text[len(text) // 2 :]
     if len(text) == clips:
         text = text.repeat_interleave(frames, dim=0)
     residuals = []
@@ -273,8 +274,10 @@ def _predict(pipe: DiffusionPipeline, ask: ClipRequest, state: ClipState, t: Ten
 
 def _output(pipe: DiffusionPipeline, ask: ClipRequest, latents: Tensor) -> AnimateDiffPipelineOutput | tuple:
     clips = latents
+    checks.check_finite(latents, "The sampled latents")
     if ask.output_type != "latent":
         pixels = pipe.decode_latents(latents.to(dtype_of(pipe.vae)), ask.decode_chunk_size)
+        checks.check_finite(pixels, "The frames that the VAE made of finite latents")
         clips = pipe.video_processor.postprocess_video(pixels, output_type=ask.output_type)
     pipe.maybe_free_model_hooks()
     return AnimateDiffPipelineOutput(frames=clips) if ask.return_dict else (clips,)

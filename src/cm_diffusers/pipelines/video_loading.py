@@ -1,15 +1,12 @@
 """Loading video students: pipelines, image models with a motion adapter, and motion adapters with their LoRA."""
 
 import warnings
-from pathlib import Path
 from typing import Any, Self
 
-from diffusers import MotionAdapter, UNetMotionModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
+from diffusers import DiffusionPipeline, MotionAdapter, UNetMotionModel
 
 from cm_diffusers.models.motion import ANIMATEDIFF_BETAS, adapter_at_root
+from cm_diffusers.pipelines.layouts import for_base, is_pipeline, refuse_part
 from cm_diffusers.pipelines.loading import ConsistencyLoaderMixin
 from cm_diffusers.pipelines.lora import Source
 from cm_diffusers.pipelines.manners import consistency_scheduler
@@ -53,9 +50,32 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
         source = pretrained_model_name_or_path
         record = read_record(source, **of_hub(kwargs))
         if base_model is None and weight_name is None:
-            if kwargs.get("motion_adapter") is not None or _is_pipeline(source, record, kwargs):
-                return cls._from_pipeline(source, kwargs)
+            if kwargs.get("motion_adapter") is not None or is_pipeline(source, of_hub(kwargs), record is not None):
+                pipe = cls._from_pipeline(source, kwargs)
+                if kwargs.get("scheduler") is None:
+                    pipe._warn_of_betas()
+                return pipe
         return cls._from_motion(source, record, base_model, weight_name, kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """As for images; a `motion_adapter` makes clips of an image pipeline."""
+        pipe = super().from_pipe(pipeline, **kwargs)
+        if "scheduler" not in kwargs:
+            pipe._warn_of_betas()
+        return pipe
+
+    def _warn_of_betas(self) -> None:
+        """Of a motion adapter on an image model, whose noise schedule is not the one that AnimateDiff's were trained on."""
+        found = {name: self.scheduler.config.get(name) for name in ANIMATEDIFF_BETAS}
+        if self._inflated and self.record is None and found != ANIMATEDIFF_BETAS:
+            warnings.warn(
+                f"Nothing says which noise schedule the motion adapter was trained on, so the image model's is taken "
+                f"(beta_schedule {found['beta_schedule']!r}), but AnimateDiff's is linear; set pipe.scheduler = "
+                'ConsistencyScheduler.from_config(pipe.scheduler.config, beta_schedule="linear"), or give the scheduler it '
+                "belongs to.",
+                stacklevel=3,
+            )
 
     @classmethod
     def _from_pipeline(cls, source: Source, kwargs: dict[str, Any]) -> Self:
@@ -74,18 +94,21 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
         kwargs: dict[str, Any],
     ) -> Self:
         if record is None and (base_model is None or weight_name is None):
+            if base_model is None and weight_name is None:
+                refuse_part(source, of_hub(kwargs))
             raise ValueError(
                 f"{str(source)!r} has neither a model_index.json nor the record of a student; for a motion adapter with "
                 "its LoRA, give base_model and weight_name."
             )
         hub = of_hub(kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name != "revision"}  # the motion adapter's
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        adapter = adapter_at_root(source, dtype, hub)
-        pipe = cls._on_base(source, base_model or base_model_of(record, source), kwargs | {"motion_adapter": adapter})
+        stored = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
+        adapter = adapter_at_root(source, dtype, hub, **stored)
+        base = base_model or base_model_of(record, source)
+        pipe = cls._on_base(source, base, for_base(base, kwargs) | {"motion_adapter": adapter})
+        pipe.load_lora_weights(source, weight_name=weight_name, use_safetensors=True, **hub)
         if record is None and kwargs.get("scheduler") is None:
             pipe.scheduler = consistency_scheduler("LCMScheduler", {**pipe.scheduler.config, **ANIMATEDIFF_BETAS})
-        pipe.load_lora_weights(source, weight_name=weight_name, use_safetensors=True, **hub)
         return pipe
 
     @classmethod
@@ -99,15 +122,6 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
                 "say where that base model is, or another one, with base_model."
             ) from error
 
-    @classmethod
-    def load_lora_into_unet(
-        cls, state_dict: dict[str, Tensor], network_alphas: dict, unet: UNetMotionModel, *args: Any, **kwargs: Any
-    ) -> None:
-        """As for images. Motion modules have layers of the names that a LoRA of an image model targets; they get none."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
-            super().load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
-
 
 def _put_on(unet: UNetMotionModel, adapter: MotionAdapter) -> None:
     """Gives a UNet that has motion modules already those of the adapter."""
@@ -115,15 +129,3 @@ def _put_on(unet: UNetMotionModel, adapter: MotionAdapter) -> None:
         unet.load_motion_modules(adapter)
     except RuntimeError as error:
         raise ValueError(f"The motion adapter does not fit the UNet: {str(error).splitlines()[-1].strip()}") from error
-
-
-def _is_pipeline(source: Source, record: Record | None, kwargs: dict[str, Any]) -> bool:
-    """Whether it has a model_index.json; or, so that diffusers says why not, where that cannot be found out."""
-    if Path(source).exists():
-        return (Path(source) / "model_index.json").is_file()
-    try:
-        return bool(hf_hub_download(str(source), "model_index.json", **of_hub(kwargs)))
-    except EntryNotFoundError as error:
-        return record is None and isinstance(error, LocalEntryNotFoundError)
-    except (HfHubHTTPError, HFValidationError):
-        return True

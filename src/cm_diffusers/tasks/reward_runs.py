@@ -120,8 +120,15 @@ class Tuned:
         return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
 
     def size(self, resolution: int | None) -> tuple[int, int]:
-        """Height and width of images in pixels, of what was trained at if no side is asked for."""
-        return (resolution, resolution) if resolution else native_size(self.unet, self._factor, self.record)
+        """Height and width of images in pixels, of what was trained at if no side is asked for.
+
+        Raises:
+            ValueError: Nothing says what that is.
+        """
+        size = (resolution, resolution) if resolution else native_size(self.unet, self._factor, self.record)
+        if size is None:
+            raise ValueError("--resolution is missing: the UNet's config does not say the size it was trained with.")
+        return size
 
     def side(self, resolution: int | None) -> int | None:
         """Of square images; None of others."""
