@@ -96,7 +96,7 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
             )
 
 
-def weight_files(folder: Path) -> dict[str | None, list[str]]:
+def weights_by_variant(folder: Path) -> dict[str | None, list[str]]:
     """Of a network's folder: suffixes of the weights by their variant, None for those without.
 
     `{None: [".safetensors"], "fp16": [".safetensors"]}`, where a pickle has ".bin".
@@ -110,7 +110,7 @@ def weight_files(folder: Path) -> dict[str | None, list[str]]:
 
 def only_variant(folders: Iterable[Path]) -> str | None:
     """The one variant in which all have safetensors that have none without a variant; None otherwise."""
-    found = [weight_files(folder) for folder in folders]
+    found = [weights_by_variant(folder) for folder in folders]
     safe = [{variant for variant in files if ".safetensors" in files[variant]} for files in found]
     variants = [of_one for of_one in safe if of_one and None not in of_one]
     common = set.intersection(*variants) if variants else set()

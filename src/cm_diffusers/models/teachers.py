@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.models.casting import dtype_of, load_cast_unet
 from cm_diffusers.models.single_file import is_single_file, load_single_file
-from cm_diffusers.models.stored import check_stored, only_variant, weight_files
+from cm_diffusers.models.stored import check_stored, only_variant, weights_by_variant
 
 
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
@@ -148,7 +148,7 @@ def load_stock(
 def _load_vae(path: str, variant: str | None) -> AutoencoderKL:
     """The variant of the teacher's weights where it has that, or the one that its folder has alone."""
     if Path(path).is_dir():
-        variant = variant if variant in weight_files(Path(path)) else only_variant([Path(path)])
+        variant = variant if variant in weights_by_variant(Path(path)) else only_variant([Path(path)])
     try:
         return stored_vae(path, variant=variant)
     except LOADING_ERRORS as error:
