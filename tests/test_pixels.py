@@ -11,7 +11,7 @@ from tiny import tiny_pipeline
 from cm_diffusers import ConsistencyImg2ImgPipeline, ConsistencyInpaintPipeline
 from cm_diffusers.data.preprocessing import decode_image
 from cm_diffusers.pipelines.ip_adapter import _bytes as for_the_feature_extractor
-from cm_diffusers.pipelines.starts import check_values, readable, readable_mask
+from cm_diffusers.pipelines.pictures import check_values, readable, readable_mask
 from cm_diffusers.pixels import mask_levels, mask_of
 
 

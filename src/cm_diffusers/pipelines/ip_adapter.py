@@ -8,7 +8,8 @@ from diffusers.models import ImageProjection
 from torch import Tensor
 
 from cm_diffusers.pipelines.latents import dtype_of
-from cm_diffusers.pipelines.starts import check_values, readable, repeated
+from cm_diffusers.pipelines.pictures import check_values, readable
+from cm_diffusers.pipelines.starts import repeated
 
 
 def image_embeddings(

@@ -11,7 +11,8 @@ from torch import Tensor
 from cm_diffusers.models.image_to_video import skip_channels
 from cm_diffusers.pipelines.checks import image_size
 from cm_diffusers.pipelines.latents import dtype_of
-from cm_diffusers.pipelines.starts import check_values, readable, repeated
+from cm_diffusers.pipelines.pictures import check_values, readable
+from cm_diffusers.pipelines.starts import repeated
 
 
 Frames = Sequence[PipelineImageInput] | Tensor
