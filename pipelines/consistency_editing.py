@@ -88,6 +88,12 @@ class ConsistencySchedulerOutput(BaseOutput):
 
 
 OUTPUT_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}  # as `EDMEulerScheduler` has them
+
+
+class UserError(ValueError):
+    """Something given is wrong; one sentence says what, what was found and what to do, and scripts print only that."""
+
+
 # c_noise, what a network is told of sigma: part of its architecture. "adm" as `CMStochasticIterativeScheduler`.
 NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "edm": lambda sigma: sigma.log() / 4,
@@ -102,7 +108,7 @@ def noise_condition(sigma: Tensor, kind: str) -> Tensor:
         kind: One of `NOISE_CONDITIONINGS`.
     """
     if kind not in NOISE_CONDITIONINGS:
-        raise ValueError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
+        raise UserError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
     return NOISE_CONDITIONINGS[kind](exact(sigma))
 
 
@@ -122,7 +128,7 @@ class EDMKind:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in OUTPUT_SIGNS:
-            raise ValueError(
+            raise UserError(
                 f'A network of kind "edm" answers with F, "epsilon", or -F, "v_prediction", got '
                 f'{self.prediction_type!r}; take network "vp" for a diffusion model of Stable Diffusion\'s kind.'
             )
@@ -183,7 +189,7 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
         return sigma * (1 - sigma_data**2) / (sigma_data * vp**2 * edm), -edm / (sigma_data * vp)
     if prediction_type == "sample":  # D = output
         return -sigma_data / (sigma * edm), edm / (sigma * sigma_data)
-    raise ValueError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
+    raise UserError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +235,7 @@ class VPKind:
         """
         low, high = np.exp(self.log_sigmas[[0, -1]])
         if sigma_min < low or sigma_max > high:
-            raise ValueError(
+            raise UserError(
                 f"This network knows sigmas from {low:.5g} to {high:.5g}, but sigma_min is {sigma_min} and sigma_max "
                 f"{sigma_max}; give what it was trained with."
             )
@@ -237,7 +243,7 @@ class VPKind:
 
 def _checked_gamma(gamma: float) -> float:
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
+        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
     return gamma
 
 
@@ -247,12 +253,12 @@ def _level(sigma: float) -> Tensor:
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
 def _refuse_integers(timesteps: Tensor) -> None:
     if not timesteps.is_floating_point():
-        raise ValueError(
+        raise UserError(
             "Timesteps of EDMConsistencyScheduler are what the network is told of the noise, not integer indices; pass "
             "entries of scheduler.timesteps."
         )
@@ -260,7 +266,7 @@ def _refuse_integers(timesteps: Tensor) -> None:
 
 def _check_strength(strength: float) -> None:
     if not isinstance(strength, Real) or not 0 < strength <= 1:
-        raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}.")
+        raise UserError(f"strength must be above 0 and at most 1, got {strength!r}.")
 
 
 def _is_whole(value: object) -> bool:
@@ -287,15 +293,15 @@ def chosen(timesteps: Sequence[int], grid: Sequence[int], limit: int, strength: 
     _check_strength(strength)
     timesteps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     if not isinstance(timesteps, Sequence) or not all(_is_whole(t) for t in timesteps):
-        raise ValueError(f"timesteps must be a list of whole numbers, got {timesteps!r}.")
+        raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}.")
     schedule = [int(t) for t in timesteps]
     if not schedule or not all(0 <= t < limit for t in schedule):
-        raise ValueError(f"timesteps must be a list of numbers from {limit - 1} down to 0, got {schedule}.")
+        raise UserError(f"timesteps must be a list of numbers from {limit - 1} down to 0, got {schedule}.")
     if any(a <= b for a, b in pairwise(schedule)):
-        raise ValueError(f"timesteps must descend without repetition, got {schedule}.")
+        raise UserError(f"timesteps must descend without repetition, got {schedule}.")
     kept = _share(len(schedule), strength)
     if kept == 0:
-        raise ValueError(f"A strength of {strength} leaves none of the {len(schedule)} timesteps; take a higher one.")
+        raise UserError(f"A strength of {strength} leaves none of the {len(schedule)} timesteps; take a higher one.")
     if strangers := [t for t in schedule[-kept:] if t not in grid]:
         logger.warning(f"Timesteps {strangers} are not on the distillation grid of {len(grid)} points.")
     return schedule[-kept:]
@@ -318,7 +324,7 @@ def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
     values = list(sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas)
     known = all(isinstance(value, Real) and low <= value <= high for value in values)
     if not values or not known or any(a <= b for a, b in pairwise(values)):
-        raise ValueError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
+        raise UserError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
     return [float(value) for value in values]
 
 
@@ -337,7 +343,7 @@ def strided(grid: list[float], count: int) -> list[float]:
         ValueError: The count is no whole number from 1 to the points of the grid.
     """
     if not isinstance(count, Integral) or not 1 <= count <= len(grid):
-        raise ValueError(
+        raise UserError(
             f"num_inference_steps must be a whole number from 1 to the {len(grid)} points of the training grid, got "
             f"{count!r}; for other noise levels give sigmas."
         )
@@ -418,7 +424,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         _one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
         if not 0 < sigma_min < sigma_max < math.inf or not 0 < sigma_data < math.inf:
             found = f"{sigma_min}, {sigma_max} and {sigma_data}"
-            raise ValueError(f"sigma_min, the larger sigma_max and sigma_data must be positive, got {found}.")
+            raise UserError(f"sigma_min, the larger sigma_max and sigma_data must be positive, got {found}.")
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
             stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
@@ -458,7 +464,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is None and timesteps is None and sigmas is None:
             sigmas = self.config.recommended_sigmas
         if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) != 1:
-            raise ValueError("Give exactly one of num_inference_steps, timesteps and sigmas.")
+            raise UserError("Give exactly one of num_inference_steps, timesteps and sigmas.")
         if sigmas is not None:
             schedule = checked(sigmas, self.config.sigma_min, self.config.sigma_max)
         elif timesteps is not None:
@@ -542,7 +548,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         for index, level in enumerate(self._schedule):
             if math.isclose(sigma, level, rel_tol=1e-5):  # a timestep may have passed through float32
                 return index
-        raise ValueError(
+        raise UserError(
             f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "
             "of scheduler.timesteps, or call set_timesteps."
         )
@@ -569,7 +575,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if self._step_index >= len(self._schedule):
-            raise ValueError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
+            raise UserError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
         return self._step_index
 
     def _denoise(self, output: Tensor, sigma: float, x: Tensor) -> Tensor:
@@ -601,7 +607,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
             return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
         if noise.shape != sample.shape:
-            raise ValueError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+            raise UserError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
         return noise
 
     def _sigmas_at(self, timesteps: Tensor) -> Tensor:

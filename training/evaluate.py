@@ -4,6 +4,7 @@ import cm_diffusers.engine.early
 from pathlib import Path
 
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
@@ -16,7 +17,7 @@ CONFIGS = (EvaluationConfig, ReferenceConfig)
 def main() -> None:
     config, data = parse_configs(CONFIGS, __doc__)
     if not config.pipelines and config.teacher is None:
-        raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
+        raise UserError("Nothing to evaluate: give --pipelines, --teacher or both.")
     check_output(config.output_dir)
     comparison, folder = Comparison(config, data), Path(config.output_dir)
     setting, weights = comparison.setting, comparison.weights

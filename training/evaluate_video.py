@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.report import PARTIAL, table_json, write_table
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig
@@ -18,7 +19,7 @@ CONFIGS = (VideoEvaluationConfig, VideoDataConfig, MotionConfig)
 def main() -> None:
     config, data, adapter = parse_configs(CONFIGS, __doc__)
     if not config.pipelines and config.teacher is None:
-        raise ValueError("Nothing to evaluate: give --pipelines, --teacher or both.")
+        raise UserError("Nothing to evaluate: give --pipelines, --teacher or both.")
     check_output(config.output_dir)
     comparison = VideoComparison(config, data, adapter)
     setting, weights, folder = comparison.setting, comparison.weights, Path(config.output_dir)

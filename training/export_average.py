@@ -10,6 +10,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.averages import rebuild
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.errors import UserError
 from cm_diffusers.places import public
 from cm_diffusers.publishing.pipelines import save_pipeline
 from cm_diffusers.publishing.provenance import read_provenance
@@ -33,10 +34,10 @@ CONFIGS = (ExportConfig,)
 def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
     if Path(config.output_dir).exists():
-        raise ValueError(f"--output_dir {config.output_dir} exists already: give a new folder.")
+        raise UserError(f"--output_dir {config.output_dir} exists already: give a new folder.")
     source = Path(config.run_dir) / "pipeline"
     if not (source / "model_index.json").is_file():
-        raise ValueError(f"{config.run_dir} has no folder pipeline: the training has not ended, or it made a LoRA.")
+        raise UserError(f"{config.run_dir} has no folder pipeline: the training has not ended, or it made a LoRA.")
     provenance = read_provenance(source)
     average, step = rebuild(Path(config.run_dir), config.sigma_rel, config.step)
     settings = provenance.settings | {"sigma_rel": config.sigma_rel, "average_of_step": step}

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.errors import UserError
 
 
 NAMES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -39,14 +40,13 @@ CONFIGS = (PrepareConfig,)
 def read_idx(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     paths = [folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"]
     if missing := [str(path) for path in paths if not path.is_file()]:
-        raise ValueError(f"Missing {', '.join(missing)}: install dataset-fashion-mnist, or pass --dataset_name.")
+        raise UserError(f"Missing {', '.join(missing)}: install dataset-fashion-mnist, or pass --dataset_name.")
     images, labels = (gzip.decompress(path.read_bytes()) for path in paths)
     return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
 def read_hub(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    rows = datasets.load_dataset(name, split=split).with_format("numpy")[:]
-    return rows["image"], rows["label"]
+    return tuple(datasets.load_dataset(name, split=split).with_format("numpy")[:][key] for key in ("image", "label"))
 
 
 def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

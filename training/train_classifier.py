@@ -17,6 +17,7 @@ from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_reference
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.objectives.classification import ClassificationConfig, ClassificationObjective
@@ -51,7 +52,7 @@ def main() -> None:
     config, data, method, optim, train = configs = parse_configs(CONFIGS, __doc__)
     labels = load_image_text(data, [config.label_column], Found("the batches report")).features[config.label_column]
     if not isinstance(labels, ClassLabel):
-        raise ValueError(
+        raise UserError(
             f"--label_column {config.label_column} must be a ClassLabel with the classes' names, as `datasets` writes it "
             f"into parquet files, but it is {labels}."
         )

@@ -44,7 +44,7 @@ def writable(what: str, size: int = 0, advice: str = "make room, or name another
         if reason is None:  # no error of the system: libraries raise OSError for other things, too
             raise
         needs = f" ({size / 2**20:,.1f} MiB are needed)" if size else ""
-        raise ValueError(f"{what} cannot be written: {reason}{needs}; {advice}.") from error
+        raise UserError(f"{what} cannot be written: {reason}{needs}; {advice}.") from error
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from cm_diffusers.errors import UserError
+
 
 class Need(NamedTuple):
     """A package by the name it is imported by and the name it is installed by, and the extra that lists it."""
@@ -60,7 +62,7 @@ def check_installed(configs: Iterable[object]) -> None:
     """
     for what, need in needs_of(configs):
         if find_spec(need.module) is None:
-            raise ValueError(missing(what, need))
+            raise UserError(missing(what, need))
 
 
 def missing(what: str, need: Need) -> str:

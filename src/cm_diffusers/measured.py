@@ -9,6 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
+from cm_diffusers.errors import UserError
+
 
 FOLDER = "evaluation"
 TABLE, GRID, CLIPS = "table.json", "grid.png", "clips.gif"
@@ -153,14 +155,14 @@ def read_measured(folder: Path, name: str | None = None, student: Path | None = 
     """
     path = folder / TABLE
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no {TABLE}; give the --output_dir of training/evaluate.py or evaluate_video.py."
         )
     content = json.loads(path.read_text("utf-8"))
     wanted = _name_of(path, content, name, student)
     rows = [row for row in content["rows"] if row["pipeline"] == wanted]
     if len({(row["num_inference_steps"], row["guidance_scale"]) for row in rows}) < len(rows):
-        raise ValueError(f"{path} has several rows of {wanted} for the same steps and guidance; measure it anew.")
+        raise UserError(f"{path} has several rows of {wanted} for the same steps and guidance; measure it anew.")
     return Measured(content["setting"], [row for row in content["rows"] if row["pipeline"] in (*BASELINES, wanted)])
 
 
@@ -174,8 +176,8 @@ def _name_of(path: Path, content: dict, name: str | None, student: Path | None) 
     wanted = candidates[0] if name is None and len(candidates) == 1 else name
     if wanted not in names:
         found = "no --evaluation_name is given" if name is None else f"--evaluation_name is {name!r}"
-        raise ValueError(f"{path} measured {', '.join(names) or 'no student'}, but {found}; give one of them.")
+        raise UserError(f"{path} measured {', '.join(names) or 'no student'}, but {found}; give one of them.")
     if own and digests.get(wanted) not in (None, own):
         advice = f"give --evaluation_name {same[0]!r}" if same else "measure that folder"
-        raise ValueError(f"{path} measured as {wanted} other weights than those in {student}; {advice}.")
+        raise UserError(f"{path} measured as {wanted} other weights than those in {student}; {advice}.")
     return wanted

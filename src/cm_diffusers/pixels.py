@@ -5,6 +5,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
+
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A picture as its camera was held, by `to_rgb`."""
@@ -20,10 +22,10 @@ def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError(f"The image holds numbers from {values.min()} to {values.max()}; store it in 8 bits.")
+            raise UserError(f"The image holds numbers from {values.min()} to {values.max()}; store it in 8 bits.")
         return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "I" and file_format != "PNG":
-        raise ValueError("The image holds integers of 32 bits; store it in 8 or 16 bits.")
+        raise UserError("The image holds integers of 32 bits; store it in 8 or 16 bits.")
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -43,7 +45,7 @@ def mask_of(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA" if clear else image.mode).convert("L")
     grey = np.asarray(image)
     if clear and set(np.unique(grey).tolist()) != {0, 255}:
-        raise ValueError(
+        raise UserError(
             "A mask with transparent places says in two ways what is to change: save it in black and white, without them."
         )
     levels = mask_levels(torch.from_numpy(grey.astype(np.float32)))
@@ -61,7 +63,7 @@ def mask_levels(mask: Tensor) -> Tensor:
     levels = mask.float()
     least, most = levels.aminmax()
     if not levels.isfinite().all() or most > 65535 or (least < 0 and not 0 < most <= 1):
-        raise ValueError(
+        raise UserError(
             f"A mask holds numbers from {least:g} to {most:g}: give floats from 0 to 1, or bytes from 0 to 255."
         )
     if most <= 1:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from cm_diffusers.errors import UserError
+
 
 # A bracket belongs to the range, a parenthesis does not; what is not a number lies in none.
 INTERVALS = {
@@ -72,11 +74,11 @@ def check_ranges(config: Any) -> None:
         for value in _numbers(getattr(config, field.name)):
             interval = RANGES.get(field.name)
             if interval and not _lies_in(value, interval):
-                raise ValueError(f"--{field.name} must be {_in_words(interval, value)}, but it is {value}.")
+                raise UserError(f"--{field.name} must be {_in_words(interval, value)}, but it is {value}.")
     for lower, upper in ORDERED.items():
         least, greatest = getattr(config, lower, None), getattr(config, upper, None)
         if None not in (least, greatest) and least > greatest:
-            raise ValueError(f"--{lower} {least} is above --{upper} {greatest}; swap them.")
+            raise UserError(f"--{lower} {least} is above --{upper} {greatest}; swap them.")
 
 
 def _numbers(value: object) -> Iterator[int | float]:

@@ -20,6 +20,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from cm_diffusers.errors import UserError
+
 
 RECORD = "cm_diffusers.json"
 Guidance = Literal["embedded", "distilled", "none"]
@@ -100,7 +102,7 @@ def read_record(
         except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
             if (status := _refusal(error)) is None:
                 return None
-            raise ValueError(
+            raise UserError(
                 f"The Hub does not say whether {str(source)!r} has a {RECORD} (status {status}); try again later, log "
                 "in if it is private or gated, or take what is here with local_files_only=True."
             ) from error
@@ -123,7 +125,7 @@ def base_model_of(record: Record, lora: str | Path) -> str:
         places = [Path(os.path.normpath(home / name)), name, *above]
         found = next((str(place) for place in places if _is_pipeline(place)), found)
     if found == str(lora) or (Path(found).is_dir() and not _is_pipeline(Path(found))):
-        raise ValueError(
+        raise UserError(
             f"The record of {str(lora)!r} names {record.base_model!r} as the base model, which is no pipeline; name one "
             f"as base_model in its {RECORD}."
         )
@@ -155,9 +157,9 @@ def _parse(path: Path, text: str | None) -> Record | None:
     try:
         record = Record.of(json.loads(text))
         if fault := _fault(record):
-            raise ValueError(fault)
+            raise UserError(fault)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a record of cm_diffusers ({error!r}); get the checkpoint anew.") from error
+        raise UserError(f"{path} is not a record of cm_diffusers ({error!r}); get the checkpoint anew.") from error
     return record
 
 

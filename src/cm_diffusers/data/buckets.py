@@ -6,6 +6,7 @@ import numpy as np
 
 from cm_diffusers.data.preprocessing import Size, square
 from cm_diffusers.data.sampler import SHUFFLE, Position
+from cm_diffusers.errors import UserError
 
 
 def aspect_ratio_buckets(resolution: int, step: int, max_ratio: float) -> list[Size]:
@@ -23,11 +24,11 @@ def aspect_ratio_buckets(resolution: int, step: int, max_ratio: float) -> list[S
         ValueError: the square itself is no multiple of the step, or the bound is below 1.
     """
     if not max_ratio >= 1:
-        raise ValueError(f"--bucket_max_ratio must be at least 1, the square's ratio, but it is {max_ratio}.")
+        raise UserError(f"--bucket_max_ratio must be at least 1, the square's ratio, but it is {max_ratio}.")
     if resolution % step:
         below = resolution // step * step
         sizes = " or ".join(str(side) for side in (below, below + step) if side)
-        raise ValueError(f"--resolution {resolution} is not a multiple of --bucket_step {step}: take {sizes}.")
+        raise UserError(f"--resolution {resolution} is not a multiple of --bucket_step {step}: take {sizes}.")
     buckets = [square(resolution)]
     for short in range(resolution - step, 0, -step):
         long = resolution**2 // short // step * step

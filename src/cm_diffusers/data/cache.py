@@ -20,6 +20,7 @@ from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.preprocessing import PIXELS, Size, decode_image, preprocess
 from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.errors import UserError
 
 
 VOLATILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # of a config: what saving it may change
@@ -60,7 +61,7 @@ class Vae:
         fingerprint = folder_fingerprint(folder)
         config = json.loads((folder / "config.json").read_text("utf-8"))
         if (kind := config.get("_class_name", AutoencoderKL.__name__)) != AutoencoderKL.__name__:
-            raise ValueError(
+            raise UserError(
                 f"The VAE in {folder} is {kind}, whose latents training cannot draw; give an AutoencoderKL."
             )
         factors = _factors(config)
@@ -92,9 +93,7 @@ def folder_fingerprint(folder: str | Path) -> str:
     """
     paths = [path for pattern in ("config.json", "*.safetensors") for path in sorted(Path(folder).glob(pattern))]
     if len({path.suffix for path in paths}) < 2:
-        raise ValueError(
-            f"{folder} must hold config.json and .safetensors weights; use save_pretrained to write them."
-        )
+        raise UserError(f"{folder} must hold config.json and .safetensors weights; use save_pretrained to write them.")
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -179,7 +178,7 @@ def check_sides(config: DataConfig, factor: int) -> None:
     if side % factor:
         below = side // factor * factor
         sizes = " or ".join(str(size) for size in (below, below + factor) if size)
-        raise ValueError(f"--{name} {side} is not a multiple of {factor}, as the VAE needs: take {sizes}.")
+        raise UserError(f"--{name} {side} is not a multiple of {factor}, as the VAE needs: take {sizes}.")
 
 
 def _parts_of_one_size(assigned: np.ndarray) -> list[list[int]]:
@@ -213,7 +212,7 @@ def encode_images(images: list[Tensor | None], target: Size, model: AutoencoderK
     posterior = model.encode(pixels.to(model.device, model.dtype)).latent_dist
     tensors = {"mean": posterior.mean.half().cpu(), "std": posterior.std.half().cpu()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError(f"The VAE's latents are not finite in {config.vae_dtype}: pass --vae_dtype float32.")
+        raise UserError(f"The VAE's latents are not finite in {config.vae_dtype}: pass --vae_dtype float32.")
     return {**tensors, "valid": torch.tensor([image is not None for image in images])}
 
 
@@ -238,7 +237,7 @@ def cached_embeddings(
                 encoded = encode([captions[job.rows[i]] for i in part])
             tensors = {name: value.half().cpu() for name, value in encoded.items()}
             if not all(value.isfinite().all() for value in tensors.values()):
-                raise ValueError("The text embeddings are not finite in float16: encode prompts in float32.")
+                raise UserError("The text embeddings are not finite in float16: encode prompts in float32.")
             yield tensors
 
     ranges = row_ranges(len(captions))

@@ -19,7 +19,7 @@ from cm_diffusers.data.sources import (
     require_columns,
     subset,
 )
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class FileClips:
         digests, lengths = map(list, zip(*measured, strict=True))
         if short := [number for number, length in enumerate(lengths) if 0 < length < span]:
             name, length = clip_name(records[short[0]][config.image_column]), lengths[short[0]]
-            raise ValueError(
+            raise UserError(
                 f"{len(short)} of {len(rows)} clips are too short, such as {name} with {length} frames: "
                 f"--sample_n_frames with --sample_stride needs {span}; lower them, or leave these clips out."
             )
@@ -95,7 +95,7 @@ def _loose_clips(folder: Folder) -> datasets.Dataset:
     files = [file for file in folder.files if suffix_of(file) in CLIP_SUFFIXES]
     clips = sorted([*files, *{file.parent for file in frames}])
     if not clips:
-        raise ValueError(
+        raise UserError(
             f"{folder.path} holds no clip: give files in {', '.join(sorted(CLIP_SUFFIXES))}, sub-folders of numbered "
             "frames, or parquet files."
         )
@@ -103,7 +103,7 @@ def _loose_clips(folder: Folder) -> datasets.Dataset:
     folder.leave_out("files of another kind", set(folder.files) - {*frames, *files, *texts})
     captions = folder.captions([clip.with_suffix("") if clip.is_file() else clip for clip in clips])
     if not any(captions):
-        raise ValueError(
+        raise UserError(
             f"{folder.path} holds {len(clips)} clips but no captions: add {', '.join(METADATA)} with the columns "
             "file_name and text, or a .txt or .caption file beside each clip."
         )

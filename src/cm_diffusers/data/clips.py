@@ -12,6 +12,7 @@ from PIL import Image
 from cm_diffusers.data.file_names import IMAGE_SUFFIXES, suffix_of
 from cm_diffusers.data.preprocessing import content_hash, decode_image, read_bytes
 from cm_diffusers.data.shards import shard_key
+from cm_diffusers.errors import UserError
 from cm_diffusers.extras import PYAV, missing
 from cm_diffusers.pixels import to_rgb
 
@@ -56,7 +57,7 @@ def read_frames(clip: Record | list[Record] | None, numbers: Sequence[int]) -> l
         return None
     if len(sizes := {frame.size for frame in frames}) > 1:
         found = " and ".join(f"{width}x{height}" for width, height in sorted(sizes))
-        raise ValueError(f"The frames of {clip_name(clip)} differ in size ({found}): give them one size.")
+        raise UserError(f"The frames of {clip_name(clip)} differ in size ({found}): give them one size.")
     return frames
 
 
@@ -125,5 +126,5 @@ def _pyav() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ValueError(missing("A video file", PYAV)) from error
+        raise UserError(missing("A video file", PYAV)) from error
     return av

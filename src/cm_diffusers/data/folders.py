@@ -24,7 +24,7 @@ from cm_diffusers.data.file_names import (
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.splits import TEST, TRAIN, split_name, splits_of
 from cm_diffusers.data.tables import read_table
-from cm_diffusers.errors import read_text, readable
+from cm_diffusers.errors import UserError, read_text, readable
 
 
 FLAG = "--train_data_dir"
@@ -72,7 +72,7 @@ class Folder:
         others = sorted({name for name in splits.values() if name} - {wanted})
         if not mine and (others or wanted != TRAIN):
             known = f"the splits in it: {', '.join(others)}" if others else "no name in it tells a split"
-            raise ValueError(
+            raise UserError(
                 f"{FLAG} {top} has no split {split} ({known}): give another --dataset_split, or the folder of the files."
             )
         for other in others:
@@ -124,7 +124,7 @@ class Folder:
             table = read_table(path, ["file_name", *texts])
         if "file_name" not in table.column_names:
             found = ", ".join(table.column_names)
-            raise ValueError(f"{path} needs a column file_name with the image paths; the columns found: {found}.")
+            raise UserError(f"{path} needs a column file_name with the image paths; the columns found: {found}.")
         names = [_place(path, name) for name in table["file_name"].to_pylist()]
         mine = [number for number, name in enumerate(names) if name is None or Path(name) not in self.outside]
         table, names = table.take(pa.array(mine, pa.int64())), [names[number] for number in mine]
@@ -144,7 +144,7 @@ def _place(metadata: Path, name: Any) -> str | None:
     if name is None:
         return None
     if not isinstance(name, str | int):
-        raise ValueError(
+        raise UserError(
             f"{metadata} must hold paths in its column file_name, but a row holds {name!r}: give one a row."
         )
     place = metadata.parent / str(name)
@@ -158,7 +158,7 @@ def checked_folder(path: str, flag: str = FLAG) -> Path:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{flag} {folder} is not a folder: give a folder with images, clips or parquet files.")
+        raise UserError(f"{flag} {folder} is not a folder: give a folder with images, clips or parquet files.")
     return folder
 
 
@@ -196,15 +196,13 @@ def loose_images(folder: Folder) -> datasets.Dataset:
     images = [file for file in files if suffix_of(file) in IMAGE_SUFFIXES]
     if not images:
         suffixes = ", ".join(sorted({file.suffix or file.name for file in files})) or "nothing"
-        raise ValueError(
-            f"{folder.path} holds no image and no parquet file; among its {len(files)} files: {suffixes}."
-        )
+        raise UserError(f"{folder.path} holds no image and no parquet file; among its {len(files)} files: {suffixes}.")
     texts = {file for file in files if suffix_of(file) in CAPTION_SUFFIXES}
     folder.leave_out("files of another kind", set(files) - set(images) - texts)
     columns = {folder.image_column: list(map(str, images))}
     if folder.caption_column:
         if not texts:
-            raise ValueError(
+            raise UserError(
                 f"{folder.path} holds {len(images)} images but no captions: add metadata.jsonl, .csv or .parquet "
                 "with the columns file_name and text, or a .txt or .caption file beside each image."
             )

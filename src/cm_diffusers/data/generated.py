@@ -23,7 +23,7 @@ from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tables import TABLE_SUFFIXES, read_lines, read_table
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
 
 
@@ -141,11 +141,11 @@ def read_prompts(path: str, column: str) -> list[str]:
     if not is_text:
         if column not in content.column_names:
             found = ", ".join(content.column_names)
-            raise ValueError(f"--prompts_file {path} has no column {column}: name one of {found} by --caption_column.")
+            raise UserError(f"--prompts_file {path} has no column {column}: name one of {found} by --caption_column.")
         values, where = content[column].to_pylist(), f" in its column {column}"
     prompts = [text.strip() for value in values for text in captions_of(value, column)]
     if not prompts:
-        raise ValueError(f"--prompts_file {path} holds no prompt{where}: found {len(values)} rows, all empty.")
+        raise UserError(f"--prompts_file {path} holds no prompt{where}: found {len(values)} rows, all empty.")
     return prompts
 
 
@@ -157,7 +157,7 @@ def checked_prompts_file(path: str) -> Path:
     file = Path(path).expanduser()
     if not file.is_file() or suffix_of(file) not in (".txt", *TABLE_SUFFIXES):
         found = f"it ends in {file.suffix or 'nothing'}" if file.is_file() else "there is no such file"
-        raise ValueError(f"--prompts_file {path} must be a .txt, .jsonl, .csv or .parquet file, but {found}.")
+        raise UserError(f"--prompts_file {path} must be a .txt, .jsonl, .csv or .parquet file, but {found}.")
     return file
 
 
@@ -168,13 +168,13 @@ def _check(config: DataConfig, generation: GenerationConfig, teacher: DiffusionP
         refuse_changed(config, "caption_column", "with a .txt file of prompts")
     for name in ("generated_samples", "generation_steps"):
         if (value := getattr(generation, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, but it is {value}.")
+            raise UserError(f"--{name} must be at least 1, but it is {value}.")
     if not 0 <= (scale := generation.generation_guidance_scale) < float("inf"):
-        raise ValueError(f"--generation_guidance_scale must be at least 0, but it is {scale}.")
+        raise UserError(f"--generation_guidance_scale must be at least 0, but it is {scale}.")
     if generation.generation_steps > (most := teacher.scheduler.config.num_train_timesteps):
-        raise ValueError(f"--generation_steps is {generation.generation_steps}, but the teacher has {most} timesteps.")
+        raise UserError(f"--generation_steps is {generation.generation_steps}, but the teacher has {most} timesteps.")
     if config.resolution % 8:
-        raise ValueError(f"--resolution {config.resolution} is not a multiple of 8, as the teacher's pipeline needs.")
+        raise UserError(f"--resolution {config.resolution} is not a multiple of 8, as the teacher's pipeline needs.")
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Sampler:
         ).images
         latents = latents.half().cpu()
         if not latents.isfinite().all():
-            raise ValueError("The teacher's samples are not finite in float16: check its weights and --resolution.")
+            raise UserError("The teacher's samples are not finite in float16: check its weights and --resolution.")
         return latents
 
 

@@ -26,6 +26,7 @@ from cm_diffusers.data.preprocessing import (
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig, load_image_text, row_name, source_name
+from cm_diffusers.errors import UserError
 
 
 MEMORY_LIMIT = 2**30  # bytes of decoded pixels kept in memory
@@ -56,7 +57,7 @@ def image_batches(
         ValueError: wrong configuration, no image that can be read, or a label that is no class.
     """
     if config.aspect_ratio_buckets:
-        raise ValueError("--aspect_ratio_buckets is for training on captions; leave it out: these images are squares.")
+        raise UserError("--aspect_ratio_buckets is for training on captions; leave it out: these images are squares.")
     found = Found(source_name(config))
     dataset = load_image_text(config, [label_column] if label_column else [], found)
     labels = class_labels(dataset, label_column, num_classes) if label_column else None
@@ -97,7 +98,7 @@ def usable_rows(
     found.images = len(rows)
     if len(rows) == 0:
         reasons = "; ".join(found.lines())
-        raise ValueError(f"None of the {len(readable)} {found.kind} of {found.source} can be used: {reasons}.")
+        raise UserError(f"None of the {len(readable)} {found.kind} of {found.source} can be used: {reasons}.")
     return rows
 
 
@@ -111,7 +112,7 @@ def class_labels(dataset: datasets.Dataset, column: str, num_classes: int | None
     for label in labels:
         if not isinstance(label, Integral) or label < 0 or (num_classes is not None and label >= num_classes):
             bounds = "of at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
-            raise ValueError(
+            raise UserError(
                 f"--label_column {column} must hold whole numbers {bounds}, but a row holds {label!r}: name a column "
                 "that numbers the classes so."
             )

@@ -11,6 +11,7 @@ from PIL import Image
 from cm_diffusers.data.preprocessing import content_hash, decode_image
 from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import captions_of
+from cm_diffusers.errors import UserError
 
 
 SIDE, ARTICLE = 32, 20  # of a frame, and longer side of an article, in pixels
@@ -85,7 +86,7 @@ class MovingArticles:
         caption_column: str = "text",
     ) -> None:
         if not 2 <= num_frames <= MOST_FRAMES:
-            raise ValueError(
+            raise UserError(
                 f"Moving articles stay in view for 2 to {MOST_FRAMES} frames, but a clip is to span {num_frames}: "
                 "use fewer frames or a smaller stride."
             )
@@ -93,7 +94,7 @@ class MovingArticles:
         self.rows: dict[str, list[int]] = {}
         for row, value in enumerate(dataset[caption_column]):
             if not (captions := captions_of(value, caption_column)):
-                raise ValueError(f"--moving_articles: image {row} has no caption to name it by; leave it out.")
+                raise UserError(f"--moving_articles: image {row} has no caption to name it by; leave it out.")
             self.rows.setdefault(min(captions, key=len), []).append(row)
 
     def __len__(self) -> int:
@@ -144,7 +145,7 @@ class MovingArticles:
     def _image(self, row: int) -> Image.Image:
         image = decode_image(self.dataset[row]["image"])
         if image is None or image.getbbox() is None:
-            raise ValueError(f"--moving_articles: image {row} is {'black' if image else 'unreadable'}; leave it out.")
+            raise UserError(f"--moving_articles: image {row} is {'black' if image else 'unreadable'}; leave it out.")
         return image
 
 

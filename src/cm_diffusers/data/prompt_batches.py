@@ -11,6 +11,7 @@ from cm_diffusers.data.prompts import Prompt
 from cm_diffusers.data.reward_history import RewardHistory
 from cm_diffusers.data.sampler import Position, Stream, batch_rows, stream
 from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.errors import UserError
 from cm_diffusers.policy.policy import Conditions
 from cm_diffusers.types import Batch, Loss
 
@@ -30,7 +31,7 @@ def prompt_batches(
         ValueError: The batches would be empty.
     """
     if batch_size < 1:
-        raise ValueError(f"--train_batch_size must be at least 1, but it is {batch_size}.")
+        raise UserError(f"--train_batch_size must be at least 1, but it is {batch_size}.")
 
     def make(k: int) -> tuple:
         rows = batch_rows(k, batch_size, len(prompts), position)

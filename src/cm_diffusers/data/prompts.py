@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from cm_diffusers.data.tables import read_lines
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 
 
 ARTICLES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -147,7 +147,7 @@ def load_prompts(source: str | Path | Sequence[str]) -> list[Prompt]:
         found = _from_file(Path(source))
     if not found or not all(isinstance(text, str) and text.strip() for text, _ in found):
         where = source if isinstance(source, str | Path) else "The list"
-        raise ValueError(f"{where} must hold at least one prompt, and none that is empty or no text.")
+        raise UserError(f"{where} must hold at least one prompt, and none that is empty or no text.")
     return found
 
 
@@ -158,9 +158,9 @@ def hardest_prompts(rewards: Mapping[str, Sequence[float]], k: int) -> list[str]
         ValueError: There are no k prompts, or one has no rewards.
     """
     if not 1 <= k <= len(rewards):
-        raise ValueError(f"k must be from 1 to the number of prompts, {len(rewards)}, but it is {k}.")
+        raise UserError(f"k must be from 1 to the number of prompts, {len(rewards)}, but it is {k}.")
     if without := [prompt for prompt, values in rewards.items() if len(values) == 0]:
-        raise ValueError(f"The prompt {without[0]!r} has no rewards; sample it, or leave it out.")
+        raise UserError(f"The prompt {without[0]!r} has no rewards; sample it, or leave it out.")
     return sorted(rewards, key=lambda prompt: fmean(rewards[prompt]))[:k]
 
 
@@ -175,10 +175,10 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def _from_file(path: Path) -> list[Prompt]:
     if not path.is_file():
-        raise ValueError(f"There is no file of prompts {path}; give one, or one of {', '.join(PROMPT_SETS)}.")
+        raise UserError(f"There is no file of prompts {path}; give one, or one of {', '.join(PROMPT_SETS)}.")
     suffix = path.suffix.lower()
     if suffix in (".csv", ".parquet", ".json"):
-        raise ValueError(f"{path} must hold one prompt a line, or be a .jsonl, but it ends in {suffix}.")
+        raise UserError(f"{path} must hold one prompt a line, or be a .jsonl, but it ends in {suffix}.")
     with readable(f"The file of prompts {path}"):
         lines = read_lines(path)
     if suffix != ".jsonl":
@@ -192,7 +192,7 @@ def _from_json(line: str, where: str) -> Prompt:
     except json.JSONDecodeError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'{where}, must be an object with a text as its prompt, such as {{"prompt": "a bag"}}.')
+        raise UserError(f'{where}, must be an object with a text as its prompt, such as {{"prompt": "a bag"}}.')
     return Prompt(row.pop("prompt"), row)
 
 

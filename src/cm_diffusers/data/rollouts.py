@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.reward_history import RewardHistory
 from cm_diffusers.diffusion.process import doubled, home_of_float64
 from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.errors import UserError
 from cm_diffusers.policy.advantages import PromptStatistics, compared
 from cm_diffusers.policy.policy import Conditions, Moves
 from cm_diffusers.policy.transitions import kl_divergence, log_prob
@@ -243,17 +244,17 @@ class Rollouts:
         config, transitions = self.config, self.num_transitions
         for part in ("samples_per_prompt", "train_batch_size"):
             if config.samples_per_rollout % getattr(config, part):
-                raise ValueError(
+                raise UserError(
                     f"--samples_per_rollout {config.samples_per_rollout} must be a multiple of --{part} "
                     f"{getattr(config, part)}."
                 )
         if self.accumulation % transitions:
-            raise ValueError(
+            raise UserError(
                 f"--gradient_accumulation_steps {self.accumulation} must be a multiple of {transitions}, the transitions of a "
                 "sample that are learnt from: each is a micro-batch."
             )
         if self.per_rollout % self.accumulation:
-            raise ValueError(
+            raise UserError(
                 f"--gradient_accumulation_steps {self.accumulation} must divide the {self.per_rollout} micro-batches of a "
                 "roll-out: --samples_per_rollout / --train_batch_size x transitions x --inner_epochs."
             )

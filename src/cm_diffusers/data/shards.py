@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.errors import UserError
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def _mapped(path: Path) -> Tensors:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"The cached file {path} was whole when the run began and cannot be read now ({error}): start the run "
             "again with --resume_from_checkpoint latest, which encodes it anew."
         ) from error
@@ -147,7 +148,7 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(_unwritable(folder, error)) from error
+        raise UserError(_unwritable(folder, error)) from error
 
 
 def _write(path: Path, tensors: Tensors, key: str) -> None:
@@ -161,7 +162,7 @@ def _write(path: Path, tensors: Tensors, key: str) -> None:
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
-        raise ValueError(_unwritable(path.parent, error, f" {size / 2**20:.1f} MiB")) from error
+        raise UserError(_unwritable(path.parent, error, f" {size / 2**20:.1f} MiB")) from error
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from cm_diffusers.data.splits import other_than_training
 from cm_diffusers.data.tables import MARK
 from cm_diffusers.data.tars import FAULT, FIELDS, TAR_ROWS, tar_features, tar_rows, tar_shards
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 
 
 INTERPOLATIONS = {
@@ -114,14 +114,14 @@ def load_image_text(
     """
     validate(config)
     if config.streaming:
-        raise ValueError("--streaming does not act here: these images are read before training starts; leave it out.")
+        raise UserError("--streaming does not act here: these images are read before training starts; leave it out.")
     refuse_changed(config, "shuffle_buffer_size", "without --streaming")
     wanted = [config.caption_column] if columns is None else list(columns)
     told = found or Found(source_name(config))
     if config.train_shards_path_or_url:
         dataset = _from_shards(config, told)
         if columns is None and len(dataset) and not any(map(any, dataset[config.caption_column])):
-            raise ValueError(nothing_usable(config, len(dataset), set(dataset[FIELDS]), told))
+            raise UserError(nothing_usable(config, len(dataset), set(dataset[FIELDS]), told))
     elif config.dataset_name:
         dataset = from_hub(config)
     else:
@@ -149,7 +149,7 @@ def subset(dataset: datasets.Dataset, config: DataConfig, found: Found) -> datas
         ValueError: there are no rows.
     """
     if len(dataset) == 0:
-        raise ValueError(f"The data holds no rows: {source_name(config)} is empty.")
+        raise UserError(f"The data holds no rows: {source_name(config)} is empty.")
     if config.max_train_samples is None or config.max_train_samples >= len(dataset):
         return dataset
     order = np.random.default_rng(0).permutation(len(dataset))
@@ -168,7 +168,7 @@ def row_name(record: Any, number: int) -> str:
 
 def require_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in found]:
-        raise ValueError(
+        raise UserError(
             f"The data has no column named {', '.join(missing)}: choose from the columns found: {', '.join(found)}."
         )
 
@@ -178,7 +178,7 @@ def captions_of(value: Any, column: str) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     if not all(text is None or isinstance(text, str) for text in texts):
         found = next(type(text).__name__ for text in texts if not (text is None or isinstance(text, str)))
-        raise ValueError(f"--caption_column {column} must hold a text or a list of texts, but a row holds {found}.")
+        raise UserError(f"--caption_column {column} must hold a text or a list of texts, but a row holds {found}.")
     plain = (text.lstrip(MARK) for text in texts if text)
     return [text for text in plain if text.strip()]
 
@@ -211,7 +211,7 @@ def validate(config: DataConfig) -> None:
     """
     given = [f"--{name}" for name in SOURCES if getattr(config, name) is not None]
     if len(given) != 1:
-        raise ValueError(
+        raise UserError(
             f"Give one of {', '.join(f'--{name}' for name in SOURCES)}: exactly one is needed and "
             f"{' and '.join(given) or 'none'} {'were' if given else 'was'} given."
         )
@@ -237,13 +237,13 @@ def check_values(config: DataConfig) -> None:
     for name in counts.split():
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, but it is {value}.")
+            raise UserError(f"--{name} must be at least 1, but it is {value}.")
     if config.dataloader_num_workers < 0:
-        raise ValueError(f"--dataloader_num_workers must be at least 0, but it is {config.dataloader_num_workers}.")
+        raise UserError(f"--dataloader_num_workers must be at least 0, but it is {config.dataloader_num_workers}.")
     if not 0 <= (share := config.proportion_empty_prompts) <= 1:
-        raise ValueError(f"--proportion_empty_prompts must lie between 0 and 1, but it is {share}.")
+        raise UserError(f"--proportion_empty_prompts must lie between 0 and 1, but it is {share}.")
     if config.interpolation_type not in INTERPOLATIONS:
-        raise ValueError(
+        raise UserError(
             f"--interpolation_type must be one of {', '.join(INTERPOLATIONS)}, but it is {config.interpolation_type}."
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 
 from cm_diffusers.data.file_names import suffix_of
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 
 
 TRAIN, TEST = "train", "test"
@@ -77,7 +77,7 @@ def _told(top: Path, files: list[Path]) -> dict[Path, str]:
     found = [{file: name for file in files if (name := _matched(file.relative_to(top), one))} for one in told]
     if len(named := [one for one in found if one]) > 1:
         names = ", ".join(str(config.get("config_name")) for config, one in zip(configs, found, strict=True) if one)
-        raise ValueError(
+        raise UserError(
             f"README.md in {top} tells of {len(named)} data sets ({names}): choose one by --dataset_name {top} with "
             "--dataset_config_name."
         )

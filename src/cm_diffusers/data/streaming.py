@@ -38,7 +38,7 @@ from cm_diffusers.data.sources import (
 )
 from cm_diffusers.data.tars import FAULT, FIELDS, tar_features, tar_rows
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 from cm_diffusers.types import Batch
 
 
@@ -99,12 +99,12 @@ def _check(config: DataConfig, encoders: Encoders) -> None:
     validate(config)
     refuse_changed(config, CACHED_ONLY, "with --streaming")
     if config.dataloader_num_workers:
-        raise ValueError(
+        raise UserError(
             f"--streaming reads in the training process, for an exact resume: --dataloader_num_workers is "
             f"{config.dataloader_num_workers}; leave it out."
         )
     if config.resolution % encoders.vae.downscale:
-        raise ValueError(
+        raise UserError(
             f"--resolution {config.resolution} is not a multiple of {encoders.vae.downscale}, as the VAE needs."
         )
 
@@ -138,7 +138,7 @@ def _parquet_files(config: DataConfig, found: Found) -> list[str]:
     folder = open_folder(config, found)
     tables = [file for file in folder.files if suffix_of(file) == ".parquet"]
     if not tables:
-        raise ValueError(
+        raise UserError(
             f"--streaming reads parquet files from --train_data_dir, but {folder.path} holds none; leave --streaming "
             "out, or give tar files to --train_shards_path_or_url."
         )
@@ -205,11 +205,9 @@ class _Reader:
                 self.found.skip("samples without a caption" if record else "samples without an image", [name])
         if not number:
             name = source_name(self.config)
-            raise ValueError(
-                f"{name} gave this process no sample: it is empty, or has fewer than there are processes."
-            )
+            raise UserError(f"{name} gave this process no sample: it is empty, or has fewer than there are processes.")
         if not usable:
-            raise ValueError(nothing_usable(self.config, number, fields, self.found))
+            raise UserError(nothing_usable(self.config, number, fields, self.found))
 
     def _rows(self, epoch: int) -> Iterator[dict[str, Any]]:
         """Of this rank: its share of the shuffled files, or of the rows where the files do not divide."""
@@ -242,9 +240,7 @@ class _Window:
             if self.held[j].image is not None:
                 return self.held[j]
             if self.held[j].epoch > self.held[i].epoch + 1:
-                raise ValueError(
-                    f"None of the images of a whole epoch can be read, {j - i} samples one after another."
-                )
+                raise UserError(f"None of the images of a whole epoch can be read, {j - i} samples one after another.")
 
 
 @dataclass(frozen=True)
@@ -289,7 +285,7 @@ class _Encoder:
         posteriors = [model.encode(part.to(self.device, model.dtype)).latent_dist for part in parts]
         mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std"))
         if not (mean.isfinite().all() and std.isfinite().all()):
-            raise ValueError(f"The VAE's latents are not finite in {self.config.vae_dtype}: pass --vae_dtype float32.")
+            raise UserError(f"The VAE's latents are not finite in {self.config.vae_dtype}: pass --vae_dtype float32.")
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(generator.integers(2**63))))
         vae = self.encoders.vae
         return (mean + std * noise.to(mean.device) - vae.shift_factor) * vae.scaling_factor

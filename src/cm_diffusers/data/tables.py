@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from cm_diffusers.errors import read_text
+from cm_diffusers.errors import UserError, read_text
 
 
 MARK = "\ufeff"  # that Windows puts before a text
@@ -42,7 +42,7 @@ def read_table(path: Path, texts: Sequence[str]) -> pa.Table:
     else:
         table = _from_csv(path, texts) if suffix == ".csv" else _from_json_lines(path, texts)
     if twice := [name for name, number in Counter(table.column_names).items() if number > 1]:
-        raise ValueError(f"it has several columns named {', '.join(twice)}, give each a name of its own")
+        raise UserError(f"it has several columns named {', '.join(twice)}, give each a name of its own")
     return table
 
 
@@ -69,9 +69,9 @@ def _parsed(line: str, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"line {number} is no JSON ({error})") from error
+        raise UserError(f"line {number} is no JSON ({error})") from error
     if not isinstance(row, dict):
-        raise ValueError(f"line {number} must be an object such as {{...}}, but it is {type(row).__name__}")
+        raise UserError(f"line {number} must be an object such as {{...}}, but it is {type(row).__name__}")
     return row
 
 
@@ -83,5 +83,5 @@ def _column(values: list[Any], name: str, of_texts: bool) -> pa.Array:
     except (pa.ArrowException, OverflowError) as error:
         if of_texts:
             kinds = ", ".join(sorted({type(value).__name__ for value in values}))
-            raise ValueError(f"its column {name} must hold texts, but it holds {kinds}") from error
+            raise UserError(f"its column {name} must hold texts, but it holds {kinds}") from error
         return pa.array([json.dumps(value) for value in values])  # what nobody reads may be of several kinds

@@ -18,6 +18,7 @@ from fsspec import get_filesystem_class
 from fsspec.core import url_to_fs
 
 from cm_diffusers.data.file_names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, is_hidden, suffix_of
+from cm_diffusers.errors import UserError
 
 
 FIELDS = "__fields__"  # column that names what a sample holds, for error messages
@@ -38,7 +39,7 @@ def tar_shards(pattern: str) -> list[str]:
         _check_protocol(pattern)
     found = [(name, _matches(name)) for name in _expand_braces(os.path.expanduser(pattern))]
     if missing := [name for name, shards in found if not shards]:
-        raise ValueError(
+        raise UserError(
             f"--train_shards_path_or_url {pattern} names {len(found)} shards or patterns, of which {len(missing)} are "
             f"not there, such as {missing[0]}; give the tar files that exist."
         )
@@ -51,7 +52,7 @@ def _check_protocol(pattern: str) -> None:
         get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         advice = "pip install 'cm_diffusers[streaming]'" if protocol in ("http", "https") else str(error)
-        raise ValueError(
+        raise UserError(
             f"--train_shards_path_or_url {pattern} needs a package that reads {protocol} addresses, which is missing: "
             f"{advice.rstrip('.')}."
         ) from error
@@ -101,7 +102,7 @@ def tar_rows(shards: list[str], image_column: str, caption_column: str) -> Itera
         try:
             yield from _rows_of(shard, image_column, caption_column)
         except (FileNotFoundError, tarfile.ReadError) as error:
-            raise ValueError(f"The shard {shard} cannot be read as a tar file ({error}); get it anew.") from error
+            raise UserError(f"The shard {shard} cannot be read as a tar file ({error}); get it anew.") from error
 
 
 def _rows_of(shard: str, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from cm_diffusers.data.shards import row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig, load_image_text, source_name
 from cm_diffusers.data.text_image import drawn_latents
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 
 
 OF_CAPTIONS = "caption_column proportion_empty_prompts aspect_ratio_buckets streaming"
@@ -68,7 +69,7 @@ def unprompted_batches(
         ValueError: Wrong configuration, no image that can be read, or classes that are not the network's.
     """
     if num_classes is not None and label_column is None:
-        raise ValueError(f"The network has {num_classes} classes, but the images have none: give --label_column.")
+        raise UserError(f"The network has {num_classes} classes, but the images have none: give --label_column.")
     if vae is None:
         refuse_changed(config, f"{OF_CAPTIONS} {OF_LATENTS}", "on pixels without prompts")
         return image_batches(config, seed, rank, world_size, label_column, num_classes)
@@ -104,7 +105,7 @@ def measure_statistics(config: DataConfig, vae: Vae, device: torch.device | str 
     mean = first / count
     std = (second / count - mean.square()).clamp(min=0).sqrt() * vae.scaling_factor
     if constant := (std < LEAST_STD).nonzero().flatten().tolist():
-        raise ValueError(
+        raise UserError(
             f"Channels {constant} of the latents do not vary over the {len(latents.rows)} images: give more images, or "
             "another VAE."
         )

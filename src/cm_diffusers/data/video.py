@@ -23,6 +23,7 @@ from cm_diffusers.data.shards import Tensors, shard_key
 from cm_diffusers.data.sources import DataConfig, check_values, load_image_text
 from cm_diffusers.data.text_image import EMPTY, drawn_latents
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch
 
 
@@ -139,9 +140,9 @@ def video_batches(
         ValueError: Wrong configuration, or no clip that can be read and has a caption.
     """
     if control not in (None, "edges"):
-        raise ValueError(f"Unknown control {control!r}: give 'edges', or None.")
+        raise UserError(f"Unknown control {control!r}: give 'edges', or None.")
     if encoders.micro_conditioning:
-        raise ValueError(
+        raise UserError(
             "Clips are encoded for Stable Diffusion, but the teacher is told sizes as XL is: take another."
         )
     rows, texts = _load(config, encoders, device)
@@ -250,14 +251,14 @@ def _image_config(config: VideoDataConfig) -> DataConfig:
 def _validate(config: VideoDataConfig, images: DataConfig) -> None:
     given = [f"--{name}" for name in SOURCES if getattr(config, name) is not None]
     if len(given) != 1:
-        raise ValueError(
+        raise UserError(
             f"Give one of {', '.join(f'--{name}' for name in SOURCES)}: exactly one is needed and "
             f"{' and '.join(given) or 'none'} {'were' if given else 'was'} given."
         )
     check_values(images)
     for name, least in (("sample_n_frames", 2), ("sample_stride", 1), ("num_starts", 1), ("num_clips", 1)):
         if (value := getattr(config, name)) < least:
-            raise ValueError(f"--{name} must be at least {least}, but it is {value}.")
+            raise UserError(f"--{name} must be at least {least}, but it is {value}.")
     if not config.dataset_name:
         refuse_changed(config, "dataset_config_name", "without --dataset_name")
     if config.moving_articles:
@@ -276,7 +277,7 @@ def _refuse_flip(captions: list[list[str]]) -> None:
     """A mirrored clip must not go right under a caption that says left."""
     named = [text for texts in captions for text in texts if SIDES.search(text)]
     if named:
-        raise ValueError(
+        raise UserError(
             f"--random_flip would make {len(named)} captions false that name a side, such as {named[0]!r}: "
             "leave it out."
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.diffusion.process import exact
+from cm_diffusers.errors import UserError
 from cm_diffusers.extras import POT, missing
 
 
@@ -17,7 +18,7 @@ def load_pot() -> ModuleType:
     try:
         import ot
     except ImportError as error:
-        raise ValueError(missing("--coupling ot", POT)) from error
+        raise UserError(missing("--coupling ot", POT)) from error
     return ot
 
 
@@ -27,7 +28,7 @@ def check_batch(size: int) -> None:
         ValueError: There is nothing to choose from.
     """
     if size < 2:
-        raise ValueError(
+        raise UserError(
             f"Optimal transport matches samples within a batch, but this one has {size}; give --train_batch_size 2 or "
             "more, or --coupling independent."
         )

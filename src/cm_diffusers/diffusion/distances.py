@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cm_diffusers.diffusion.feature_networks import in_float32
+from cm_diffusers.errors import UserError
 from cm_diffusers.extras import LPIPS, missing
 
 
@@ -79,7 +80,7 @@ def perceptual(lpips: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
-            raise ValueError(
+            raise UserError(
                 f"--loss_type lpips compares images (B, 1 or 3, H, W), but these are {tuple(x.shape)}; use l2 or l1."
             )
         x, y = x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)
@@ -100,5 +101,5 @@ def load_lpips() -> Callable[[Tensor, Tensor], Tensor]:
     try:
         import lpips
     except ImportError as error:
-        raise ValueError(missing("--loss_type lpips", LPIPS)) from error
+        raise UserError(missing("--loss_type lpips", LPIPS)) from error
     return partial(in_float32, lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.diffusion.process import PREDICTION_TYPES, exact
+from cm_diffusers.errors import UserError
 
 
 def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def noise_condition(sigma: Tensor, kind: str) -> Tensor:
         kind: One of `NOISE_CONDITIONINGS`.
     """
     if kind not in NOISE_CONDITIONINGS:
-        raise ValueError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
+        raise UserError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
     return NOISE_CONDITIONINGS[kind](exact(sigma))
 
 
@@ -83,4 +84,4 @@ def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple
         return sigma * (1 - sigma_data**2) / (sigma_data * vp**2 * edm), -edm / (sigma_data * vp)
     if prediction_type == "sample":  # D = output
         return -sigma_data / (sigma * edm), edm / (sigma * sigma_data)
-    raise ValueError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
+    raise UserError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")

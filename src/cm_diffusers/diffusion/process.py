@@ -12,6 +12,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
+
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -46,7 +48,7 @@ class DiscreteVP:
     def from_scheduler(cls, scheduler: SchedulerMixin) -> "DiscreteVP":
         """The process of any diffusers scheduler that has `alphas_cumprod`."""
         if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(
+            raise UserError(
                 f"The teacher's scheduler {type(scheduler).__name__} has no discrete variance-preserving schedule "
                 "(alphas_cumprod); give a Stable Diffusion style teacher (DDIM, DDPM, DPM-Solver, Euler ...)."
             )
@@ -185,4 +187,4 @@ def interpret(process: Process, output: Tensor, x_t: Tensor, t: Tensor, predicti
         return Prediction(alpha * x_t - sigma * output, alpha * output + sigma * x_t)
     if prediction_type == "sample":
         return Prediction(output, (x_t - alpha * output) / sigma)
-    raise ValueError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
+    raise UserError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")

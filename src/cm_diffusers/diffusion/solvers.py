@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from cm_diffusers.diffusion.guidance import Denoiser
 from cm_diffusers.diffusion.process import Process, append_dims, exact
+from cm_diffusers.errors import UserError
 
 
 def ddim_step(denoise: Denoiser, process: Process, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def ddim_sde(
         ValueError: eta is not between 0 and 1.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta} but must lie between 0 (no noise) and 1 (that of DDPM).")
+        raise UserError(f"eta is {eta} but must lie between 0 (no noise) and 1 (that of DDPM).")
     x = x_t
     for now, end in pairwise(sub_times(t, s, steps)):
         x0, noise = denoise(x, now)
@@ -128,7 +129,7 @@ def er_sde(
     """
     for name, value, known in (("noise_scale", noise_scale, NOISE_SCALES), ("order", order, (1, 2))):
         if value not in known:
-            raise ValueError(f"Unknown {name} {value!r}; one of {', '.join(map(str, known))}.")
+            raise UserError(f"Unknown {name} {value!r}; one of {', '.join(map(str, known))}.")
     phi, x, last = NOISE_SCALES[noise_scale], x_t, None
     for now, end in pairwise(sub_times(t, s, steps)):
         x0, alpha = denoise(x, now).x0, process.alpha(end)

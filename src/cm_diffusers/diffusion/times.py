@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.diffusion.process import exact
+from cm_diffusers.errors import UserError
 from cm_diffusers.types import Progress
 
 
 def solver_grid(num_train_timesteps: int, num_solver_steps: int) -> Tensor:
     """The N ascending times k-1, 2k-1, ..., Nk-1 with k = T // N of LCM (2310.04378, Sec. 4.3) and `LCMScheduler`."""
     if not 1 <= num_solver_steps <= num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"The grid has {num_solver_steps} steps (num_ddim_timesteps, original_inference_steps) but the model has "
             f"{num_train_timesteps} timesteps; choose between 1 and {num_train_timesteps}."
         )

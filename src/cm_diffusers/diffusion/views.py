@@ -16,6 +16,7 @@ from cm_diffusers.diffusion.denoisers import unet_arguments
 from cm_diffusers.diffusion.guidance import ConditionalDenoiser, Conditions
 from cm_diffusers.diffusion.preconditioning import edm_scalings, input_scaling, noise_condition, vp_scalings
 from cm_diffusers.diffusion.process import PREDICTION_TYPES, DiscreteVP, Prediction, append_dims, as_like, exact
+from cm_diffusers.errors import UserError
 
 
 class View(Protocol):
@@ -72,9 +73,7 @@ class VPView:
     def __post_init__(self) -> None:
         _check_sigma_data(self.sigma_data)
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"Unknown prediction_type {self.prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}."
-            )
+            raise UserError(f"Unknown prediction_type {self.prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
 
     @cached_property
     def with_signal(self) -> DiscreteVP:
@@ -119,18 +118,18 @@ def check_sigmas(view: View, sigma_min: float, sigma_max: float) -> None:
         ValueError: sigma_min and sigma_max are no range, or go beyond what the network was trained with.
     """
     if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(
+        raise UserError(
             f"--sigma_min {sigma_min} and --sigma_max {sigma_max} are no range; give 0 < sigma_min < sigma_max."
         )
     low, high = view.sigma_range
     if sigma_min < low:
         least = math.ceil(low * 1e4) / 1e4
-        raise ValueError(f"--sigma_min {sigma_min} is less noise than the network knows; give at least {least}.")
+        raise UserError(f"--sigma_min {sigma_min} is less noise than the network knows; give at least {least}.")
     if sigma_max > high:
         most = math.floor(high * 1e3) / 1e3
-        raise ValueError(f"--sigma_max {sigma_max} is more noise than the network knows; give at most {most}.")
+        raise UserError(f"--sigma_max {sigma_max} is more noise than the network knows; give at most {most}.")
 
 
 def _check_sigma_data(sigma_data: float) -> None:
     if not 0 < sigma_data < math.inf:
-        raise ValueError(f"--sigma_data is {sigma_data}, but the standard deviation of data must be positive.")
+        raise UserError(f"--sigma_data is {sigma_data}, but the standard deviation of data must be positive.")

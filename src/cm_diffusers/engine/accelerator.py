@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.extras import TRACKERS, missing
 from cm_diffusers.places import without_secrets
 
@@ -19,7 +20,7 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
             weights would be sharded.
     """
     if report_to == "wandb" and (shown := [word for word in sys.argv if without_secrets(word) != word]):
-        raise ValueError(
+        raise UserError(
             f"--report_to wandb records the command line with what the address {without_secrets(shown[0])} holds beside "
             "host and path; put that flag into a file and give it as --recipe."
         )
@@ -34,13 +35,13 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(
+        raise UserError(
             f"--mixed_precision fp16 needs a GPU, but this run is on {accelerator.device.type}: take bf16 or no."
         )
     if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
-        raise ValueError(missing(f"--report_to {tracker}", TRACKERS[tracker]))
+        raise UserError(missing(f"--report_to {tracker}", TRACKERS[tracker]))
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
+        raise UserError(
             f"Sharded training ({accelerator.distributed_type.value}) is not supported: checkpoints and moving averages need "
             "whole weights on every rank. Run `accelerate config` and choose multi-GPU without sharding."
         )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cm_diffusers.engine.checkpoints import write_folder
+from cm_diffusers.errors import UserError
 
 
 MOST_ERROR = 0.2  # of a rebuilt profile, relative, in the 2-norm
@@ -42,7 +43,7 @@ def power_of(sigma_rel: float) -> float:
         ValueError: No gamma > 0 has it.
     """
     if not 0 < sigma_rel < 12**-0.5:
-        raise ValueError(f"The width of a power-function average is {sigma_rel}; give one between 0 and 0.288.")
+        raise UserError(f"The width of a power-function average is {sigma_rel}; give one between 0 and 0.288.")
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
@@ -161,7 +162,7 @@ def rebuild_weights(kept: list[tuple[int, float]], step: int, sigma_rel: float) 
     whole = profile_product(*[step, power_of(sigma_rel)] * 2)
     error = math.sqrt(max(0, weights @ gram @ weights - 2 * weights @ right + whole) / whole)
     if error > MOST_ERROR:
-        raise ValueError(
+        raise UserError(
             f"The {len(kept)} averages kept until step {step} come only within {error:.0%} of the profile of width "
             f"{sigma_rel}: give a width between theirs, or keep more with a smaller --checkpointing_steps."
         )
@@ -182,9 +183,9 @@ def rebuild(run: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[
     snapshots = list_snapshots(run)
     steps = sorted({snapshot.step for snapshot in snapshots})
     if not steps:
-        raise ValueError(f"{run} has no folder {SNAPSHOTS} with averages to choose from: train with --ema_sigma_rels.")
+        raise UserError(f"{run} has no folder {SNAPSHOTS} with averages to choose from: train with --ema_sigma_rels.")
     if step is not None and step not in steps:
-        raise ValueError(f"{run} has no averages of step {step}; of {', '.join(map(str, steps))} it has.")
+        raise UserError(f"{run} has no averages of step {step}; of {', '.join(map(str, steps))} it has.")
     step = steps[-1] if step is None else step
     used = [snapshot for snapshot in snapshots if snapshot.step <= step]
     weights = rebuild_weights([(one.step, one.sigma_rel) for one in used], step, sigma_rel)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cm_diffusers.engine.own_files import foreign_files, is_checkpoint_file, keep_foreign, remove
-from cm_diffusers.errors import writable
+from cm_diffusers.errors import UserError, writable
 
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def read_state(path: Path) -> dict:
     """
     file = path / STATE
     if not file.exists():
-        raise ValueError(f"{path} is not a checkpoint: there is no {STATE} in it.")
+        raise UserError(f"{path} is not a checkpoint: there is no {STATE} in it.")
     try:
         state = json.loads(file.read_text("utf-8"))
         lacking = [name for name in NEEDED if name not in state]
@@ -191,13 +191,13 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     if wanted == "latest":
         checkpoints = list_checkpoints(output_dir)
         if not checkpoints:
-            raise ValueError(f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}.")
+            raise UserError(f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}.")
         return checkpoints[-1]
     for path in (output_dir / wanted, Path(wanted)):
         if path.is_dir():
             return path
     have = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
-    raise ValueError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {output_dir} holds: {have}.")
+    raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {output_dir} holds: {have}.")
 
 
 def prune_checkpoints(output_dir: Path, limit: int) -> None:

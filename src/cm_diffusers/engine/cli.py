@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from pathlib import Path
-from traceback import extract_tb
 from typing import NoReturn
 
 from transformers.hf_argparser import HfArgumentParser
@@ -19,6 +17,7 @@ from transformers.hf_argparser import HfArgumentParser
 from cm_diffusers.engine.flag_names import OURS
 from cm_diffusers.engine.launcher import refuse_lone_processes
 from cm_diffusers.engine.recipes import with_recipes
+from cm_diffusers.errors import UserError
 from cm_diffusers.extras import check_installed
 from cm_diffusers.places import without_secrets
 from cm_diffusers.ranges import check_ranges
@@ -69,7 +68,7 @@ def parse_words(configs: Sequence[type], description: str, argv: Sequence[str] |
         args=with_recipes(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+        raise UserError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
     parsed = tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
     if argv is None:  # a run, not a look at what flags would mean
         check_installed(parsed)
@@ -104,10 +103,10 @@ def _advice(parser: ArgumentParser, unknown: list[str]) -> str:
 
 
 class _Parser(HfArgumentParser):
-    """Wrong words raise ValueError with one sentence; argparse would print every flag above it."""
+    """Wrong words raise UserError with one sentence; argparse would print every flag above it."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains the flags.")
+        raise UserError(f"{message}; --help explains the flags.")
 
 
 def make_parser(configs: Sequence[type], description: str) -> HfArgumentParser:
@@ -126,7 +125,7 @@ def make_parser(configs: Sequence[type], description: str) -> HfArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main; errors this project raises about its input end it with their sentence alone."""
+    """Call a script's main; a user's error ends it with its sentence alone, any other keeps its traceback."""
     import diffusers
     import transformers
 
@@ -139,11 +138,11 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def in_one_sentence() -> Iterator[None]:
-    """What this project raises about its input ends the process with its sentence alone."""
+    """A user's error, or a training that diverges, ends the process with its sentence alone."""
     try:
         yield
     except Exception as error:
-        told = isinstance(error, FloatingPointError) or (isinstance(error, ValueError) and _raised_here(error))
+        told = isinstance(error, UserError | FloatingPointError)
         _take_turn(told)
         if not told:
             raise
@@ -160,17 +159,10 @@ def _take_turn(told: bool) -> None:
         time.sleep((0 if told else 2 * PATIENCE) + (PATIENCE if int(os.environ.get("RANK", "0")) else 0))
 
 
-def _raised_here(error: Exception) -> bool:
-    """Whether our code raised it: an error from inside a library keeps its traceback."""
-    raised_in = Path(extract_tb(error.__traceback__)[-1].filename).resolve()
-    package = Path(__file__).resolve().parents[1]
-    return package in raised_in.parents or raised_in.parent == Path(sys.argv[0]).resolve().parent
-
-
 def refuse_changed(config: object, names: str, where: str) -> None:
     """No flag is ignored without a word: raises ValueError for one of `names` that is not at its default."""
     for field in fields(config):
         value = getattr(config, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if field.name in names.split() and value != default:
-            raise ValueError(f"--{field.name} has no effect {where}, but it was given ({value}): leave it out.")
+            raise UserError(f"--{field.name} has no effect {where}, but it was given ({value}): leave it out.")

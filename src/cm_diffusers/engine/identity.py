@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.places import without_secrets
 from cm_diffusers.record import base_model_of, read_record
 
@@ -168,7 +169,7 @@ def refuse_other_run(path: Path, saved: dict, identity: dict, defaults: dict, *,
     before = {name: saved.get(name, defaults.get(name, value)) for name, value in identity.items()}
     if changed := sorted(name for name in identity.keys() - by_content if before[name] != identity[name]):
         differences = ", ".join(f"{name} was {before[name]!r}, now {identity[name]!r}" for name in changed)
-        raise ValueError(
+        raise UserError(
             f"{path} belongs to a run with other settings ({differences}); use the same ones, or start afresh."
         )
     for name in sorted(name for name in both if was[name] != now[name]):
@@ -177,4 +178,4 @@ def refuse_other_run(path: Path, saved: dict, identity: dict, defaults: dict, *,
             if name == DATA
             else f"began with other content of --{name}, which has changed, or is another, in {identity[name]}"
         )
-        raise ValueError(f"{path} {what}; give what it was, or start afresh.")
+        raise UserError(f"{path} {what}; give what it was, or start afresh.")

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from cm_diffusers.errors import UserError
+
 
 DEFAULTS = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "compile": False}  # where nobody asks for more
 DYNAMO = {"MODE": "default", "USE_FULLGRAPH": "False", "USE_DYNAMIC": "False", "USE_REGIONAL_COMPILATION": "False"}
@@ -21,7 +23,7 @@ def take_launched(config: Any) -> None:
     for (name, default), asked in zip(DEFAULTS.items(), launched, strict=True):
         given = getattr(config, name)
         if given is not None and asked is not None and given != asked:
-            raise ValueError(
+            raise UserError(
                 f"--{name} is {given}, but accelerate's launcher or config file says {asked}: make them agree, or leave one out."
             )
         value = given if asked is None else asked
@@ -39,9 +41,9 @@ def refuse_lone_processes(trains: bool) -> None:
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and not trains:
-        raise ValueError(f"The launcher started {started} processes, but this script is one: start it with python.")
+        raise UserError(f"The launcher started {started} processes, but this script is one: start it with python.")
     if started > 1 and (joined := _joined()) < started:
-        raise ValueError(
+        raise UserError(
             f"The launcher started {started} processes, but only {joined} of them would train together, because no GPU was "
             "found: run `accelerate config` for this machine, launch one process, or set ACCELERATE_USE_CPU=1 to train "
             "with all of them on CPUs."
@@ -64,16 +66,14 @@ def _asked(name: str, nothing: str) -> str | None:
 def _precision() -> str | None:
     asked = _asked("MIXED_PRECISION", "no")
     if asked not in (None, "bf16", "fp16"):
-        raise ValueError(
-            f"accelerate's launcher or config file says --mixed_precision {asked}: take no, bf16 or fp16."
-        )
+        raise UserError(f"accelerate's launcher or config file says --mixed_precision {asked}: take no, bf16 or fp16.")
     return asked
 
 
 def _accumulation() -> int | None:
     asked = _asked("GRADIENT_ACCUMULATION_STEPS", "1")
     if asked is not None and not (asked.isdecimal() and int(asked)):
-        raise ValueError(
+        raise UserError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {asked!r}: give a whole number from 1 on, or leave it out."
         )
     return asked and int(asked)
@@ -87,7 +87,7 @@ def _compilation() -> bool | None:
         f"{name.lower()} {value}" for name in DYNAMO if (value := _asked(f"DYNAMO_{name}", DYNAMO[name].lower()))
     ]
     if asked != "inductor" or others:
-        raise ValueError(
+        raise UserError(
             f"accelerate's launcher or config file asks for dynamo with {', '.join([f'backend {asked}', *others])}, but "
             "networks are compiled by inductor in its default mode: choose that, or none."
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from cm_diffusers.engine.own_files import LOCK
+from cm_diffusers.errors import UserError
 
 
 try:
@@ -70,7 +71,7 @@ class FolderLock:
             file.seek(0)
             number, _, host = file.read().partition(" ")
         if (number, host) != (str(os.getpid()), socket.gethostname()):
-            raise ValueError(
+            raise UserError(
                 f"{self.path.parent} is in use by process {number or 'unknown'} on {host or 'this machine'}: wait until it has ended, or stop it, "
                 "for two runs in one folder would overwrite each other."
             )

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.extras import BITSANDBYTES, TIMM, missing
 from cm_diffusers.ranges import check_ranges
 
@@ -62,7 +63,7 @@ def _adamw_8bit(parameters: list[nn.Parameter], **settings: object) -> torch.opt
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ValueError(missing("--optimizer adamw_8bit", BITSANDBYTES)) from error
+        raise UserError(missing("--optimizer adamw_8bit", BITSANDBYTES)) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
@@ -70,9 +71,9 @@ def _adamp(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Op
     try:
         from timm.optim import AdamP
     except ModuleNotFoundError as error:
-        raise ValueError(missing("--optimizer adamp", TIMM)) from error
+        raise UserError(missing("--optimizer adamp", TIMM)) from error
     except (ImportError, RuntimeError) as error:  # timm imports torchvision, which raises RuntimeError if mismatched
-        raise ValueError(f"--optimizer adamp needs timm with a matching torchvision: {error}.") from error
+        raise UserError(f"--optimizer adamp needs timm with a matching torchvision: {error}.") from error
     return AdamP(parameters, **settings)
 
 
@@ -90,9 +91,9 @@ def wsd_factor(step: int, warmup: int, cooldown: int, max_steps: int) -> float:
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
     """A scheduler to step once per optimizer step, on every rank."""
     if config.lr_scheduler != "wsd" and config.lr_cooldown_steps:
-        raise ValueError(f"--lr_cooldown_steps acts with --lr_scheduler wsd, not {config.lr_scheduler!r}.")
+        raise UserError(f"--lr_cooldown_steps acts with --lr_scheduler wsd, not {config.lr_scheduler!r}.")
     if config.lr_warmup_steps + config.lr_cooldown_steps > max_steps:
-        raise ValueError(
+        raise UserError(
             f"--lr_warmup_steps {config.lr_warmup_steps} and --lr_cooldown_steps {config.lr_cooldown_steps} take more than the "
             f"{max_steps} steps of the run (--max_train_steps): shorten them."
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import OptimConfig, make_lr_scheduler, make_optimizer
+from cm_diffusers.errors import UserError
 from cm_diffusers.types import Loss, Networks
 
 
@@ -22,7 +23,7 @@ class Player:
         self.raw: nn.Module = getattr(nets, name)
         self.trainable = [p for p in self.raw.parameters() if p.requires_grad]
         if not self.trainable:
-            raise ValueError(f"The {name} has no trainable parameter: every one has requires_grad=False.")
+            raise UserError(f"The {name} has no trainable parameter: every one has requires_grad=False.")
         optimizer = make_optimizer(self.trainable, optim)
         self.lr_scheduler = make_lr_scheduler(optimizer, optim, max_steps)  # ours to step: once, on every rank
         self.network, self.optimizer = accelerator.prepare(self.raw, optimizer)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from cm_diffusers.errors import read_text, readable
+from cm_diffusers.errors import UserError, read_text, readable
 
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def shipped(flag: str, name: str, suffix: str) -> Path:
         return found
     names = (path.stem for path in folder.glob(f"*{suffix}"))
     close = ", ".join(get_close_matches(Path(name).stem, names, cutoff=0.5))
-    raise ValueError(
+    raise UserError(
         f"{flag} {name}: there is no such file and none of that name in the folder recipes beside the script; "
         + (f"close to it: {close}." if close else "give the path of one.")
     )

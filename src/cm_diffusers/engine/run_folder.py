@@ -24,7 +24,7 @@ from cm_diffusers.engine.own_files import (
     remove,
     set_later_aside,
 )
-from cm_diffusers.errors import writable
+from cm_diffusers.errors import UserError, writable
 
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class RunFolder:
         """
         if not self.older:
             advice = "no checkpoint before it is whole: start afresh" if self.latest else "give another, or latest"
-            raise ValueError(f"{str(error).rstrip('.')}; {advice}.") from error
+            raise UserError(f"{str(error).rstrip('.')}; {advice}.") from error
         before = self.older.pop()
         if self.is_main:
             logger.warning("%s Training goes on from the checkpoint before, %s.", error, before)
@@ -217,14 +217,12 @@ def _logs_of(identity: str) -> str:
 def _refuse_used(path: Path, overwrite: bool) -> None:
     """A folder with `run.json` and no more than traces of a run that failed is free."""
     if path.is_symlink() and not path.exists():
-        raise ValueError(
-            f"--output_dir {path} is a link to {os.readlink(path)}, which is not there: make that folder."
-        )
+        raise UserError(f"--output_dir {path} is a link to {os.readlink(path)}, which is not there: make that folder.")
     if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {path} is a file: give a folder.")
+        raise UserError(f"--output_dir {path} is a file: give a folder.")
     names = sorted({entry.name for entry in path.iterdir()} - {PARTIAL, LOCK}) if path.exists() else []
     if names and not (path / IDENTITY).is_file():
-        raise ValueError(
+        raise UserError(
             f"--output_dir {path} holds files, such as {names[0]}, but no {IDENTITY}, so it is not the folder of a run and "
             "nothing in it is deleted: give another folder."
         )
@@ -232,7 +230,7 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
         name for name in names if FOLDERS.fullmatch(name.strip(".").removesuffix(".replaced")) and name != "samples"
     ]
     if kept and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {path} already holds the files of another run, such as {kept[0]}; choose another folder, "
             "continue it with --resume_from_checkpoint latest, or give --overwrite_output_dir to replace them."
         )
@@ -241,7 +239,7 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
 def _refuse_read_only(path: Path) -> None:
     place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {path} cannot be written: {place} is read-only; name another place.")
+        raise UserError(f"--output_dir {path} cannot be written: {place} is read-only; name another place.")
 
 
 def refuse_inputs_inside(output_dir: str, configs: Iterable[object]) -> None:
@@ -263,7 +261,7 @@ def refuse_inputs_inside(output_dir: str, configs: Iterable[object]) -> None:
     for name, text in places.items():
         place = Path(os.path.realpath(os.path.expanduser(text)))
         if folder.is_dir() and folder in (place, *place.parents):
-            raise ValueError(
+            raise UserError(
                 f"--overwrite_output_dir would replace files of {output_dir}, but {name} lies in it: give another "
                 "--output_dir."
             )

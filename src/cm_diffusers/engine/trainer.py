@@ -25,7 +25,7 @@ from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.run_folder import RunFolder
 from cm_diffusers.engine.state import load_state, write_state
-from cm_diffusers.errors import optional, writable
+from cm_diffusers.errors import UserError, optional, writable
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
@@ -280,7 +280,7 @@ class Trainer:
             except checkpoints.DamagedCheckpointError as error:
                 self.folder.fall_back(error)
         if self.step > (steps := self.config.max_train_steps):
-            raise ValueError(
+            raise UserError(
                 f"--max_train_steps {steps} is less than the {self.step} of {self.folder.checkpoint}: give more steps."
             )
 

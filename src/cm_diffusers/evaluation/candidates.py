@@ -12,6 +12,7 @@ import diffusers
 from diffusers import AutoencoderKL, ConfigMixin, SchedulerMixin, UNet2DModel
 from safetensors import SafetensorError, safe_open
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.sampling import base_model, pipeline_index
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
@@ -83,7 +84,7 @@ class Candidate:
             try:
                 scheduler.set_timesteps(count)
             except ValueError as error:
-                raise ValueError(f"{self.source} cannot be sampled in {count} steps: {error}") from error
+                raise UserError(f"{self.source} cannot be sampled in {count} steps: {error}") from error
 
     def _scheduler(self) -> SchedulerMixin | None:
         """What its pipeline samples with; None where it takes noise levels, or diffusers has no such class."""
@@ -113,7 +114,7 @@ def check_weights(paths: Iterable[Path]) -> None:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); get or make it anew.") from error
+            raise UserError(f"{path} cannot be read ({error}); get or make it anew.") from error
 
 
 def check_output(folder: str) -> None:
@@ -125,7 +126,7 @@ def check_output(folder: str) -> None:
     place = next(place for place in (path, *path.parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         found = "is read-only" if place.is_dir() else "is a file"
-        raise ValueError(f"--output_dir {folder} cannot be written, for {place} {found}: give another folder.")
+        raise UserError(f"--output_dir {folder} cannot be written, for {place} {found}: give another folder.")
 
 
 def common_side(candidates: Sequence[Candidate]) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.candidates import Candidate, common_side
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
@@ -128,7 +129,7 @@ class Comparison:
         if candidate.reads_prompts:
             _ = self.reference.prompts
         elif candidate.takes_classes and None in self.reference.labels:
-            raise ValueError(f"{candidate.source} draws classes, but the reference names none: give --label_column.")
+            raise UserError(f"{candidate.source} draws classes, but the reference names none: give --label_column.")
 
     def run(self, keep: Keep = forget) -> list[Row]:
         """Measures the teacher, longest first, then every pipeline.
@@ -211,7 +212,7 @@ class Comparison:
         if not takes_classes(pipe):
             return None
         if None in self.reference.labels:
-            raise ValueError(f"{name} draws classes, but the reference names none: give --label_column.")
+            raise UserError(f"{name} draws classes, but the reference names none: give --label_column.")
         return self.reference.labels
 
     def _ceiling(self, other: Reference) -> Row:
@@ -256,7 +257,7 @@ def wanted_labels(extractor: torch.nn.Module, reference: Reference) -> list[int 
         return [None] * len(reference.labels)
     names = reference.class_names
     if names is not None and names != extractor.labels:
-        raise ValueError(f"The classifier's labels {extractor.labels} are not those of --label_column: {names}.")
+        raise UserError(f"The classifier's labels {extractor.labels} are not those of --label_column: {names}.")
     if names is not None:
         return reference.labels
     if reference.captions is None:
@@ -267,7 +268,7 @@ def wanted_labels(extractor: torch.nn.Module, reference: Reference) -> list[int 
 def _names(config: EvaluationConfig) -> list[str]:
     """Of the rows of each pipeline, where all that needs no data is right."""
     if config.num_images <= metrics.NEIGHBOURS:
-        raise ValueError(f"--num_images is {config.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")
+        raise UserError(f"--num_images is {config.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")
     if not any(is_single_file(source) for source in [*config.pipelines, config.teacher or ""]):
         refuse_changed(config, "single_file_config", "without a .safetensors file among --pipelines and --teacher")
     return row_names(config.pipelines, config.names)

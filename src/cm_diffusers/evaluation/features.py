@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.extras import FIDELITY, missing
 from cm_diffusers.models.classifier import ImageClassifier
 
@@ -29,9 +30,9 @@ class InceptionFeatures(nn.Module):
         try:
             self.network = FrechetInceptionDistance(feature=2048).inception
         except ModuleNotFoundError as error:
-            raise ValueError(missing("--feature_extractor inception", FIDELITY)) from error
+            raise UserError(missing("--feature_extractor inception", FIDELITY)) from error
         except (OSError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 "The Inception weights could not be downloaded; check the network or TORCH_HOME."
             ) from error
 
@@ -53,7 +54,7 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassi
         return InceptionFeatures().to(device).eval()
     config = Path(name) / "config.json"
     if not config.is_file() or ImageClassifier.__name__ not in config.read_text(encoding="utf-8"):
-        raise ValueError(
+        raise UserError(
             f"Unknown feature extractor {name!r}: give 'inception' or the folder of a saved ImageClassifier."
         )
     return ImageClassifier.from_pretrained(name, dtype=torch.float32, use_safetensors=True).to(device).eval()
@@ -76,7 +77,7 @@ def extract_features(
     with torch.autocast(device.type, enabled=False):
         features = torch.cat([extractor.features(part.to(device).float()) for part in parts])
     if broken := int((~features.isfinite().all(1)).sum()):
-        raise ValueError(
+        raise UserError(
             f"Features of {broken} of {len(images)} images are not finite: the images are not, or the extractor."
         )
     return features
@@ -100,9 +101,9 @@ def load_video_extractor(name: str) -> VideoExtractor:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(f"--video_extractor {name!r} is no module:function that can be imported: {error}.") from error
+        raise UserError(f"--video_extractor {name!r} is no module:function that can be imported: {error}.") from error
     if not callable(found):
-        raise ValueError(f"--video_extractor {name!r} is not callable: name a function of clips.")
+        raise UserError(f"--video_extractor {name!r} is not callable: name a function of clips.")
     return found
 
 
@@ -115,5 +116,5 @@ def video_features(extractor: VideoExtractor, clips: Tensor) -> Tensor:
     features = extractor(clips)
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(clips):
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"--video_extractor must give features (N, D), here N = {len(clips)}, but it gave {found}.")
+        raise UserError(f"--video_extractor must give features (N, D), here N = {len(clips)}, but it gave {found}.")
     return features

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
+from cm_diffusers.errors import UserError
+
 
 NEIGHBOURS = 5  # k of the neighbour metrics
 WORD = r"[^\W_]+(?:-[^\W_]+)*"
@@ -64,7 +66,7 @@ def neighbour_metrics(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[s
         ValueError: if a set has no more than k samples.
     """
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"Neighbour metrics with k={k} need more than {k} images, got {len(real)} and {len(fake)}.")
+        raise UserError(f"Neighbour metrics with k={k} need more than {k} images, got {len(real)} and {len(fake)}.")
     real, fake = real.float(), fake.float()
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     recalled, covered, hits = [], [], torch.zeros(len(fake), device=fake.device)
@@ -151,7 +153,7 @@ def load_clip(model_id: str) -> tuple[CLIPModel, CLIPProcessor]:
         model = CLIPModel.from_pretrained(model_id, use_safetensors=True, dtype=torch.float32)
         return model, CLIPProcessor.from_pretrained(model_id)
     except (OSError, ImportError) as error:
-        raise ValueError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
+        raise UserError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
 
 
 @torch.no_grad()

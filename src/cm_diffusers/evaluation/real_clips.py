@@ -13,6 +13,7 @@ from cm_diffusers.data.found import Found
 from cm_diffusers.data.images import usable_rows
 from cm_diffusers.data.video import VideoDataConfig, open_clips
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 
 
 OF_TRAINING = (
@@ -42,7 +43,7 @@ class RealClips:
             started = time.perf_counter()
             clips = [self.views.frames(row, 0) for row in self.rows[start : start + size]]
             if damaged := [start + i for i, clip in enumerate(clips) if clip[0] is None]:
-                raise ValueError(f"Real clip {self.rows[damaged[0]]} cannot be read; remove it.")
+                raise UserError(f"Real clip {self.rows[damaged[0]]} cannot be read; remove it.")
             yield torch.stack([torch.stack(clip) for clip in clips]) / 2 + 0.5, time.perf_counter() - started
 
 
@@ -64,6 +65,6 @@ def load_real_clips(config: VideoDataConfig, num_videos: int, most: int) -> list
     ).tolist()
     found.report()
     if num_videos > len(usable):
-        raise ValueError(f"--num_videos is {num_videos}, but there are {len(usable)} real clips: ask for fewer.")
+        raise UserError(f"--num_videos is {num_videos}, but there are {len(usable)} real clips: ask for fewer.")
     count = min(most, len(usable) // num_videos)
     return [RealClips(views, usable[i * num_videos : (i + 1) * num_videos]) for i in range(count)]

@@ -14,6 +14,7 @@ from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.found import SHOWN, Found
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
 from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text, row_name, source_name
+from cm_diffusers.errors import UserError
 
 
 USUAL_SIDE = 512  # pixels, where nothing says how large images are
@@ -84,7 +85,7 @@ class Reference:
             ValueError: There are none.
         """
         if self.captions is None:
-            raise ValueError(self.without_captions)
+            raise UserError(self.without_captions)
         return self.captions
 
 
@@ -115,7 +116,7 @@ def load_references(
     told = [row for row, texts in enumerate(captions) if texts] if captioned else []
     size = num_images or len(told) or len(rows)
     if size > len(rows):
-        raise ValueError(f"--num_images is {num_images} but the reference set holds {len(rows)} rows: ask for fewer.")
+        raise UserError(f"--num_images is {num_images} but the reference set holds {len(rows)} rows: ask for fewer.")
     labels = rows[label][:] if label else [None] * len(rows)
     chosen = told if len(told) >= size else range(len(rows))
     if bare := [row for row in range(len(rows)) if chosen is told and not captions[row]]:
@@ -173,5 +174,5 @@ def in_turns(labels: Sequence[int | None]) -> list[int]:
 def _pixels(record: dict, config: DataConfig, row: int) -> Tensor:
     image = decode_image(record)
     if image is None:
-        raise ValueError(f"The image in row {row} of the reference set cannot be read; remove the row.")
+        raise UserError(f"The image in row {row} of the reference set cannot be read; remove the row.")
     return (preprocess(image, config, View()) + 1) / 2

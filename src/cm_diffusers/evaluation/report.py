@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.markdown import cell
 from cm_diffusers.measured import BASELINES, distance_name, run_name, too_few
 
@@ -77,7 +78,7 @@ def row_names(sources: Sequence[str], names: Sequence[str] | None) -> list[str]:
     """
     chosen = list(names or map(run_name, sources))
     if len(chosen) != len(sources):
-        raise ValueError(f"--names gives {len(chosen)} names for {len(sources)} pipelines: give one each.")
+        raise UserError(f"--names gives {len(chosen)} names for {len(sources)} pipelines: give one each.")
     refuse_one_name(chosen)
     return chosen
 
@@ -88,9 +89,9 @@ def refuse_one_name(names: Sequence[str]) -> None:
         ValueError: Two rows would have one name, or one that of real images or of the teacher.
     """
     if baselines := [name for name in names if name in BASELINES]:
-        raise ValueError(f"{baselines[0]!r} is what a baseline's rows are called: give another name by --names.")
+        raise UserError(f"{baselines[0]!r} is what a baseline's rows are called: give another name by --names.")
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"Two rows would be called {twice[0]}: give each pipeline a name of its own by --names.")
+        raise UserError(f"Two rows would be called {twice[0]}: give each pipeline a name of its own by --names.")
 
 
 def headed(columns: Mapping[str, tuple[str, str]], extractor: str) -> dict[str, tuple[str, str]]:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import as_text_to_image, check_finite, first_line, load_stock
 from cm_diffusers.pipelines import ConsistencyPipeline
@@ -74,11 +75,11 @@ def pipeline_index(source: str) -> dict[str, Any]:
     try:
         index = DiffusionPipeline.load_config(source)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{source!r} is neither a pipeline folder here nor a Hub id in reach: {first_line(error)}"
         ) from error
     if not isinstance(index, dict):
-        raise ValueError(f"The model_index.json of {source!r} holds a {type(index).__name__}; get it anew.")
+        raise UserError(f"The model_index.json of {source!r} holds a {type(index).__name__}; get it anew.")
     return index
 
 
@@ -107,10 +108,10 @@ def base_model(folder: Path) -> str:
         ValueError: There is no LoRA, or none with a record.
     """
     if not (folder / LORA_WEIGHTS).is_file():
-        raise ValueError(f"{str(folder)!r} is no pipeline folder: it has neither model_index.json nor {LORA_WEIGHTS}.")
+        raise UserError(f"{str(folder)!r} is no pipeline folder: it has neither model_index.json nor {LORA_WEIGHTS}.")
     record = read_record(folder)
     if record is None:
-        raise ValueError(f"The LoRA in {str(folder)!r} does not name its base model: {RECORD} is missing beside it.")
+        raise UserError(f"The LoRA in {str(folder)!r} does not name its base model: {RECORD} is missing beside it.")
     return base_model_of(record, folder)
 
 

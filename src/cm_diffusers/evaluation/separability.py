@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.candidates import Candidate, check_output
 from cm_diffusers.evaluation.reference import USUAL_SIDE, ReferenceConfig, load_reference
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
@@ -92,7 +93,7 @@ def guidance_of(config: RankingConfig, student: Candidate) -> float:
         ValueError: Neither flag nor record tells.
     """
     if config.guidance_scale is None and student.record is None:
-        raise ValueError(f"{config.pipeline} has no record that recommends a guidance scale: give --guidance_scale.")
+        raise UserError(f"{config.pipeline} has no record that recommends a guidance scale: give --guidance_scale.")
     return student.record.recommended_guidance_scale if config.guidance_scale is None else config.guidance_scale
 
 

@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.sources import source_name
 from cm_diffusers.data.video import VideoDataConfig
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import motion
 from cm_diffusers.evaluation.features import (
     classify,
@@ -269,7 +270,7 @@ def _names(config: VideoEvaluationConfig) -> list[str]:
     names = row_names(config.pipelines, config.names)
     files = [clips_of(name) for name in (FIRST_REAL, TEACHER, *names)]
     if twice := [file for file in files if files.count(file) > 1]:
-        raise ValueError(
+        raise UserError(
             f"Two rows would be called {Path(twice[0]).stem}: give each pipeline a name of its own by --names."
         )
     return names

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.candidates import Candidate, check_weights
 from cm_diffusers.evaluation.sampling import load_pipeline
 from cm_diffusers.models.motion import (
@@ -45,7 +46,7 @@ def load_video_pipeline(
     else:
         pipe = ConsistencyVideoPipeline.from_pretrained(source, dtype=dtype).to(device)
     if "num_frames" not in inspect.signature(pipe.__call__).parameters:
-        raise ValueError(f"{source!r} is a {type(pipe).__name__}, which makes no clips; give a video pipeline.")
+        raise UserError(f"{source!r} is a {type(pipe).__name__}, which makes no clips; give a video pipeline.")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -61,7 +62,7 @@ def check_video_pipeline(source: str, num_frames: int, resolution: int) -> None:
         kind = Candidate.of(source).index.get("_class_name")
         known = getattr(diffusers, str(kind), None)
         if known is not None and "num_frames" not in inspect.signature(known.__call__).parameters:
-            raise ValueError(f"{source!r} is a {kind}, which makes no clips; give a video pipeline.")
+            raise UserError(f"{source!r} is a {kind}, which makes no clips; give a video pipeline.")
         return
     Candidate.of(source if (Path(source) / "model_index.json").is_file() else base_model_of(record, source))
     check_weights(Path(source).glob("*.safetensors"))
@@ -90,7 +91,7 @@ def check_video_teacher(source: str, config: MotionConfig, num_frames: int, reso
     check_weights(Path(config.pretrained_motion_adapter).glob("*.safetensors"))
     most = adapter_config(config).get("motion_max_seq_length", num_frames)
     if num_frames > most:
-        raise ValueError(
+        raise UserError(
             f"--sample_n_frames {num_frames} is more than the {most} frames that the motion adapter takes."
         )
 
@@ -105,7 +106,7 @@ def adapter_config(config: MotionConfig) -> dict[str, Any]:
         return MotionAdapter.load_config(source, revision=config.motion_adapter_revision)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{source!r} holds no motion adapter that can be loaded ({reason}).") from error
+        raise UserError(f"{source!r} holds no motion adapter that can be loaded ({reason}).") from error
 
 
 def load_video_teacher(

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from cm_diffusers.errors import UserError
+
 
 # Every convolution and linear layer of a Stable Diffusion UNet but the ends, as LCM-LoRA (2311.05556) adapts.
 LCM_LORA_TARGETS = (
@@ -46,12 +48,12 @@ def _targets(unet: nn.Module, names: list[str]) -> list[str]:
         return [name for name in names if fits[name]]
     if misfits := [name for name in names if not name or not fits[name] or not fits[name] <= layers]:
         ends = sorted({path.rpartition(".")[2] for path in layers if not path[-1].isdigit()})
-        raise ValueError(
+        raise UserError(
             f"--lora_target_modules names no layer of the UNet with {', '.join(misfits)}; its linear layers and convolutions "
             f"end on {', '.join(ends)}."
         )
     if not names:
-        raise ValueError("--lora_target_modules names no layer; leave it out for those of LCM-LoRA.")
+        raise UserError("--lora_target_modules names no layer; leave it out for those of LCM-LoRA.")
     return names
 
 

@@ -7,6 +7,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cm_diffusers.errors import UserError
+
 
 class ImageClassifier(ModelMixin, ConfigMixin):
     """Convolutional classifier of grey images.
@@ -30,7 +32,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if image_size % 2 ** len(channels):
-            raise ValueError(
+            raise UserError(
                 f"image_size is {image_size} but {len(channels)} halvings need a multiple of {2 ** len(channels)}."
             )
         self.blocks = nn.Sequential(*[_block(i, o) for i, o in zip([1, *channels], channels, strict=False)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.denoisers import unet_arguments
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS
 from cm_diffusers.models.heads import head_body, zeroed
 from cm_diffusers.models.students import frozen_copy
@@ -93,7 +94,7 @@ def _critic(config: CriticConfig, nets: Networks, unet: UNet2DConditionModel, va
     if config.critic == "vision":
         backbone, text_width = load_backbone(config.critic_backbone), unet.config.cross_attention_dim
         return VisionCritic(vae, backbone, config.critic_channels, text_width)
-    raise ValueError(f"Unknown --critic {config.critic!r}; one of heads, lora_decoder, vision, none.")
+    raise UserError(f"Unknown --critic {config.critic!r}; one of heads, lora_decoder, vision, none.")
 
 
 class TeacherFeatureCritic(nn.Module):
@@ -180,7 +181,7 @@ def _head(width: int, channels: int) -> nn.Sequential:
 def _require_text(blocks: list[nn.Module | None], where: str) -> None:
     if not any(getattr(block, "has_cross_attention", False) for block in blocks):
         kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks if block is not None))
-        raise ValueError(
+        raise UserError(
             f"The critic would judge images without their text: the teacher's {where} have no cross-attention ({kinds}); "
             "take another teacher, or --critic none."
         )

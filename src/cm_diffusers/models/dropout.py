@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 
 
@@ -24,7 +25,7 @@ class DropoutConfig:
 
     def __post_init__(self) -> None:
         if self.dropout is None and self.dropout_max_resolution is not None:
-            raise ValueError("--dropout_max_resolution says where --dropout acts, which is not given: give both.")
+            raise UserError("--dropout_max_resolution says where --dropout acts, which is not given: give both.")
         check_ranges(self)
 
 
@@ -39,7 +40,7 @@ def set_dropout(unet: ModelMixin, config: DropoutConfig) -> None:
     lowest, most = len(unet.down_blocks) - 1, config.dropout_max_resolution
     side = 0 if most is None else _longer_side(unet)
     if (least := side >> lowest) > (most or 0):
-        raise ValueError(
+        raise UserError(
             f"--dropout_max_resolution is {most}, but no block is smaller than {least}: give at least that."
         )
     levels = [*enumerate(unet.down_blocks), *enumerate(reversed(unet.up_blocks)), (lowest, unet.mid_block)]
@@ -53,7 +54,7 @@ def _longer_side(unet: ModelMixin) -> int:
     """Of what the network was made for; its config has a number, or height and width."""
     size = unet.config.sample_size
     if size is None:
-        raise ValueError(
+        raise UserError(
             "--dropout_max_resolution needs the size of the feature maps, and the network's config has no sample_size: "
             "leave the flag out, or write sample_size there."
         )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
+
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -64,7 +66,7 @@ def unet_name(name: str, config: Mapping[str, Any]) -> str:
     if block == "mid_block":
         return f"middle_block.{MIDDLE['.'.join(rest[:2])]}.{_inside(rest)}"
     if block not in ("down_blocks", "up_blocks"):
-        raise ValueError(f"The original layout of Stable Diffusion has no weight {name}.")
+        raise UserError(f"The original layout of Stable Diffusion has no weight {name}.")
     number, part, place, *_ = rest
     number, place, layers = int(number), int(place), config["layers_per_block"] + 1
     if part == "downsamplers":

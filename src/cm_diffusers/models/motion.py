@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.stored import only_variant
 from cm_diffusers.models.teachers import is_xl
 
@@ -62,7 +63,7 @@ def new_motion_adapter(unet: UNet2DConditionModel, config: NewMotionConfig) -> M
     """
     shape, heads = unet.config, config.motion_num_attention_heads
     if odd := [width for width in shape.block_out_channels if width % heads]:
-        raise ValueError(f"--motion_num_attention_heads {heads} does not divide the {odd[0]} channels of a block.")
+        raise UserError(f"--motion_num_attention_heads {heads} does not divide the {odd[0]} channels of a block.")
     adapter = MotionAdapter(
         block_out_channels=tuple(shape.block_out_channels),
         motion_layers_per_block=shape.layers_per_block,
@@ -100,7 +101,7 @@ def load_motion_adapter(config: MotionConfig) -> MotionAdapter:
         ValueError: None is named, or it does not load whole; published ones may lack positions.
     """
     if config.pretrained_motion_adapter is None:
-        raise ValueError("--pretrained_motion_adapter is missing: name the folder or Hub id of a MotionAdapter.")
+        raise UserError("--pretrained_motion_adapter is missing: name the folder or Hub id of a MotionAdapter.")
     return adapter_at_root(
         config.pretrained_motion_adapter, torch.float32, {"revision": config.motion_adapter_revision}
     )
@@ -128,17 +129,17 @@ def adapter_at_root(
     try:
         kind = MotionAdapter.load_config(source, **(hub or {})).get("_class_name")
         if kind != "MotionAdapter":
-            raise ValueError(f"its config.json is that of a {kind}")
+            raise UserError(f"its config.json is that of a {kind}")
         options = {"output_loading_info": True, "low_cpu_mem_usage": False, **(hub or {})}
         options |= {"variant": variant or only_variant([Path(source)] if Path(source).is_dir() else [])}
         adapter, info = MotionAdapter.from_pretrained(source, dtype=dtype, use_safetensors=use_safetensors, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{str(source)!r} holds no motion adapter that can be loaded ({reason}).") from error
+        raise UserError(f"{str(source)!r} holds no motion adapter that can be loaded ({reason}).") from error
     lacking = [key for key in info["missing_keys"] if not key.endswith(POSITIONS)]
     for what, keys in (("lacks", lacking), ("has unknown", info["unexpected_keys"])):
         if keys:
-            raise ValueError(
+            raise UserError(
                 f"The motion adapter {str(source)!r} {what} weights ({len(keys)}, such as {sorted(keys)[0]}); get it anew."
             )
     return adapter
@@ -151,9 +152,9 @@ def inflate(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionMod
         ValueError: They do not fit together.
     """
     if is_xl(unet):
-        raise ValueError("Stable Diffusion XL is not supported here: give a teacher with one text encoder.")
+        raise UserError("Stable Diffusion XL is not supported here: give a teacher with one text encoder.")
     if unet.config.norm_num_groups != adapter.config.motion_norm_num_groups:
-        raise ValueError(
+        raise UserError(
             f"The motion adapter normalises {adapter.config.motion_norm_num_groups} groups of channels and the image "
             f"model {unet.config.norm_num_groups}: it was made for another."
         )
@@ -161,7 +162,7 @@ def inflate(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionMod
         return UNetMotionModel.from_unet2d(unet, adapter)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"The motion adapter was made for another image model: {reason}") from error
+        raise UserError(f"The motion adapter was made for another image model: {reason}") from error
 
 
 def train_motion(unet: UNetMotionModel, also: str | None = None) -> UNetMotionModel:
@@ -207,7 +208,7 @@ def motion_scheduler(config: MotionConfig, image_scheduler: SchedulerMixin) -> D
         return DDIMScheduler.from_config({**settings, **prediction})
     scheduler = DDIMScheduler.from_config({**beside, **prediction})
     if config.beta_schedule not in (None, scheduler.config.beta_schedule):
-        raise ValueError(
+        raise UserError(
             f"--beta_schedule {config.beta_schedule}: the motion modules were trained on {scheduler.config.beta_schedule}, "
             "as the scheduler_config.json beside them says; leave the flag out."
         )
@@ -230,7 +231,7 @@ def _scheduler_beside(config: MotionConfig) -> dict | None:
         except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 return None
-            raise ValueError(
+            raise UserError(
                 f"--pretrained_motion_adapter {source}: whether it has a {name} cannot be found out "
                 f"({type(error).__name__}); try again later, or give a folder."
             ) from error
@@ -253,7 +254,7 @@ def check_same_schedule(scheduler: SchedulerMixin, other: dict, name: str) -> No
     mine = scheduler.alphas_cumprod
     if len(mine) != len(theirs.alphas_cumprod) or not torch.allclose(mine, theirs.alphas_cumprod, rtol=1e-4):
         told = [json.dumps({name: x.config.get(name) for name in BETAS}) for x in (scheduler, theirs)]
-        raise ValueError(
+        raise UserError(
             f"{name} was trained on another noise schedule than the teacher's: {told[1]} against {told[0]}. Distil it anew "
             "with the teacher's --beta_schedule."
         )
@@ -286,4 +287,4 @@ def check_frames(num_frames: int, adapter: MotionAdapter, flag: str) -> None:
         ValueError: So many frames are more than the motion modules take.
     """
     if num_frames > (most := adapter.config.motion_max_seq_length):
-        raise ValueError(f"{flag} {num_frames} is more than the {most} frames that the motion adapter takes.")
+        raise UserError(f"{flag} {num_frames} is more than the {most} frames that the motion adapter takes.")

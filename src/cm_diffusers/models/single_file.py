@@ -15,6 +15,7 @@ from diffusers import (
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import dtype_of, read_cast
 from cm_diffusers.models.stored import FLOATS, TORCH_DTYPES, header
 
@@ -42,13 +43,13 @@ def is_single_file(source: str | Path) -> bool:
     """
     path = Path(source)
     if path.suffix in PICKLES and not path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{path} is a pickle by its name, which can hold code that loading would run; get the .safetensors file."
         )
     if path.suffix == ".safetensors" and not path.exists():
-        raise ValueError(f"There is no file {path}; give a .safetensors file, a pipeline folder or a Hub id.")
+        raise UserError(f"There is no file {path}; give a .safetensors file, a pipeline folder or a Hub id.")
     if path.is_file() and path.suffix != ".safetensors":
-        raise ValueError(f"{path} is a file, but no .safetensors; give such a file, a pipeline folder or a Hub id.")
+        raise UserError(f"{path} is a file, but no .safetensors; give such a file, a pipeline folder or a Hub id.")
     return path.is_file()
 
 
@@ -69,7 +70,7 @@ def load_single_file(
     entries, metadata = header(Path(path))
     tower = next((tower for tower in CONFIGS if any(name.startswith(tower) for name in entries)), None)
     if tower is None or not any(name.startswith(UNET) for name in entries):
-        raise ValueError(
+        raise UserError(
             f"{path} is no whole Stable Diffusion 1, 2 or XL checkpoint, for it holds {len(entries)} tensors such as "
             f"{next(iter(entries), None)}; {_instead(entries)}."
         )
@@ -131,17 +132,17 @@ def _converted(path: str | Path, tower: str, config: str | None, unet: dict[str,
             parts["unet"] = UNet2DConditionModel.from_single_file(unet, subfolder="unet", dtype=dtype, **options)
         return kind.from_single_file(str(path), **options, **parts)
     except NotImplementedError as error:  # a weight has no value to be moved
-        raise ValueError(f"{path} lacks weights of its network or VAE; get a whole checkpoint.") from error
+        raise UserError(f"{path} lacks weights of its network or VAE; get a whole checkpoint.") from error
     except OSError as error:  # of the Hub, its cache, or a folder
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(
+        raise UserError(
             f"{path} needs the configs and tokenizers of {origin}, which are not in reach ({reason}); fetch them with "
             f"`hf download {CONFIGS[tower]} --include '*.json' '*.txt'`, or name the folder of a pipeline of the same "
             "architecture as --single_file_config."
         ) from error
     except Exception as error:  # whatever diffusers stumbles over where shapes and names do not fit
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit the architecture that {origin} describes ({reason}); name the folder of a pipeline of "
             "its own as --single_file_config."
         ) from error
@@ -166,7 +167,7 @@ def _check_whole(path: str | Path, pipe: DiffusionPipeline, entries: dict[str, d
     for name, network in networks.items():
         lacking = [tensor for tensor, value in network.named_parameters() if value.is_meta]
         if lacking:
-            raise ValueError(
+            raise UserError(
                 f"{path} lacks weights of its {name} ({len(lacking)}, such as {lacking[0]}); get a whole checkpoint."
             )
     learnt = (UNET, "first_stage_model.", "cond_stage_model.", "conditioner.")
@@ -176,7 +177,7 @@ def _check_whole(path: str | Path, pipe: DiffusionPipeline, entries: dict[str, d
         if name.startswith(learnt) and entry["dtype"] not in FLOATS and not name.endswith("position_ids")
     ]
     if integers:
-        raise ValueError(
+        raise UserError(
             f"{path} has quantized weights ({len(integers)}, such as {integers[0]}); get a checkpoint in float32, float16 "
             "or bfloat16."
         )

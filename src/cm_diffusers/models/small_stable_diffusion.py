@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.errors import UserError
+
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -49,7 +51,7 @@ def new_vae(config: SmallVAEConfig, resolution: int) -> AutoencoderKL:
     """
     levels = len(config.block_out_channels)
     if resolution % 2 ** (levels - 1):
-        raise ValueError(
+        raise UserError(
             f"--resolution {resolution} cannot be halved {levels - 1} times, once for each level but the first."
         )
     return AutoencoderKL(

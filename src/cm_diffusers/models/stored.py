@@ -12,6 +12,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
+from cm_diffusers.errors import UserError
+
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Counted instead of learnt, or of the other tower of a whole CLIP model, which the text tower may be stored with.
@@ -65,7 +67,7 @@ def _check_tokenizers(pipe: DiffusionPipeline, source: str | Path) -> None:
         words, tower = getattr(pipe, f"tokenizer{suffix}", None), getattr(pipe, f"text_encoder{suffix}", None)
         known = getattr(getattr(tower, "config", None), "vocab_size", 0)
         if words is not None and 2 * len(words) < known:
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer{suffix} of {source} has {len(words)} words of the {known} that its text encoder knows, so its "
                 "files are missing; get a whole checkpoint."
             )
@@ -90,7 +92,7 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
     }
     for fault, names in faults.items():
         if names:
-            raise ValueError(
+            raise UserError(
                 f"{what} {fault} weights ({len(names)}, such as {names[0]}); get a whole checkpoint in float32, float16 or "
                 "bfloat16."
             )
@@ -127,10 +129,10 @@ def header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
+                raise UserError("its header is longer than the file")
             entries = json.loads(file.read(length))
     except (ValueError, struct.error) as error:  # of the length, UTF-8 or JSON
-        raise ValueError(f"{path} is no whole safetensors file ({error}); get it anew.") from error
+        raise UserError(f"{path} is no whole safetensors file ({error}); get it anew.") from error
     metadata = entries.pop("__metadata__", {})
     return entries, metadata
 

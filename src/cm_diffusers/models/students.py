@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_lora
 from cm_diffusers.types import Networks
 
@@ -56,7 +57,7 @@ def require_autocast(config: StudentConfig, mixed_precision: str) -> None:
     """A cast teacher runs under autocast only: latents and conditions are float32."""
     cast = config.cast_teacher_unet
     if cast not in ("no", mixed_precision):
-        raise ValueError(f"--cast_teacher_unet {cast} needs --mixed_precision {cast}, but that is {mixed_precision}.")
+        raise UserError(f"--cast_teacher_unet {cast} needs --mixed_precision {cast}, but that is {mixed_precision}.")
 
 
 def make_networks(teacher: UNet2DConditionModel, config: StudentConfig) -> Networks:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import dtype_of, load_cast_unet
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import check_stored, only_variant, weights_by_variant
@@ -119,14 +120,14 @@ def load_stock(
     """
     if is_single_file(source):
         if given := revision or variant:
-            raise ValueError(f"{source} is a single file, which has no revision or variant {given}: leave that out.")
+            raise UserError(f"{source} is a single file, which has no revision or variant {given}: leave that out.")
         pipe = load_single_file(source, single_file_config, dtype)
         pipe.register_modules(**parts)
         return pipe
     if single_file_config is not None:
-        raise ValueError(f"--single_file_config is for a .safetensors file, but {source} is none: leave it out.")
+        raise UserError(f"--single_file_config is for a .safetensors file, but {source} is none: leave it out.")
     if Path(source).exists() and not (Path(source) / "model_index.json").exists():
-        raise ValueError(f"{source} is not a diffusers pipeline folder: there is no model_index.json in it.")
+        raise UserError(f"{source} is not a diffusers pipeline folder: there is no model_index.json in it.")
     if variant is None and Path(source).is_dir():
         variant = only_variant(path.parent for path in Path(source).glob("*/config.json"))
     try:
@@ -140,7 +141,7 @@ def load_stock(
         trouble = (
             "does not load" if Path(source).exists() else "is neither a pipeline folder here nor a Hub id within reach"
         )
-        raise ValueError(f"{source} {trouble}: {first_line(error)}") from error
+        raise UserError(f"{source} {trouble}: {first_line(error)}") from error
     check_stored(pipe, source, variant, revision, given=parts)
     return pipe
 
@@ -152,7 +153,7 @@ def _load_vae(path: str, variant: str | None) -> AutoencoderKL:
     try:
         return stored_vae(path, variant=variant)
     except LOADING_ERRORS as error:
-        raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {first_line(error)}") from error
+        raise UserError(f"--pretrained_vae_model_name_or_path {path} does not load: {first_line(error)}") from error
 
 
 def stored_vae(path: str, variant: str | None = None, **place: str) -> AutoencoderKL:
@@ -167,7 +168,7 @@ def stored_vae(path: str, variant: str | None = None, **place: str) -> Autoencod
     """
     kind = AutoencoderKL.load_config(path, **place).get("_class_name", AutoencoderKL.__name__)
     if kind != AutoencoderKL.__name__:
-        raise ValueError(f"it is {kind}; give an AutoencoderKL")
+        raise UserError(f"it is {kind}; give an AutoencoderKL")
     return AutoencoderKL.from_pretrained(path, variant=variant, **place, **LOADING)
 
 
@@ -184,20 +185,20 @@ def is_xl(unet: UNet2DConditionModel) -> bool:
 def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
     unet, kind = getattr(pipe, "unet", None), type(pipe).__name__
     if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(f"{path} is a {kind} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
+        raise UserError(f"{path} is a {kind} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
     if unet.config.class_embed_type or unet.config.encoder_hid_dim_type:
-        raise ValueError(f"The UNet of {path} is told more than text by a {kind}; give a text-to-image pipeline.")
+        raise UserError(f"The UNet of {path} is told more than text by a {kind}; give a text-to-image pipeline.")
     wanted = ["vae", "text_encoder", *(["text_encoder_2"] if is_xl(unet) else [])]
     if missing := [name for name in wanted if getattr(pipe, name, None) is None]:
-        raise ValueError(f"{path} is a {kind} without {' and '.join(missing)}; give a text-to-image pipeline.")
+        raise UserError(f"{path} is a {kind} without {' and '.join(missing)}; give a text-to-image pipeline.")
     check_vae(path, pipe.vae)
     if unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise ValueError(
+        raise UserError(
             f"The UNet of {path} takes {unet.config.in_channels} channels and its VAE makes "
             f"{pipe.vae.config.latent_channels}; give a text-to-image pipeline, not one for inpainting or editing."
         )
     if unet.config.time_cond_proj_dim:
-        raise ValueError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
+        raise UserError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
     check_finite(f"The teacher {path}", pipe)
 
 
@@ -213,7 +214,7 @@ def check_finite(what: str, pipe: DiffusionPipeline) -> None:
     tensors = {f"{name}.{key}": p for name, part in networks.items() for key, p in part.named_parameters()}
     if broken := [name for name, p in tensors.items() if _is_broken(p)]:
         small = any(tensors[name].dtype == torch.float16 for name in broken)
-        raise ValueError(
+        raise UserError(
             f"{what} holds {len(broken)} tensors that are not finite, such as {broken[0]}; get it anew"
             f"{', or load it in float32, whose range is wider' if small else ''}."
         )
@@ -232,12 +233,12 @@ def check_vae(path: str, vae: nn.Module) -> None:
         ValueError: It is none whose latents training draws and scales.
     """
     if not isinstance(vae, AutoencoderKL):
-        raise ValueError(
+        raise UserError(
             f"The VAE of {path} is {type(vae).__name__}, whose latents training cannot draw; give a model with an "
             "AutoencoderKL (of a teacher by --pretrained_vae_model_name_or_path, too)."
         )
     if vae.config.get("latents_mean") or vae.config.get("latents_std"):
-        raise ValueError(
+        raise UserError(
             f"The VAE of {path} normalises every channel (latents_mean, latents_std in its config), which training does "
             "not; give a model with another VAE."
         )

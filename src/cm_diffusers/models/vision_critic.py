@@ -13,7 +13,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from cm_diffusers.diffusion.feature_networks import in_float32, move
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 from cm_diffusers.extras import TIMM, missing
 from cm_diffusers.models.decoding import in_chunks
 from cm_diffusers.models.heads import head_body, zeroed
@@ -70,14 +70,14 @@ def load_backbone(source: str) -> FeatureNetwork:
     with readable(f"The backbone {source} (a folder, or a Hub id)"):
         kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
         if kind is None:
-            raise ValueError("it has no config.json that tells its model_type")
+            raise UserError("it has no config.json that tells its model_type")
         return (_load_timm if kind == "timm_wrapper" else _load_transformers)(source)  # so timm's format is called
 
 
 def _load_transformers(source: str) -> FeatureNetwork:
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
-        raise ValueError(
+        raise UserError(
             f"transformers' AutoBackbone does not know its type {config.model_type}; take one that it knows, such as "
             "dinov2, convnext, resnet or swin, or a network in timm's format"
         )
@@ -86,7 +86,7 @@ def _load_transformers(source: str) -> FeatureNetwork:
     # AutoBackbone itself would ask the Hub even for a folder
     network, report = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, use_safetensors=True, **options)
     if missing := sorted(name for name in report["missing_keys"] if not name.startswith(ADDED_NORM)):
-        raise ValueError(f"its file lacks {len(missing)} of its weights, such as {missing[0]}; get it anew")
+        raise UserError(f"its file lacks {len(missing)} of its weights, such as {missing[0]}; get it anew")
     file = cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
     settings = json.loads(Path(file).read_text("utf-8")) if file else {"size": getattr(config, "image_size", None)}
     return FeatureNetwork(network, network.channels, *_preparation(settings))
@@ -106,9 +106,9 @@ def _load_timm(source: str) -> FeatureNetwork:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise ValueError(missing("It", TIMM)) from error
+        raise UserError(missing("It", TIMM)) from error
     except (ImportError, RuntimeError) as error:  # timm imports torchvision, which raises RuntimeError if mismatched
-        raise ValueError(f"it needs timm with a matching torchvision: {error}") from error
+        raise UserError(f"it needs timm with a matching torchvision: {error}") from error
     name = f"local-dir:{Path(cached_file(source, SAFE_WEIGHTS_NAME)).parent}"  # config.json is there, too
     with torch.device("meta"):
         stages = timm.create_model(name, features_only=True).feature_info.info
@@ -150,7 +150,7 @@ class VisionCritic(nn.Module):
         """
         text = cond["encoder_hidden_states"].mean(dim=1)
         if text.shape[1] != self.text_width:
-            raise ValueError(
+            raise UserError(
                 f"The critic reads text embeddings of width {self.text_width}, as the teacher's UNet does "
                 f"(cross_attention_dim), but these are {text.shape[1]} wide; give a teacher whose parts fit."
             )

@@ -16,6 +16,7 @@ from cm_diffusers.diffusion.solvers import heun_step
 from cm_diffusers.diffusion.times import karras_grid, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas, edm_denoiser
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -36,7 +37,7 @@ class CDConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.loss_type not in ("l2", "l1", "lpips"):
-            raise ValueError(f"Unknown --loss_type {self.loss_type!r}; one of l2, l1, lpips.")
+            raise UserError(f"Unknown --loss_type {self.loss_type!r}; one of l2, l1, lpips.")
 
 
 class CDObjective:
@@ -73,7 +74,7 @@ class CDObjective:
         if w == 0:
             return lambda x, t: denoise(x, t, batch.cond)
         if not batch.uncond:
-            raise ValueError(f"--w {w} guides the teacher, but the data has no unconditional branch; give --w 0.")
+            raise UserError(f"--w {w} guides the teacher, but the data has no unconditional branch; give --w 0.")
         return guide(denoise, batch.cond, batch.uncond, batch.x0.new_full((len(batch.x0),), w))
 
     def consistency(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:

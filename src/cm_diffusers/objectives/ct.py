@@ -14,6 +14,7 @@ from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.times import karras_grid, sample_neighbours, square_root_decay, square_root_intervals
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -35,7 +36,7 @@ class CTConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.loss_type not in ("l2", "l1", "lpips"):
-            raise ValueError(f"Unknown --loss_type {self.loss_type!r}; one of l2, l1, lpips.")
+            raise UserError(f"Unknown --loss_type {self.loss_type!r}; one of l2, l1, lpips.")
 
 
 class CTObjective:

@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.denoisers import for_frames
 from cm_diffusers.diffusion.process import Process, append_dims, diffuse
+from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -31,7 +32,7 @@ class DiffusionObjective:
 
     def __init__(self, config: DiffusionConfig, process: Process) -> None:
         if not 0 <= config.condition_dropout <= 1:
-            raise ValueError(f"--condition_dropout is {config.condition_dropout}; give a share between 0 and 1.")
+            raise UserError(f"--condition_dropout is {config.condition_dropout}; give a share between 0 and 1.")
         self.config, self.process = config, process
         self.players = {"student": self}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.process import as_like, home_of_float64
+from cm_diffusers.errors import UserError
 from cm_diffusers.policy.policy import Policy
 from cm_diffusers.policy.transitions import kl_divergence
 from cm_diffusers.types import Batch, Loss, Networks, Progress
@@ -72,9 +73,9 @@ class DirectRewardObjective:
         distillation: Distillation | None = None,
     ) -> None:
         if (config.through == "single_step") != (distillation is not None):
-            raise ValueError("The distillation loss and --through single_step belong together: give both, or none.")
+            raise UserError("The distillation loss and --through single_step belong together: give both, or none.")
         if config.reward_weight <= 0 or config.kl_coef < 0:
-            raise ValueError("--reward_weight must be positive, and --kl_coef not negative.")
+            raise UserError("--reward_weight must be positive, and --kl_coef not negative.")
         self.config, self.policy, self.score, self.shape = config, policy, score, shape
         self.distillation = distillation
         self.players = {"student": self}

@@ -13,6 +13,7 @@ from cm_diffusers.diffusion.process import append_dims, as_like
 from cm_diffusers.diffusion.times import easy_ratio, sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.dropout import has_dropout
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
@@ -48,7 +49,7 @@ class ECTConfig:
         check_ranges(self)
         for name, known in (("mapping", ("sigmoid", "const")), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")
+                raise UserError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")
 
 
 class ECTObjective:

@@ -14,6 +14,7 @@ from cm_diffusers.diffusion.preconditioning import lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
 from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -55,11 +56,11 @@ class LCFObjective:
         timestep_scaling: float = 10.0,
     ) -> None:
         if guidance_embedding_dim is not None and config.w_min > config.w_max:
-            raise ValueError(f"--w_min {config.w_min} is above --w_max {config.w_max}; swap them.")
+            raise UserError(f"--w_min {config.w_min} is above --w_max {config.w_max}; swap them.")
         if config.loss_type not in DISTANCES:
-            raise ValueError(f"Unknown --loss_type {config.loss_type!r}; one of {', '.join(DISTANCES)}.")
+            raise UserError(f"Unknown --loss_type {config.loss_type!r}; one of {', '.join(DISTANCES)}.")
         if process.alphas_cumprod.min() <= 0 and prediction_type == "epsilon":
-            raise ValueError(
+            raise UserError(
                 "The student's schedule has zero terminal SNR: its last timestep holds no signal, which an epsilon "
                 "prediction cannot read; this needs a v-prediction or sample student."
             )

@@ -15,6 +15,7 @@ from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
 from cm_diffusers.diffusion.solvers import SOLVERS
 from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -46,12 +47,12 @@ class LCMObjective:
         self, config: LCMConfig, process: DiscreteVP, prediction_type: str, guidance_embedding_dim: int | None
     ) -> None:
         if config.w_min > config.w_max:
-            raise ValueError(f"--w_min {config.w_min} is above --w_max {config.w_max}; swap them.")
+            raise UserError(f"--w_min {config.w_min} is above --w_max {config.w_max}; swap them.")
         for kind, choice, known in (("solver", config.solver, SOLVERS), ("loss_type", config.loss_type, DISTANCES)):
             if choice not in known:
-                raise ValueError(f"Unknown --{kind} {choice!r}; one of {', '.join(known)}.")
+                raise UserError(f"Unknown --{kind} {choice!r}; one of {', '.join(known)}.")
         if process.alphas_cumprod.min() <= 0 and (prediction_type == "epsilon" or config.solver != "ddim"):
-            raise ValueError(
+            raise UserError(
                 "The teacher has zero terminal SNR: its last timestep holds no signal, which needs a v-prediction or sample "
                 f"teacher and --solver ddim; this is {prediction_type} with {config.solver}."
             )

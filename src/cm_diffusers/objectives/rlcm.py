@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.process import as_like
+from cm_diffusers.errors import UserError
 from cm_diffusers.policy.policy import Moves, Policy
 from cm_diffusers.policy.transitions import Transition, kl_divergence, log_prob
 from cm_diffusers.types import Loss, Networks, Progress
@@ -60,17 +61,17 @@ class RLCMObjective:
 
     def __init__(self, config: RLCMConfig, policy: Policy, score: Score | None = None) -> None:
         if config.final_step == "pathwise" and policy.ends_random:
-            raise ValueError(
+            raise UserError(
                 "--final_step pathwise is for a last step without noise, but this one has some; take drop."
             )
         if config.final_step == "drop" and policy.num_steps == 1 and not policy.ends_random:
-            raise ValueError(
+            raise UserError(
                 "--final_step drop leaves out the last step, and there is no other: nothing would be learnt; take "
                 "stochastic or pathwise, or more --num_inference_steps."
             )
         for name in ("clip_range", "adv_clip", "final_std"):
             if getattr(config, name) <= 0:
-                raise ValueError(f"--{name} must be positive, but it is {getattr(config, name)}.")
+                raise UserError(f"--{name} must be positive, but it is {getattr(config, name)}.")
         self.config, self.policy, self.score, self.has_warned = config, policy, score, False
         self.players = {"student": self}
 

@@ -16,6 +16,7 @@ from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
 from cm_diffusers.diffusion.solvers import NOISE_SCALES, ddim_sde, er_sde
 from cm_diffusers.diffusion.times import solver_grid
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -74,7 +75,7 @@ class SCottConfig:
         choices |= {"critic_inputs": ("renoised", "clean"), "real_source": ("data", "target")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(map(str, known))}.")
+                raise UserError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(map(str, known))}.")
 
 
 class SCottObjective:
@@ -100,12 +101,12 @@ class SCottObjective:
         critic: bool,
     ) -> None:
         if process.alphas_cumprod.min() <= 0 and (prediction_type == "epsilon" or config.sde != "ddim"):
-            raise ValueError(
+            raise UserError(
                 "The teacher has zero terminal SNR: its last timestep holds no signal, which needs a v-prediction or sample "
                 f"teacher and --sde ddim; this is {prediction_type} with {config.sde}."
             )
         if config.renoise_below > process.num_train_timesteps:
-            raise ValueError(
+            raise UserError(
                 f"--renoise_below is {config.renoise_below}, but the teacher has {process.num_train_timesteps} timesteps."
             )
         self.config, self.process, self.prediction_type = config, process, prediction_type

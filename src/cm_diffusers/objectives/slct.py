@@ -15,6 +15,7 @@ from cm_diffusers.diffusion.process import append_dims, as_like
 from cm_diffusers.diffusion.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.engine.rng import rewind_rng
+from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -49,7 +50,7 @@ class SLCTConfig:
             ("coupling", ("ot", "class_ot", "independent")),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")
+                raise UserError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")
 
 
 class SLCTObjective:
@@ -95,7 +96,7 @@ class SLCTObjective:
         """The noise in the order of the data it goes with."""
         if self.config.coupling == "class_ot":
             if "class_labels" not in cond:
-                raise ValueError("--coupling class_ot needs classes: give --label_column, or --coupling ot.")
+                raise UserError("--coupling class_ot needs classes: give --label_column, or --coupling ot.")
             return transport_in_classes(x0, noise, cond["class_labels"])
         return transport(x0, noise) if self.config.coupling == "ot" else noise
 

@@ -14,6 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines.checks import check_whole
 from cm_diffusers.schedulers.scheduling_consistency import NoiseSampler
 
@@ -33,7 +34,7 @@ def shuffled_frames(window: int, stride: int, seed: int = 0) -> NoiseSampler:
     """
     check_whole(1, window=window, stride=stride)
     if stride > window:
-        raise ValueError(f"stride must be at most window, whose noise it shuffles; got {stride} and {window}.")
+        raise UserError(f"stride must be at most window, whose noise it shuffles; got {stride} and {window}.")
     return _returning(window, lambda frames: _shuffled(frames, window, stride, seed))
 
 
@@ -115,13 +116,13 @@ def _drawn(
 ) -> Tensor:
     """Independent noise of `frames` frames."""
     if len(shape) != 5:
-        raise ValueError(f"Frames share noise in clips (B, C, F, h, w); here the shape is {tuple(shape)}.")
+        raise UserError(f"Frames share noise in clips (B, C, F, h, w); here the shape is {tuple(shape)}.")
     return randn_tensor((*shape[:2], frames, *shape[3:]), generator=generator, device=device, dtype=dtype)
 
 
 def _shares(alpha: float) -> tuple[float, float]:
     """Standard deviations of the own and of the common part."""
     if not isinstance(alpha, Real) or not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must be a number of at least 0, where 0 shares nothing; got {alpha!r}.")
+        raise UserError(f"alpha must be a number of at least 0, where 0 shares nothing; got {alpha!r}.")
     size = math.sqrt(1 + alpha**2)
     return 1 / size, alpha / size

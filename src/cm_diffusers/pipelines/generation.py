@@ -13,6 +13,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.ip_adapter import image_embeddings
 from cm_diffusers.pipelines.latents import Generators, decode
@@ -118,7 +119,7 @@ def _check(pipe: DiffusionPipeline, start: FromNoise, ask: Request) -> Size:
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     checks.check_embeddings({name: getattr(ask, name) for name in names}, pipe.is_xl, _width(pipe))
     if sum(way is not None for way in (ask.num_inference_steps, ask.timesteps, ask.sigmas)) > 1:
-        raise ValueError("Give num_inference_steps, timesteps or sigmas, not more than one of them.")
+        raise UserError("Give num_inference_steps, timesteps or sigmas, not more than one of them.")
     checks.check_output(ask.output_type, ask.callback_inputs, pipe._callback_tensor_inputs)
     checks.check_generators(ask.generator, ask.batch)
     checks.check_ip_adapter(pipe, ask.ip_adapter_image, ask.ip_adapter_image_embeds)
@@ -172,7 +173,7 @@ def _schedule(pipe: DiffusionPipeline, start: FromNoise, ask: Request, device: t
     }
     options = {name: value for name, value in options.items() if value is not None}
     if refused := sorted(set(options) - set(inspect.signature(pipe.scheduler.set_timesteps).parameters)):
-        raise ValueError(
+        raise UserError(
             f"{type(pipe.scheduler).__name__} takes no {', '.join(refused)}; leave it out, or use another scheduler."
         )
     pipe.scheduler.set_timesteps(**options, device=device)

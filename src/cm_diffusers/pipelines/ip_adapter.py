@@ -7,6 +7,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.models import ImageProjection
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines.latents import dtype_of
 from cm_diffusers.pipelines.pictures import check_values, readable
 from cm_diffusers.pipelines.starts import repeated
@@ -38,7 +39,7 @@ def image_embeddings(
     layers = pipe.unet.encoder_hid_proj.image_projection_layers
     given = embeds if embeds is not None else image if isinstance(image, list) else [image]
     if len(given) != len(layers):
-        raise ValueError(f"{len(layers)} IP-Adapters are loaded, but {len(given)} images given; give one for each.")
+        raise UserError(f"{len(layers)} IP-Adapters are loaded, but {len(given)} images given; give one for each.")
     if embeds is None:
         pairs = [_encode(pipe, one, layer, device) for one, layer in zip(given, layers, strict=True)]
     else:
@@ -81,7 +82,7 @@ def _halves(embeds: Tensor, guided: bool) -> tuple[Tensor, Tensor]:
     if not guided:
         return embeds[:0], embeds
     if len(embeds) % 2:
-        raise ValueError(
+        raise UserError(
             f"With guidance ip_adapter_image_embeds hold the unconditional and the conditional half; found {len(embeds)}."
         )
     return embeds.chunk(2)

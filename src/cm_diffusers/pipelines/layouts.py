@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.stored import only_variant, weights_by_variant
 from cm_diffusers.pipelines.lora import Source
 
@@ -52,7 +53,7 @@ def refuse_part(source: Source, hub: Mapping[str, Any]) -> None:
         if kind in ARGUMENTS:
             pipe, argument = ARGUMENTS[kind]
             inside = f", subfolder={folder!r}" if folder else ""
-            raise ValueError(
+            raise UserError(
                 f"{str(source)!r} holds a {kind} alone; load the base model with it: {pipe}.from_pretrained(BASE_MODEL, "
                 f"{argument}={kind}.from_pretrained({str(source)!r}{inside}))."
             )
@@ -85,13 +86,13 @@ def check_index(
     has = {name for name, entry in index.items() if isinstance(entry, list)} | set(given)
     network = (index.get("unet") or [None, None])[1] if given.get("unet") is None else None
     if network == "UNetMotionModel" and not takes_motion:
-        raise ValueError(f"{str(source)!r} is a {kind}, which makes clips; load it with {CLIPS}.")
+        raise UserError(f"{str(source)!r} is a {kind}, which makes clips; load it with {CLIPS}.")
     lacking = [name for name in ("unet", "vae", "scheduler") if name not in has]
     if not has & {"text_encoder", "text_encoder_2"}:
         lacking.append("text_encoder")
     if lacking or network not in (None, "UNet2DConditionModel", "UNetMotionModel"):
         reason = f"without {', '.join(lacking)}" if lacking else f"whose network is a {network}"
-        raise ValueError(
+        raise UserError(
             f"{str(source)!r} is a {kind} {reason}; {pipeline.__name__} takes pipelines of Stable Diffusion's parts, so give "
             "such a one."
         )
@@ -123,7 +124,7 @@ def check_weight_files(source: Source, given: Mapping[str, Any]) -> str | None:
             else "pickles can hold code that loading would run; say use_safetensors=False if you trust them"
         )
         named = f" but of {', '.join(others)}" if others else " but pickles"
-        raise ValueError(f"{str(source)!r} has no safetensors{named} for {', '.join(lacking)}; {advice}.")
+        raise UserError(f"{str(source)!r} has no safetensors{named} for {', '.join(lacking)}; {advice}.")
     return variant
 
 

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.pipelines.layouts import check_index, for_base, is_pipeline, refuse_part
 from cm_diffusers.pipelines.lora import Source
@@ -70,7 +71,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
         index = _index(source, kwargs)
         if (kind := index.get("_class_name")) in WITHOUT_PROMPT:
             if cls.__name__ != "ConsistencyPipeline":
-                raise ValueError(f"{str(source)!r} is a {kind}, without prompts; load it with ConsistencyPipeline.")
+                raise UserError(f"{str(source)!r} is a {kind}, without prompts; load it with ConsistencyPipeline.")
             return ConsistencyImagesPipeline.from_pretrained(source, **kwargs)
         check_index(cls, source, index, kwargs)
         pipe = super().from_pretrained(source, **kwargs)
@@ -88,7 +89,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
     def _from_lora(cls, source: Source, record: Record | None, kwargs: dict[str, Any]) -> Self:
         if record is None:
             refuse_part(source, of_hub(kwargs))
-            raise ValueError(
+            raise UserError(
                 f"{str(source)!r} has neither a model_index.json nor the record of a LoRA; for a LoRA without record, "
                 "load its base model and call load_lora_weights."
             )
@@ -97,11 +98,11 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             base = base_model_of(record, source)
             kwargs = for_base(base, kwargs)
             if not is_pipeline(base, of_hub(kwargs), read_record(base, **of_hub(kwargs)) is not None):
-                raise ValueError("that is a LoRA as well")
+                raise UserError("that is a LoRA as well")
             pipe = cls.from_pretrained(base, **kwargs)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"The LoRA {str(source)!r} belongs on {record.base_model!r}, which cannot be loaded ({reason}); load "
                 "that base model from where it is and call load_lora_weights."
             ) from error

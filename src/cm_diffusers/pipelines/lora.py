@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines.lora_keys import Layers, lora_layers
 from cm_diffusers.record import read_record
 
@@ -38,18 +39,18 @@ def check_weights(source: Source, kwargs: dict[str, Any]) -> None:
     path, name, safe = Path(source), kwargs.get("weight_name"), kwargs.get("use_safetensors")
     file = name or (path.name if path.is_file() else None)
     if safe and file and not str(file).endswith(SAFE):
-        raise ValueError(
+        raise UserError(
             f"{file!r} is no safetensors file, and others can hold code that loading would run; get it in that format, or "
             "say use_safetensors=False if you trust it."
         )
     if not path.exists():
         if _is_local(path):
-            raise ValueError(f"There is no LoRA {str(source)!r}: neither such a folder nor such a file is here.")
+            raise UserError(f"There is no LoRA {str(source)!r}: neither such a folder nor such a file is here.")
         return
     folder, suffixes = path / (kwargs.get("subfolder") or ""), SAFE if safe else (*SAFE, *OTHERS)
     found = (folder / name).is_file() if name else any(file.suffix in suffixes for file in folder.glob("*"))
     if path.is_dir() and not found:
-        raise ValueError(
+        raise UserError(
             f"There is no {name or 'safetensors file'} in {str(folder)!r}; say where it is with subfolder and weight_name."
         )
 
@@ -171,7 +172,7 @@ def _check_put_on(network: nn.Module, scales: dict[str, float | None], adapter_n
         layer = modules[path]
         on = isinstance(layer, BaseTunerLayer) and adapter_name in layer.lora_A
         if not on or (scale is not None and not hotswap and not math.isclose(layer.scaling[adapter_name], scale)):
-            raise ValueError(
+            raise UserError(
                 f"The installed libraries did not load the LoRA's layer {path!r} as its file says; update peft."
             )
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.ldm_layout import unet_name
 
 
@@ -72,14 +73,14 @@ def lora_layers(
             continue
         part, name = _place(match["layer"], key)
         if networks.get(part) is None:
-            raise ValueError(f"The LoRA has layers for {part}, which this pipeline does not have; it is for another.")
+            raise UserError(f"The LoRA has layers for {part}, which this pipeline does not have; it is for another.")
         path = _found(name, part, tables[part])
         _take(found.setdefault(part, {}).setdefault(path, _Layer()), match, key, value)
     if not found:
         _refuse_foreign(next(iter(state), None))
     left += [f"{part}.{path} without both halves" for part, ones in found.items() for path in _halved(ones)]
     if left:
-        raise ValueError(
+        raise UserError(
             f"The LoRA holds {len(left)} entries that no layer can be made of, such as {left[0]!r}; get it whole, and as a "
             "plain LoRA of lora_down and lora_up, or lora_A and lora_B."
         )
@@ -145,7 +146,7 @@ def _place(layer: str, key: str) -> tuple[str, str]:
 
 
 def _refuse_foreign(key: str | None) -> None:
-    raise ValueError(f"This LoRA has no layer for a UNet or a text encoder; its layers are like {key!r}.")
+    raise UserError(f"This LoRA has no layer for a UNet or a text encoder; its layers are like {key!r}.")
 
 
 def _found(name: str, part: str, names: Mapping[str, str]) -> str:
@@ -153,7 +154,7 @@ def _found(name: str, part: str, names: Mapping[str, str]) -> str:
     for candidate in (flat, flat.replace("_processor_", "_")):
         if candidate in names:
             return names[candidate]
-    raise ValueError(f"This LoRA is for another architecture: the {TITLES.get(part, part)} has no layer {name!r}.")
+    raise UserError(f"This LoRA is for another architecture: the {TITLES.get(part, part)} has no layer {name!r}.")
 
 
 def _take(layer: _Layer, match: re.Match, key: str, value: Tensor) -> None:
@@ -162,25 +163,25 @@ def _take(layer: _Layer, match: re.Match, key: str, value: Tensor) -> None:
         ValueError: The tensor is not finite, no number, or there twice with other values.
     """
     if not value.float().isfinite().all():
-        raise ValueError(f"The LoRA holds values that are not finite, in {key!r}; get it anew.")
+        raise UserError(f"The LoRA holds values that are not finite, in {key!r}; get it anew.")
     if match["alpha"]:
         if value.numel() != 1 or layer.alpha not in (None, value.item()):
-            raise ValueError(f"The LoRA says more than one alpha with {key!r}; get it anew.")
+            raise UserError(f"The LoRA says more than one alpha with {key!r}; get it anew.")
         layer.alpha = value.item()
         return
     if match["magnitude"]:
         name = "lora_magnitude_vector.weight"
         if match["magnitude"] == "dora_scale" and len(value) != value.numel():
-            raise ValueError(
+            raise UserError(
                 f"The DoRA scales the features that layers read ({key!r}), not those they give; get it anew so."
             )
     else:
         name = f"lora_{'A' if match['half'] in ('A', 'down') else 'B'}.{match['kind']}"
     if not value.is_floating_point():
-        raise ValueError(f"The LoRA is quantized ({key!r} is {value.dtype}); get it in float32, float16 or bfloat16.")
+        raise UserError(f"The LoRA is quantized ({key!r} is {value.dtype}); get it in float32, float16 or bfloat16.")
     former = layer.tensors.setdefault(name, value)
     if former.shape != value.shape or not former.equal(value):
-        raise ValueError(f"The LoRA holds a layer twice, with other values in {key!r}; get it anew.")
+        raise UserError(f"The LoRA holds a layer twice, with other values in {key!r}; get it anew.")
 
 
 def _halved(layers: Mapping[str, _Layer]) -> list[str]:
@@ -196,7 +197,7 @@ def _fitted(part: str, layers: Mapping[str, _Layer], network: nn.Module, metadat
             tensors[f"{path}.{name}"] = _shaped(path, name, value, modules[path], title)
         down, up = (tensors[f"{path}.lora_{half}.weight"] for half in "AB")
         if len(down) != up.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"The halves of the LoRA's layer {path!r} have ranks {len(down)} and {up.shape[1]}; get it anew."
             )
     ranks = {path: len(tensors[f"{path}.lora_A.weight"]) for path in layers}
@@ -209,7 +210,7 @@ def _fitted(part: str, layers: Mapping[str, _Layer], network: nn.Module, metadat
         **_pattern("r", "rank_pattern", ranks),
     }
     if told.get("use_dora") and not any("magnitude" in name for name in tensors):
-        raise ValueError(
+        raise UserError(
             f"The LoRA is a DoRA by its config, and lacks the scales of its layers in the {part}; get it whole."
         )
     config |= {"target_modules": list(layers), **_all_or_none(part, layers)}
@@ -233,7 +234,7 @@ def _all_or_none(part: str, layers: Mapping[str, _Layer]) -> dict[str, bool]:
     for name, tensor in (("use_dora", "lora_magnitude_vector.weight"), ("lora_bias", "lora_B.bias")):
         has = [tensor in layer.tensors for layer in layers.values()]
         if any(has) and not all(has):
-            raise ValueError(
+            raise UserError(
                 f"The LoRA has {tensor} for {sum(has)} of its {len(has)} layers in the {TITLES.get(part, part)}, which cannot "
                 "be loaded; get it with that of every layer, or of none."
             )
@@ -251,7 +252,7 @@ def _shaped(path: str, name: str, value: Tensor, module: nn.Module, title: str) 
     gives, reads = (module.out_features, module.in_features) if linear else module.weight.shape[:2]
     if name == "lora_magnitude_vector.weight":
         if value.numel() != gives:
-            raise ValueError(
+            raise UserError(
                 f"This DoRA is for another architecture: its layer {path!r} scales {value.numel()} features, the {title}'s "
                 f"gives {gives}."
             )
@@ -259,11 +260,11 @@ def _shaped(path: str, name: str, value: Tensor, module: nn.Module, title: str) 
     if name == "lora_B.bias":
         return value
     if value.ndim not in (2, 4):
-        raise ValueError(f"The LoRA's layer {path!r} has a half of the shape {tuple(value.shape)}; get it anew.")
+        raise UserError(f"The LoRA's layer {path!r} has a half of the shape {tuple(value.shape)}; get it anew.")
     down = name == "lora_A.weight"
     found, wanted = (value.shape[1], reads) if down else (len(value), gives)
     if found != wanted:
-        raise ValueError(
+        raise UserError(
             f"This LoRA is for another architecture: its layer {path!r} {'reads' if down else 'gives'} {found} features, "
             f"the {title}'s {wanted}."
         )
@@ -271,7 +272,7 @@ def _shaped(path: str, name: str, value: Tensor, module: nn.Module, title: str) 
     if value.shape[2:].numel() == 1 and all(side == 1 for side in kernel):
         value = value.reshape(*value.shape[:2], *kernel)
     if tuple(value.shape[2:]) != kernel:
-        raise ValueError(
+        raise UserError(
             f"This LoRA is for another architecture: its layer {path!r} has a kernel {tuple(value.shape[2:])}, the {title}'s "
             f"{kernel}."
         )

@@ -11,6 +11,7 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import adapter_layers
 from cm_diffusers.pipelines.lora import (
     PARTS,
@@ -50,12 +51,12 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
 
     def check_saveable(self) -> None:
         if "unet" in self.get_list_adapters():
-            raise ValueError(
+            raise UserError(
                 "A LoRA is on the UNet, which the folder of a pipeline cannot hold; call fuse_lora() and then "
                 "unload_lora_weights(), or save it alone with save_lora_weights()."
             )
         if self.unet is not None and self.record is not None and self.record == self._roles.gone:
-            raise ValueError(
+            raise UserError(
                 "The LoRA that made this a student was taken off by another pipeline that shares the UNet; load it again "
                 "before you save."
             )
@@ -84,7 +85,7 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
         if folder is not None:
             check_weights(source, kwargs)
         if adapter_name is not None and "." in adapter_name:
-            raise ValueError(f"adapter_name must be without dots, got {adapter_name!r}.")
+            raise UserError(f"adapter_name must be without dots, got {adapter_name!r}.")
         before = {part: active(getattr(self, part)) for part in PARTS if getattr(self, part, None) is not None}
         with self._all_or_nothing(before):
             layers = layers_of(self, read_lora(source, **kwargs))
@@ -166,7 +167,7 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
             if "lora_" in k
         )
         if not math.isfinite(lora_scale) or not all(value.isfinite().all() for value in values):
-            raise ValueError("A LoRA, or its scale, is not finite, and would spoil the weights; load it anew.")
+            raise UserError("A LoRA, or its scale, is not finite, and would spoil the weights; load it anew.")
         if lora_scale == 0:
             warnings.warn("fuse_lora(lora_scale=0) adds nothing to the weights; leave the scale out.", stacklevel=2)
         super().fuse_lora(list(PARTS) if components is None else components, lora_scale, *args, **kwargs)
@@ -213,12 +214,12 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
         try:
             yield
         except SafetensorError as error:
-            raise ValueError(
+            raise UserError(
                 f"The LoRA is not a whole safetensors file ({error}); get it anew, or in that format: others can hold "
                 "code that loading would run."
             ) from error
         except OSError as error:
-            raise ValueError(f"The LoRA cannot be loaded ({str(error).splitlines()[0]}).") from error
+            raise UserError(f"The LoRA cannot be loaded ({str(error).splitlines()[0]}).") from error
         except Exception:
             if new := self._adapters() - before:
                 super().delete_adapters(sorted(new))

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 
@@ -75,7 +76,7 @@ class Manners:
             self._check_embedded(guidance_scale, negative)
         elif self.guidance == "none":
             if guidance_scale > 1 or negative:
-                raise ValueError(
+                raise UserError(
                     f"This student was distilled without guidance and takes neither guidance_scale above 1 (found "
                     f"{guidance_scale}) nor a negative prompt; leave both out."
                 )
@@ -84,7 +85,7 @@ class Manners:
 
     def _check_embedded(self, guidance_scale: float, negative: bool) -> None:
         if negative:
-            raise ValueError(
+            raise UserError(
                 "This student takes guidance as a number and has no unconditional branch, so a negative prompt cannot "
                 "act; leave it out, or use an LCM-LoRA on its base model."
             )
@@ -124,7 +125,7 @@ def refuse_contradiction(source: object, record: Record, unet: UNet2DConditionMo
         ValueError: The record that lies beside the UNet does not fit it.
     """
     if reason := contradiction(record, unet):
-        raise ValueError(f"{source} is not as it was published: {reason[0].lower()}{reason[1:]}; get it anew.")
+        raise UserError(f"{source} is not as it was published: {reason[0].lower()}{reason[1:]}; get it anew.")
 
 
 def consistency_scheduler(class_name: str, config: Mapping[str, Any]) -> ConsistencyScheduler:

@@ -6,6 +6,7 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.pixels import mask_levels, mask_of, upright_rgb
 
 
@@ -28,7 +29,7 @@ def readable(image: PipelineImageInput) -> PipelineImageInput:
     if tensor.is_floating_point():
         return image
     if tensor.dtype not in (torch.uint8, torch.bool):
-        raise ValueError(f"An image of integers must be uint8, from 0 to 255, got {tensor.dtype}; or use floats to 1.")
+        raise UserError(f"An image of integers must be uint8, from 0 to 255, got {tensor.dtype}; or use floats to 1.")
     floats = tensor.float() / (255 if tensor.dtype == torch.uint8 else 1)
     return floats.numpy() if isinstance(image, np.ndarray) else floats
 
@@ -64,7 +65,7 @@ def check_values(image: PipelineImageInput, latent_channels: int) -> None:
         are_latents = isinstance(image, Tensor) and image.ndim > 2 and image.shape[-3] == latent_channels
         least, most = float(image.min()), float(image.max())
         if not are_latents and not -1 - ROUNDING <= least <= most <= 1 + ROUNDING:
-            raise ValueError(
+            raise UserError(
                 f"An image of floats must lie from 0 to 1, or from -1 to 1, but it holds {least:g} to {most:g}: divide bytes "
                 "by 255."
             )

@@ -29,6 +29,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines.checks import check_negative
 from cm_diffusers.pipelines.generation import Callback, Request, Size, generate
 from cm_diffusers.pipelines.latents import dtype_of
@@ -101,7 +102,7 @@ class ConsistencyPipeline(
     ) -> None:
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
-            raise ValueError("The safety checker needs a feature_extractor; give one, or safety_checker=None.")
+            raise UserError("The safety checker needs a feature_extractor; give one, or safety_checker=None.")
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,

@@ -23,6 +23,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.generation import Callback
 from cm_diffusers.pipelines.latents import Generators, decode, dtype_of
@@ -32,7 +33,6 @@ from cm_diffusers.record import read_record
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 
-KINDS = EDMConsistencyScheduler, CMStochasticIterativeScheduler
 STOCK = {"network": "edm", "noise_conditioning": "adm", "boundary_scalings": "cm", "gamma": 1.0}
 
 
@@ -201,7 +201,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
     def _size(self, latents: Tensor | None) -> tuple[int, int]:
         """Height and width of the samples: those of training, or of given ones where the config does not say."""
         if not (size := self.unet.config.sample_size or (latents is not None and latents.shape[-2:])):
-            raise ValueError("The UNet's config does not say its sample_size; give latents, or write it there.")
+            raise UserError("The UNet's config does not say its sample_size; give latents, or write it there.")
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def _predict(self, latents: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -228,13 +228,13 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
             options = {"num_inference_steps": self.record.recommended_num_inference_steps if self.record else 1}
         if refused := set(options) - set(inspect.signature(self.scheduler.set_timesteps).parameters):
             kind = type(self.scheduler).__name__
-            raise ValueError(f"{kind} takes no {', '.join(refused)}; use EDMConsistencyScheduler.")
+            raise UserError(f"{kind} takes no {', '.join(refused)}; use EDMConsistencyScheduler.")
         self.scheduler.set_timesteps(**options, device=device)
 
     def _check_sigma_data(self) -> None:
         ours, theirs = self.config.sigma_data, self.scheduler.config.sigma_data
         if self.config.latents_std is not None and ours != theirs:
-            raise ValueError(
+            raise UserError(
                 f"The student's latents have sigma_data {ours}, its scheduler {theirs}; load the scheduler anew."
             )
 
@@ -243,10 +243,10 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         if labels is None:
             return None
         if self.num_classes is None:
-            raise ValueError("This student knows no classes; leave class_labels out.")
+            raise UserError("This student knows no classes; leave class_labels out.")
         values = labels if isinstance(labels, list) else [labels] * batch
         if not all(isinstance(value, Integral) and 0 <= value < self.num_classes for value in values):
-            raise ValueError(
+            raise UserError(
                 f"class_labels must be whole numbers from 0 to {self.num_classes - 1}, one or a list; got {labels!r}."
             )
         return torch.tensor(values)
@@ -262,20 +262,20 @@ def is_stock(
 
 
 def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: object) -> None:
-    if not isinstance(scheduler, KINDS):
-        raise ValueError(
+    if not isinstance(scheduler, EDMConsistencyScheduler | CMStochasticIterativeScheduler):
+        raise UserError(
             f"{type(scheduler).__name__} does not sample consistency models without prompts; give an "
             "EDMConsistencyScheduler, or a CMStochasticIterativeScheduler."
         )
     blocks = (*unet.config.down_block_types, *unet.config.up_block_types, unet.config.get("mid_block_type"))
     if isinstance(unet, UNet2DConditionModel) and any("CrossAttn" in block for block in blocks if block):
-        raise ValueError("This UNet2DConditionModel reads text; sample it with ConsistencyPipeline.")
+        raise UserError("This UNet2DConditionModel reads text; sample it with ConsistencyPipeline.")
 
 
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
     given = [numbers for numbers in (mean, std) if numbers is not None]
     if given and (len(given) < 2 or {len(mean), len(std)} != {channels} or min(std) <= 0):
-        raise ValueError(
+        raise UserError(
             f"latents_mean and latents_std must both hold a number for each of the {channels} channels, latents_std "
             f"positive ones; got {mean} and {std}."
         )
@@ -288,7 +288,7 @@ def _batch(**given: object) -> int:
         checks.check_whole(1, batch_size=given["batch_size"])
         counts["batch_size"] = given["batch_size"]
     if len(set(counts.values())) > 1:
-        raise ValueError(f"batch_size, class_labels, latents and generator must be equally many, got {counts}.")
+        raise UserError(f"batch_size, class_labels, latents and generator must be equally many, got {counts}.")
     return next(iter(counts.values()), 1)
 
 

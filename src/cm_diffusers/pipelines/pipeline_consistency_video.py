@@ -22,6 +22,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Generator, Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.pipelines.checks import check_negative
 from cm_diffusers.pipelines.generation import Callback
@@ -73,7 +74,7 @@ class ConsistencyVideoPipeline(VideoLoaderMixin, AnimateDiffPipeline):
         record: dict | None = None,
     ) -> None:
         if isinstance(unet, UNet2DConditionModel) and motion_adapter is None:
-            raise ValueError(
+            raise UserError(
                 "This UNet makes images; give a motion_adapter, such as MotionAdapter.from_pretrained(...), for clips."
             )
         self._inflated = isinstance(unet, UNet2DConditionModel)

@@ -11,6 +11,8 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cm_diffusers.errors import UserError
+
 
 class Tower(NamedTuple):
     """A tokenizer with its text encoder."""
@@ -43,7 +45,7 @@ def encode(
         clip_skip: Layers to leave out at the end of each tower.
     """
     if not towers(pipe):
-        raise ValueError(
+        raise UserError(
             "This pipeline has no text encoder; give prompt_embeds, and for guidance negative_prompt_embeds."
         )
     parts = [
@@ -73,7 +75,7 @@ def _encode_with(
 
 def _from_end(states: Sequence[Tensor], place: int) -> Tensor:
     if place > len(states):
-        raise ValueError(f"clip_skip leaves out more than the {len(states) - 1} layers of a text encoder; lower it.")
+        raise UserError(f"clip_skip leaves out more than the {len(states) - 1} layers of a text encoder; lower it.")
     return states[-place]
 
 

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.stored import check_stored
 from cm_diffusers.models.teachers import check_finite
 from cm_diffusers.pipelines.layouts import check_weight_files
@@ -144,7 +145,7 @@ def refuse_base_model(kwargs: Collection[str]) -> None:
         ValueError: A base model is among them, which only clips take.
     """
     if "base_model" in kwargs:
-        raise ValueError(
+        raise UserError(
             "base_model is taken by ConsistencyVideoPipeline alone; leave it out, or, for a LoRA, load that base model "
             "and call load_lora_weights."
         )
@@ -165,6 +166,6 @@ def check_has_weights(source: str | Path, given: Collection[str] = ()) -> None:
     parts = set(index) - set(given)
     networks = [path.parent for path in sorted(folder.glob("*/config.json")) if path.parent.name in parts]
     if lacking := [path.name for path in networks if all(file.suffix == ".json" for file in path.iterdir())]:
-        raise ValueError(
+        raise UserError(
             f"{str(source)!r} has no weights for {', '.join(lacking)}; make or download them, its README.md may say how."
         )

@@ -10,6 +10,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines.checks import check_channels, check_size, check_strength, image_size
 from cm_diffusers.pipelines.latents import Generators, encode
 from cm_diffusers.pipelines.pictures import check_values, readable, readable_mask
@@ -33,7 +34,7 @@ class FromNoise:
         """
         size = sided((height, width), native_size(pipe.unet, pipe.vae_scale_factor, pipe.record) or (None, None))
         if None in size:
-            raise ValueError(
+            raise UserError(
                 "The UNet's config does not say the size it was trained with (sample_size); give height and width."
             )
         check_size(*size, pipe.vae_scale_factor)
@@ -101,7 +102,7 @@ class FromImage(FromNoise):
         raw, own = image_size(self.image, factor, -1), image_size(self.image, factor, channels)
         trained = native_size(pipe.unet, factor, pipe.record)
         if raw != own and None in (height, width) and trained and min(raw) >= min(trained):
-            raise ValueError(
+            raise UserError(
                 f"An image of {channels} channels is read as latents, here of {own[0]} x {own[1]} pixels; give 3 channels if "
                 "these are pixels, or height and width if they are latents."
             )
@@ -127,7 +128,7 @@ class FromImage(FromNoise):
         pixels = preprocess(pipe.image_processor, self.image, template, pipe.vae_scale_factor)
         if pixels.shape[1] != 3 and pixels.shape[1:] != template.shape[1:]:
             found, latents = tuple(pixels.shape[1:]), tuple(template.shape[1:])
-            raise ValueError(f"An image must have 3 channels, or be latents of the shape {latents}; got {found}.")
+            raise UserError(f"An image must have 3 channels, or be latents of the shape {latents}; got {found}.")
         return pixels
 
     @staticmethod
@@ -157,7 +158,7 @@ class FromMaskedImage(FromImage):
         check_values(self.image, channels)
         image, mask = image_size(self.image, factor, channels), image_size(self.mask_image, factor, -1)
         if tuple(image) != tuple(mask):
-            raise ValueError(
+            raise UserError(
                 f"The mask is {mask[0]} x {mask[1]}, the image {image[0]} x {image[1]}; make them one size."
             )
 
@@ -203,7 +204,7 @@ class FromMaskedImage(FromImage):
         self, pipe: DiffusionPipeline, pixels: Tensor, mask: Tensor, template: Tensor, generator: Generators
     ) -> Tensor:
         if pixels.shape[1] == template.shape[1]:
-            raise ValueError("An inpainting UNet needs the image itself, not its latents.")
+            raise UserError("An inpainting UNet needs the image itself, not its latents.")
         return self.encoded(pipe, pixels * (mask < 0.5), template, generator)
 
     def unet_input(self, latents: Tensor) -> Tensor:
@@ -238,5 +239,5 @@ def repeated(x: Tensor, batch: int) -> Tensor:
         ValueError: The batch is no multiple of N.
     """
     if batch % len(x):
-        raise ValueError(f"{len(x)} images cannot be spread over {batch} results; give one, or one for each prompt.")
+        raise UserError(f"{len(x)} images cannot be spread over {batch} results; give one, or one for each prompt.")
     return x.repeat_interleave(batch // len(x), dim=0)

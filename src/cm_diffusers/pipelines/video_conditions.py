@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, MultiControlNetModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.image_to_video import skip_channels
 from cm_diffusers.pipelines.checks import image_size
 from cm_diffusers.pipelines.latents import dtype_of
@@ -28,13 +29,13 @@ def check_conditions(
         ValueError: One is missing, or the adapter was made for another UNet.
     """
     if image is not None and pipe.image_adapter is None:
-        raise ValueError("An image needs an image_adapter: load the pipeline with image_adapter=..., or leave it out.")
+        raise UserError("An image needs an image_adapter: load the pipeline with image_adapter=..., or leave it out.")
     if image is not None and skip_channels(pipe.image_adapter.config) != skip_channels(pipe.unet.config):
-        raise ValueError("The image_adapter was made for another UNet; make one with ImageToVideoAdapter.from_unet.")
+        raise UserError("The image_adapter was made for another UNet; make one with ImageToVideoAdapter.from_unet.")
     if conditioning_frames is None and pipe.controlnet is not None:
-        raise ValueError("There is a ControlNet: give conditioning_frames, or set pipe.controlnet to None.")
+        raise UserError("There is a ControlNet: give conditioning_frames, or set pipe.controlnet to None.")
     if conditioning_frames is not None and pipe.controlnet is None:
-        raise ValueError(
+        raise UserError(
             "conditioning_frames need a ControlNet: load the pipeline with controlnet=..., or leave them out."
         )
 
@@ -82,9 +83,7 @@ def control_frames(
     several = isinstance(pipe.controlnet, MultiControlNetModel)
     given, nets = (frames, pipe.controlnet.nets) if several else ([frames], [pipe.controlnet])
     if len(given) != len(nets):
-        raise ValueError(
-            f"conditioning_frames must hold frames for each of {len(nets)} ControlNets, got {len(given)}."
-        )
+        raise UserError(f"conditioning_frames must hold frames for each of {len(nets)} ControlNets, got {len(given)}.")
     return [_clips(pipe, one, shape).to(device, dtype_of(net)) for one, net in zip(given, nets, strict=True)]
 
 
@@ -95,7 +94,7 @@ def control_residuals(
     several = isinstance(pipe.controlnet, MultiControlNetModel)
     scales = scale if isinstance(scale, list) else [scale] * len(frames)
     if len(scales) != len(frames):
-        raise ValueError(
+        raise UserError(
             f"Found {len(scales)} controlnet_conditioning_scales for {len(frames)} ControlNets; give one each."
         )
     branches = len(text) // len(frames[0])
@@ -123,10 +122,10 @@ def _clips(pipe: DiffusionPipeline, frames: Frames, shape: Sequence[int]) -> Ten
     """(B * F, 3, H, W)."""
     batch, _, count, *_ = shape
     if not isinstance(frames, list | tuple) and not (isinstance(frames, Tensor) and frames.ndim in (4, 5)):
-        raise ValueError("conditioning_frames must be a list of images, or a tensor (F, 3, H, W) or (N, F, 3, H, W).")
+        raise UserError("conditioning_frames must be a list of images, or a tensor (F, 3, H, W) or (N, F, 3, H, W).")
     found = frames.shape[-4] if isinstance(frames, Tensor) else len(frames)
     if found != count:
-        raise ValueError(f"There are {found} conditioning_frames for {count} frames; give one for each.")
+        raise UserError(f"There are {found} conditioning_frames for {count} frames; give one for each.")
     _check_size("conditioning_frames", frames, pipe, shape)
     clips = frames.flatten(0, -4) if isinstance(frames, Tensor) else list(frames)
     seen = readable(clips)
@@ -139,6 +138,6 @@ def _check_size(name: str, images: object, pipe: DiffusionPipeline, shape: Seque
     found = image_size(images, pipe.vae_scale_factor, pipe.vae.config.latent_channels)
     wanted = tuple(side * pipe.vae_scale_factor for side in shape[-2:])
     if tuple(found) != wanted:
-        raise ValueError(
+        raise UserError(
             f"{name} has the size {tuple(found)} (height, width), the clip {wanted}; resize it, or give its height and width."
         )

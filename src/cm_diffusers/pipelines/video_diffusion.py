@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 from torch import Generator
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 
 
@@ -53,7 +54,7 @@ def load_animatelcm_svd(unet: UNetSpatioTemporalConditionModel, path: str | Path
     shapes, own = ({name: w.shape for name, w in weights.items()} for weights in (given, unet.state_dict()))
     if shapes != own:
         differing = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit this UNet: {len(differing)} tensors, the first {differing[0]}, are missing, unknown or "
             "of another shape; take a file of wangfuyun/AnimateLCM-SVD-xt for stable-video-diffusion-img2vid-xt."
         )

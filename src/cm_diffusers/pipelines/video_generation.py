@@ -13,6 +13,7 @@ from diffusers.pipelines.animatediff import AnimateDiffPipelineOutput
 from torch import Tensor
 
 from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.generation import Callback, call_back
 from cm_diffusers.pipelines.ip_adapter import image_embeddings
@@ -131,7 +132,7 @@ def _check(pipe: DiffusionPipeline, ask: ClipRequest) -> tuple[int, int, int, in
     checks.check_ip_adapter(pipe, ask.ip_adapter_image, ask.ip_adapter_image_embeds)
     check_conditions(pipe, ask.image, ask.conditioning_frames)
     if ask.num_inference_steps is not None and ask.timesteps is not None:
-        raise ValueError("Give num_inference_steps or timesteps, not both.")
+        raise UserError("Give num_inference_steps or timesteps, not both.")
     size = FromNoise().size(pipe, ask.height, ask.width)
     sides = [side // pipe.vae_scale_factor for side in size]
     shape = (ask.batch, pipe.vae.config.latent_channels, _frames(pipe, ask), *sides)
@@ -142,7 +143,7 @@ def _check(pipe: DiffusionPipeline, ask: ClipRequest) -> tuple[int, int, int, in
 def _check_prompts(pipe: DiffusionPipeline, ask: ClipRequest) -> None:
     if pipe.free_noise_enabled:  # has a form of its own, and checks the rest of it
         if not isinstance(ask.prompt, str | dict):
-            raise ValueError("With FreeNoise the prompt is one string, or a dict of frames with their strings.")
+            raise UserError("With FreeNoise the prompt is one string, or a dict of frames with their strings.")
         return
     checks.check_prompts({"prompt": ask.prompt, "negative_prompt": ask.negative_prompt}, ask.prompt_embeds)
     width = pipe.unet.config.cross_attention_dim
@@ -156,7 +157,7 @@ def _frames(pipe: DiffusionPipeline, ask: ClipRequest) -> int:
     usual = min((pipe.record and pipe.record.num_frames) or USUAL_FRAMES, most)
     frames = usual if ask.num_frames is None else ask.num_frames
     if frames > most and not pipe.free_noise_enabled:
-        raise ValueError(
+        raise UserError(
             f"num_frames is {frames}, but the motion adapter takes at most {most}; ask for fewer, or call "
             "enable_free_noise() before."
         )
@@ -204,7 +205,7 @@ def _schedules(pipe: DiffusionPipeline, ask: ClipRequest, state: ClipState) -> I
     if ask.timesteps is None:
         options["num_inference_steps"] = ask.num_inference_steps or pipe.manners.num_inference_steps
     if refused := sorted(set(options) - set(inspect.signature(pipe.scheduler.set_timesteps).parameters)):
-        raise ValueError(
+        raise UserError(
             f"{type(pipe.scheduler).__name__} takes no {', '.join(refused)}; leave it out, or use another scheduler."
         )
     if not pipe.free_init_enabled:
@@ -212,7 +213,7 @@ def _schedules(pipe: DiffusionPipeline, ask: ClipRequest, state: ClipState) -> I
         yield pipe.scheduler.timesteps
         return
     if len(options) > 1 or ask.timesteps is not None:
-        raise ValueError("FreeInit chooses the timesteps itself; leave out timesteps and original_inference_steps.")
+        raise UserError("FreeInit chooses the timesteps itself; leave out timesteps and original_inference_steps.")
     for i in range(pipe._free_init_num_iters):
         if pipe.interrupt:
             return

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from diffusers import DiffusionPipeline, MotionAdapter, UNetMotionModel
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.motion import ANIMATEDIFF_BETAS, adapter_at_root
 from cm_diffusers.pipelines.layouts import for_base, is_pipeline, refuse_part
 from cm_diffusers.pipelines.loading import ConsistencyLoaderMixin
@@ -96,7 +97,7 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
         if record is None and (base_model is None or weight_name is None):
             if base_model is None and weight_name is None:
                 refuse_part(source, of_hub(kwargs))
-            raise ValueError(
+            raise UserError(
                 f"{str(source)!r} has neither a model_index.json nor the record of a student; for a motion adapter with "
                 "its LoRA, give base_model and weight_name."
             )
@@ -117,7 +118,7 @@ class VideoLoaderMixin(ConsistencyLoaderMixin):
             return cls._from_pipeline(base_model, kwargs)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"The motion adapter {str(source)!r} belongs on {str(base_model)!r}, which cannot be used ({reason}); "
                 "say where that base model is, or another one, with base_model."
             ) from error
@@ -128,4 +129,4 @@ def _put_on(unet: UNetMotionModel, adapter: MotionAdapter) -> None:
     try:
         unet.load_motion_modules(adapter)
     except RuntimeError as error:
-        raise ValueError(f"The motion adapter does not fit the UNet: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(f"The motion adapter does not fit the UNet: {str(error).splitlines()[-1].strip()}") from error

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines.frame_noise import repeated_frames, shuffled_frames
 from cm_diffusers.pipelines.latents import Generators
 from cm_diffusers.schedulers.scheduling_consistency import NoiseSampler
@@ -21,17 +22,17 @@ def noise_sharing(pipe: DiffusionPipeline, asked: NoiseSampler | None) -> NoiseS
     """
     sharing = _of_free_noise(pipe) if asked is None else asked
     if sharing is not None and not callable(sharing):
-        raise ValueError(
+        raise UserError(
             "noise_sharing must be a function (shape, generator, device, dtype) -> noise, such as "
             f"cm_diffusers.pipelines.frame_noise.shuffled_frames(16, 4); got {sharing!r}."
         )
     if sharing is not None and not hasattr(pipe.scheduler, "noise_sampler"):
-        raise ValueError(
+        raise UserError(
             f"{type(pipe.scheduler).__name__} draws noise that frames do not share; use a ConsistencyScheduler, or leave "
             "out noise_sharing (with FreeNoise: noise_type='random')."
         )
     if sharing is not None and pipe.free_init_enabled:
-        raise ValueError(
+        raise UserError(
             "FreeInit draws noise that frames do not share: disable_free_init(), or leave out noise_sharing."
         )
     return sharing
@@ -56,7 +57,7 @@ def initial_noise(
     """Noise of this shape (B, C, F, h, w), shared or independent."""
     noise = (sharing or _independent)(torch.Size(shape), generator, device, dtype)
     if noise.shape != shape:
-        raise ValueError(f"noise_sharing must return noise of {shape}, got {tuple(noise.shape)}.")
+        raise UserError(f"noise_sharing must return noise of {shape}, got {tuple(noise.shape)}.")
     return noise
 
 

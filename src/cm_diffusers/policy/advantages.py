@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
+
 
 Baseline = Literal["per_prompt", "group", "batch"]
 EPSILON = 1e-6  # added to deviations, so that equal rewards have advantage 0
@@ -56,7 +58,7 @@ class PromptStatistics:
 
     def __init__(self, num_prompts: int, buffer_size: int, min_count: int) -> None:
         if not 1 <= min_count <= buffer_size:
-            raise ValueError(
+            raise UserError(
                 f"--min_count must be from 1 to --buffer_size, which is {buffer_size}, but it is {min_count}."
             )
         self.rewards = torch.zeros(num_prompts, buffer_size, dtype=torch.float64)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cm_diffusers.diffusion.denoisers import unet_arguments
 from cm_diffusers.diffusion.process import home_of_float64
+from cm_diffusers.errors import UserError
 from cm_diffusers.policy.transitions import Transition, draw, transition
 from cm_diffusers.types import Batch
 
@@ -89,13 +90,13 @@ class Policy:
         zero = torch.zeros(1, 1)
         *before, last = (float(transition(scheduler, i, zero, zero, eta=eta).std) for i in range(self.num_steps))
         if 0.0 in before:
-            raise ValueError(
+            raise UserError(
                 f"Step {before.index(0.0) + 1} of {self.num_steps} adds no noise, so nothing can be learnt from it; take fewer "
                 "--num_inference_steps."
             )
         self.ends_random = last > 0
         if self.ends_random and final_std:
-            raise ValueError(
+            raise UserError(
                 f"The last step of {type(scheduler).__name__} adds noise already, so it is learnt from as the others are: "
                 "take --final_step drop."
             )

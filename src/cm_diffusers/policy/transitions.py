@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cm_diffusers.diffusion.preconditioning import cm_scalings, lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP, Prediction, doubled, interpret
+from cm_diffusers.errors import UserError
 from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
 
 
@@ -101,7 +102,7 @@ def kl_divergence(transition: Transition, reference: Transition, reduction: Redu
     _check_noise(transition)
     _check_shapes("reference", reference.mean, "the transition", transition.mean)
     if transition.std != reference.std:
-        raise ValueError(
+        raise UserError(
             f"The two laws have std {transition.std:g} and {reference.std:g}; take the same scheduler, index and eta."
         )
     return _reduced(((transition.mean - reference.mean) / transition.std).square() / 2, reduction)
@@ -172,7 +173,7 @@ def _cm(scheduler: CMStochasticIterativeScheduler, index: int, output: Tensor, x
 def _flow_match_lcm(scheduler: FlowMatchLCMScheduler, index: int, output: Tensor, x: Tensor) -> Parts:
     """(1 - sigma') x0 + sigma' z."""
     if scheduler._scale_factors and scheduler._upscale_mode:
-        raise ValueError("With scale_factors samples change their size; call scheduler.set_scale_factors(None, None).")
+        raise UserError("With scale_factors samples change their size; call scheduler.set_scale_factors(None, None).")
     sigma, following = scheduler.sigmas[index : index + 2].tolist()
     x0 = x - sigma * output
     return (1 - following) * x0, following, x0
@@ -181,7 +182,7 @@ def _flow_match_lcm(scheduler: FlowMatchLCMScheduler, index: int, output: Tensor
 def _scm(scheduler: SCMScheduler, index: int, output: Tensor, x: Tensor) -> Parts:
     """cos(s) x0 + sin(s) sigma_data z (2410.11081, Sec. 3.1)."""
     if scheduler.config.prediction_type != "trigflow":
-        raise ValueError(f"prediction_type is {scheduler.config.prediction_type!r}; SCMScheduler knows 'trigflow'.")
+        raise UserError(f"prediction_type is {scheduler.config.prediction_type!r}; SCMScheduler knows 'trigflow'.")
     t, s = scheduler.timesteps[index : index + 2].tolist()
     x0 = math.cos(t) * x - math.sin(t) * output
     return math.cos(s) * x0, math.sin(s) * scheduler.config.sigma_data, x0
@@ -206,9 +207,9 @@ def _law(scheduler: SchedulerMixin, eta: float) -> Callable[..., Parts]:
         return LAWS[kind]
     if kind not in LAWS_WITH_ETA:
         known = ", ".join(known.__name__ for known in (*LAWS, *LAWS_WITH_ETA))
-        raise ValueError(f"The noise in a step of {kind.__name__} is not known; take one of {known}.")
+        raise UserError(f"The noise in a step of {kind.__name__} is not known; take one of {known}.")
     if not 0 < eta <= 1:
-        raise ValueError(
+        raise UserError(
             f"A step of {kind.__name__} is a policy with an eta above 0, where it is deterministic, and at most 1; got "
             f"{eta}."
         )
@@ -218,7 +219,7 @@ def _law(scheduler: SchedulerMixin, eta: float) -> Callable[..., Parts]:
 def _predicted(scheduler: SchedulerMixin, t: int, output: Tensor, x: Tensor) -> Prediction:
     kind = scheduler.config.prediction_type
     if kind == "epsilon" and scheduler.alphas_cumprod[t] == 0:
-        raise ValueError(
+        raise UserError(
             f"Timestep {t} is pure noise (zero terminal SNR), where prediction_type 'epsilon' says nothing; use "
             "'v_prediction' or 'sample', or set rescale_betas_zero_snr=False."
         )
@@ -235,33 +236,33 @@ def _bounded(scheduler: SchedulerMixin, x0: Tensor) -> Tensor:
 
 def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
     if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
+        raise UserError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
     values = doubled(values.flatten(1))
     return values.sum(1) if reduction == "sum" else values.mean(1)
 
 
 def _check_own(scheduler: ConsistencyScheduler | EDMConsistencyScheduler) -> None:
     if scheduler.gamma == 0:
-        raise ValueError(
+        raise UserError(
             f"{type(scheduler).__name__} is deterministic with gamma 0; give set_timesteps or the config a gamma above 0."
         )
     if scheduler.noise_sampler is not None:
-        raise ValueError("The law of the scheduler's noise_sampler is not known; set it to None.")
+        raise UserError("The law of the scheduler's noise_sampler is not known; set it to None.")
 
 
 def _check_index(scheduler: SchedulerMixin, index: int) -> None:
     if getattr(scheduler, "num_inference_steps", None) is None and not getattr(scheduler, "custom_timesteps", False):
-        raise ValueError("The scheduler has no schedule yet; call set_timesteps.")
+        raise UserError("The scheduler has no schedule yet; call set_timesteps.")
     steps = len(scheduler.timesteps) - isinstance(scheduler, SCMScheduler)  # whose last entry is the end
     if not 0 <= index < steps:
-        raise ValueError(f"index must be from 0 to {steps - 1}, as there are {steps} steps; got {index}.")
+        raise UserError(f"index must be from 0 to {steps - 1}, as there are {steps} steps; got {index}.")
 
 
 def _check_shapes(name: str, values: Tensor, other: str, like: Tensor) -> None:
     if values.shape != like.shape:
-        raise ValueError(f"{name} must have the shape of {other}, {tuple(like.shape)}; got {tuple(values.shape)}.")
+        raise UserError(f"{name} must have the shape of {other}, {tuple(like.shape)}; got {tuple(values.shape)}.")
 
 
 def _check_noise(transition: Transition) -> None:
     if transition.std == 0:
-        raise ValueError("This step adds no noise, so its actions have no density; leave it out, as the last step.")
+        raise UserError("This step adds no noise, so its actions have no density; leave it out, as the last step.")

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.own_files import files_in, foreign_files, is_result_file
+from cm_diffusers.errors import UserError
 from cm_diffusers.places import public
 from cm_diffusers.publishing.provenance import is_path
 from cm_diffusers.record import RECORD, read_record
@@ -62,16 +63,16 @@ def check_hub(config: HubConfig, output_dir: str | Path, report_to: str = "none"
     if not config.push_to_hub or not PartialState().is_main_process:
         return None
     if config.hub_token and report_to == "wandb":
-        raise ValueError(
+        raise UserError(
             "--hub_token would be recorded by wandb with the command line; use `hf auth login` or HF_TOKEN instead."
         )
     if not (config.hub_token or get_token()):
-        raise ValueError("--push_to_hub needs a token; get one with `hf auth login`, or set HF_TOKEN.")
+        raise UserError("--push_to_hub needs a token; get one with `hf auth login`, or set HF_TOKEN.")
     wanted = config.hub_model_id or Path(output_dir).resolve().name
     try:
         return _writable_repo(wanted, config)
     except (*FAILURES, HFValidationError) as error:
-        raise ValueError(f"--push_to_hub would fail: {_reason(error, wanted)}") from error
+        raise UserError(f"--push_to_hub would fail: {_reason(error, wanted)}") from error
 
 
 def _writable_repo(wanted: str, config: HubConfig) -> str:
@@ -80,7 +81,7 @@ def _writable_repo(wanted: str, config: HubConfig) -> str:
     repo_id = api.create_repo(wanted, private=config.hub_private_repo or None, exist_ok=True).repo_id
     api.auth_check(repo_id, write=True)  # create_repo is content to find the repository
     if config.hub_private_repo and not api.model_info(repo_id).private:
-        raise ValueError(
+        raise UserError(
             f"--hub_private_repo: {repo_id} exists already and is public; make it private in its settings on the Hub, "
             "or give another --hub_model_id."
         )
@@ -114,7 +115,7 @@ def push_folder(folder: str | Path, repo_id: str, config: HubConfig) -> str:
         except FAILURES as error:
             wait = next(waits, None) if _transient(error) else None
             if wait is None:
-                raise ValueError(_push_again(folder, repo_id, error)) from error
+                raise UserError(_push_again(folder, repo_id, error)) from error
             logger.warning("Upload failed: %s Next try in %g s.", _reason(error, repo_id), wait)
             time.sleep(wait)
 

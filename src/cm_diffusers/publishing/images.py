@@ -16,6 +16,7 @@ from diffusers import (
 from torch import Tensor
 
 from cm_diffusers.diffusion.views import EDMView, VPView
+from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.pipeline_consistency_images import is_stock
 from cm_diffusers.pipelines.stock import stock_scheduler
@@ -130,5 +131,5 @@ def images_record(
         ValueError: Another method.
     """
     if method not in EDM_METHODS:
-        raise ValueError(f"Unknown method {method!r}; give one of {', '.join(EDM_METHODS)}.")
+        raise UserError(f"Unknown method {method!r}; give one of {', '.join(EDM_METHODS)}.")
     return Record(method, base_model, guidance, w, w, 1.0, num_inference_steps, scheduler_entry(scheduler))

@@ -16,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 import cm_diffusers
 from cm_diffusers.engine.launcher import DEFAULTS
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.teachers import is_xl
 from cm_diffusers.pipelines.recorded import PROVENANCE
 from cm_diffusers.places import LOCAL, public
@@ -119,7 +120,7 @@ def read_provenance(folder: Path) -> Provenance:
     try:
         return as_provenance(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} does not tell how the student was trained ({error!r}); give a folder that a training script wrote."
         ) from error
 

@@ -18,6 +18,7 @@ from diffusers import (
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 from cm_diffusers.measured import BASELINES, FOLDER, GRID, TABLE, Measured, clips_of, read_measured, run_name
 from cm_diffusers.models.teachers import load_stock
 from cm_diffusers.pipelines.recorded import check_has_weights
@@ -80,14 +81,14 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
     folder = Path(config.folder)
     record = read_record(folder) if folder.is_dir() else None
     if record is None or not any((folder / file).is_file() for file in ("model_index.json", LORA_WEIGHTS)):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no pipeline or LoRA with its {RECORD}; give the folder that a training script ended with, "
             "such as runs/NAME/pipeline, runs/NAME/lora or runs/NAME/student."
         )
     check_has_weights(folder)
     provenance = read_provenance(folder)
     if config.base_model and not record.base_model:
-        raise ValueError(f"{folder} was trained from data alone, so --base_model names nothing; leave it out.")
+        raise UserError(f"{folder} was trained from data alone, so --base_model names nothing; leave it out.")
     if config.base_model:
         record = replace(record, base_model=config.base_model)
         provenance = replace(provenance, base_id=config.base_model)
@@ -115,10 +116,10 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
 
 def _write_checkpoint(folder: Path, record: Record, name: str, fp16: bool) -> None:
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"--single_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
+        raise UserError(f"--single_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
     pipe = load_stock(folder, torch.float16 if fp16 else torch.float32)
     if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline | LatentConsistencyModelPipeline):
-        raise ValueError(
+        raise UserError(
             f"--single_file is for Stable Diffusion's layout, but {folder} is a {type(pipe).__name__}; leave it out."
         )
     with written_aside(folder / CHECKPOINTS) as aside:
@@ -144,16 +145,16 @@ def _check_pipeline_file(path: Path, folder: Path, record: Record) -> None:
     A student that diffusers alone cannot sample needs a file that does.
     """
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"--pipeline_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
+        raise UserError(f"--pipeline_file is for whole pipelines, but {folder} holds a LoRA; leave it out.")
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     if any(isinstance(entry, list) and str(entry[0]).startswith("cm_diffusers") for entry in index.values()):
-        raise ValueError(
+        raise UserError(
             f"--pipeline_file is for diffusers without this package, which cannot load the scheduler of {folder}; leave "
             "it out."
         )
     found = _pipeline_classes(path)
     if len(found) != 1:
-        raise ValueError(
+        raise UserError(
             f"--pipeline_file {path} must hold exactly one subclass of DiffusionPipeline, but it holds "
             f"{', '.join(cls.__name__ for cls in found) or 'none'}; give a file such as "
             "consistency_text_to_image.py."
@@ -161,11 +162,11 @@ def _check_pipeline_file(path: Path, folder: Path, record: Record) -> None:
     modules, _ = found[0]._get_signature_keys(found[0])
     parts = {name for name, entry in index.items() if isinstance(entry, list) and isinstance(entry[0], str)}
     if lacking := sorted(set(modules) - set(found[0]._optional_components) - parts):
-        raise ValueError(f"--pipeline_file {path} needs {', '.join(lacking)}, which {folder} has not; leave it out.")
+        raise UserError(f"--pipeline_file {path} needs {', '.join(lacking)}, which {folder} has not; leave it out.")
     if left := sorted(parts - set(modules)):
-        raise ValueError(f"--pipeline_file {path} leaves out {', '.join(left)} of {folder}; give another.")
+        raise UserError(f"--pipeline_file {path} leaves out {', '.join(left)} of {folder}; give another.")
     if not is_stock(record) and (asked := _asked_for(found[0])):
-        raise ValueError(
+        raise UserError(
             f"--pipeline_file {path} asks for {', '.join(asked)}, but {folder} needs one that "
             "samples, for diffusers alone cannot; give such a one."
         )
@@ -181,12 +182,12 @@ def _asked_for(pipeline: type[DiffusionPipeline]) -> list[str]:
 def _pipeline_classes(path: Path) -> list[type[DiffusionPipeline]]:
     """Those that the file itself defines."""
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"--pipeline_file {path} is not a Python file that exists; give one.")
+        raise UserError(f"--pipeline_file {path} is not a Python file that exists; give one.")
     name = "single_file_pipeline"
     try:
         content = runpy.run_path(str(path), run_name=name)
     except Exception as error:  # whatever the file does
-        raise ValueError(f"--pipeline_file {path} does not run: {error!r}; give one that does.") from error
+        raise UserError(f"--pipeline_file {path} does not run: {error!r}; give one that does.") from error
     own = [value for value in content.values() if isinstance(value, type) and value.__module__ == name]
     return [value for value in own if issubclass(value, DiffusionPipeline)]
 
@@ -199,7 +200,7 @@ def _with_license(provenance: Provenance, config: ShareConfig, record: Record) -
     known = provenance.license or read_license(*where)
     given = config.teacher_license
     if given and known.get("license", given) != given:
-        raise ValueError(
+        raise UserError(
             f"--teacher_license {given} contradicts the {'teacher' if record.base_model else 'data'}'s card, which gives "
             f"{known['license']!r}; leave it out."
         )

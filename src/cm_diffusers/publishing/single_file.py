@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models import ldm_layout as ldm
 from cm_diffusers.models.single_file import V_PREDICTION, ZERO_SNR
 from cm_diffusers.models.teachers import is_xl
@@ -24,7 +25,7 @@ def original_layout(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """
     unet, vae = pipe.unet, pipe.vae
     if unet.config.time_cond_proj_dim:
-        raise ValueError(
+        raise UserError(
             "This student is told guidance as an embedding, for which ComfyUI and A1111 have no input, so it would draw "
             "without guidance there; distil one with --unet_time_cond_proj_dim 0, or a LoRA."
         )

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
+
 
 Metadata = list[dict[str, Any]]
 
@@ -53,7 +55,7 @@ class CheckedReward:
         """
         metadata = [{} for _ in prompts] if metadata is None else metadata
         if not len(images) == len(prompts) == len(metadata):
-            raise ValueError(
+            raise UserError(
                 f"The reward {self.name} was given {len(images)} images, {len(prompts)} prompts and {len(metadata)} "
                 "metadata; give equally many."
             )
@@ -61,7 +63,7 @@ class CheckedReward:
             shown = images if self.differentiable else images.detach()
             values = self._tensor(self.reward(shown, list(prompts), metadata), images)
             if images.requires_grad and torch.is_grad_enabled() and not values.requires_grad:
-                raise ValueError(
+                raise UserError(
                     f"The reward {self.name} says that it is differentiable, but its result does not depend on the images; "
                     "compute it with torch alone and without no_grad, or set differentiable = False."
                 )
@@ -86,11 +88,11 @@ class CheckedReward:
         try:
             values = torch.as_tensor(found, dtype=torch.float32, device=images.device)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self._demand(images)} a {type(found).__name__} that is no list of numbers.") from error
+            raise UserError(f"{self._demand(images)} a {type(found).__name__} that is no list of numbers.") from error
         if values.shape != (len(images),):
-            raise ValueError(f"{self._demand(images)} the shape {tuple(values.shape)}.")
+            raise UserError(f"{self._demand(images)} the shape {tuple(values.shape)}.")
         if not values.isfinite().all():
-            raise ValueError(f"{self._demand(images)} {values.tolist()}.")
+            raise UserError(f"{self._demand(images)} {values.tolist()}.")
         return values
 
     def _demand(self, images: Tensor) -> str:
@@ -112,9 +114,7 @@ class WeightedSum:
 
     def __init__(self, rewards: Sequence[CheckedReward], weights: Sequence[float]) -> None:
         if not rewards or len(rewards) != len(weights):
-            raise ValueError(
-                f"Found {len(rewards)} rewards and {len(weights)} weights; give a weight for each reward."
-            )
+            raise UserError(f"Found {len(rewards)} rewards and {len(weights)} weights; give a weight for each reward.")
         self.rewards, self.weights = list(rewards), list(weights)
         self.name = " + ".join(f"{w:g} {reward.name}" for w, reward in zip(weights, rewards, strict=True))
         self.differentiable = all(reward.differentiable for reward in rewards)
@@ -150,7 +150,7 @@ def require_differentiable(reward: CheckedReward | WeightedSum, needed_by: str) 
     """
     without = [part.name for part in getattr(reward, "rewards", [reward]) if not part.differentiable]
     if without:
-        raise ValueError(
+        raise UserError(
             f"{needed_by} needs the gradient of the reward, and {', '.join(without)} has none; take a differentiable reward "
             "such as clip_score, pick_score, hpsv2, aesthetic or classifier."
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 from cm_diffusers.evaluation.metrics import label_in_prompt
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.rewards.preparation import Preparation
@@ -47,7 +47,7 @@ class LabelLogProbability(nn.Module):
         found = label_in_prompt(prompt, [name for name, _ in self.names])
         if found is None:
             some = ", ".join(name for name, _ in self.names[:10])
-            raise ValueError(
+            raise UserError(
                 f"The prompt {prompt!r} names no class of the classifier, which knows {some}{' ...' * (len(self.names) > 10)}; "
                 "take other prompts, or another classifier."
             )

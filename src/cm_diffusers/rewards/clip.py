@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from cm_diffusers.errors import readable
+from cm_diffusers.errors import UserError, readable
 from cm_diffusers.rewards.networks import folded_head, read_weights
 from cm_diffusers.rewards.open_clip import from_open_clip
 from cm_diffusers.rewards.preparation import Preparation
@@ -127,7 +127,7 @@ def load_hps(file: str, source: str = HPS, revision: str | None = None) -> Agree
         options = {"config": CLIPConfig.from_pretrained(CLIP_H), "dtype": torch.float32, "output_loading_info": True}
         model, report = CLIPModel.from_pretrained(None, state_dict=tensors, **options)
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it lacks {len(missing)} of the weights of {CLIP_H}, such as {missing[0]}")
+            raise UserError(f"it lacks {len(missing)} of the weights of {CLIP_H}, such as {missing[0]}")
         return Agreement(_towers(model, CLIP_H), 1.0)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.rewards.base import CheckedReward, WeightedSum
 from cm_diffusers.rewards.classifier import load_classifier
 from cm_diffusers.rewards.clip import HPS_FILES, load_aesthetic, load_clip_score, load_hps, load_pick_score
@@ -58,7 +59,7 @@ def load_reward(name: str) -> CheckedReward:
         return CheckedReward(MultiViewConsistency(_imported(argument, name)), name)
     if kind in FUNCTIONS or not argument:
         known = ", ".join([*FUNCTIONS, *NETWORKS, MULTI_VIEW])
-        raise ValueError(f"There is no reward {name!r}; give one of {known}, or MODULE:FUNCTION.")
+        raise UserError(f"There is no reward {name!r}; give one of {known}, or MODULE:FUNCTION.")
     return CheckedReward(_imported(name, name), name)
 
 
@@ -75,7 +76,7 @@ def _loader(kind: str, argument: str) -> Callable[[], nn.Module]:
     source, _, revision = (argument, "", "") if Path(argument).exists() else argument.partition("@")
     given = ({"source": source} if source else {}) | ({"revision": revision} if revision else {})
     if not source and inspect.signature(NETWORKS[kind]).parameters["source"].default is inspect.Parameter.empty:
-        raise ValueError(f"The reward {kind} needs a folder or a Hub id: {kind}:SOURCE.")
+        raise UserError(f"The reward {kind} needs a folder or a Hub id: {kind}:SOURCE.")
     return partial(NETWORKS[kind], **given)
 
 
@@ -84,7 +85,7 @@ def _imported(place: str, name: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"The reward {name!r} cannot be imported: {error}; give MODULE:FUNCTION of a module on PYTHONPATH."
         ) from error
     return found() if isinstance(found, type) else found

@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate, pad
 
 from cm_diffusers.diffusion.distances import l1
 from cm_diffusers.diffusion.feature_networks import in_float32
+from cm_diffusers.errors import UserError
 from cm_diffusers.extras import TORCHVISION, missing
 from cm_diffusers.rewards.base import Metadata
 
@@ -43,7 +44,7 @@ class MultiViewConsistency:
         distance: Callable[[Tensor, Tensor], Tensor] = l1,
     ) -> None:
         if len(layout) != 2 or min(layout) < 1:
-            raise ValueError(f"layout must be the numbers of rows and columns of views, but it is {layout}.")
+            raise UserError(f"layout must be the numbers of rows and columns of views, but it is {layout}.")
         self.render, self.cameras, self.layout, self.distance = reconstruct_and_render, cameras, layout, distance
         self.differentiable = bool(getattr(reconstruct_and_render, "differentiable", False))
 
@@ -56,7 +57,7 @@ class MultiViewConsistency:
         views = split_views(images, self.layout)
         rendered = self.render(views, self.cameras)
         if rendered.shape != views.shape:
-            raise ValueError(
+            raise UserError(
                 f"The renderer was given views of shape {tuple(views.shape)} and returned {tuple(rendered.shape)}; it must "
                 "return the same views."
             )
@@ -69,7 +70,7 @@ def split_views(images: Tensor, layout: tuple[int, int]) -> Tensor:
     """Views `(B, rows * columns, C, h, w)`, row by row, of tiled images `(B, C, rows * h, columns * w)`."""
     (rows, columns), (height, width) = layout, images.shape[-2:]
     if height % rows or width % columns:
-        raise ValueError(f"Images of {height} x {width} pixels cannot be split into {rows} x {columns} views.")
+        raise UserError(f"Images of {height} x {width} pixels cannot be split into {rows} x {columns} views.")
     tiles = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # (B, C, rows, h, columns, w)
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
@@ -107,9 +108,9 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor]:
 
         network = LearnedPerceptualImagePatchSimilarity("alex").net.requires_grad_(False)
     except ModuleNotFoundError as error:
-        raise ValueError(missing("LPIPS", TORCHVISION)) from error
+        raise UserError(missing("LPIPS", TORCHVISION)) from error
     except (OSError, RuntimeError) as error:
-        raise ValueError("AlexNet's weights could not be downloaded; check the network or TORCH_HOME.") from error
+        raise UserError("AlexNet's weights could not be downloaded; check the network or TORCH_HOME.") from error
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         x, y = (interpolate(image, (LPIPS_SIDE,) * 2, mode="bilinear", antialias=True) for image in (x, y))

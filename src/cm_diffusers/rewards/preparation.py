@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from cm_diffusers.errors import UserError
+
 
 MODES = {2: "bilinear", 3: "bicubic"}  # by PIL's number
 
@@ -40,7 +42,7 @@ class Preparation:
         size, crop, mode = settings["size"], settings.get("crop_size"), MODES.get(settings.get("resample"))
         side = size.get("shortest_edge") or (size.get("height"), size.get("width"))
         if not settings.get("do_resize", True) or side == (None, None) or mode is None:
-            raise ValueError(
+            raise UserError(
                 f"its image processor {type(processor).__name__} does not resize to a shorter side or to a height and width, "
                 "bilinear or bicubic; take another model"
             )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.diffusion.preconditioning import input_scaling, noise_condition, vp_scalings
+from cm_diffusers.errors import UserError
 from cm_diffusers.schedulers.timesteps import chosen
 
 
@@ -53,7 +54,7 @@ class EDMKind:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in OUTPUT_SIGNS:
-            raise ValueError(
+            raise UserError(
                 f'A network of kind "edm" answers with F, "epsilon", or -F, "v_prediction", got '
                 f'{self.prediction_type!r}; take network "vp" for a diffusion model of Stable Diffusion\'s kind.'
             )
@@ -117,7 +118,7 @@ class VPKind:
         """
         low, high = np.exp(self.log_sigmas[[0, -1]])
         if sigma_min < low or sigma_max > high:
-            raise ValueError(
+            raise UserError(
                 f"This network knows sigmas from {low:.5g} to {high:.5g}, but sigma_min is {sigma_min} and sigma_max "
                 f"{sigma_max}; give what it was trained with."
             )
@@ -130,7 +131,7 @@ def strided(grid: list[float], count: int) -> list[float]:
         ValueError: The count is no whole number from 1 to the points of the grid.
     """
     if not isinstance(count, Integral) or not 1 <= count <= len(grid):
-        raise ValueError(
+        raise UserError(
             f"num_inference_steps must be a whole number from 1 to the {len(grid)} points of the training grid, got "
             f"{count!r}; for other noise levels give sigmas."
         )
@@ -154,5 +155,5 @@ def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
     values = list(sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas)
     known = all(isinstance(value, Real) and low <= value <= high for value in values)
     if not values or not known or any(a <= b for a, b in pairwise(values)):
-        raise ValueError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
+        raise UserError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
     return [float(value) for value in values]

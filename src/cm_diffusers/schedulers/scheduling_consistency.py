@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from cm_diffusers.diffusion.preconditioning import lcm_scalings
+from cm_diffusers.errors import UserError
 from cm_diffusers.schedulers.timesteps import chosen, distillation_grid, spread
 
 
@@ -125,7 +126,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             ValueError: An argument is out of range, or not exactly one of the first and `timesteps` is given.
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("Give exactly one of num_inference_steps and timesteps.")
+            raise UserError("Give exactly one of num_inference_steps and timesteps.")
         total = len(self.alphas_cumprod)
         points = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
         grid = distillation_grid(total, points)
@@ -192,7 +193,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def index_for_timestep(self, timestep: int | Tensor) -> int:
         """The place of a timestep in the schedule."""
         if int(timestep) not in self._schedule:
-            raise ValueError(f"Timestep {int(timestep)} is not in the schedule {self._schedule}; call set_timesteps.")
+            raise UserError(f"Timestep {int(timestep)} is not in the schedule {self._schedule}; call set_timesteps.")
         return self._schedule.index(int(timestep))
 
     def __len__(self) -> int:
@@ -212,11 +213,11 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def _enter(self, timestep: int | Tensor) -> int:
         """The place of the step that begins."""
         if self.num_inference_steps is None:
-            raise ValueError("The scheduler has no schedule yet; call set_timesteps before step.")
+            raise UserError("The scheduler has no schedule yet; call set_timesteps before step.")
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if self._step_index >= len(self._schedule):
-            raise ValueError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
+            raise UserError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
         return self._step_index
 
     def _denoise(self, output: Tensor, t: int, x: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = self._rates(t)
         if self.config.prediction_type == "epsilon":
             if alpha == 0:
-                raise ValueError(
+                raise UserError(
                     f"Timestep {t} is pure noise (zero terminal SNR), where prediction_type 'epsilon' says nothing; use "
                     "'v_prediction' or 'sample', or set rescale_betas_zero_snr=False."
                 )
@@ -273,7 +274,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
         if noise.shape != sample.shape:
-            raise ValueError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+            raise UserError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
         return noise
 
     def _rates(self, t: int) -> tuple[float, float]:
@@ -290,10 +291,10 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
 def _checked_gamma(gamma: float) -> float:
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
+        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
     return gamma
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")

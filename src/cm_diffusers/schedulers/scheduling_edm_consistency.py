@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from cm_diffusers.diffusion.preconditioning import BOUNDARY_SCALINGS, NOISE_CONDITIONINGS
 from cm_diffusers.diffusion.times import karras_grid
+from cm_diffusers.errors import UserError
 from cm_diffusers.schedulers.noise_levels import EDMKind, NetworkKind, VPKind, at_places, checked, strided
 from cm_diffusers.schedulers.scheduling_consistency import (
     ConsistencySchedulerOutput,
@@ -96,7 +97,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         _one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
         if not 0 < sigma_min < sigma_max < math.inf or not 0 < sigma_data < math.inf:
             found = f"{sigma_min}, {sigma_max} and {sigma_data}"
-            raise ValueError(f"sigma_min, the larger sigma_max and sigma_data must be positive, got {found}.")
+            raise UserError(f"sigma_min, the larger sigma_max and sigma_data must be positive, got {found}.")
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
             stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
@@ -136,7 +137,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is None and timesteps is None and sigmas is None:
             sigmas = self.config.recommended_sigmas
         if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) != 1:
-            raise ValueError("Give exactly one of num_inference_steps, timesteps and sigmas.")
+            raise UserError("Give exactly one of num_inference_steps, timesteps and sigmas.")
         if sigmas is not None:
             schedule = checked(sigmas, self.config.sigma_min, self.config.sigma_max)
         elif timesteps is not None:
@@ -220,7 +221,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         for index, level in enumerate(self._schedule):
             if math.isclose(sigma, level, rel_tol=1e-5):  # a timestep may have passed through float32
                 return index
-        raise ValueError(
+        raise UserError(
             f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "
             "of scheduler.timesteps, or call set_timesteps."
         )
@@ -247,7 +248,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if self._step_index >= len(self._schedule):
-            raise ValueError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
+            raise UserError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
         return self._step_index
 
     def _denoise(self, output: Tensor, sigma: float, x: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
             return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
         if noise.shape != sample.shape:
-            raise ValueError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+            raise UserError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
         return noise
 
     def _sigmas_at(self, timesteps: Tensor) -> Tensor:
@@ -293,7 +294,7 @@ def _level(sigma: float) -> Tensor:
 
 def _refuse_integers(timesteps: Tensor) -> None:
     if not timesteps.is_floating_point():
-        raise ValueError(
+        raise UserError(
             "Timesteps of EDMConsistencyScheduler are what the network is told of the noise, not integer indices; pass "
             "entries of scheduler.timesteps."
         )

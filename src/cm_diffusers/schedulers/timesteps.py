@@ -9,6 +9,7 @@ import numpy as np
 from diffusers.utils import logging
 
 from cm_diffusers.diffusion.times import solver_grid
+from cm_diffusers.errors import UserError
 
 
 logger = logging.get_logger(__name__)
@@ -21,7 +22,7 @@ def distillation_grid(num_train_timesteps: int, points: int) -> list[int]:
         ValueError: The number of points is not whole, or out of range.
     """
     if not _is_whole(points):
-        raise ValueError(f"original_inference_steps must be a whole number, got {points!r}.")
+        raise UserError(f"original_inference_steps must be a whole number, got {points!r}.")
     return solver_grid(num_train_timesteps, int(points)).tolist()
 
 
@@ -37,11 +38,11 @@ def spread(grid: Sequence[int], count: int, strength: float) -> list[int]:
     _check_strength(strength)
     remaining = grid[: _share(len(grid), strength)]
     if not _is_whole(count) or count < 1:
-        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {count!r}.")
+        raise UserError(f"num_inference_steps must be a whole number of at least 1, got {count!r}.")
     if count > len(remaining):
         least = math.ceil(count / len(grid) * 1000) / 1000
         ways = [f"a strength of at least {least:g}"] * (count <= len(grid)) + ["fewer steps"] * bool(remaining)
-        raise ValueError(
+        raise UserError(
             f"num_inference_steps is {count}, but a strength of {strength} leaves {len(remaining)} of the {len(grid)} "
             f"timesteps of the distillation grid; take {', '.join(ways)} or more original_inference_steps."
         )
@@ -58,15 +59,15 @@ def chosen(timesteps: Sequence[int], grid: Sequence[int], limit: int, strength: 
     _check_strength(strength)
     timesteps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     if not isinstance(timesteps, Sequence) or not all(_is_whole(t) for t in timesteps):
-        raise ValueError(f"timesteps must be a list of whole numbers, got {timesteps!r}.")
+        raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}.")
     schedule = [int(t) for t in timesteps]
     if not schedule or not all(0 <= t < limit for t in schedule):
-        raise ValueError(f"timesteps must be a list of numbers from {limit - 1} down to 0, got {schedule}.")
+        raise UserError(f"timesteps must be a list of numbers from {limit - 1} down to 0, got {schedule}.")
     if any(a <= b for a, b in pairwise(schedule)):
-        raise ValueError(f"timesteps must descend without repetition, got {schedule}.")
+        raise UserError(f"timesteps must descend without repetition, got {schedule}.")
     kept = _share(len(schedule), strength)
     if kept == 0:
-        raise ValueError(f"A strength of {strength} leaves none of the {len(schedule)} timesteps; take a higher one.")
+        raise UserError(f"A strength of {strength} leaves none of the {len(schedule)} timesteps; take a higher one.")
     if strangers := [t for t in schedule[-kept:] if t not in grid]:
         logger.warning(f"Timesteps {strangers} are not on the distillation grid of {len(grid)} points.")
     return schedule[-kept:]
@@ -86,4 +87,4 @@ def _is_whole(value: object) -> bool:
 
 def _check_strength(strength: float) -> None:
     if not isinstance(strength, Real) or not 0 < strength <= 1:
-        raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}.")
+        raise UserError(f"strength must be above 0 and at most 1, got {strength!r}.")

@@ -22,6 +22,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.video import single_frames
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_lora
 from cm_diffusers.models.conditioned_unet import ConditionedUNet
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
@@ -122,12 +123,12 @@ def make_stage(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
         ValueError: Something that the stage needs is missing, or a flag would have no effect in it.
     """
     if config.stage not in STAGES:
-        raise ValueError(f"Unknown --stage {config.stage!r}; one of {', '.join(STAGES)}.")
+        raise UserError(f"Unknown --stage {config.stage!r}; one of {', '.join(STAGES)}.")
     for names, stages in ACTS.items():
         if config.stage not in stages.split():
             refuse_changed(config, names, f"in stage {config.stage}")
     if config.stage in ("motion", "adapter") and config.spatial_lora is None:
-        raise ValueError(
+        raise UserError(
             f"--spatial_lora is missing: stage {config.stage} needs the LCM-LoRA of the image model; make it with --stage "
             "image_lora, or with distill_lcm.py --lora."
         )
@@ -239,7 +240,7 @@ def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionMode
         **{name: value for name, value in options.items() if value is not None},
     )
     if others := sorted(set(pipe.get_list_adapters()) - {"unet"}):
-        raise ValueError(
+        raise UserError(
             f"The LoRA {config.spatial_lora} also has layers for {' and '.join(others)}: give one of the UNet alone."
         )
     if pipe.record is None:

@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import placed
 from cm_diffusers.engine.trainer import Trainer
-from cm_diffusers.errors import optional
+from cm_diffusers.errors import UserError, optional
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
@@ -158,9 +158,9 @@ def image_grids(
     """
     points, known = scheduler.config.num_train_timesteps, len(scheduler.config.recommended_sigmas)
     if too_many := [steps for steps in config.validation_nfe if steps > points and steps != known]:
-        raise ValueError(f"--validation_nfe {too_many[0]} is more than the {points} points of the grid; give fewer.")
+        raise UserError(f"--validation_nfe {too_many[0]} is more than the {points} points of the grid; give fewer.")
     if config.validation_prompts and resolution is None:
-        raise ValueError("--validation_prompts are for a model that reads text: leave them out.")
+        raise UserError("--validation_prompts are for a model that reads text: leave them out.")
     count, prompts = config.validation_images, config.validation_prompts or []
     captions = [prompts[i % len(prompts)] for i in range(count)] if prompts else [f"seed {i}" for i in range(count)]
 

@@ -23,7 +23,7 @@ from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, View, VPView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.recipes import shipped
-from cm_diffusers.errors import read_text
+from cm_diffusers.errors import UserError, read_text
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import (
@@ -132,19 +132,19 @@ class ImageModel:
         """The data source that its network trains on."""
         if self.pipe is not None:
             if classes.label_column or classes.num_classes:
-                raise ValueError("--label_column has no effect on a model that reads text: leave it out.")
+                raise UserError("--label_column has no effect on a model that reads text: leave it out.")
             source = streaming_batches if data.streaming else text_image_batches
             return source(data, Encoders.from_pipeline(self.pipe), seed, rank, world_size, device)
         known = self.unet.config.num_class_embeds
         if classes.num_classes not in (None, known) or (classes.label_column and known is None):
             found = "takes no classes" if known is None else f"has {known} classes"
-            raise ValueError(f"The network {found}: leave out --num_classes{' and --label_column' * (known is None)}.")
+            raise UserError(f"The network {found}: leave out --num_classes{' and --label_column' * (known is None)}.")
         options, downscale = {"label_column": classes.label_column, "num_classes": known}, 1
         if self.vae is not None:
             vae = Vae.from_model(self.vae)
             options, downscale = options | {"vae": vae, "statistics": self.statistics}, vae.downscale
         if (side := self.unet.config.sample_size * downscale) != data.resolution:
-            raise ValueError(f"The network is made for images of {side} pixels: give --resolution {side}.")
+            raise UserError(f"The network is made for images of {side} pixels: give --resolution {side}.")
         return unprompted_batches(data, seed, rank, world_size, device, **options, sigma_data=self.view.sigma_data)
 
 
@@ -179,27 +179,25 @@ def _index(config: StartConfig) -> dict:
         return DiffusionPipeline.load_config(path, revision=config.teacher_revision)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
+        raise UserError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
 
 
 def _check_start(path: str, pipe: DiffusionPipeline, ours: bool) -> None:
     unet, kind = getattr(pipe, "unet", None), type(pipe).__name__
     if not isinstance(unet, UNet2DModel) or unet.config.in_channels != unet.config.out_channels:
-        raise ValueError(
+        raise UserError(
             f"{path} is a {kind} with {type(unet).__name__}; give a model with a UNet2DModel that predicts as many channels "
             "as it sees, or a Stable Diffusion pipeline."
         )
     if not isinstance(unet.config.sample_size, int):
-        raise ValueError(f"The network of {path} has no square sample_size in its config; write it there.")
+        raise UserError(f"The network of {path} has no square sample_size in its config; write it there.")
     if ours and (pipe.scheduler.config.boundary_scalings, pipe.scheduler.gamma) != ("edm", 0):
-        raise ValueError(f"{path} is a consistency model already; give the diffusion model that it came from.")
+        raise UserError(f"{path} is a consistency model already; give the diffusion model that it came from.")
     if not ours and set(pipe.components) != {"unet", "scheduler"}:
         found = ", ".join(sorted(set(pipe.components) - {"unet", "scheduler"}))
-        raise ValueError(
-            f"{path} is a {kind}, which also has {found}; give a model of pixels, or one of train_edm.py."
-        )
+        raise UserError(f"{path} is a {kind}, which also has {found}; give a model of pixels, or one of train_edm.py.")
     if getattr(pipe, "vae", None) is None and unet.config.in_channels != 3:
-        raise ValueError(f"The network of {path} sees {unet.config.in_channels} channels, but images have 3 here.")
+        raise UserError(f"The network of {path} sees {unet.config.in_channels} channels, but images have 3 here.")
 
 
 def _vp_view(scheduler: object, sigma_data: float | None, default: float) -> VPView:
@@ -211,7 +209,7 @@ def _edm_model(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> 
     """A diffusion model of this package."""
     settings = pipe.scheduler.config
     if sigma_data is not None and sigma_data != settings.sigma_data:
-        raise ValueError(
+        raise UserError(
             f"--sigma_data is {sigma_data}, but {path} was trained with {settings.sigma_data}: leave it out."
         )
     mean, std = pipe.config.get("latents_mean"), pipe.config.get("latents_std")
@@ -233,7 +231,7 @@ def new_image_model(
         ValueError: The settings are not those of a `UNet2DModel`, or do not fit the data.
     """
     if (classes.label_column is None) != (classes.num_classes is None):
-        raise ValueError("--label_column and --num_classes go together: give both for classes, or neither.")
+        raise UserError("--label_column and --num_classes go together: give both for classes, or neither.")
     vae = statistics = None
     size, channels = data.resolution, 3
     if config.pretrained_vae is not None:
@@ -254,7 +252,7 @@ def load_vae(path: str) -> AutoencoderKL:
         try:
             vae = stored_vae(path, subfolder="vae")
         except (OSError, ValueError):
-            raise ValueError(f"--pretrained_vae {path} does not load: {str(alone).splitlines()[0]}") from alone
+            raise UserError(f"--pretrained_vae {path} does not load: {str(alone).splitlines()[0]}") from alone
     check_vae(path, vae)
     return vae.requires_grad_(False).eval()
 
@@ -264,20 +262,20 @@ def _new_unet(name: str, size: int, channels: int, num_classes: int | None) -> U
     try:
         settings = json.loads(read_text(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--unet_config {path} cannot be read as JSON: {error}") from error
+        raise UserError(f"--unet_config {path} cannot be read as JSON: {error}") from error
     derived = {"sample_size": size, "in_channels": channels, "out_channels": channels, "num_class_embeds": num_classes}
     if clash := sorted(settings.keys() & derived.keys()):
-        raise ValueError(f"--unet_config {path} sets {', '.join(clash)}, which follow from the data: leave them out.")
+        raise UserError(f"--unet_config {path} sets {', '.join(clash)}, which follow from the data: leave them out.")
     try:
         unet = UNet2DModel(**settings, **derived)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--unet_config {path} is no UNet2DModel: {error}") from error
+        raise UserError(f"--unet_config {path} is no UNet2DModel: {error}") from error
     if size % (factor := 2 ** (len(unet.down_blocks) - 1)):
-        raise ValueError(
+        raise UserError(
             f"The network of --unet_config {path} halves {size} to fractions: give it a multiple of {factor}."
         )
     if unet.config.time_embedding_type != "positional":
-        raise ValueError(
+        raise UserError(
             f"--unet_config {path}: time_embedding_type must be positional, for noise is told as a logarithm."
         )
     return unet

@@ -14,6 +14,7 @@ from cm_diffusers.data.reward_history import COLUMNS, RewardHistory
 from cm_diffusers.data.rollouts import Task
 from cm_diffusers.diffusion.process import home_of_float64
 from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.rewards import Reward, load_reward
@@ -54,7 +55,7 @@ class GuardConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.stop_held_out is not None and not (self.held_out_rewards and self.guard_prompts):
-            raise ValueError(
+            raise UserError(
                 "--stop_held_out watches --held_out_rewards on --guard_prompts: give them, or leave it out."
             )
 

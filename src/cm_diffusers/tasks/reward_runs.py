@@ -16,6 +16,7 @@ from cm_diffusers.data.found import Found
 from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
 from cm_diffusers.models.decoding import in_chunks
 from cm_diffusers.models.students import frozen_copy
@@ -127,7 +128,7 @@ class Tuned:
         """
         size = (resolution, resolution) if resolution else native_size(self.unet, self._factor, self.record)
         if size is None:
-            raise ValueError("--resolution is missing: the UNet's config does not say the size it was trained with.")
+            raise UserError("--resolution is missing: the UNet's config does not say the size it was trained with.")
         return size
 
     def side(self, resolution: int | None) -> int | None:
@@ -143,7 +144,7 @@ class Tuned:
         """
         factor, size = self._factor, self.size(resolution)
         if resolution and resolution % factor:
-            raise ValueError(
+            raise UserError(
                 f"--resolution {resolution} must be a multiple of {factor}, by which the VAE makes images smaller."
             )
         return self.unet.config.in_channels, size[0] // factor, size[1] // factor
@@ -202,7 +203,7 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
     pipe = load_teacher(TeacherConfig(teacher))
     kinds = pipe.scheduler.config.prediction_type, config.prediction_type
     if kinds[0] != kinds[1]:
-        raise ValueError(
+        raise UserError(
             f"The teacher {teacher} predicts {kinds[0]} and the student {kinds[1]}; give the diffusion model that the student "
             "came from as --pretrained_teacher_model."
         )

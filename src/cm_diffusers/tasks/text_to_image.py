@@ -12,6 +12,7 @@ from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
 from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.single_file import is_single_file
@@ -144,10 +145,10 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     record = read_record(path, revision=config.student_revision)
     pipe = _load(path, record, config)
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
-        raise ValueError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a student of one.")
+        raise UserError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a student of one.")
     check_vae(path, pipe.vae)
     if record is not None and record.method not in ("lcm", "lcf", "scott", "rlcm", "direct_reward"):
-        raise ValueError(f"{path} was made by {record.method!r}; fine-tuning is for latent consistency models (lcm).")
+        raise UserError(f"{path} was made by {record.method!r}; fine-tuning is for latent consistency models (lcm).")
     record = record or _inferred(path, pipe)
     refuse_contradiction(path, record, pipe.unet)
     check_finite(f"The student {path}", pipe)
@@ -161,7 +162,7 @@ def _load(path: str, record: Record | None, config: FinetuneConfig) -> Diffusion
     options["single_file_config"] = config.single_file_config
     lora = record is not None and not _is_pipeline(path, revision)
     if lora and config.lora:
-        raise ValueError(
+        raise UserError(
             f"{path} is a LoRA, and one LoRA on another cannot be published; leave --lora out (or give "
             "--no_lora), which fuses it first, or give a whole student."
         )
@@ -170,7 +171,7 @@ def _load(path: str, record: Record | None, config: FinetuneConfig) -> Diffusion
     try:
         pipe = load_stock(base_model_of(record, path), **options)
     except ValueError as error:
-        raise ValueError(f"The base model of the LoRA {path} cannot be loaded: {error}") from error
+        raise UserError(f"The base model of the LoRA {path} cannot be loaded: {error}") from error
     load_lora(pipe, path, **({"revision": revision} if revision else {}))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
@@ -189,7 +190,7 @@ def _is_pipeline(path: str, revision: str | None) -> bool:
 def _inferred(path: str, pipe: DiffusionPipeline) -> Record:
     manners, scheduler = Manners.of(None, pipe.unet), pipe.scheduler
     if not (manners.guidance == "embedded" or isinstance(scheduler, LCMScheduler)):
-        raise ValueError(
+        raise UserError(
             f"{path} is a {type(pipe).__name__} with {type(scheduler).__name__} and no record: nothing says that it is "
             "a latent consistency model; make one with distill_lcm.py first."
         )
@@ -213,7 +214,7 @@ def with_guidance_of(record: Record, method: LCFConfig, config: FinetuneConfig) 
     given = {name: value for name in ("w_min", "w_max") if (value := getattr(method, name)) is not None}
     if record.guidance != "embedded":
         if given:
-            raise ValueError(
+            raise UserError(
                 f"--{next(iter(given))} has no effect: {config.pretrained_student_model} takes no guidance as an input; "
                 "leave it out."
             )

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.critics import CriticConfig, unused_flags
 from cm_diffusers.models.students import StudentConfig, require_autocast
 from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
@@ -22,7 +23,7 @@ def check_student(config: StudentConfig, mixed_precision: str) -> None:
     require_autocast(config, mixed_precision)
     dim = config.unet_time_cond_proj_dim
     if dim != 0 and (dim < 4 or dim % 2):
-        raise ValueError(f"--unet_time_cond_proj_dim must be 0 (none) or an even number from 4 on, but it is {dim}.")
+        raise UserError(f"--unet_time_cond_proj_dim must be 0 (none) or an even number from 4 on, but it is {dim}.")
 
 
 def check_adapters(config: Any) -> None:
@@ -30,9 +31,9 @@ def check_adapters(config: Any) -> None:
     names, where = (OF_FULL, "with --lora") if config.lora else (OF_ADAPTERS, "without --lora")
     refuse_changed(config, names, where)
     if config.lora_rank < 1:
-        raise ValueError(f"--lora_rank must be at least 1, but it is {config.lora_rank}.")
+        raise UserError(f"--lora_rank must be at least 1, but it is {config.lora_rank}.")
     if not 0 <= config.lora_dropout < 1:
-        raise ValueError(f"--lora_dropout must be at least 0 and below 1, but it is {config.lora_dropout}.")
+        raise UserError(f"--lora_dropout must be at least 0 and below 1, but it is {config.lora_dropout}.")
 
 
 def check_scott(method: SCottConfig, judge: CriticConfig, max_train_steps: int) -> None:
@@ -47,9 +48,9 @@ def check_scott(method: SCottConfig, judge: CriticConfig, max_train_steps: int) 
         return
     refuse_changed(method, "renoise_below" * (method.critic_inputs == "clean"), "with --critic_inputs clean")
     if judge.critic == "vision" and method.critic_inputs != "clean":
-        raise ValueError("--critic vision judges images without noise: give it --critic_inputs clean.")
+        raise UserError("--critic vision judges images without noise: give it --critic_inputs clean.")
     if method.adversarial_start >= max_train_steps:
-        raise ValueError(
+        raise UserError(
             f"The critic would start at step {method.adversarial_start} (--adversarial_start) of {max_train_steps}: give "
             "it an earlier step, or --critic none."
         )
@@ -71,7 +72,7 @@ def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, train: Any, v
     if drawn.baseline != "per_prompt":
         refuse_changed(drawn, "buffer_size min_count", f"with --baseline {drawn.baseline}")
     if drawn.baseline == "group" and drawn.samples_per_prompt < 2:
-        raise ValueError(
+        raise UserError(
             "--baseline group compares samples of one prompt, so it needs --samples_per_prompt of at least 2: one alone is "
             "neither better nor worse."
         )
@@ -79,7 +80,7 @@ def check_rlcm(source: Any, method: Any, drawn: Any, watched: Any, train: Any, v
         refuse_changed(watched, "stop_kl", "without --kl_in_advantage or --kl_coef, which compute divergences")
     refuse_changed(train, "ema_decay", "here: there is no averaged target")
     if source.lora_dropout:
-        raise ValueError("--lora_dropout would make the probabilities of samples random: leave it out.")
+        raise UserError("--lora_dropout would make the probabilities of samples random: leave it out.")
 
 
 def check_direct_reward(
@@ -99,7 +100,7 @@ def check_direct_reward(
         others = {f.name for f in fields(data)} - {"resolution", "train_batch_size"}
         refuse_changed(data, " ".join(others), f"{where}, which needs no images")
     elif source.sampler == "ddim":
-        raise ValueError(
+        raise UserError(
             "--through single_step is for a student, whose distillation it joins: give one, or another --through."
         )
     elif not watched.guard_prompts:
