@@ -658,11 +658,32 @@ def _safe_precision(pipe: DiffusionPipeline) -> Iterator[torch.dtype]:
         vae.to(dtype=torch.float16)
 
 
+def check_finite(values: Tensor, what: str) -> None:
+    """
+    Args:
+        what: Begins the sentence.
+
+    Raises:
+        ValueError: A value is not finite: images would be black.
+    """
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{what} hold values that are not finite ({values.dtype}); where the weights, LoRAs and inputs are finite, load the "
+            "model in float32 or bfloat16, whose range is wider than float16's."
+        )
+
+
 def decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) around [-1, 1] of latents (B, C, h, w)."""
+    """Images (B, 3, H, W) around [-1, 1] of latents (B, C, h, w).
+
+    Raises:
+        ValueError: They are not finite.
+    """
     scale, mean = _affine(pipe.vae, latents)
     with _safe_precision(pipe) as dtype:
-        return pipe.vae.decode((latents / scale + mean).to(dtype), return_dict=False)[0]
+        images = pipe.vae.decode((latents / scale + mean).to(dtype), return_dict=False)[0]
+    check_finite(images, "The images that the VAE made of finite latents")
+    return images
 
 
 RECORD = "cm_diffusers.json"
