@@ -17,7 +17,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from reporting import write_report
 from sdxl_memory import one_image
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import parse_configs, run
@@ -49,7 +49,7 @@ CONFIGS = (LoraMemoryConfig,)
 
 
 def random_teacher(folder: Path) -> None:
-    """Configs of Stable Diffusion 1.5; the tokenizer of the bundled teacher."""
+    """Configs of Stable Diffusion 1.5; the letters of the bundled teacher's tokenizer, and as many words as there."""
     blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     unet = UNet2DConditionModel(
         sample_size=64, cross_attention_dim=768, attention_head_dim=8, down_block_types=blocks,
@@ -59,9 +59,11 @@ def random_teacher(folder: Path) -> None:
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=512,
     )  # fmt: skip
-    tokens = AutoTokenizer.from_pretrained(ROOT / "assets" / "fashion_teacher" / "tokenizer")
+    letters = AutoTokenizer.from_pretrained(ROOT / "assets" / "fashion_teacher" / "tokenizer").get_vocab()
+    words = letters | {f"unused-{index}": index for index in range(len(letters), 49408)}
+    tokens = CLIPTokenizer(vocab=words, merges=[], model_max_length=77)
     text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        vocab_size=len(words), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
     )  # fmt: skip
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
@@ -79,7 +81,7 @@ def teacher(folder: str | None) -> Iterator[Path]:
 
 
 def peak(command: list[str]) -> dict[str, float]:
-    """Of a process, in GiB: resident, and what of it is not pages of a mapped file, which the system may drop."""
+    """Of a process, in GiB: resident, and what of it is not pages of a mapped file, which the system may drop and read again."""
     found = {"VmHWM": 0.0, "RssAnon": 0.0}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
@@ -118,7 +120,8 @@ def as_table(config: LoraMemoryConfig, found: dict[str, dict[str, float]]) -> st
     lines = ["| LoRA of Stable Diffusion 1.5 | peak, GiB | without mapped files, GiB |", "| --- | ---: | ---: |"]
     lines += [f"| {row} | {of['VmHWM']:.2f} | {of['RssAnon']:.2f} |" for row, of in found.items()]
     setting = f"{config.resolution} px, batch {config.train_batch_size}, rank {config.lora_rank}, autocast in bfloat16"
-    return "\n".join(lines) + f"\n\nRandom weights of its size in float32 files, {setting}, AdamW, {hardware()}.\n"
+    mapped = "A float32 base is used where its file is mapped, so the last column lacks it."
+    return "\n".join(lines) + f"\n\nRandom weights in float32 files, {setting}, AdamW, {hardware()}. {mapped}\n"
 
 
 def main() -> None:

@@ -37,11 +37,12 @@ WORKER = f"""
 import json, sys
 sys.modules.update(dict.fromkeys({EXTRAS}))  # as where only the core dependencies are installed
 import cm_diffusers
+light = "torch" not in sys.modules
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 training = [name for name in sys.modules if name.startswith(("cm_diffusers.data", "cm_diffusers.evaluation"))]
 pipes = [cls.from_pretrained("ada/student") for cls in (DiffusionPipeline, AutoPipelineForText2Image)]
 classes = [[type(part).__name__ for part in (pipe, pipe.scheduler)] for pipe in pipes]
-json.dump(dict(training=training, classes=classes, gamma=pipes[0].scheduler.config.gamma), sys.stdout)
+json.dump(dict(light=light, training=training, classes=classes, gamma=pipes[0].scheduler.config.gamma), sys.stdout)
 """
 
 
@@ -116,7 +117,12 @@ def test_by_hub_id_with_core_dependencies_only(folder: Path, tmp_path: Path) -> 
         run = subprocess.run([sys.executable, "-c", WORKER], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     pair = ["ConsistencyPipeline", "ConsistencyScheduler"]
-    assert json.loads(run.stdout.splitlines()[-1]) == {"training": [], "classes": [pair, pair], "gamma": 0.3}
+    assert json.loads(run.stdout.splitlines()[-1]) == {
+        "light": True,
+        "training": [],
+        "classes": [pair, pair],
+        "gamma": 0.3,
+    }
 
 
 def tables() -> list[dict]:

@@ -30,7 +30,7 @@ SELF_CONTAINED = sorted((ROOT / "pipelines").glob("*.py"))
 WINGS = """
     diffusion models schedulers engine policy pipelines data objectives evaluation rewards publishing tasks
 """.split()
-NOUNS = {"types", "record", "measured", "errors", "places", "ranges", "quiet", "extras"}
+NOUNS = {"types", "record", "measured", "errors", "markdown", "places", "pixels", "ranges", "quiet", "extras"}
 ALLOWED = {"torch", "numpy", "diffusers", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 PAPERS = (ROOT / "docs" / "papers.md").read_text()
 ROWS = [line for line in PAPERS.splitlines() if line.startswith("|")]

@@ -27,7 +27,8 @@ from cm_diffusers.objectives.lcm import LCMObjective
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "concepts" / "walks.md"
 HERE = {ROOT / "src" / "cm_diffusers": "", ROOT / "training": "training/"}
-PARSING = {"__post_init__", "<lambda>"}  # how flags check themselves and make their defaults: no step
+# How flags check themselves and make their defaults, and how python finds modules and names of diffusers: no step.
+ASIDE = {"__post_init__", "check", "<lambda>", "find_spec", "__get__", "__getattr__"}
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -64,7 +65,7 @@ class Walk:
         def look(frame: FrameType, event: str, _: object) -> None:
             if event == "return" and frame.f_code is until:
                 sys.setprofile(None)
-            if event == "call" and frame.f_code.co_name not in PARSING and (name := name_of(frame.f_code)):
+            if event == "call" and frame.f_code.co_name not in ASIDE and (name := name_of(frame.f_code)):
                 self.enter(name, caller_of(frame))
 
         sys.setprofile(look)

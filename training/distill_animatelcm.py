@@ -1,5 +1,6 @@
 """Distil a Stable Diffusion + AnimateDiff teacher into a 1-8 step video student, stage by stage (AnimateLCM)."""
 
+import cm_diffusers.engine.early
 from dataclasses import replace
 from functools import partial
 

@@ -1,5 +1,7 @@
 """Distil a Stable Diffusion teacher into a 1-4 step student with stochastic teacher steps and a critic: SCott."""
 
+import cm_diffusers.engine.early
+
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.diffusion.process import DiscreteVP

@@ -1,5 +1,6 @@
 """Compare pipelines: quality against real images and a teacher, prompt agreement where they read prompts, and speed."""
 
+import cm_diffusers.engine.early
 from pathlib import Path
 
 from cm_diffusers.engine.cli import parse_configs, run

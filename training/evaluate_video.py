@@ -1,5 +1,6 @@
 """Compare video pipelines with real clips and a teacher: direction and steadiness of motion, drift, Fréchet distances, speed."""
 
+import cm_diffusers.engine.early
 from pathlib import Path
 
 from cm_diffusers.data.video import VideoDataConfig

@@ -1,5 +1,6 @@
 """Make a pipeline of a run's weights averaged over another window, from what --ema_sigma_rels left behind."""
 
+import cm_diffusers.engine.early
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Tune a few-step student, or a diffusion model, by the gradient of a differentiable reward (RG-LCD, DRaFT)."""
 
+import cm_diffusers.engine.early
+
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.prompt_batches import Remembered, prompt_batches
 from cm_diffusers.data.sampler import Position

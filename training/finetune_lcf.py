@@ -1,5 +1,6 @@
 """Fine-tune a latent consistency model on own captioned images, without a teacher (LCF)."""
 
+import cm_diffusers.engine.early
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.teachers import release_encoders
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.pipelines import lcm_pipeline
@@ -19,7 +21,13 @@ from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
-from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks, load_student, with_guidance_of
+from cm_diffusers.tasks.text_to_image import (
+    FinetuneConfig,
+    finetune_networks,
+    load_student,
+    needs_encoders,
+    with_guidance_of,
+)
 from cm_diffusers.tasks.text_to_image_checks import check_adapters
 
 
@@ -50,6 +58,8 @@ def main() -> None:
     trainer = Trainer(train, nets, objective, optim, settings=[source, data], callbacks=[samples])
     load = streaming_batches if data.streaming else text_image_batches
     batches = load(data, Encoders.from_pipeline(before), train.seed, *trainer.place)
+    if not needs_encoders(source, data, validation):
+        release_encoders(before)
     configs, result = (source, data, method, optim, train, validation, hub), "lora" if source.lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, result))  # with the guidance range it trains on
     base, unused = source.pretrained_student_model, OF_TEACHERS.split()

@@ -1,5 +1,7 @@
 """Tune a few-step student, or a diffusion model, for a reward of its images, by policy gradients (RLCM, DDPO)."""
 
+import cm_diffusers.engine.early
+
 from cm_diffusers.data.rollouts import RolloutConfig, Rollouts
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig

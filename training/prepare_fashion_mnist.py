@@ -1,5 +1,6 @@
 """Write Fashion-MNIST as captioned 32x32 images in parquet files that `datasets` and `--train_data_dir` read."""
 
+import cm_diffusers.engine.early
 import gzip
 import io
 import os

@@ -1,5 +1,6 @@
 """Write frames of the built-in moving articles as captioned images in parquet files, and some of the clips as GIFs."""
 
+import cm_diffusers.engine.early
 import io
 import json
 import os
@@ -16,9 +17,6 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.moving_articles import MovingArticles
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
-
-
-TEXTS = datasets.List(datasets.Value("string"))
 
 
 @dataclass
@@ -46,7 +44,8 @@ def write_frames(path: Path, clips: MovingArticles, images: datasets.Dataset, se
         Image.fromarray(clip.frames[frame]).save(buffer := io.BytesIO(), format="PNG", optimize=True)
         image = {"bytes": buffer.getvalue(), "path": f"{number:05d}.png"}
         rows.append({"image": image, "text": [clip.caption], "label": images[clip.row]["label"]})
-    schema = datasets.Features(image=datasets.Image(), text=TEXTS, label=label).arrow_schema
+    texts = datasets.List(datasets.Value("string"))
+    schema = datasets.Features(image=datasets.Image(), text=texts, label=label).arrow_schema
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pa.Table.from_pylist(rows, schema), path.with_suffix(".tmp"), compression="zstd")
     os.replace(path.with_suffix(".tmp"), path)

@@ -3,6 +3,8 @@
 Run it on a student that was distilled without a critic for a while, and give the first row to distill_scott.py:
 --critic vision --critic_backbone <first row> --critic_inputs clean."""
 
+import cm_diffusers.engine.early
+
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.separability import RankingConfig, rank_backbones, write_ranking

@@ -1,5 +1,7 @@
 """Share a finished student on the Hub, again or for the first time: card with measurements, licence, pipeline or LoRA."""
 
+import cm_diffusers.engine.early
+
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.measured import run_name
 from cm_diffusers.publishing.hub import HubConfig, check_hub, push_folder

@@ -1,5 +1,6 @@
 """Train the small classifier whose features and labels `evaluate.py` uses."""
 
+import cm_diffusers.engine.early
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from datasets import ClassLabel
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.folders import checked_folder
+from cm_diffusers.data.folders import checked_folder, folder_of_test_data
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.sources import DataConfig, load_image_text
@@ -54,8 +55,8 @@ def main() -> None:
             f"--label_column {config.label_column} must be a ClassLabel with the classes' names, as `datasets` writes it "
             f"into parquet files, but it is {labels}."
         )
-    place = {"train_data_dir": config.test_data_dir, "label_column": config.label_column}
-    test = load_reference(ReferenceConfig(**place, resolution=data.resolution))
+    options = {"label_column": config.label_column, "resolution": data.resolution}
+    test = load_reference(ReferenceConfig(**folder_of_test_data(config.test_data_dir), **options), captioned=False)
     seed_everything(train.seed)
     model = ImageClassifier(labels=labels.names, channels=config.channels, image_size=data.resolution)
     trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])

@@ -1,5 +1,7 @@
 """Train a consistency model from images alone, with the curriculum of the first paper: CT (2303.01469)."""
 
+import cm_diffusers.engine.early
+
 from accelerate import PartialState
 
 from cm_diffusers.engine.cli import parse_configs, run

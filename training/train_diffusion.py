@@ -1,5 +1,6 @@
 """Train a small Stable Diffusion pipeline (UNet and text tower) from scratch on captioned images."""
 
+import cm_diffusers.engine.early
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Train a diffusion model of images without captions (EDM, 2206.00364): what CD distils and ECT tunes."""
 
+import cm_diffusers.engine.early
+
 from accelerate import PartialState
 
 from cm_diffusers.diffusion.times import karras_grid

@@ -1,5 +1,7 @@
 """Train a consistency model from images alone: iCT (2310.14189), in pixels or latents, with classes or without."""
 
+import cm_diffusers.engine.early
+
 from accelerate import PartialState
 
 from cm_diffusers.engine.cli import parse_configs, run

@@ -1,5 +1,6 @@
 """Make an image model a video model: train motion modules between its frozen layers on clips with captions (AnimateDiff)."""
 
+import cm_diffusers.engine.early
 from dataclasses import replace
 from functools import partial
 

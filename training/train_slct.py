@@ -1,5 +1,6 @@
 """Train a consistency model from images alone, best in a VAE's latents: sLCT (2502.01441)."""
 
+import cm_diffusers.engine.early
 from dataclasses import dataclass
 
 from accelerate import PartialState

@@ -1,5 +1,6 @@
 """Train an AutoencoderKL on images: the latent space of a text-to-image teacher."""
 
+import cm_diffusers.engine.early
 import json
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -9,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.folders import checked_folder
+from cm_diffusers.data.folders import checked_folder, folder_of_test_data
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.sampler import Stream
 from cm_diffusers.data.sources import DataConfig
@@ -26,8 +27,6 @@ from cm_diffusers.types import Networks
 
 @dataclass
 class MeasureConfig:
-    """What is measured at the end."""
-
     test_data_dir: str | None = HfArg(default=None, help="Images to measure the reconstruction error on.")
     latent_samples: int = HfArg(default=2048, help="Images the latents' scale is measured on.")
 
@@ -55,7 +54,7 @@ def main() -> None:
     seed_everything(train.seed)
     measured = {}
     if final.test_data_dir:  # read before training: what is wrong with it is found now
-        elsewhere = {"train_data_dir": final.test_data_dir, "dataset_name": None, "train_shards_path_or_url": None}
+        elsewhere = folder_of_test_data(final.test_data_dir) | {"dataset_name": None, "train_shards_path_or_url": None}
         measured["test"] = image_batches(replace(data, **elsewhere), train.seed)
     vae = new_vae(model, data.resolution)
     nets, objective = Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method)

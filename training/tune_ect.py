@@ -1,5 +1,7 @@
 """Tune a diffusion model into a consistency model: ECT (2406.14548), of images alone, of classes or of text."""
 
+import cm_diffusers.engine.early
+
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig

@@ -64,7 +64,10 @@ def read_text(path: Path) -> str:
         ValueError: It is not in UTF-8.
     """
     try:
-        return path.read_text("utf-8-sig")
+        text = path.read_text("utf-8-sig")
+        if "\0" in text:  # which UTF-16 without its mark would be read as
+            raise UnicodeDecodeError("utf-8", text.encode(), place := text.index("\0"), place + 1, "zero byte")
+        return text
     except UnicodeDecodeError as error:
         raise UserError(
             f"it is no text in UTF-8 (byte {error.object[error.start]:#04x} at place {error.start}), save it as such"

@@ -27,6 +27,7 @@ TRACKERS = {
 }
 OF_TRAINING = [
     Need("datasets", "datasets", "train"),
+    Need("matplotlib", "matplotlib", "train"),
     Need("pyarrow", "pyarrow", "train"),
     Need("torchmetrics", "torchmetrics", "train"),
 ]

@@ -1,53 +1,108 @@
 """Lets diffusers' own loaders find this package's classes, once it is imported."""
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import diffusers
+import cm_diffusers
 
-from cm_diffusers.pipelines import (
-    ConsistencyImagesPipeline,
-    ConsistencyImg2ImgPipeline,
-    ConsistencyInpaintPipeline,
-    ConsistencyPipeline,
-    ConsistencyVideoPipeline,
-)
-from cm_diffusers.pipelines.recorded import RecordedMixin
-from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
+
+if TYPE_CHECKING:
+    from cm_diffusers.pipelines.recorded import RecordedMixin
 
 
 NAME = "consistency"
 CLASSES = (
-    ConsistencyPipeline,
-    ConsistencyImg2ImgPipeline,
-    ConsistencyInpaintPipeline,
-    ConsistencyImagesPipeline,
-    ConsistencyVideoPipeline,
-    ConsistencyScheduler,
-    EDMConsistencyScheduler,
+    "ConsistencyPipeline",
+    "ConsistencyImg2ImgPipeline",
+    "ConsistencyInpaintPipeline",
+    "ConsistencyImagesPipeline",
+    "ConsistencyVideoPipeline",
+    "ConsistencyScheduler",
+    "EDMConsistencyScheduler",
 )
 SAVE_AND_LOAD = ("save_pretrained", "from_pretrained")
 BASES = ("SchedulerMixin", "ModelMixin", "DiffusionPipeline")  # attributes of the package, where diffusers looks
 
 
 def register() -> None:
-    """Enter the classes in diffusers' tables; again is harmless.
+    """Enter the classes in diffusers' tables, now or as soon as diffusers is imported; again is harmless.
 
-    The tables are private. Where a release of diffusers has changed one, the rest is entered, one warning says what
-    does not work, and the explicit classes still do.
+    The tables are private. Where a release of diffusers has changed one, the rest is entered, one warning for each says
+    what does not work, and the explicit classes still do.
     """
-    failures = {what: error for what, enter in ENTRIES.items() if (error := _failure(enter)) is not None}
-    if failures:
-        reasons = "; ".join(f"{what} ({error})" for what, error in failures.items())
-        _warn(
-            f"diffusers {diffusers.__version__} does not take cm_diffusers' classes in {reasons}; load with "
-            "ConsistencyPipeline.from_pretrained and its siblings instead."
-        )
+    if not any(isinstance(finder, _Awaited) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Awaited())
+    for name in ENTRIES:
+        if name in sys.modules:
+            _enter(name)
 
 
-def _describe(pipe: RecordedMixin, folder: Path, name: str) -> None:
+class _Awaited(MetaPathFinder):
+    """Enters the classes when the module that takes them has been imported: importing it here would take seconds."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in ENTRIES:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_enter(module: ModuleType) -> None:
+                execute(module)
+                _enter(name)
+
+            spec.loader.exec_module = execute_and_enter
+        return spec
+
+
+class _Late:
+    """A class of ours as an attribute of diffusers, imported when asked for; what diffusers itself sets wins."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: ModuleType, owner: type) -> type:
+        return getattr(cm_diffusers, self.name)
+
+
+def _enter_classes(diffusers: ModuleType) -> None:
+    """Some of diffusers' modules may be on their way here: nothing of ours that needs them is imported."""
+    taken = [name for name in CLASSES if _is_another(getattr(diffusers, name, None))]
+    ours = {name: _Late(name) for name in CLASSES if name not in taken}
+    diffusers.__class__ = type("WithOurs", (type(diffusers),), ours)
+    if taken:
+        raise AttributeError(f"diffusers has its own {', '.join(taken)}")
+
+
+def _is_another(cls: type | None) -> bool:
+    return cls is not None and not cls.__module__.startswith("cm_diffusers.")
+
+
+def _enter_components(pipeline_loading_utils: ModuleType) -> None:
+    pipeline_loading_utils.LOADABLE_CLASSES["cm_diffusers"] = {base: list(SAVE_AND_LOAD) for base in BASES}
+
+
+def _enter_tasks(auto_pipeline: ModuleType) -> None:
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[NAME] = cm_diffusers.ConsistencyPipeline
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[NAME] = cm_diffusers.ConsistencyImg2ImgPipeline
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[NAME] = cm_diffusers.ConsistencyInpaintPipeline
+
+
+def _enter_describe(recorded: ModuleType) -> None:
+    recorded.RecordedMixin.describe = _describe
+
+
+def _describe(pipe: "RecordedMixin", folder: Path, name: str) -> None:
     """What publishing, which builds on the pipelines, writes beside one that is saved."""
     from cm_diffusers.publishing.folders import optional
     from cm_diffusers.publishing.saved import describe
@@ -56,45 +111,24 @@ def _describe(pipe: RecordedMixin, folder: Path, name: str) -> None:
         describe(pipe, folder, name)
 
 
-RecordedMixin.describe = _describe
-
-
-def _enter_components() -> None:
-    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-
-    LOADABLE_CLASSES["cm_diffusers"] = {base: list(SAVE_AND_LOAD) for base in BASES}
-
-
-def _enter_classes() -> None:
-    taken = [cls.__name__ for cls in CLASSES if getattr(diffusers, cls.__name__, cls) is not cls]
-    for cls in CLASSES:
-        if cls.__name__ not in taken:
-            setattr(diffusers, cls.__name__, cls)
-    if taken:
-        raise AttributeError(f"diffusers has its own {', '.join(taken)}")
-
-
-def _enter_tasks() -> None:
-    from diffusers.pipelines import auto_pipeline
-
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[NAME] = ConsistencyPipeline
-    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[NAME] = ConsistencyImg2ImgPipeline
-    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[NAME] = ConsistencyInpaintPipeline
-
-
-ENTRIES: dict[str, Callable[[], None]] = {
-    "DiffusionPipeline.from_pretrained": _enter_classes,
-    "model_index.json": _enter_components,
-    "AutoPipeline": _enter_tasks,
+# A module, what needs an entry in it, and how it is made.
+ENTRIES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
+    "diffusers": ("DiffusionPipeline.from_pretrained", _enter_classes),
+    "diffusers.pipelines.pipeline_loading_utils": ("model_index.json", _enter_components),
+    "diffusers.pipelines.auto_pipeline": ("AutoPipeline", _enter_tasks),
+    "cm_diffusers.pipelines.recorded": ("save_pretrained", _enter_describe),
 }
 
 
-def _failure(enter: Callable[[], None]) -> Exception | None:
+def _enter(name: str) -> None:
+    what, enter = ENTRIES[name]
     try:
-        enter()
+        enter(sys.modules[name])
     except (ImportError, AttributeError, TypeError) as error:
-        return error
-    return None
+        _warn(
+            f"diffusers {sys.modules['diffusers'].__version__} does not take cm_diffusers' classes in {what} ({error}); "
+            "load with ConsistencyPipeline.from_pretrained and its siblings instead."
+        )
 
 
 @cache

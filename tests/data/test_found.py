@@ -210,7 +210,9 @@ def test_upper_case_metadata_and_files_beside_a_split_and_parquet(tmp_path):
     (folder / "train" / "METADATA.CSV").write_text("file_name,text\na.png,a")
     read, found = opened(folder)
     assert read == {"a.png": "a"}
-    assert counted(found) == {"files outside its folder train": (1, ["b.png"])}
+    assert counted(found) == {
+        "files of the split test": (1, ["test/c.png"]), "files outside the split train": (1, ["b.png"]),
+    }  # fmt: skip
     tables = write_images(tmp_path / "tables", "loose.png", ".ipynb_checkpoints/x.png")
     rows = pa.Table.from_pylist([{"image": {"bytes": b"", "path": "x.png"}, "text": "x"}])
     for name in ("rows.parquet", ".ipynb_checkpoints/rows.parquet"):
@@ -244,13 +246,20 @@ def test_what_a_folder_of_clips_holds(tmp_path):
     }  # fmt: skip
 
 
-def test_a_reference_without_a_caption_is_named_where_captions_are_asked_for(tmp_path):
-    folder = write_images(tmp_path / "set", "a.png", "b.png")
-    (folder / "a.txt").write_text("a bag")
-    reference = load_reference(ReferenceConfig(train_data_dir=str(folder), resolution=4))
-    assert len(reference.images) == 2
-    with pytest.raises(ValueError, match="Row 1 of the reference set has no caption"):
-        _ = reference.prompts
+@pytest.mark.parametrize("texts", [["a", None, "b"], [["a"], [], ["b", "c"]], ["a", " ", "b"]])
+def test_a_reference_leaves_out_rows_without_a_caption_as_training_does(tmp_path, texts, caplog):
+    folder = write_images(tmp_path / "set", "0.png", "1.png", "2.png")
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = ReferenceConfig(train_data_dir=str(folder), resolution=4)
+    reference = load_reference(config)
+    assert (len(reference.images), reference.prompts) == (2, ["a", "b"])
+    assert "left out, images without a caption: 1 (" in caplog.text
+    assert len(load_reference(config, captioned=False).images) == 3
+    all_of_them = load_reference(config, 3)  # for pipelines that read no prompts
+    assert len(all_of_them.images) == 3
+    with pytest.raises(ValueError, match="Only 2 of 3 rows of the reference set have a caption"):
+        _ = all_of_them.prompts
 
 
 def test_what_tar_shards_leave_out(tmp_path):

@@ -674,7 +674,7 @@ def test_no_captions_and_no_clips(config, tmp_path):
     (folder / "metadata.jsonl").unlink()
     for path in folder.glob("*.gif"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"mute holds no clip: give files in \.avi, \.gif, .* numbered frames"):
+    with pytest.raises(ValueError, match=r"mute holds no clip: give files in .* \.gif, .* numbered frames"):
         batches_of(replace(config, train_data_dir=str(folder)))
 
 

@@ -9,9 +9,13 @@ import pytest
 from scripts import FOLDER, script
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine import cli, flag_names
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.recipes import shipped
+from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.models.teachers import TeacherConfig
+from cm_diffusers.tasks.reward_runs import RewardConfig
 
 
 RECIPES = sorted((FOLDER / "recipes").glob("*.args"))
@@ -190,3 +194,32 @@ def test_of_several_processes_one_tells_what_is_wrong(monkeypatch, rank, waits) 
     with pytest.raises(SystemExit, match=r"^error: --qqqq"):
         run(wrong)
     assert slept == waits
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--output_dir", "~/runs", "--pretrained_teacher_model", "~/teacher"],
+        ["--output_dir=~/runs", "--pretrained_teacher_model=~/teacher"],
+        ["--recipe", "~/mine.args"],
+    ],
+)
+def test_home_is_found_where_no_shell_has_read_it(tmp_path, monkeypatch, words) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.args").write_text("--output_dir ~/runs --pretrained_teacher_model '~/teacher'\n")
+    train, teacher = parse_configs((TrainConfig, TeacherConfig), "", words)
+    assert (train.output_dir, teacher.pretrained_teacher_model) == (f"{tmp_path}/runs", f"{tmp_path}/teacher")
+
+
+def test_home_in_lists_and_behind_names(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--rewards", "classifier:~/one", "jpeg_compressibility", "--prompts", "a bag ~ a coat", "~/p.txt"]
+    words += ["--train_shards_path_or_url", "{~/a,~/b}/x.tar", "--cache_dir", "~"]
+    reward, data = parse_configs((RewardConfig, DataConfig), "", words)
+    assert reward.rewards == [f"classifier:{tmp_path}/one", "jpeg_compressibility"]
+    assert reward.prompts == ["a bag ~ a coat", f"{tmp_path}/p.txt"]
+    assert data.train_shards_path_or_url == f"{{{tmp_path}/a,{tmp_path}/b}}/x.tar"
+    assert (data.cache_dir, data.latent_cache_dir) == (
+        str(tmp_path),
+        DataConfig().latent_cache_dir,
+    )  # a default stays one

@@ -256,9 +256,9 @@ def test_a_result_replaces_an_earlier_one_and_keeps_the_user_s_files(tmp_path) -
     for name in ("model_index.json", "unet/config.json", "notes.txt", "drafts/a.safetensors", "unet/notes.md"):
         write(tmp_path / "pipeline" / name, "old")
     with written_aside(tmp_path / "pipeline") as aside:
-        write(aside / "pytorch_lora_weights.safetensors", "new")
+        write(aside / "cm_diffusers.json", "new")
     users = dict.fromkeys(("notes.txt", "drafts/a.safetensors", "unet/notes.md"), b"old")
-    assert content(tmp_path / "pipeline") == users | {"pytorch_lora_weights.safetensors": b"new"}
+    assert content(tmp_path / "pipeline") == users | {"cm_diffusers.json": b"new"}
     assert os.listdir(tmp_path) == ["pipeline"]
 
 

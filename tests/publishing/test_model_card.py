@@ -1,6 +1,7 @@
 """Cards that are true and whole: what they state is what was done, and their code runs."""
 
 import ast
+import html
 import json
 import re
 import shlex
@@ -284,6 +285,22 @@ def test_no_secret_of_a_data_address_is_told(monkeypatch: pytest.MonkeyPatch, tm
 def test_what_is_told_of_a_place(given: str, told: str) -> None:
     assert public(given) == told
     assert public([given, 3]) == [told, 3]
+
+
+def test_what_a_user_writes_breaks_no_table() -> None:
+    prompts = ["portrait | sharp", "a <lora:style:1> bag", "line\nbreak", "<script>x</script>", "*a* `b` [c](d) &lt;"]
+    settings = {**PROVENANCE_OF_IT.settings, "validation_prompts": prompts, "prompts": "x\ny | z"}
+    command = shlex.join(["python", "train.py", "--validation_prompts", "```", *prompts])
+    told = replace(PROVENANCE_OF_IT, data="my <b>|photos", command=command, settings=settings)
+    card = model_card(RECORD, told)
+    assert [one["text"] for one in front(card)["widget"]] == prompts
+    table = [line for line in card.splitlines() if line.startswith("| ")]
+    assert {line.count("|") for line in table} == {3}
+    shown = html.unescape("".join(table))
+    assert all(text in shown for text in ("portrait | sharp", "<lora:style:1>", "x y | z", "*a* `b` [c](d) &lt;"))
+    outside = re.sub(r"(`{3,})bash\n.*?\n\1", "", card.split("---\n", 2)[2], flags=re.DOTALL)
+    assert not re.search(r"<\w|\*a\*|\]\(d\)", outside)
+    assert f"````bash\n{command}\n````" in card
 
 
 def test_settings_that_do_not_act_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

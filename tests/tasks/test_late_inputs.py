@@ -30,8 +30,8 @@ CASES = [
     ("train_diffusion", "train_data_dir", {"pretrained_vae": "vae"}),
     ("train_vae", "test_data_dir", {}),
     ("train_classifier", "test_data_dir", {}),
-    ("evaluate", "train_data_dir", {"teacher": "teacher"}),
-    ("evaluate_video", "train_data_dir", {"teacher": "teacher"}),
+    ("evaluate", "train_data_dir", {"teacher": "teacher", "feature_extractor": "classifier"}),
+    ("evaluate_video", "train_data_dir", {"teacher": "teacher", "feature_extractor": "classifier"}),
     ("rank_critics", "train_data_dir", {"pipeline": "student", "backbones": "dinov2"}),
 ]
 

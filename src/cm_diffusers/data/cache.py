@@ -58,7 +58,12 @@ class Vae:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=names))
         folder = folder / (subfolder or "")
         fingerprint = folder_fingerprint(folder)
-        factors = _factors(json.loads((folder / "config.json").read_text("utf-8")))
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if (kind := config.get("_class_name", AutoencoderKL.__name__)) != AutoencoderKL.__name__:
+            raise ValueError(
+                f"The VAE in {folder} is {kind}, whose latents training cannot draw; give an AutoencoderKL."
+            )
+        factors = _factors(config)
         return cls(lambda: AutoencoderKL.from_pretrained(folder, use_safetensors=True), fingerprint, *factors)
 
 

@@ -10,13 +10,16 @@ from typing import Any
 from PIL import Image
 
 from cm_diffusers.data.file_names import IMAGE_SUFFIXES, suffix_of
-from cm_diffusers.data.preprocessing import content_hash, decode_image, read_bytes, to_rgb
+from cm_diffusers.data.preprocessing import content_hash, decode_image, read_bytes
 from cm_diffusers.data.shards import shard_key
 from cm_diffusers.extras import PYAV, missing
+from cm_diffusers.pixels import to_rgb
 
 
-ANIMATION_SUFFIXES = {".gif", ".webp"}
-CLIP_SUFFIXES = ANIMATION_SUFFIXES | {".mp4", ".webm", ".mov", ".avi", ".mkv"}
+ANIMATION_SUFFIXES = {".gif", ".webp", ".apng"}
+VIDEO_SUFFIXES = ".mp4 .m4v .webm .mov .avi .mkv .mpg .mpeg .ts .m2ts .mts .wmv .flv .ogv .3gp"
+CLIP_SUFFIXES = ANIMATION_SUFFIXES | set(VIDEO_SUFFIXES.split())
+PNG = b"\x89PNG\r\n\x1a\n"
 FRAME_SUFFIXES = IMAGE_SUFFIXES - ANIMATION_SUFFIXES
 Record = dict[str, Any]  # a file undecoded: its "bytes", or its "path"; of a clip, also a folder's path
 
@@ -75,7 +78,7 @@ def _frame_records(clip: Record | list[Record] | None) -> list[Record] | None:
 
 
 def _is_animation(content: bytes) -> bool:
-    return content[:4] == b"GIF8" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
+    return content[:4] == b"GIF8" or content[:8] == PNG or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
 
 
 def _count(content: bytes) -> int:

@@ -2,12 +2,16 @@
 
 from pathlib import PurePath
 
+from PIL import Image
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+
+NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows, but cannot draw by itself
+IMAGE_SUFFIXES = {
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in NO_PIXELS
+}
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first that is there is read
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # likewise
 NO_DATA = {"thumbs.db", "desktop.ini", "readme.md", "license"}
-SPLITS = {"train", "test", "validation", "val", "dev", "eval"}
 
 
 def suffix_of(path: PurePath) -> str:

@@ -1,12 +1,15 @@
 """Folders of the user: images or clips, with captions in metadata, in parquet files or in text files beside them."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow as pa
 from pyarrow import parquet
 
 from cm_diffusers.data.file_names import (
@@ -14,12 +17,12 @@ from cm_diffusers.data.file_names import (
     IMAGE_SUFFIXES,
     METADATA,
     NO_DATA,
-    SPLITS,
     is_hidden,
     is_metadata,
     suffix_of,
 )
 from cm_diffusers.data.found import Found
+from cm_diffusers.data.splits import TEST, TRAIN, split_name, splits_of
 from cm_diffusers.data.tables import read_table
 from cm_diffusers.errors import read_text, readable
 
@@ -33,7 +36,8 @@ class Folder:
 
     Attributes:
         path: Where its files are: the folder itself, or that of the split inside.
-        files: All in it that are not hidden, sorted.
+        files: All of the split that are not hidden, sorted.
+        outside: Those that are not of the split.
         found: Counts what is left out.
         image_column: The rows' column of images or clips.
         caption_column: The rows' column of captions; None where none are read.
@@ -42,6 +46,7 @@ class Folder:
 
     path: Path
     files: list[Path]
+    outside: set[Path]
     found: Found
     image_column: str
     caption_column: str | None
@@ -49,22 +54,34 @@ class Folder:
 
     @classmethod
     def of(cls, path: str, split: str, found: Found, image_column: str, *options: str | None) -> "Folder":
-        """Finds the files, of the split's folder if there is one and no metadata beside it.
+        """Finds the files of the split; of "train" where no file tells a split, all that tell none.
 
         Raises:
-            ValueError: No such folder.
+            ValueError: No such folder, or no such split in it.
         """
-        top = checked_folder(path)
-        folder = top if metadata_file(top) or not (top / split).is_dir() else top / split
-        files = sorted((file for file in top.rglob("*") if file.is_file()), key=attrgetter("parts"))
-        hidden = {file for file in files if is_hidden(file.relative_to(top))}
-        outside = {file for file in files if not file.is_relative_to(folder)} - hidden if folder != top else set()
+        top, wanted = checked_folder(path), split_name(split)
+        files, hidden = _files(top)
         of_data = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".parquet")
         found.skip("hidden files", _names(top, (file for file in hidden if suffix_of(file) in of_data)))
-        others = (file for file in outside if file.relative_to(top).parts[0] not in SPLITS)
-        found.skip(f"files outside its folder {split}", _names(top, others))
-        mine = [file for file in files if file not in hidden | outside]
-        return cls(folder, mine, found, image_column, *options)
+        splits = splits_of(top, files, split)
+        metadata = metadata_file(top)
+        mine = [file for file, name in splits.items() if name == wanted and file != metadata]
+        plain = [file for file, name in splits.items() if name is None and file != metadata]
+        if wanted == TRAIN and (metadata or not mine):
+            mine, plain = sorted([*mine, *plain], key=attrgetter("parts")), []
+        others = sorted({name for name in splits.values() if name} - {wanted})
+        if not mine and (others or wanted != TRAIN):
+            known = f"the splits in it: {', '.join(others)}" if others else "no name in it tells a split"
+            raise ValueError(
+                f"{FLAG} {top} has no split {split} ({known}): give another --dataset_split, or the folder of the files."
+            )
+        for other in others:
+            found.skip(f"files of the split {other}", _names(top, (f for f in splits if splits[f] == other)))
+        found.skip(f"files outside the split {split}", _names(top, plain))
+        told = [file.parent for file in mine if splits[file]]
+        folder = top if metadata or not told else Path(os.path.commonpath(told))
+        mine = [*mine, *([metadata] if metadata else [])]
+        return cls(folder, mine, splits.keys() - set(mine), found, image_column, *options)
 
     def rows(self, loose: Callable[["Folder"], datasets.Dataset]) -> datasets.Dataset:
         """The rows of its metadata, else of its parquet files, else of loose files by `loose`.
@@ -108,7 +125,9 @@ class Folder:
         if "file_name" not in table.column_names:
             found = ", ".join(table.column_names)
             raise ValueError(f"{path} needs a column file_name with the image paths; the columns found: {found}.")
-        names = [None if name is None else str(path.parent / name) for name in table["file_name"].to_pylist()]
+        names = [_place(path, name) for name in table["file_name"].to_pylist()]
+        mine = [number for number, name in enumerate(names) if name is None or Path(name) not in self.outside]
+        table, names = table.take(pa.array(mine, pa.int64())), [names[number] for number in mine]
         uses, others = Counter(map(Path, filter(None, names))), set(self.files) - {path}
         self.found.remark("files in several rows", _names(self.path, (file for file in uses if uses[file] > 1)))
         unnamed = {file for file in others if not uses.keys() & {file, file.parent}}
@@ -120,6 +139,18 @@ class Folder:
         return rows.remove_columns(sorted(replaced)).rename_column("__paths__", self.image_column)
 
 
+def _place(metadata: Path, name: Any) -> str | None:
+    """What a row names, beside the metadata; Windows' separators are taken for what they are."""
+    if name is None:
+        return None
+    if not isinstance(name, str | int):
+        raise ValueError(
+            f"{metadata} must hold paths in its column file_name, but a row holds {name!r}: give one a row."
+        )
+    place = metadata.parent / str(name)
+    return str(place if "\\" not in place.name or place.exists() else metadata.parent / name.replace("\\", "/"))
+
+
 def checked_folder(path: str, flag: str = FLAG) -> Path:
     """
     Raises:
@@ -129,6 +160,30 @@ def checked_folder(path: str, flag: str = FLAG) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder} is not a folder: give a folder with images, clips or parquet files.")
     return folder
+
+
+def folder_of_test_data(path: str) -> dict[str, str]:
+    """Flags that read a folder of test data: of its split "test" where its files are told apart, else all that it has.
+
+    Raises:
+        ValueError: As `splits_of`, or no such folder.
+    """
+    top = checked_folder(path)
+    apart = TEST in splits_of(top, _files(top)[0], TEST).values()
+    return {"train_data_dir": path, "dataset_split": TEST if apart else TRAIN}
+
+
+def _files(top: Path) -> tuple[list[Path], list[Path]]:
+    """All files, sorted, also in linked folders and links that lead nowhere: those to be seen, and hidden ones."""
+    found, above = [], {str(top): {os.path.realpath(top)}}  # of each folder the real ones that it lies in
+    for place, folders, names in os.walk(top, followlinks=True):
+        found += [Path(place, name) for name in names]
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in above[place]]  # a link may lead back
+        above |= {os.path.join(place, name): above[place] | {real[name]} for name in folders}
+    found.sort(key=attrgetter("parts"))
+    hidden = {file for file in found if is_hidden(file.relative_to(top))}
+    return [file for file in found if file not in hidden], sorted(hidden)
 
 
 def loose_images(folder: Folder) -> datasets.Dataset:

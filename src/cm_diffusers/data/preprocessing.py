@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from cm_diffusers.data.sources import INTERPOLATIONS, DataConfig
+from cm_diffusers.pixels import upright_rgb
 
 
 LATE_EXIF = (b"eXIf", b"profile type exif", b"tiff:Orientation")  # may follow a PNG's pixels
@@ -64,7 +65,7 @@ def decode_image(record: dict[str, Any] | None) -> Image.Image | None:
         return None
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(ImageOps.exif_transpose(image), image.format)
+            return upright_rgb(image)
     except Exception:  # Pillow's plugins raise nearly every kind of error on damaged files
         return None
 
@@ -82,26 +83,6 @@ def fault_of(record: Any) -> str:
         if image.mode in ("F", "I"):
             return "with numbers in place of colours, of which nothing tells what is black and white"
     return "that cannot be read"
-
-
-def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
-    """Eight bits a channel; sixteen are scaled down, floats from 0 to 1 up, and what is transparent becomes white.
-
-    Raises:
-        ValueError: Floats beyond 0 and 1 or, but in a PNG, integers of 32 bits: nothing tells what is black and white.
-    """
-    if image.mode == "F":
-        values = np.asarray(image)
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError(f"The image holds numbers from {values.min()} to {values.max()}; store it in 8 bits.")
-        return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "I" and file_format != "PNG":
-        raise ValueError("The image holds integers of 32 bits; store it in 8 or 16 bits.")
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 def upright_size(record: dict[str, Any] | None) -> Size | None:

@@ -13,6 +13,8 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import Folder, checked_folder, loose_images
 from cm_diffusers.data.found import SHOWN, Found
+from cm_diffusers.data.splits import other_than_training
+from cm_diffusers.data.tables import MARK
 from cm_diffusers.data.tars import FAULT, FIELDS, TAR_ROWS, tar_features, tar_rows, tar_shards
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import readable
@@ -44,7 +46,8 @@ class DataConfig:
         "--caption_column names the entry of the .json.",
     )
     dataset_split: str = HfArg(
-        default="train", help="Split of the Hub dataset, or the subfolder of that name in --train_data_dir, if any."
+        default="train",
+        help="Split to read: of the Hub dataset, or of a local folder, as its folders and tables are called.",
     )
     image_column: str = HfArg(default="image", help="Column with the images.")
     caption_column: str = HfArg(default="text", help="Column with a caption, or a list of captions to choose from.")
@@ -118,7 +121,7 @@ def load_image_text(
     if config.train_shards_path_or_url:
         dataset = _from_shards(config, told)
         if columns is None and len(dataset) and not any(map(any, dataset[config.caption_column])):
-            raise ValueError(nothing_usable(config, len(dataset), set(dataset[FIELDS])))
+            raise ValueError(nothing_usable(config, len(dataset), set(dataset[FIELDS]), told))
     elif config.dataset_name:
         dataset = from_hub(config)
     else:
@@ -176,16 +179,18 @@ def captions_of(value: Any, column: str) -> list[str]:
     if not all(text is None or isinstance(text, str) for text in texts):
         found = next(type(text).__name__ for text in texts if not (text is None or isinstance(text, str)))
         raise ValueError(f"--caption_column {column} must hold a text or a list of texts, but a row holds {found}.")
-    return [text for text in texts if text and text.strip()]
+    plain = (text.lstrip(MARK) for text in texts if text)
+    return [text for text in plain if text.strip()]
 
 
-def nothing_usable(config: DataConfig, number: int, fields: Iterable[str]) -> str:
+def nothing_usable(config: DataConfig, number: int, fields: Iterable[str], left_out: Found) -> str:
     """The sentence for `number` samples that hold these fields, where an image and a caption are needed."""
     found = " or ".join(f"[{names}]" for names in sorted(fields)[:3])
     return (
         f"None of the {number} samples of {source_name(config)} has both an image ({config.image_column}) and a "
-        f"caption ({config.caption_column}): they hold {found}; name what to read with --image_column and "
-        "--caption_column."
+        f"caption ({config.caption_column}): they hold {found}; "
+        + "".join(f"{line}; " for line in left_out.lines())
+        + "name what to read with --image_column and --caption_column."
     )
 
 
@@ -243,8 +248,15 @@ def check_values(config: DataConfig) -> None:
         )
 
 
+def shards_of(config: DataConfig, found: Found) -> list[str]:
+    """The tar files that the flags name; `found` is told of those that are called after another split."""
+    shards = tar_shards(config.train_shards_path_or_url)
+    found.remark("shards that are called after another split than training", other_than_training(shards))
+    return shards
+
+
 def _from_shards(config: DataConfig, found: Found) -> datasets.Dataset:
-    shards, columns = tar_shards(config.train_shards_path_or_url), (config.image_column, config.caption_column)
+    shards, columns = shards_of(config, found), (config.image_column, config.caption_column)
     stats = [Path(shard).stat() for shard in shards if Path(shard).is_file()]  # a changed file is read anew
     stamps = [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats]
     with readable(source_flag(config)):

@@ -31,11 +31,12 @@ from cm_diffusers.data.sources import (
     open_folder,
     require_columns,
     row_name,
+    shards_of,
     source_flag,
     source_name,
     validate,
 )
-from cm_diffusers.data.tars import FAULT, FIELDS, tar_features, tar_rows, tar_shards
+from cm_diffusers.data.tars import FAULT, FIELDS, tar_features, tar_rows
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import readable
 from cm_diffusers.types import Batch
@@ -111,7 +112,7 @@ def _check(config: DataConfig, encoders: Encoders) -> None:
 def _files(config: DataConfig, found: Found) -> list[str]:
     """Tar shards or parquet files, some of which may lie elsewhere; none for a dataset of the Hub."""
     if config.train_shards_path_or_url:
-        return tar_shards(config.train_shards_path_or_url)
+        return shards_of(config, found)
     return [] if config.dataset_name else _parquet_files(config, found)
 
 
@@ -208,7 +209,7 @@ class _Reader:
                 f"{name} gave this process no sample: it is empty, or has fewer than there are processes."
             )
         if not usable:
-            raise ValueError(nothing_usable(self.config, number, fields))
+            raise ValueError(nothing_usable(self.config, number, fields, self.found))
 
     def _rows(self, epoch: int) -> Iterator[dict[str, Any]]:
         """Of this rank: its share of the shuffled files, or of the rows where the files do not divide."""

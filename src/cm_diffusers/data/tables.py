@@ -1,6 +1,7 @@
 """Texts and tables that users write: captions and prompts stay the texts they are, whatever they look like."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from pyarrow import csv, parquet
 from cm_diffusers.errors import read_text
 
 
+MARK = "\ufeff"  # that Windows puts before a text
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text, stripped; only a line break ends one.
+    """The lines of a text, stripped; only a line break ends one. Each may begin with a mark, of files put together.
 
     Raises:
         ValueError: As `read_text`.
     """
-    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
+    return [line.lstrip(MARK).strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 def read_table(path: Path, texts: Sequence[str]) -> pa.Table:
@@ -31,13 +33,17 @@ def read_table(path: Path, texts: Sequence[str]) -> pa.Table:
         texts: Columns that hold texts, even where all look like numbers or dates.
 
     Raises:
-        ValueError: Not UTF-8, a line that is no object, or a column of texts that holds something else beside them.
+        ValueError: Not UTF-8, a line that is no object, two columns of one name, or a column of texts that holds something else beside them.
         pyarrow.ArrowInvalid: Damaged.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return parquet.read_table(path)
-    return _from_csv(path, texts) if suffix == ".csv" else _from_json_lines(path, texts)
+        table = parquet.read_table(path)
+    else:
+        table = _from_csv(path, texts) if suffix == ".csv" else _from_json_lines(path, texts)
+    if twice := [name for name, number in Counter(table.column_names).items() if number > 1]:
+        raise ValueError(f"it has several columns named {', '.join(twice)}, give each a name of its own")
+    return table
 
 
 def _from_csv(path: Path, texts: Sequence[str]) -> pa.Table:

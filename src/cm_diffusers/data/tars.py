@@ -1,4 +1,7 @@
-"""WebDataset tar shards: samples are runs of members that share their name up to the first dot."""
+"""WebDataset tar shards: samples are runs of members that share their name up to the first dot.
+
+Where that dot is one of a name such as `bag 2.0.png`, they share it up to the last one.
+"""
 
 import glob
 import json
@@ -19,8 +22,10 @@ from cm_diffusers.data.file_names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, is_hi
 
 FIELDS = "__fields__"  # column that names what a sample holds, for error messages
 FAULT = "__fault__"  # column that says what of a sample is not read, although it seems meant to be
-TAR_ROWS = 2  # in the key of what `datasets` keeps: raise it when `tar_rows` changes
-READ_SUFFIXES = IMAGE_SUFFIXES | {*CAPTION_SUFFIXES, ".json"}
+TAR_ROWS = 3  # in the key of what `datasets` keeps: raise it when `tar_rows` changes
+TEXT_SUFFIXES = (*CAPTION_SUFFIXES, ".json")
+WORD = re.compile(r"[A-Za-z_]\w*(\.\w+)*")  # how a field's name begins that says what it holds, as in `depth.png`
+READ_SUFFIXES = IMAGE_SUFFIXES | {*TEXT_SUFFIXES}
 
 
 def tar_shards(pattern: str) -> list[str]:
@@ -100,30 +105,56 @@ def tar_rows(shards: list[str], image_column: str, caption_column: str) -> Itera
 
 
 def _rows_of(shard: str, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
+    def rows(key: str, members: dict[str, bytes]) -> Iterator[dict[str, Any]]:
+        for name, sample in _samples(key, members, image_column):
+            yield _row(name, sample, image_column, caption_column)
+
     key, members = None, {}
     with xopen(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             path = PurePosixPath(member.name)
-            name, _, field = path.name.partition(".")
-            if not (member.isfile() and field) or is_hidden(path):
+            if member.isdir() or is_hidden(path):
                 continue
+            name, _, field = path.name.partition(".")
             found = str(path.with_name(name))
-            if found != key and members:
-                yield _row(key, members, image_column, caption_column)
+            if found != key or field in members:
+                yield from rows(key, members)
                 members = {}
             key = found
-            wanted = field == image_column or _suffix(field) in READ_SUFFIXES
+            wanted = member.isfile() and (field == image_column or _suffix(field) in READ_SUFFIXES)
             members[field] = archive.extractfile(member).read() if wanted else b""
-    if members:
-        yield _row(key, members, image_column, caption_column)
+    yield from rows(key, members)
+
+
+def _samples(key: str, members: dict[str, bytes], image_column: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of one run: one, unless what follows the first dot belongs to their names.
+
+    It does where an image and a caption share it and it is no word, as in `bag 2.0.png`; or where several images have
+    captions of their own, as those of `mr.smith` and `mr.jones`, and nothing has the bare name.
+    """
+    groups: dict[str, dict[str, bytes]] = {}
+    for field, content in members.items():
+        inner, dot, suffix = field.rpartition(".")
+        groups.setdefault(inner, {})[suffix if dot else field] = content
+    with_image = {inner for inner, fields in groups.items() if any(_is_image(f, image_column) for f in fields)}
+    own = {inner for inner in with_image if any(_suffix(f) in TEXT_SUFFIXES for f in groups[inner])} - {""}
+    numbers = {inner for inner in groups if inner and not WORD.fullmatch(inner)}
+    apart = with_image if len(own) > 1 and "" not in groups else numbers if own & numbers else set()
+    if rest := {field: content for field, content in members.items() if field.rpartition(".")[0] not in apart}:
+        yield key, rest
+    yield from ((f"{key}.{inner}", fields) for inner, fields in groups.items() if inner in apart)
 
 
 def _suffix(field: str) -> str:
     return suffix_of(PurePosixPath(f".{field}")) or f".{field.lower()}"
 
 
+def _is_image(field: str, image_column: str) -> bool:
+    return field == image_column or _suffix(field) in IMAGE_SUFFIXES
+
+
 def _row(key: str, members: dict[str, bytes], image_column: str, caption_column: str) -> dict[str, Any]:
-    images = [field for field in members if field == image_column or _suffix(field) in IMAGE_SUFFIXES]
+    images = [field for field in members if _is_image(field, image_column)]
     images.sort(key=lambda field: field != image_column)
     record = {"bytes": members[images[0]], "path": f"{key}.{images[0]}"} if images else None
     metadata, faults = {}, []
@@ -132,9 +163,14 @@ def _row(key: str, members: dict[str, bytes], image_column: str, caption_column:
         if metadata is None:
             metadata, faults = {}, ["damaged .json files"]
     value = metadata.get(caption_column) or _text(members)
+    values = value if isinstance(value, list) else [value]
+    captions = [text for text in values if isinstance(text, str)]
     if value is None:
         faults.append("captions that are not UTF-8")
-    captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    elif any(not isinstance(text, str | None) for text in values):
+        faults.append("captions that are no texts")
+    if len(images) > 1 and images[0] != image_column:
+        faults.append("further images of a sample, whose first is read")
     fields = ", ".join(f"{f} ({', '.join(metadata)})" if metadata and _suffix(f) == ".json" else f for f in members)
     return {image_column: record, caption_column: captions, FIELDS: fields, FAULT: next(iter(faults), None)}
 
@@ -144,9 +180,10 @@ def _text(members: dict[str, bytes]) -> str | None:
     found = {_suffix(field): content for field, content in reversed(members.items())}
     content = next((found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found), b"")
     try:
-        return content.decode("utf-8-sig").strip()
+        text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         return None
+    return None if "\0" in text else text
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:

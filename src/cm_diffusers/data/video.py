@@ -53,7 +53,8 @@ class VideoDataConfig:
     )
     num_clips: int = HfArg(default=4800, help="With --moving_articles: number of clips.")
     dataset_split: str = HfArg(
-        default="train", help="Split of the Hub dataset, or the subfolder of that name in the local folder, if any."
+        default="train",
+        help="Split to read: of the Hub dataset, or of a local folder, as its folders and tables are called.",
     )
     video_column: str = HfArg(default="video", help="Column with the clips.")
     caption_column: str = HfArg(default="text", help="Column with a caption, or a list of captions to choose from.")

@@ -2,43 +2,67 @@
 
 import logging
 import os
+import re
 import sys
 import time
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
 from traceback import extract_tb
 from typing import NoReturn
 
-import diffusers
-import transformers
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 
 from cm_diffusers.engine.flag_names import OURS
 from cm_diffusers.engine.launcher import refuse_lone_processes
 from cm_diffusers.engine.recipes import with_recipes
-from cm_diffusers.engine.run_folder import refuse_inputs_inside
 from cm_diffusers.extras import check_installed
 from cm_diffusers.places import without_secrets
 from cm_diffusers.ranges import check_ranges
 
 
+HOME = re.compile(r"(?:^|(?<=[:,{]))~[\w.-]*(?=/|$)")  # somebody's, at the beginning of a path
 PATIENCE = 2.0  # seconds: a launcher ends the other processes within a fraction of one
 
 
 def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
-    """Parse the command line into one instance of each dataclass.
+    """Parse the command line into one instance of each dataclass, as `parse_words` does.
 
-    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win, and the recipe
-    gives way to them as `with_recipes` says. A config with a method `check` is asked whether the files that it names are
-    there, before anything is loaded.
+    A config with a method `check` is asked whether the files that it names are there, before anything is loaded.
 
     Args:
         configs: Dataclasses of flags.
         description: For --help.
         argv: Words to parse in place of the command line's; what they name need not be there, nor what they need installed.
+    """
+    parsed = parse_words(configs, description, argv)
+    refuse_lone_processes(trains=any(hasattr(config, "max_train_steps") for config in parsed))
+    for config in parsed:
+        if getattr(config, "overwrite_output_dir", False):
+            from cm_diffusers.engine.run_folder import refuse_inputs_inside
+
+            refuse_inputs_inside(config.output_dir, parsed)
+        if argv is None and hasattr(config, "check"):
+            config.check()
+    return parsed
+
+
+def parse_words(configs: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
+    """Words become one instance of each dataclass; no file that they name is looked for but recipes.
+
+    `--recipe NAME` reads flags from a file, found as `shipped` says; flags given on the command line win, and the recipe
+    gives way to them as `with_recipes` says.
+
+    Args:
+        configs: Dataclasses of flags.
+        description: For --help.
+        argv: Words to parse in place of the command line's.
+
+    Raises:
+        ValueError: A flag that is not there, a value that makes no sense, or one that needs what is not installed.
     """
     parser = make_parser(configs, description)
     *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -46,21 +70,31 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
     )
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
+    parsed = tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
     if argv is None:  # a run, not a look at what flags would mean
-        check_installed(parsed[: len(configs)])
-    for config in parsed[: len(configs)]:
+        check_installed(parsed)
+    for config in parsed:
+        _expand_home(config)
         check_ranges(config)
-    refuse_lone_processes(trains=any(hasattr(config, "max_train_steps") for config in parsed))
-    for config in parsed[: len(configs)]:
-        if getattr(config, "overwrite_output_dir", False):
-            refuse_inputs_inside(config.output_dir, parsed[: len(configs)])
-        if argv is None and hasattr(config, "check"):
-            config.check()
-    return tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
+    return parsed
+
+
+def _expand_home(config: object) -> None:
+    """`~` begins a path also where no shell has read it: in a recipe, in quotes, behind an equals sign or a reward's name."""
+
+    def expanded(value: object) -> object:
+        if isinstance(value, list):
+            return [expanded(item) for item in value]
+        return HOME.sub(lambda found: os.path.expanduser(found[0]), value) if isinstance(value, str) else value
+
+    for field in fields(config):
+        if (value := getattr(config, field.name)) != field.default:
+            setattr(config, field.name, expanded(value))
 
 
 def _advice(parser: ArgumentParser, unknown: list[str]) -> str:
-    known = [option for action in parser._actions for option in action.option_strings if len(option) > 2]
+    options = (option for action in parser._actions for option in action.option_strings)
+    known = [option for option in options if len(option) > 2 and "-" not in option[2:]]  # each has a twin with dashes
     names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     translated = [f"--{ours}" for name in names for ours in OURS.get(name[2:], "").split()]
     close = dict.fromkeys(name for name in translated if name in known)
@@ -93,11 +127,21 @@ def make_parser(configs: Sequence[type], description: str) -> HfArgumentParser:
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; errors this project raises about its input end it with their sentence alone."""
+    import diffusers
+    import transformers
+
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
-    try:
+    with in_one_sentence():
         main()
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """What this project raises about its input ends the process with its sentence alone."""
+    try:
+        yield
     except Exception as error:
         told = isinstance(error, FloatingPointError) or (isinstance(error, ValueError) and _raised_here(error))
         _take_turn(told)

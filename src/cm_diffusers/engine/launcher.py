@@ -3,9 +3,6 @@
 import os
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-
 
 DEFAULTS = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "compile": False}  # where nobody asks for more
 DYNAMO = {"MODE": "default", "USE_FULLGRAPH": "False", "USE_DYNAMIC": "False", "USE_REGIONAL_COMPILATION": "False"}
@@ -52,6 +49,9 @@ def refuse_lone_processes(trains: bool) -> None:
 
 
 def _joined() -> int:
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
 
 

@@ -98,7 +98,7 @@ def shipped(flag: str, name: str, suffix: str) -> Path:
         ValueError: There is neither.
     """
     folder = Path(sys.argv[0]).resolve().parent / "recipes"
-    places = (Path(name), folder / name, folder / f"{name}{suffix}")
+    places = (Path(name).expanduser(), folder / name, folder / f"{name}{suffix}")
     if found := next((place for place in places if place.is_file()), None):
         return found
     names = (path.stem for path in folder.glob(f"*{suffix}"))

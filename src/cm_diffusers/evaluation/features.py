@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from cm_diffusers.extras import FIDELITY, missing
@@ -24,6 +23,8 @@ class InceptionFeatures(nn.Module):
     """
 
     def __init__(self) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
         super().__init__()
         try:
             self.network = FrechetInceptionDistance(feature=2048).inception

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
@@ -27,6 +25,8 @@ class _Features(nn.Identity):
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to features (N, D) and (M, D), in float64; biased upwards in N, M."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(_Features(real.shape[1]))
     metric.update(real.cpu().double(), real=True)
     metric.update(fake.cpu().double(), real=False)
@@ -42,6 +42,8 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, subset_size:
         subsets: Number of random subsets (always the same ones).
         subset_size: Samples a subset, at most half of the smaller set: subsets that are the set itself do not differ.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     size = min(subset_size, min(len(real), len(fake)) // 2)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)

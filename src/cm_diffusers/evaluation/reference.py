@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import checked_folder
+from cm_diffusers.data.found import SHOWN, Found
 from cm_diffusers.data.preprocessing import View, decode_image, preprocess
-from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text
+from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text, row_name, source_name
 
 
 USUAL_SIDE = 512  # pixels, where nothing says how large images are
@@ -25,7 +26,10 @@ class ReferenceConfig:
     dataset_name: str | None = HfArg(default=None, help="Dataset id on the Hub.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
     train_data_dir: str | None = HfArg(default=None, help="Local folder of images with captions, or of parquet files.")
-    dataset_split: str = HfArg(default="train", help="Split of the Hub dataset, or subfolder of --train_data_dir.")
+    dataset_split: str = HfArg(
+        default="train",
+        help="Split to read: of the Hub dataset, or of a local folder, as its folders and tables are called.",
+    )
     image_column: str = HfArg(default="image", help="Column with the images.")
     caption_column: str = HfArg(
         default="text", help="Column with a caption, or a list of captions: the first is used."
@@ -84,16 +88,21 @@ class Reference:
         return self.captions
 
 
-def load_reference(config: ReferenceConfig, num_images: int | None = None) -> Reference:
+def load_reference(config: ReferenceConfig, num_images: int | None = None, captioned: bool = True) -> Reference:
     """Reads the first `num_images` rows (all when None), taking one of each class in turn where there are labels.
+
+    Args:
+        captioned: Whether rows without a caption are left out and named, where as many have one.
 
     Raises:
         ValueError: if there are fewer rows, or an image cannot be read.
     """
-    return load_references(config, num_images, 1)[0]
+    return load_references(config, num_images, 1, captioned)[0]
 
 
-def load_references(config: ReferenceConfig, num_images: int | None, most: int) -> list[Reference]:
+def load_references(
+    config: ReferenceConfig, num_images: int | None, most: int, captioned: bool = True
+) -> list[Reference]:
     """Up to `most` disjoint sets of `num_images` rows, as `load_reference` takes the first; as many as there are rows for.
 
     Raises:
@@ -102,39 +111,51 @@ def load_references(config: ReferenceConfig, num_images: int | None, most: int) 
     label = config.label_column
     known = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"}
     data = DataConfig(**known | {"resolution": USUAL_SIDE if config.resolution is None else config.resolution})
-    columns, missing = [label] if label else [], None
-    try:
-        rows = load_image_text(data, [config.caption_column, *columns])
-    except ValueError as error:  # what has no captions is a reference of pipelines that read none
-        rows, missing = load_image_text(data, columns), str(error)
-    size = num_images or len(rows)
+    rows, captions, missing = _read(config, data)
+    told = [row for row, texts in enumerate(captions) if texts] if captioned else []
+    size = num_images or len(told) or len(rows)
     if size > len(rows):
         raise ValueError(f"--num_images is {num_images} but the reference set holds {len(rows)} rows: ask for fewer.")
-    order = in_turns(rows[label][:] if label else [None] * len(rows))
-    count = min(most, len(rows) // size)
-    return [_take(rows, order[i * size : (i + 1) * size], config, data, missing) for i in range(count)]
-
-
-def _take(
-    rows: Dataset, order: list[int], config: ReferenceConfig, data: DataConfig, missing: str | None
-) -> Reference:
-    label, chosen = config.label_column, rows.select(order)
-    images = [
-        _pixels(row[config.image_column], data, i)
-        for i, row in zip(order, tqdm(chosen, "Real images", delay=1), strict=True)
-    ]
-    captions = None
-    if missing is None:
-        texts = [captions_of(value, config.caption_column) for value in chosen[config.caption_column]]
-        if empty := [row for row, found in zip(order, texts, strict=True) if not found]:
-            missing = (
-                f"Row {empty[0]} of the reference set has no caption, as {len(empty) - 1} others: leave them out."
-            )
-        else:
-            captions = [found[0] for found in texts]
+    labels = rows[label][:] if label else [None] * len(rows)
+    chosen = told if len(told) >= size else range(len(rows))
+    if bare := [row for row in range(len(rows)) if chosen is told and not captions[row]]:
+        found = Found(source_name(data), len(told))
+        names = [row_name(rows[row][config.image_column], row) for row in bare[:SHOWN]]
+        found.skip("images without a caption", names, len(bare))
+        found.report()
+    elif missing is None and not all(captions):
+        missing = f"Only {sum(map(bool, captions))} of {len(rows)} rows of the reference set have a caption: ask for no more."
+    order = [chosen[i] for i in in_turns([labels[row] for row in chosen])]
+    texts = None if missing else [captions[row][0] for row in order]
     names = getattr(rows.features[label], "names", None) if label else None
-    labels = chosen[label][:] if label else [None] * len(order)
-    return Reference(torch.stack(images), captions, labels, names, missing)
+    references = []
+    for start in range(0, size * min(most, len(order) // size), size):
+        part = slice(start, start + size)
+        images = [
+            _pixels(rows[row][config.image_column], data, row) for row in tqdm(order[part], "Real images", delay=1)
+        ]
+        prompts = None if texts is None else texts[part]
+        references.append(
+            Reference(torch.stack(images), prompts, [labels[row] for row in order[part]], names, missing)
+        )
+    return references
+
+
+def _read(config: ReferenceConfig, data: DataConfig) -> tuple[Dataset, list[list[str]], str | None]:
+    """The rows, the captions of each, and why there are none, if so: what has none serves pipelines that read none."""
+    columns, found = [config.label_column] if config.label_column else [], Found(source_name(data))
+    try:
+        rows = load_image_text(data, [config.caption_column, *columns], found)
+        captions, missing = [captions_of(value, config.caption_column) for value in rows[config.caption_column]], None
+        if not any(captions):
+            missing = f"No row of the reference set has a caption in its column {config.caption_column}: name another."
+    except ValueError as error:
+        found = Found(source_name(data))
+        rows, missing = load_image_text(data, columns, found), str(error)
+        captions = [[]] * len(rows)
+    if found.lines():
+        found.report()
+    return rows, captions, missing
 
 
 def in_turns(labels: Sequence[int | None]) -> list[int]:

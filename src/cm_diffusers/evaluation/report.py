@@ -6,12 +6,17 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
+from cm_diffusers.markdown import cell
 from cm_diffusers.measured import BASELINES, distance_name, run_name, too_few
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 Row = dict[str, str | int | float | None]
@@ -98,7 +103,9 @@ def filled_columns(rows: list[Row], columns: Mapping[str, tuple[str, str]]) -> s
     """A Markdown table of the columns, key -> heading and format, in which some row has a value."""
     keys = [key for key in columns if any(row.get(key) is not None for row in rows)]
     lines = [[columns[key][0] for key in keys], ["---"] + ["---:"] * (len(keys) - 1)]
-    lines += [["–" if row.get(key) is None else columns[key][1].format(row[key]) for key in keys] for row in rows]
+    lines += [
+        ["–" if row.get(key) is None else cell(columns[key][1].format(row[key])) for key in keys] for row in rows
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -111,7 +118,7 @@ def markdown_table(rows: list[Row], setting: Setting) -> str:
         f"{filled_columns(rows, columns)}\n\n"
         + "".join(f"**{warning}**\n\n" for warning in warnings)
         + f"{setting.num_images} images, seed {setting.seed}, extractor {setting.extractor}, "
-        f"reference {setting.reference}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
+        f"reference {cell(setting.reference)}. Coverage of real by real images: {setting.coverage_ceiling:.3f}. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
         "NFE counts steps: classifier-free guidance runs the network on both branches in each.\n"
     )
@@ -123,8 +130,10 @@ OF_SIZES = (
 )
 
 
-def plot(rows: list[Row], setting: Setting) -> Figure:
+def plot(rows: list[Row], setting: Setting) -> "Figure":
     """Fréchet distance to the data over steps, both logarithmic: one line per pipeline and guidance scale."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lines: dict[tuple, list[Row]] = {}
@@ -148,7 +157,7 @@ def plot(rows: list[Row], setting: Setting) -> Figure:
     return figure
 
 
-def warn_of_few(figure: Figure, count: int, what: str = "images") -> None:
+def warn_of_few(figure: "Figure", count: int, what: str = "images") -> None:
     """Says above a plot of Fréchet distances that these are too few, if they are."""
     if too_few(count):
         figure.suptitle(f"{count} {what}: too few for Fréchet distances to be compared", color="firebrick", fontsize=9)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.teachers import check_finite, first_line, load_stock
+from cm_diffusers.models.teachers import as_text_to_image, check_finite, first_line, load_stock
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.pipelines.lora import load_lora
@@ -54,6 +54,8 @@ def load_pipeline(
     else:
         pipe = load_stock(source, dtype, single_file_config if folder.is_file() else None)
         _as_recorded(pipe, source)
+        if _starts_from_image(pipe):
+            pipe = as_text_to_image(pipe)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     if lora is not None:
@@ -78,6 +80,13 @@ def pipeline_index(source: str) -> dict[str, Any]:
     if not isinstance(index, dict):
         raise ValueError(f"The model_index.json of {source!r} holds a {type(index).__name__}; get it anew.")
     return index
+
+
+def _starts_from_image(pipe: DiffusionPipeline) -> bool:
+    """Whether an index names another use, as image-to-image, of a network that needs no image."""
+    unet, asked = getattr(pipe, "unet", None), inspect.signature(pipe.__call__).parameters
+    takes_text = isinstance(unet, UNet2DConditionModel) and {"image", "prompt"} <= asked.keys()
+    return takes_text and unet.config.in_channels == pipe.vae.config.latent_channels
 
 
 def _as_recorded(pipe: DiffusionPipeline, source: str) -> None:

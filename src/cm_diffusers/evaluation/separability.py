@@ -17,6 +17,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.evaluation.candidates import Candidate, check_output
 from cm_diffusers.evaluation.reference import USUAL_SIDE, ReferenceConfig, load_reference
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
+from cm_diffusers.markdown import cell
 from cm_diffusers.models.vision_critic import FeatureNetwork, load_backbone
 from cm_diffusers.ranges import check_ranges
 
@@ -186,7 +187,7 @@ def write_ranking(config: RankingConfig, data: ReferenceConfig, rows: list[Separ
 def ranking_table(config: RankingConfig, rows: list[Separability]) -> str:
     """The rows in Markdown, and what their numbers depend on."""
     lines = ["| backbone | features | accuracy, % | cross-entropy |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {r.backbone} | {r.features} | {100 * r.accuracy:.1f} | {r.cross_entropy:.3f} |" for r in rows]
+    lines += [f"| {cell(r.backbone)} | {r.features} | {100 * r.accuracy:.1f} | {r.cross_entropy:.3f} |" for r in rows]
     error = 50 / config.num_images**0.5  # half of both kinds is held out: so many throws of a fair coin
     return "\n".join(lines) + (
         f"\n\nLinear probe on {config.num_images} real images, passed through the VAE, and as many of {config.pipeline}, "

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +19,12 @@ from cm_diffusers.evaluation.report import (
     warn_of_few,
     write_table,
 )
+from cm_diffusers.markdown import cell
 from cm_diffusers.measured import clips_of, too_few
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 COLUMNS = {  # key of a row -> heading and format
@@ -82,7 +86,7 @@ def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
         f"{filled_columns(rows, headed(COLUMNS, setting.extractor))}\n\n"
         + (f"**{few}**\n\n" if few else "")
         + f"{setting.num_clips} clips of {setting.num_frames} frames and {setting.resolution} px, seed "
-        f"{setting.seed}, extractor {setting.extractor}, reference {setting.reference}. Direction: at least "
+        f"{setting.seed}, extractor {setting.extractor}, reference {cell(setting.reference)}. Direction: at least "
         f"{setting.min_speed:g} px per frame; chance is 0.25 for clips that move and 0 for static ones. Static: mean frame "
         f"change below {setting.static_threshold:.4f}. Drifts: distance to the first frame, of features and of colours. "
         f"Speed on {setting.hardware}, {setting.dtype}, batch size {setting.batch_size}. "
@@ -90,8 +94,10 @@ def markdown_table(rows: list[Row], setting: VideoSetting) -> str:
     )
 
 
-def plot(rows: list[Row], setting: VideoSetting) -> Figure:
+def plot(rows: list[Row], setting: VideoSetting) -> "Figure":
     """Direction accuracy and Fréchet distances over steps: one line per pipeline and guidance scale, real ones dotted."""
+    from matplotlib.figure import Figure
+
     keys = [key for key in PLOTTED if any(row.get(key) is not None for row in rows)]
     sampled = [row for row in rows if row["num_inference_steps"] is not None]
     figure = Figure(figsize=(5 * len(keys), 4), layout="constrained")

@@ -15,7 +15,8 @@ from diffusers import (
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from cm_diffusers.models.stored import FLOATS, header
+from cm_diffusers.models.casting import dtype_of, read_cast
+from cm_diffusers.models.stored import FLOATS, TORCH_DTYPES, header
 
 
 UNET = "model.diffusion_model."
@@ -73,7 +74,7 @@ def load_single_file(
             f"{next(iter(entries), None)}; {_instead(entries)}."
         )
     guidance = next((name for name in GUIDANCE if name in entries), None)
-    pipe = _converted(path, tower, config)
+    pipe = _converted(path, tower, config, _cast_unet_weights(Path(path), entries, dtype_of("unet", dtype)))
     with safe_open(path, "pt") as file:
         if guidance:
             _embed_guidance(pipe.unet, file.get_tensor(guidance))
@@ -82,9 +83,8 @@ def load_single_file(
             says = {"prediction_type": kind}
         if ZERO_SNR in entries:
             says |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
     for name, network in _check_whole(path, pipe, entries).items():
-        network.to(dtypes.get(name, dtypes["default"]))  # one tensor after the other, from the mapped file
+        network.to(dtype_of(name, dtype))
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **says)
     return _latent_consistency_model(pipe) if guidance else pipe
 
@@ -109,12 +109,27 @@ def _embed_guidance(unet: UNet2DConditionModel, weight: Tensor) -> None:
     unet.register_to_config(time_cond_proj_dim=dim)
 
 
-def _converted(path: str | Path, tower: str, config: str | None) -> DiffusionPipeline:
+def _cast_unet_weights(path: Path, entries: dict[str, dict], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The network's, by the file's names; nothing where diffusers' own way casts nothing."""
+    names = [name for name in entries if name.startswith(UNET)]
+    alike = all(TORCH_DTYPES.get(entries[name]["dtype"]) == dtype for name in names)
+    return {} if alike else {name: read_cast(path, name, dtype) for name in names}
+
+
+def _converted(path: str | Path, tower: str, config: str | None, unet: dict[str, Tensor]) -> DiffusionPipeline:
+    """
+    Args:
+        unet: Weights of the network in place of the file's, if any.
+    """
     kind, origin = StableDiffusionXLPipeline if tower == OF_XL else StableDiffusionPipeline, config or CONFIGS[tower]
     known = kind._get_signature_keys(kind)[0]
-    unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in known}
+    parts = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in known}
+    options = {"config": origin, "time_cond_proj_dim": None}
     try:
-        return kind.from_single_file(str(path), config=origin, time_cond_proj_dim=None, **unused)
+        if unet:
+            dtype = next(iter(unet.values())).dtype
+            parts["unet"] = UNet2DConditionModel.from_single_file(unet, subfolder="unet", dtype=dtype, **options)
+        return kind.from_single_file(str(path), **options, **parts)
     except NotImplementedError as error:  # a weight has no value to be moved
         raise ValueError(f"{path} lacks weights of its network or VAE; get a whole checkpoint.") from error
     except OSError as error:  # of the Hub, its cache, or a folder

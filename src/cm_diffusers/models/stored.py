@@ -6,6 +6,7 @@ import struct
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -16,11 +17,12 @@ NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Counted instead of learnt, or of the other tower of a whole CLIP model, which the text tower may be stored with.
 UNUSED = re.compile(r"position_ids$|^logit_scale$|^vision_model\.|^visual_projection\.|^text_projection\.")
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of VAEs
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
+FLOATS = ("F64", *TORCH_DTYPES, "F8_E4M3", "F8_E5M2")
 WEIGHTS = re.compile(  # of diffusers and transformers; a variant stands before or after the number of a shard
     r"(?:(?:diffusion_)?pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+(?:\.(?P<after>[\w-]+))?)?"
     r"(?P<suffix>\.safetensors|\.bin)"
 )
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 OPTIONAL_PREFIX = "text_model."  # transformers from 5.6 on leaves it out
 
 
@@ -94,7 +96,7 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
             )
 
 
-def weight_files(folder: Path) -> dict[str | None, list[str]]:
+def weights_by_variant(folder: Path) -> dict[str | None, list[str]]:
     """Of a network's folder: suffixes of the weights by their variant, None for those without.
 
     `{None: [".safetensors"], "fp16": [".safetensors"]}`, where a pickle has ".bin".
@@ -108,7 +110,7 @@ def weight_files(folder: Path) -> dict[str | None, list[str]]:
 
 def only_variant(folders: Iterable[Path]) -> str | None:
     """The one variant in which all have safetensors that have none without a variant; None otherwise."""
-    found = [weight_files(folder) for folder in folders]
+    found = [weights_by_variant(folder) for folder in folders]
     safe = [{variant for variant in files if ".safetensors" in files[variant]} for files in found]
     variants = [of_one for of_one in safe if of_one and None not in of_one]
     common = set.intersection(*variants) if variants else set()
@@ -133,6 +135,16 @@ def header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
     return entries, metadata
 
 
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Of a network: those of the variant where it has such, in one piece or in shards; none if they are no safetensors."""
+    for suffix in (rf"\.{re.escape(variant)}", "") if variant else ("",):
+        shard = r"-\d+-of-\d+"
+        pattern = re.compile(rf"(diffusion_pytorch_)?model({suffix}({shard})?|{shard}{suffix})\.safetensors")
+        if files := [path for path in sorted(folder.glob("*.safetensors")) if pattern.fullmatch(path.name)]:
+            return files
+    return []
+
+
 def _is_of(network: nn.Module | None, folder: Path) -> bool:
     """Whether the folder's config is the network's: of clips, a pipeline makes the network from an image model's."""
     if network is None or not (folder / "config.json").is_file():
@@ -142,13 +154,9 @@ def _is_of(network: nn.Module | None, folder: Path) -> bool:
 
 
 def _stored(folder: Path, variant: str | None) -> dict[str, str] | None:
-    """Dtypes of the tensors of a network, by name; of its variant where it has that; None without such files."""
-    for suffix in (rf"\.{re.escape(variant)}", "") if variant else ("",):
-        shard = r"-\d+-of-\d+"
-        pattern = re.compile(rf"(diffusion_pytorch_)?model({suffix}({shard})?|{shard}{suffix})\.safetensors")
-        if files := [path for path in sorted(folder.glob("*.safetensors")) if pattern.fullmatch(path.name)]:
-            return {name: entry["dtype"] for path in files for name, entry in header(path)[0].items()}
-    return None
+    """Dtypes of the tensors of a network, by name; None without such files."""
+    files = weight_files(folder, variant)
+    return {name: entry["dtype"] for path in files for name, entry in header(path)[0].items()} if files else None
 
 
 def _plain(name: str) -> str:

@@ -4,13 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.models.casting import dtype_of, load_cast_unet
 from cm_diffusers.models.single_file import is_single_file, load_single_file
-from cm_diffusers.models.stored import check_stored, only_variant, weight_files
+from cm_diffusers.models.stored import check_stored, only_variant, weights_by_variant
 
 
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
@@ -53,6 +61,7 @@ def load_teacher(config: TeacherConfig, unet_dtype: torch.dtype = torch.float32)
     hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
     pipe = load_stock(path, dtype, config.single_file_config, **hub, **parts)
     _check_teacher(path, pipe)
+    pipe = as_text_to_image(pipe)
     pipe.set_progress_bar_config(disable=True)
     return frozen(pipe)
 
@@ -63,6 +72,22 @@ def frozen(pipe: DiffusionPipeline) -> DiffusionPipeline:
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def as_text_to_image(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The same parts in the stock text-to-image pipeline, without a ControlNet or the like.
+
+    An index may name what else a model was used for: image-to-image, inpainting by its text-to-image network, ControlNet.
+    """
+    of_words = LatentConsistencyModelPipeline if pipe.unet.config.time_cond_proj_dim else StableDiffusionPipeline
+    kind = StableDiffusionXLPipeline if is_xl(pipe.unet) else of_words
+    if type(pipe) in (kind, LatentConsistencyModelPipeline):
+        return pipe
+    modules, options = kind._get_signature_keys(kind)
+    parts = {name: getattr(pipe, name, None) for name in modules}
+    text = kind(**parts, **{name: pipe.config[name] for name in options if name in pipe.config})
+    text.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
+    return text
 
 
 def release_encoders(pipe: DiffusionPipeline) -> None:
@@ -105,8 +130,12 @@ def load_stock(
     if variant is None and Path(source).is_dir():
         variant = only_variant(path.parent for path in Path(source).glob("*/config.json"))
     try:
-        options = {"dtype": dtype, "revision": revision, "variant": variant}
-        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options, **parts)
+        where = {"revision": revision, "variant": variant}
+        here = Path(source).exists()
+        folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
+        cast = load_cast_unet(Path(folder), variant, dtype_of("unet", dtype))
+        options = {"dtype": dtype, **where, **cast, **parts}
+        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except LOADING_ERRORS as error:
         trouble = (
             "does not load" if Path(source).exists() else "is neither a pipeline folder here nor a Hub id within reach"
@@ -119,11 +148,27 @@ def load_stock(
 def _load_vae(path: str, variant: str | None) -> AutoencoderKL:
     """The variant of the teacher's weights where it has that, or the one that its folder has alone."""
     if Path(path).is_dir():
-        variant = variant if variant in weight_files(Path(path)) else only_variant([Path(path)])
+        variant = variant if variant in weights_by_variant(Path(path)) else only_variant([Path(path)])
     try:
-        return AutoencoderKL.from_pretrained(path, variant=variant, **LOADING)
+        return stored_vae(path, variant=variant)
     except LOADING_ERRORS as error:
         raise ValueError(f"--pretrained_vae_model_name_or_path {path} does not load: {first_line(error)}") from error
+
+
+def stored_vae(path: str, variant: str | None = None, **place: str) -> AutoencoderKL:
+    """
+    Args:
+        path: Folder or Hub id.
+        variant: Of the weights.
+        place: `subfolder`, if it is in one.
+
+    Raises:
+        ValueError: It is of another class, whose weights diffusers would replace by random ones.
+    """
+    kind = AutoencoderKL.load_config(path, **place).get("_class_name", AutoencoderKL.__name__)
+    if kind != AutoencoderKL.__name__:
+        raise ValueError(f"it is {kind}; give an AutoencoderKL")
+    return AutoencoderKL.from_pretrained(path, variant=variant, **place, **LOADING)
 
 
 def first_line(error: Exception) -> str:
@@ -140,15 +185,17 @@ def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
     unet, kind = getattr(pipe, "unet", None), type(pipe).__name__
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(f"{path} is a {kind} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
+    if unet.config.class_embed_type or unet.config.encoder_hid_dim_type:
+        raise ValueError(f"The UNet of {path} is told more than text by a {kind}; give a text-to-image pipeline.")
     wanted = ["vae", "text_encoder", *(["text_encoder_2"] if is_xl(unet) else [])]
     if missing := [name for name in wanted if getattr(pipe, name, None) is None]:
         raise ValueError(f"{path} is a {kind} without {' and '.join(missing)}; give a text-to-image pipeline.")
+    check_vae(path, pipe.vae)
     if unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ValueError(
             f"The UNet of {path} takes {unet.config.in_channels} channels and its VAE makes "
             f"{pipe.vae.config.latent_channels}; give a text-to-image pipeline, not one for inpainting or editing."
         )
-    check_vae(path, pipe.vae)
     if unet.config.time_cond_proj_dim:
         raise ValueError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
     check_finite(f"The teacher {path}", pipe)
@@ -179,7 +226,16 @@ def _is_broken(values: Tensor) -> bool:
     return not (values.float() if values.itemsize == 1 else values).isfinite().all()
 
 
-def check_vae(path: str, vae: AutoencoderKL) -> None:
+def check_vae(path: str, vae: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: It is none whose latents training draws and scales.
+    """
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(
+            f"The VAE of {path} is {type(vae).__name__}, whose latents training cannot draw; give a model with an "
+            "AutoencoderKL (of a teacher by --pretrained_vae_model_name_or_path, too)."
+        )
     if vae.config.get("latents_mean") or vae.config.get("latents_std"):
         raise ValueError(
             f"The VAE of {path} normalises every channel (latents_mean, latents_std in its config), which training does "

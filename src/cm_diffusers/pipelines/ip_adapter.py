@@ -1,5 +1,6 @@
 """Images as prompts (IP-Adapter, 2308.06721)."""
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput
@@ -7,6 +8,7 @@ from diffusers.models import ImageProjection
 from torch import Tensor
 
 from cm_diffusers.pipelines.latents import dtype_of
+from cm_diffusers.pipelines.pictures import check_values, readable
 from cm_diffusers.pipelines.starts import repeated
 
 
@@ -52,7 +54,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     """Unconditional and conditional embeddings, each (1, N, ...)."""
     if not isinstance(image, Tensor):
-        image = pipe.feature_extractor(image, return_tensors="pt").pixel_values
+        image = pipe.feature_extractor(_bytes(image), return_tensors="pt").pixel_values
     pixels = image.to(device, pipe.image_encoder.dtype)
     if isinstance(layer, ImageProjection):
         positive = pipe.image_encoder(pixels).image_embeds
@@ -60,6 +62,19 @@ def _encode(
     both = (pipe.image_encoder(x, output_hidden_states=True) for x in (torch.zeros_like(pixels), pixels))
     unconditional, conditional = (output.hidden_states[-2][None] for output in both)
     return unconditional, conditional
+
+
+def _bytes(image: PipelineImageInput) -> PipelineImageInput:
+    """PIL images as training sees them, and arrays in bytes: the feature extractor divides all by 255."""
+    if isinstance(image, list | tuple):
+        return [_bytes(one) for one in image]
+    if isinstance(image, Tensor):
+        return image
+    image = readable(image)
+    if not isinstance(image, np.ndarray):
+        return image
+    check_values(image, 0)
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _halves(embeds: Tensor, guided: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from cm_diffusers.models.stored import only_variant, weight_files
+from cm_diffusers.models.stored import only_variant, weights_by_variant
 from cm_diffusers.pipelines.lora import Source
 
 
@@ -113,7 +113,7 @@ def check_weight_files(source: Source, given: Mapping[str, Any]) -> str | None:
     parts = set(DiffusionPipeline.load_config(source)) - set(given)
     folders = [path.parent for path in sorted(Path(source).glob("*/config.json")) if path.parent.name in parts]
     variant = variant or only_variant(folders)
-    files = {folder.name: found for folder in folders if (found := weight_files(folder))}
+    files = {folder.name: found for folder in folders if (found := weights_by_variant(folder))}
     lacking = [name for name, found in files.items() if not _safe(found, (variant, None))]
     if lacking:
         others = sorted({other for name in lacking for other in files[name] if other and _safe(files[name], [other])})
@@ -133,7 +133,7 @@ def for_base(base: Source, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     The revision is not its own, and the variant only where it has that.
     """
     folders = [path.parent for path in Path(base).glob("*/config.json")] if Path(base).is_dir() else []
-    lacks = folders and not any(kwargs.get("variant") in weight_files(folder) for folder in folders)
+    lacks = folders and not any(kwargs.get("variant") in weights_by_variant(folder) for folder in folders)
     return {k: value for k, value in kwargs.items() if k != "revision" and not (k == "variant" and lacks)}
 
 

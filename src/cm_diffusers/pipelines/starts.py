@@ -1,9 +1,9 @@
 """Where sampling starts and what binds it: noise, an image, or an image with a mask."""
 
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cm_diffusers.pipelines.checks import check_channels, check_size, check_strength, image_size
 from cm_diffusers.pipelines.latents import Generators, encode
+from cm_diffusers.pipelines.pictures import check_values, readable, readable_mask
 from cm_diffusers.record import Record
 
 
@@ -86,6 +87,10 @@ class FromImage(FromNoise):
         check_strength(strength)
         self.image, self.strength = readable(image), strength
 
+    def check(self, pipe: DiffusionPipeline) -> None:
+        super().check(pipe)
+        check_values(self.image, pipe.vae.config.latent_channels)
+
     def size(self, pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
         """By default the image's size, rounded down to what the VAE can take.
 
@@ -142,13 +147,14 @@ class FromMaskedImage(FromImage):
 
     def __init__(self, image: PipelineImageInput, mask: PipelineImageInput, strength: float) -> None:
         super().__init__(image, strength)
-        mask = readable(mask)
+        mask = readable_mask(mask)
         array = isinstance(mask, np.ndarray | Tensor) and mask.ndim == 2
         self.mask_image = mask[None] if array else mask
 
     def check(self, pipe: DiffusionPipeline) -> None:
         channels, factor = pipe.vae.config.latent_channels, pipe.vae_scale_factor
         check_channels(pipe, (channels, 2 * channels + 1), "take the UNet of a text-to-image or an inpainting model")
+        check_values(self.image, channels)
         image, mask = image_size(self.image, factor, channels), image_size(self.mask_image, factor, -1)
         if tuple(image) != tuple(mask):
             raise ValueError(
@@ -168,7 +174,9 @@ class FromMaskedImage(FromImage):
         blends = pipe.unet.config.in_channels == template.shape[1]
         clean = self.encoded(pipe, pixels, template, generator) if blends or self.strength < 1 else None
         noise = draw(template, generator) if given is None else given.to(template)
-        self.mask = repeated(torch.nn.functional.interpolate(mask, template.shape[2:]), len(template)).to(template)
+        small = torch.nn.functional.interpolate(mask, template.shape[2:])
+        self._warn_lost(pipe, small, template)
+        self.mask = repeated(small, len(template)).to(template)
         self.known, self.noise, self.timesteps = (clean if blends else None), noise, timesteps
         self.extra = [] if blends else [self.mask, self._masked(pipe, pixels, mask, template, generator)]
         if self.strength == 1:
@@ -178,6 +186,18 @@ class FromMaskedImage(FromImage):
     def _mask(self, pipe: DiffusionPipeline, template: Tensor) -> Tensor:
         """(N, 1, H, W), 1 where the image is to change."""
         return preprocess(pipe.mask_processor, self.mask_image, template, pipe.vae_scale_factor)
+
+    def _warn_lost(self, pipe: DiffusionPipeline, small: Tensor, template: Tensor) -> None:
+        """A mask that is not black, but changes no latent pixel, is told."""
+        grey = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor, do_normalize=False)
+        brightest = preprocess(grey, self.mask_image, template, pipe.vae_scale_factor).amax((1, 2, 3))
+        lost = (brightest > 0) & (small.amax((1, 2, 3)) == 0)
+        if lost.any():
+            warnings.warn(
+                f"A mask changes nothing, though it is not black: its brightest place is {float(brightest[lost][0]):.2g} "
+                f"where white begins at 0.5, or its white places are smaller than {pipe.vae_scale_factor} pixels.",
+                stacklevel=2,
+            )
 
     def _masked(
         self, pipe: DiffusionPipeline, pixels: Tensor, mask: Tensor, template: Tensor, generator: Generators
@@ -199,27 +219,6 @@ class FromMaskedImage(FromImage):
 
 def sided(asked: Iterable[int | None], default: Iterable[int]) -> tuple[int, int]:
     return tuple(side if one is None else one for one, side in zip(asked, default, strict=True))
-
-
-def readable(image: PipelineImageInput) -> PipelineImageInput:
-    """PIL images as RGB, and arrays and tensors of bytes or booleans as floats in [0, 1].
-
-    Raises:
-        ValueError: They hold integers of another type.
-    """
-    if isinstance(image, list | tuple):
-        return [readable(one) for one in image]
-    if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, np.ndarray | Tensor):
-        return image
-    tensor = torch.as_tensor(image)
-    if tensor.is_floating_point():
-        return image
-    if tensor.dtype not in (torch.uint8, torch.bool):
-        raise ValueError(f"An image of integers must be uint8, from 0 to 255, got {tensor.dtype}; or use floats to 1.")
-    floats = tensor.float() / (255 if tensor.dtype == torch.uint8 else 1)
-    return floats.numpy() if isinstance(image, np.ndarray) else floats
 
 
 def draw(template: Tensor, generator: Generators) -> Tensor:

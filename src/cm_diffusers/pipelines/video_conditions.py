@@ -11,7 +11,8 @@ from torch import Tensor
 from cm_diffusers.models.image_to_video import skip_channels
 from cm_diffusers.pipelines.checks import image_size
 from cm_diffusers.pipelines.latents import dtype_of
-from cm_diffusers.pipelines.starts import readable, repeated
+from cm_diffusers.pipelines.pictures import check_values, readable
+from cm_diffusers.pipelines.starts import repeated
 
 
 Frames = Sequence[PipelineImageInput] | Tensor
@@ -55,7 +56,9 @@ def image_residuals(
         device: Where the networks run.
     """
     _check_size("image", image, pipe, shape)
-    pixels = VaeImageProcessor(do_resize=False).preprocess(readable(image)).to(device, dtype_of(pipe.vae))
+    seen = readable(image)
+    check_values(seen, 0)
+    pixels = VaeImageProcessor(do_resize=False).preprocess(seen).to(device, dtype_of(pipe.vae))
     posterior = pipe.vae.encode(pixels)
     latents = posterior.latent_dist.mode() if "latent_dist" in posterior else posterior.latents
     shift = pipe.vae.config.get("shift_factor") or 0.0
@@ -126,7 +129,9 @@ def _clips(pipe: DiffusionPipeline, frames: Frames, shape: Sequence[int]) -> Ten
         raise ValueError(f"There are {found} conditioning_frames for {count} frames; give one for each.")
     _check_size("conditioning_frames", frames, pipe, shape)
     clips = frames.flatten(0, -4) if isinstance(frames, Tensor) else list(frames)
-    pixels = VaeImageProcessor(do_resize=False, do_normalize=False).preprocess(readable(clips))
+    seen = readable(clips)
+    check_values(seen, 0)
+    pixels = VaeImageProcessor(do_resize=False, do_normalize=False).preprocess(seen)
     return repeated(pixels.unflatten(0, (-1, count)), batch).flatten(0, 1)
 
 

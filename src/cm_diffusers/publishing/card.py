@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from cm_diffusers.markdown import fenced
 from cm_diffusers.publishing.provenance import Provenance
 
 
@@ -49,9 +50,9 @@ def card(front: str, title: str, sections: Iterable[str]) -> str:
 
 def code_block(template: str, values: dict[str, object]) -> str:
     """Python code, in which `values` stand in the place of their names in braces."""
-    return f"```python\n{template.strip().format(**values)}\n```"
+    return fenced("python", template.strip().format(**values))
 
 
 def made_by(provenance: Provenance) -> str:
     """The code and the command line that repeat the training."""
-    return f"Code: cm_diffusers at `{provenance.commit}`.\n\n```bash\n{provenance.command}\n```"
+    return f"Code: cm_diffusers at `{provenance.commit}`.\n\n{fenced('bash', provenance.command)}"

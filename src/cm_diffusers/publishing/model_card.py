@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from huggingface_hub import ModelCardData
 
+from cm_diffusers.markdown import cell
 from cm_diffusers.measured import TEACHER, Measured, distance_name
 from cm_diffusers.places import public
 from cm_diffusers.publishing.card import EDM_METHODS, METHODS, TAGS, card, made_by
@@ -34,10 +35,12 @@ def model_card(
         measured = replace(measured, rows=[{**row, "guidance_scale": None} for row in measured.rows])
     title, how, paper = METHODS[f"{record.method}-lora" if lora else record.method]
     base, kind = public(record.base_model), Kind.of(record, provenance)
-    origin = f"{how} {_link(base, provenance)} with cm_diffusers, after {paper}, and trained on {provenance.data}"
+    origin = (
+        f"{how} {_link(base, provenance)} with cm_diffusers, after {paper}, and trained on {cell(provenance.data)}"
+    )
     if rewards := provenance.settings.get("rewards"):
-        origin += f", for {' + '.join(rewards)}"
-    alone = f"trained on {provenance.data} with cm_diffusers, after {paper}"
+        origin += f", for {cell(' + '.join(rewards))}"
+    alone = f"trained on {cell(provenance.data)} with cm_diffusers, after {paper}"
     steps = count(record.recommended_num_inference_steps)
     sections = [
         f"Makes {kind.makes} in about {steps}. It was {origin if base else alone}.",
@@ -54,7 +57,7 @@ def model_card(
         "\n".join(["| setting | value |", "|---|---|", *_rows(provenance.settings)]),
     ]
     front = _front(record, provenance, kind.task, measured)
-    return card(front.to_yaml(), f"{title} of {base or provenance.data}", sections)
+    return card(front.to_yaml(), f"{title} of {cell(base or provenance.data)}", sections)
 
 
 def _for_other_tools(file: str, record: Record) -> str:
@@ -151,7 +154,9 @@ def _measurements(measured: Measured) -> list[str]:
 def _rows(settings: dict[str, object]) -> list[str]:
     """Those that acted: of a LoRA not those of a full student, and the reverse."""
     idle = IDLE.get(settings.get("lora"), ())
-    return [f"| {name} | {value} |" for name, value in settings.items() if value is not None and name not in idle]
+    return [
+        f"| {name} | {cell(value)} |" for name, value in settings.items() if value is not None and name not in idle
+    ]
 
 
 def _caption(text: bool, measured: Measured | None) -> str:

@@ -3,6 +3,7 @@
 import json
 from typing import NamedTuple
 
+from cm_diffusers.markdown import cell
 from cm_diffusers.places import public
 from cm_diffusers.policy.policy import Policy
 from cm_diffusers.publishing.card import ANIMATELCM, TAGS, card, code_block, made_by
@@ -54,7 +55,7 @@ def tuned_card(method: str, provenance: Provenance, is_lora: bool, policy: Polic
     sampling = f"num_inference_steps={policy.num_steps}, guidance_scale={policy.guidance_scale:g}, eta={policy.eta:g}"
     values = {
         "base": public(provenance.settings["pretrained_student_model"]),
-        "rewards": ", ".join(map(str, provenance.settings["rewards"])),
+        "rewards": cell(", ".join(map(str, provenance.settings["rewards"]))),
         "sampling": sampling,
         **TUNED_BY[method],
     }
@@ -67,7 +68,7 @@ def _card(kind: Kind, provenance: Provenance, values: dict[str, object], origin:
         values: Of the names in the templates, beside the provenance's.
         origin: Lines of the front matter about licence and base model.
     """
-    values = {"name": provenance.name, "data": provenance.data} | values
+    values = {"name": provenance.name, "data": cell(provenance.data)} | values
     tags = ", ".join(kind.tags).format(**values)
     front = f"library_name: diffusers\npipeline_tag: {kind.task}\n{origin}tags: [{tags}]"
     below = [kind.below.format(**values)] if kind.below else []

@@ -23,6 +23,7 @@ from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, View, VPView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.recipes import shipped
+from cm_diffusers.errors import read_text
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import (
@@ -32,6 +33,7 @@ from cm_diffusers.models.teachers import (
     check_vae,
     load_stock,
     load_teacher,
+    stored_vae,
 )
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
@@ -247,10 +249,10 @@ def new_image_model(
 def load_vae(path: str) -> AutoencoderKL:
     """Of a folder or repository of its own, or of a pipeline's."""
     try:
-        vae = AutoencoderKL.from_pretrained(path, **LOADING)
+        vae = stored_vae(path)
     except (OSError, ValueError) as alone:
         try:
-            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **LOADING)
+            vae = stored_vae(path, subfolder="vae")
         except (OSError, ValueError):
             raise ValueError(f"--pretrained_vae {path} does not load: {str(alone).splitlines()[0]}") from alone
     check_vae(path, vae)
@@ -260,7 +262,7 @@ def load_vae(path: str) -> AutoencoderKL:
 def _new_unet(name: str, size: int, channels: int, num_classes: int | None) -> UNet2DModel:
     path = shipped("--unet_config", name, ".json")
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"--unet_config {path} cannot be read as JSON: {error}") from error
     derived = {"sample_size": size, "in_channels": channels, "out_channels": channels, "num_class_embeds": num_classes}

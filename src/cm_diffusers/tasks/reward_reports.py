@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
@@ -20,6 +20,10 @@ from cm_diffusers.rewards import Reward, load_reward
 from cm_diffusers.tasks.callbacks import ValidationConfig, has_ended, sample_grid
 from cm_diffusers.tasks.reward_runs import ImageScore, PromptConditions, Tuned
 from cm_diffusers.types import Loss
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 CURVES = "rewards"
@@ -182,8 +186,10 @@ def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Lo
     return callback
 
 
-def plot(rollouts: list[dict[str, float]], looks: list[dict[str, float]]) -> Figure:
+def plot(rollouts: list[dict[str, float]], looks: list[dict[str, float]]) -> "Figure":
     """Reward over passes of the network and over hours, and what the guard saw over steps."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     over_passes, over_time, watched = figure.subplots(1, 3)
     for axes, key, unit, label in (

@@ -19,6 +19,7 @@ from cm_diffusers.models.students import StudentConfig, frozen_copy
 from cm_diffusers.models.teachers import (
     SINGLE_FILE_CONFIG,
     TeacherConfig,
+    as_text_to_image,
     check_finite,
     check_vae,
     frozen,
@@ -107,7 +108,7 @@ def distill(
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
     batches = training_batches(data, generation, teacher, train.seed, *trainer.place)
-    if not _needs_encoders(student, data, validation, given.get(CriticConfig)):
+    if not needs_encoders(student, data, validation, given.get(CriticConfig)):
         release_encoders(teacher)
     result = "lora" if student.lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, result))
@@ -119,8 +120,11 @@ def distill(
     return publish(trainer, result, configs, describe, save, repo_id)
 
 
-def _needs_encoders(
-    student: StudentConfig, data: DataConfig, validation: ValidationConfig, judge: CriticConfig | None
+def needs_encoders(
+    student: StudentConfig | FinetuneConfig,
+    data: DataConfig,
+    validation: ValidationConfig,
+    judge: CriticConfig | None = None,
 ) -> bool:
     """Whether VAE or text towers are called after the cache is filled, or are part of the result."""
     judges_images = judge is not None and judge.critic == "vision"
@@ -147,6 +151,7 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     record = record or _inferred(path, pipe)
     refuse_contradiction(path, record, pipe.unet)
     check_finite(f"The student {path}", pipe)
+    pipe = as_text_to_image(pipe)
     pipe.scheduler = LCMScheduler.from_config({k: v for k, v in record.scheduler.items() if k != "_class_name"})
     return frozen(pipe), record
 
