@@ -23,6 +23,7 @@ from cm_diffusers.pipelines import (
 )
 from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
 from pipelines.test_loras import ours, random_lora, sampled
+from pipelines.test_pipelines import ip_adapter
 from pipelines.test_pipelines_video import control_net, motion_adapter
 from pipelines.test_pipelines_video import ours as our_clips
 
@@ -270,3 +271,14 @@ def test_when_guidance_of_clips_ends_each_keeps_its_prompt(callback) -> None:
     assert (both, one) == (4, 2)
     expected = pipe.encode_prompt(prompts)[0].repeat_interleave(2, dim=0)
     torch.testing.assert_close(others["encoder_hidden_states"], expected)
+
+
+def test_when_guidance_ends_ip_adapters_read_the_conditional_half() -> None:
+    stock = tiny_pipeline()
+    stock.load_ip_adapter(ip_adapter(stock.unet, 24), subfolder="", weight_name="", image_encoder_folder=None)
+    pipe, image = ConsistencyPipeline.from_pipe(stock), torch.randn(2, 1, 24)
+    options = {"prompt": ["a bag", "an ankle boot"], "ip_adapter_image_embeds": [image]}
+    (_, before), (one, after) = calls_of(pipe, SDCFGCutoffCallback(None, 0), **options)
+    (before,), (after,) = (others["added_cond_kwargs"]["image_embeds"] for others in (before, after))
+    assert (len(before), len(after), one) == (4, 2, 2)
+    torch.testing.assert_close(after, image[1:].expand(2, -1, -1))
