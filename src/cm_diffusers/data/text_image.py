@@ -44,7 +44,7 @@ def text_image_batches(
         device: where the VAE and the text towers run while the cache is filled.
 
     Returns:
-        A function from the number of the first batch to an endless iterator of batches: x0 (B, C, h, w),
+        A function from the number of the first batch to an endless iterator of batches with x0 (B, C, h, w),
         in `cond` what `encoders.encode_prompts` makes of a caption, in `uncond` of the empty prompt; with
         `encoders.micro_conditioning` also the images' `time_ids` (B, 6), the same in both; and the captions.
 

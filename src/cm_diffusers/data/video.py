@@ -132,7 +132,7 @@ def video_batches(
         control: Also give what is seen of the frames, as `control` (B, 3, F, H, W) in [0, 1].
 
     Returns:
-        A function from the number of the first batch to an endless iterator of batches: x0 (B, C, F, h, w), in `cond`
+        A function from the number of the first batch to an endless iterator of batches with x0 (B, C, F, h, w), in `cond`
         `encoder_hidden_states` (B, S, D) of each clip's caption, in `uncond` of the empty prompt; image latents and
         control are the same in both.
 
