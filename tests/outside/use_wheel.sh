@@ -23,11 +23,15 @@ python -m cm_diffusers.training.distill_lcm --help | grep --quiet -e --pretraine
 
 echo "use_wheel: a recipe by its name, as far as it goes without the Hub"
 if accelerate launch -m cm_diffusers.training.distill_lcm --recipe lcm_sd15 2> said; then false; fi
+grep --quiet --fixed-strings 'pip install "cm_diffusers[bnb]"' said || { cat said >&2; false; }
+data=$root/assets/fashion_captioned/train
+if accelerate launch -m cm_diffusers.training.distill_lcm --recipe lcm_sd15 --optimizer adamw --train_data_dir "$data" 2> said
+then false; fi
 grep --quiet "^error: .*stable-diffusion-v1-5.* nor a Hub id within reach" said || { cat said >&2; false; }
 
 echo "use_wheel: two steps of a distillation"
 accelerate launch -m cm_diffusers.training.distill_lcm --recipe lcm_demo \
-    --pretrained_teacher_model "$root/assets/fashion_teacher" --train_data_dir "$root/assets/fashion_captioned/train" \
+    --pretrained_teacher_model "$root/assets/fashion_teacher" --train_data_dir "$data" \
     --output_dir run --latent_cache_dir cache --max_train_samples 32 --train_batch_size 4 --max_train_steps 2 --lr_warmup_steps 0 \
     --lr_cooldown_steps 0
 grep --quiet '"command": "python -m cm_diffusers.training.distill_lcm ' run/pipeline/training.json
