@@ -34,7 +34,7 @@ from cm_diffusers.record import read_record
 def version_2(**components) -> StableDiffusionPipeline:
     tower = tiny_text_encoder()
     tower.config.hidden_act = "gelu"
-    for layer in tower.encoder.layers:
+    for layer in getattr(tower, "text_model", tower).encoder.layers:  # transformers 5.6 made CLIPTextModel flat
         layer.mlp.activation_fn = nn.GELU()
     return tiny_pipeline(text_encoder=tower, **components)
 
