@@ -133,7 +133,9 @@ def test_a_teacher_that_is_a_folder_is_no_hub_id() -> None:
 
 @pytest.mark.parametrize("provenance", [PROVENANCE_OF_IT, LORA], ids=["student", "lora"])
 def test_the_code_is_code(provenance: Provenance) -> None:
-    for code in re.findall(r"```python\n(.*?)```", model_card(RECORD, provenance), re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", model_card(RECORD, provenance), re.DOTALL)
+    assert blocks
+    for code in blocks:
         ast.parse(code)
 
 
