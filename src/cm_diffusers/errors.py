@@ -48,13 +48,17 @@ def writable(what: str, size: int = 0, advice: str = "make room, or name another
 
 
 @contextmanager
-def optional(what: str) -> Iterator[None]:
-    """Errors inside the block are a warning: it only shows something, and does not end a training."""
+def optional(what: str, told: str = "{} failed, and training goes on: {}") -> Iterator[None]:
+    """Errors inside the block are a warning: what lies in it is less than the training, or the weights.
+
+    Args:
+        told: The warning, with places for `what` and for the reason.
+    """
     try:
         yield
     except Exception as error:  # memory, a full disk, a server that is down ...
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        logger.warning("%s failed, and training goes on: %s: %s", what, type(error).__name__, reason)
+        logger.warning(told.format(what, f"{type(error).__name__}: {reason}"))
 
 
 def read_text(path: Path) -> str:

@@ -104,10 +104,11 @@ def _enter_describe(recorded: ModuleType) -> None:
 
 def _describe(pipe: "RecordedMixin", folder: Path, name: str) -> None:
     """What publishing, which builds on the pipelines, writes beside one that is saved."""
-    from cm_diffusers.publishing.folders import optional
+    from cm_diffusers.errors import optional
+    from cm_diffusers.publishing.folders import WITHOUT
     from cm_diffusers.publishing.saved import describe
 
-    with optional("Its card"):
+    with optional("Its card", WITHOUT):
         describe(pipe, folder, name)
 
 

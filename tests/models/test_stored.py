@@ -14,7 +14,7 @@ from tiny import tiny_pipeline
 
 from cm_diffusers import ConsistencyPipeline
 from cm_diffusers.evaluation.sampling import load_pipeline
-from cm_diffusers.models.stored import check_stored
+from cm_diffusers.models.stored import check_stored, header
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.record import read_record, write_record
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
@@ -105,3 +105,12 @@ def test_what_published_files_are_stored_with(tmp_path) -> None:
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
     save_file({"other": torch.ones(1)}, vae)
     check_stored(pipe, tmp_path, "fp16")  # of another network than the pipeline has
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x02", b"\x09" + bytes(7) + b"{", b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"\xff\xff"]
+)
+def test_a_header_that_is_none_is_one_sentence(tmp_path, content: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.safetensors is no whole safetensors file \(.+\); get it anew\.$"):
+        header(tmp_path / "a.safetensors")

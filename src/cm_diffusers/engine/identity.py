@@ -5,14 +5,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.stored import header
 from cm_diffusers.places import without_secrets
 from cm_diffusers.record import base_model_of, read_record
 
@@ -37,7 +39,6 @@ REVISIONS = {  # flag of a model -> that of its revision on the Hub
 CONFIG = re.compile(r"(?:.*_)?config\.json|model_index\.json")
 VOLATILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # of a config: what saving it may change
 SAMPLED = 4096  # bytes of every tensor
-MOST_HEADER = 100_000_000  # bytes, by the format
 
 
 def run_identity(objective: str, num_processes: int, *settings: object, **optims: object) -> dict:
@@ -125,25 +126,18 @@ def _settings(path: Path) -> str:
 
 
 def _tensors_fingerprint(path: Path) -> str:
-    """Name, type, shape and the middle of each."""
-    digest = hashlib.sha256()
+    """Name, type, shape and the middle of each; nothing of what is no such file."""
+    digest, entries = hashlib.sha256(), {}
+    with suppress(UserError):
+        entries, _ = header(path)
     with path.open("rb") as file:
-        for name, entry, start, end in _tensors(file):
+        first = 8 + int.from_bytes(file.read(8), "little")
+        for name, entry in sorted(entries.items()):
+            start, end = (first + offset for offset in entry["data_offsets"])
             file.seek(max(start, (start + end - SAMPLED) // 2))
             digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
             digest.update(file.read(min(SAMPLED, end - start)))
     return digest.hexdigest()
-
-
-def _tensors(file: BinaryIO) -> list[tuple[str, dict, int, int]]:
-    """Names, entries in the header, and places of the first and after the last byte; none of what is no such file."""
-    length = int.from_bytes(file.read(8), "little")
-    try:
-        header = json.loads(file.read(min(length, MOST_HEADER)))
-        found = sorted((name, entry) for name, entry in header.items() if name != "__metadata__")
-        return [(name, entry, *(8 + length + offset for offset in entry["data_offsets"])) for name, entry in found]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return []
 
 
 def _sha256(text: str) -> str:

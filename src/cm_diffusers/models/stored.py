@@ -131,6 +131,8 @@ def header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
             if length > path.stat().st_size:
                 raise UserError("its header is longer than the file")
             entries = json.loads(file.read(length))
+        if not isinstance(entries, dict):
+            raise UserError(f"its header holds a {type(entries).__name__}")
     except (ValueError, struct.error) as error:  # of the length, UTF-8 or JSON
         raise UserError(f"{path} is no whole safetensors file ({error}); get it anew.") from error
     metadata = entries.pop("__metadata__", {})

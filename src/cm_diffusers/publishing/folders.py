@@ -1,6 +1,5 @@
 """Writing results: whole or not at all, as safetensors, with record, provenance and card beside the weights."""
 
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -11,15 +10,14 @@ from pathlib import Path
 from diffusers import ModelMixin
 
 from cm_diffusers.engine.own_files import is_result_file, keep_foreign, remove
-from cm_diffusers.errors import writable
+from cm_diffusers.errors import optional, writable
 from cm_diffusers.pipelines.portable import forget_origin, sort_headers
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, is_path, write_provenance
 from cm_diffusers.record import Record, write_record
 
 
-logger = logging.getLogger(__name__)
-
+WITHOUT = "{} could not be written ({}); the result is published without it."
 SAMPLES = "samples.png"  # the last validation grid of the training
 
 
@@ -79,17 +77,8 @@ def write_result(
             write_record(_seen_from(folder, record), aside)
         if provenance is not None and (record or card):
             write_provenance(provenance, aside)
-            with optional("Its card"):
+            with optional("Its card", WITHOUT):
                 (aside / "README.md").write_text(card or _student_card(record, provenance, aside), "utf-8")
-
-
-@contextmanager
-def optional(what: str) -> Iterator[None]:
-    """Whatever fails inside is a warning: the weights, which took hours, are more than what lies beside them."""
-    try:
-        yield
-    except Exception as error:
-        logger.warning("%s could not be written (%r); the result is published without it.", what, error)
 
 
 def _seen_from(folder: Path, record: Record) -> Record:
@@ -104,7 +93,7 @@ def _student_card(record: Record, provenance: Provenance, folder: Path) -> str:
     """With the last grid in `samples/` beside the folder: that of the run that ends here."""
     grids = sorted((folder.parent / "samples").glob("step-*.png"))
     if grids:
-        with optional("Its sample grid"):
+        with optional("Its sample grid", WITHOUT):
             shutil.copyfile(grids[-1], folder / SAMPLES)
     return model_card(record, provenance, grid=SAMPLES if (folder / SAMPLES).is_file() else None)
 
