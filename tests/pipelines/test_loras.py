@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
 from cm_diffusers.models.ldm_layout import unet_name
-from cm_diffusers.pipelines import ConsistencyImg2ImgPipeline, ConsistencyPipeline
+from cm_diffusers.pipelines import ConsistencyImg2ImgPipeline, ConsistencyInpaintPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.lora import load_lora
 from pipelines.test_pipelines_loading import lora_folder, record
 from pipelines.test_pipelines_video import ours as our_clips
@@ -66,7 +66,9 @@ def kohya(state: dict[str, Tensor], rename=lambda path: path) -> dict[str, Tenso
 
 def sampled(pipe, **options) -> Tensor:
     options = {"num_inference_steps": 1, "output_type": "pt", "generator": torch.Generator().manual_seed(0), **options}
-    if isinstance(pipe, ConsistencyImg2ImgPipeline):
+    if isinstance(pipe, ConsistencyInpaintPipeline):
+        options |= {"mask_image": torch.ones(1, 1, 32, 32)}
+    if isinstance(pipe, ConsistencyImg2ImgPipeline | ConsistencyInpaintPipeline):
         options["image"] = torch.full((1, 3, 32, 32), 0.5)
     result = pipe("a photo of a bag", **options)
     return getattr(result, "images", None) if hasattr(result, "images") else result.frames
@@ -311,7 +313,7 @@ def student(folder: Path, cls=ConsistencyPipeline):
     return pipe
 
 
-@pytest.mark.parametrize("cls", [ConsistencyPipeline, ConsistencyImg2ImgPipeline, None])
+@pytest.mark.parametrize("cls", [ConsistencyPipeline, ConsistencyImg2ImgPipeline, ConsistencyInpaintPipeline, None])
 def test_a_students_lora_stays_on_beside_others_in_any_order(cls, folder: Path) -> None:
     pipe = student(folder, cls)
     options = {"num_frames": 2} if cls is None else {}
