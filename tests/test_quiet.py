@@ -3,6 +3,8 @@
 import inspect
 import logging
 
+import transformers
+from packaging.version import Version
 from transformers.utils import import_utils
 
 import cm_diffusers  # noqa: F401  (silences it)
@@ -15,7 +17,8 @@ def shown(text: str) -> bool:
 
 
 def test_only_what_no_user_can_act_on_is_silenced() -> None:
-    assert "requires torchvision (not installed); falling back" in inspect.getsource(import_utils)
+    if Version(transformers.__version__) >= Version("5.24"):  # of the constraints; older ones do not say it
+        assert "requires torchvision (not installed); falling back" in inspect.getsource(import_utils)
     assert import_utils.logger.name == TRANSFORMERS
     assert not shown(
         "`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil`"
