@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from scripts import run_script
 from toys import assert_same, forget_accelerate, source, tensors, toy_trainer
 
 from cm_diffusers.engine import launcher
@@ -106,6 +107,12 @@ def test_what_acts_is_what_is_recorded(tmp_path, monkeypatch) -> None:
 def test_fp16_needs_a_gpu(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"--mixed_precision fp16 needs a GPU, but this run is on cpu"):
         toy_trainer(tmp_path, mixed_precision="fp16")
+    with pytest.raises(
+        SystemExit, match=r"^error: --mixed_precision fp16 needs a GPU"
+    ):  # before the teacher, which is not there
+        run_script(
+            "distill_lcm", pretrained_teacher_model=tmp_path / "no", train_data_dir=tmp_path, mixed_precision="fp16"
+        )
 
 
 def test_processes_that_would_each_be_a_run_are_refused(monkeypatch) -> None:

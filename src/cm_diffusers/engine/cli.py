@@ -15,7 +15,7 @@ from typing import NoReturn
 from transformers.hf_argparser import HfArgumentParser
 
 from cm_diffusers.engine.flag_names import OURS
-from cm_diffusers.engine.launcher import refuse_lone_processes
+from cm_diffusers.engine.launcher import refuse_half_on_cpu, refuse_lone_processes
 from cm_diffusers.engine.recipes import with_recipes
 from cm_diffusers.errors import UserError
 from cm_diffusers.extras import check_installed
@@ -44,8 +44,10 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
             from cm_diffusers.engine.run_folder import refuse_inputs_inside
 
             refuse_inputs_inside(config.output_dir, parsed)
-        if argv is None and hasattr(config, "check"):
-            config.check()
+        if argv is None:
+            refuse_half_on_cpu(getattr(config, "mixed_precision", "no"))
+            if hasattr(config, "check"):
+                config.check()
     return parsed
 
 

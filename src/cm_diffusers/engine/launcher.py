@@ -50,11 +50,24 @@ def refuse_lone_processes(trains: bool) -> None:
         )
 
 
+def refuse_half_on_cpu(mixed_precision: str) -> None:
+    """
+    Raises:
+        ValueError: It is fp16 on a CPU, which would train in float32.
+    """
+    if mixed_precision == "fp16" and _state().device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU, but this run is on cpu: take bf16 or no.")
+
+
 def _joined() -> int:
+    return _state().num_processes
+
+
+def _state() -> Any:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def _asked(name: str, nothing: str) -> str | None:
