@@ -15,11 +15,11 @@ INTERVALS = {
     "[0, inf)": """
         adam_weight_decay critic_learning_rate diffusion_weight generation_guidance_scale guidance_scale guidance_scales huber_c
         kl_coef kl_in_advantage kl_weight l1_weight learning_rate mapping_b mapping_k r1_weight stop_diversity stop_held_out stop_kl
-        validation_guidance_scale
+        tangent_c validation_guidance_scale
     """,
     "(0, inf)": """
         adam_epsilon adv_clip adversarial_weight clip_range crop_zoom final_std lora_alpha p_std recommended_sigmas reward_weight rho robust_c
-        sigma_data sigma_max sigma_min timestep_scaling_factor
+        sigma_data sigma_max sigma_min tangent_step timestep_scaling_factor
     """,
     "(0, inf]": "max_grad_norm",
     "[1, inf)": "bucket_max_ratio q",
@@ -35,7 +35,7 @@ INTERVALS = {
         validation_steps
     """,
     "[0, 1000000000]": """
-        adversarial_ramp adversarial_start lr_cooldown_steps lr_warmup_steps stage_steps step test_samples train_samples
+        adversarial_ramp adversarial_start lr_cooldown_steps lr_warmup_steps stage_steps step tangent_warmup_steps test_samples train_samples
     """,
     "[1, 1000000]": """
         buffer_size discretization_s_0 discretization_s_1 latent_samples min_count num_classes num_clips num_ddim_timesteps
@@ -52,7 +52,7 @@ INTERVALS = {
     "[1, 1024]": """
         bucket_step frames_per_clip generation_steps inner_epochs latent_channels layers_per_block motion_max_seq_length
         motion_num_attention_heads norm_num_groups num_attention_heads num_crops num_frames num_inference_steps num_shown
-        num_starts reference_steps sample_stride solver_steps teacher_steps text_layers unet_layers_per_block validation_nfe
+        num_starts reference_steps sample_stride segments solver_steps teacher_steps text_layers unet_layers_per_block validation_nfe
         validation_teacher_steps
     """,
     "[2, 1024]": "guard_samples sample_n_frames",

@@ -49,22 +49,25 @@ BOUNDARY_SCALINGS: dict[str, Callable[[Tensor, float, float], tuple[Tensor, Tens
     "edm": lambda sigma, sigma_min, sigma_data: edm_scalings(sigma, sigma_data),
 }
 
-# c_noise, what a network is told of sigma: part of its architecture. "adm" as `CMStochasticIterativeScheduler`.
-NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "edm": lambda sigma: sigma.log() / 4,
-    "adm": lambda sigma: 1000 * torch.log(sigma + 1e-44) / 4,
+# (sigma, sigma_data) -> c_noise, what a network is told of sigma: part of its architecture. "adm" as
+# `CMStochasticIterativeScheduler`; "trigflow" is the time of sCM (2410.11081, Sec. 4.1), which ends at pi / 2.
+NOISE_CONDITIONINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "edm": lambda sigma, sigma_data: sigma.log() / 4,
+    "adm": lambda sigma, sigma_data: 1000 * torch.log(sigma + 1e-44) / 4,
+    "trigflow": lambda sigma, sigma_data: torch.atan(sigma / sigma_data),
 }
 
 
-def noise_condition(sigma: Tensor, kind: str) -> Tensor:
+def noise_condition(sigma: Tensor, kind: str, sigma_data: float = 0.5) -> Tensor:
     """c_noise `(B,)`: ln(sigma) / 4 for networks of EDM, 1000 times that for ADM's and diffusers' `UNet2DModel`.
 
     Args:
         kind: One of `NOISE_CONDITIONINGS`.
+        sigma_data: Of the data; "trigflow" depends on it.
     """
     if kind not in NOISE_CONDITIONINGS:
         raise UserError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
-    return NOISE_CONDITIONINGS[kind](exact(sigma))
+    return NOISE_CONDITIONINGS[kind](exact(sigma), sigma_data)
 
 
 def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple[Tensor, Tensor]:

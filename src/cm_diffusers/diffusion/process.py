@@ -106,19 +106,24 @@ class EDM:
 
 @dataclass(frozen=True)
 class TrigFlow:
-    """The process of sCM (2410.11081, Sec. 3.1), t in [0, pi/2], for data scaled to unit variance."""
+    """The process of sCM (2410.11081, Sec. 3.1): x = cos(t) x0 + sigma_data sin(t) noise, t in [0, pi / 2].
+
+    Data of standard deviation sigma_data have it at all times; `trigflow` sees networks in these coordinates.
+    """
+
+    sigma_data: float = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.cos(exact(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(exact(t))
+        return self.sigma_data * torch.sin(exact(t))
 
     def half_log_snr(self, t: Tensor) -> Tensor:
-        return -torch.log(torch.tan(exact(t)))
+        return -torch.log(self.sigma_data * torch.tan(exact(t)))
 
     def time_at(self, half_log_snr: Tensor) -> Tensor:
-        return torch.atan(torch.exp(-exact(half_log_snr)))
+        return torch.atan(torch.exp(-exact(half_log_snr)) / self.sigma_data)
 
 
 @dataclass(frozen=True)

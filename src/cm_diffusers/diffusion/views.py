@@ -35,7 +35,7 @@ class EDMView:
 
     Attributes:
         sigma_data: Standard deviation of the data.
-        noise_conditioning: "edm" or "adm", see `noise_condition`; part of the architecture.
+        noise_conditioning: "edm", "adm" or "trigflow", see `noise_condition`; part of the architecture.
     """
 
     sigma_data: float
@@ -52,7 +52,7 @@ class EDMView:
     def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
         """F `(B, ...)`, float32."""
         shown = append_dims(input_scaling(sigma, self.sigma_data), x) * x
-        told = as_like(noise_condition(sigma, self.noise_conditioning), x)
+        told = as_like(noise_condition(sigma, self.noise_conditioning, self.sigma_data), x)
         return network(shown, told, **unet_arguments(cond), return_dict=False)[0].float()
 
 

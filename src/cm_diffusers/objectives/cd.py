@@ -12,10 +12,10 @@ from cm_diffusers.diffusion.distances import l1, l2, load_lpips, perceptual
 from cm_diffusers.diffusion.guidance import Denoiser, guide
 from cm_diffusers.diffusion.preconditioning import cm_scalings
 from cm_diffusers.diffusion.process import EDM, append_dims
+from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import heun_step
 from cm_diffusers.diffusion.times import karras_grid, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas, edm_denoiser
-from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress

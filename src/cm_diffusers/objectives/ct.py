@@ -11,9 +11,9 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.diffusion.distances import l1, l2, load_lpips, perceptual
 from cm_diffusers.diffusion.preconditioning import cm_scalings
 from cm_diffusers.diffusion.process import append_dims
+from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.times import karras_grid, sample_neighbours, square_root_decay, square_root_intervals
 from cm_diffusers.diffusion.views import View, check_sigmas
-from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress

@@ -10,9 +10,9 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.diffusion.distances import pseudo_huber
 from cm_diffusers.diffusion.preconditioning import edm_scalings
 from cm_diffusers.diffusion.process import append_dims, as_like
+from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.times import easy_ratio, sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas
-from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.dropout import has_dropout
 from cm_diffusers.ranges import check_ranges

@@ -9,9 +9,9 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.diffusion.distances import huber_c, pseudo_huber
 from cm_diffusers.diffusion.preconditioning import cm_scalings
 from cm_diffusers.diffusion.process import append_dims, as_like
+from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas
-from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 

@@ -12,9 +12,9 @@ from cm_diffusers.diffusion.distances import DISTANCES
 from cm_diffusers.diffusion.guidance import guidance_embedding, guide
 from cm_diffusers.diffusion.preconditioning import lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
+from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import SOLVERS
 from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
-from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 

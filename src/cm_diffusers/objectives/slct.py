@@ -12,9 +12,9 @@ from cm_diffusers.diffusion.coupling import load_pot, transport, transport_in_cl
 from cm_diffusers.diffusion.distances import cauchy, cauchy_c, l2, pseudo_huber
 from cm_diffusers.diffusion.preconditioning import cm_scalings
 from cm_diffusers.diffusion.process import append_dims, as_like
+from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.times import doubling_intervals, karras_grid, lognormal_probabilities, sample_neighbours
 from cm_diffusers.diffusion.views import View, check_sigmas
-from cm_diffusers.engine.rng import rewind_rng
 from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress

@@ -12,6 +12,7 @@ SCOTT = "[SCott](https://arxiv.org/abs/2403.01505)"
 RLCM = "[RLCM](https://arxiv.org/abs/2404.03673)"
 REWARD_GRADIENTS = "[RG-LCD](https://arxiv.org/abs/2403.11027), [DRaFT](https://arxiv.org/abs/2309.17400)"
 CM = "[Consistency Models](https://arxiv.org/abs/2303.01469)"
+SCM = "[sCM](https://arxiv.org/abs/2410.11081)"
 ANIMATELCM = "[AnimateLCM](https://arxiv.org/abs/2402.00769)"
 EDM_METHODS = {  # in EDM's coordinates
     "cd": ("Consistency model (CD)", "distilled from", CM),
@@ -19,6 +20,8 @@ EDM_METHODS = {  # in EDM's coordinates
     "ict": ("Consistency model (iCT)", "tuned from", "[iCT](https://arxiv.org/abs/2310.14189)"),
     "slct": ("Latent consistency model (sLCT)", "tuned from", "[sLCT](https://arxiv.org/abs/2502.01441)"),
     "ect": ("Consistency model (ECT)", "tuned from", "[ECT](https://arxiv.org/abs/2406.14548)"),
+    "sct": ("Continuous-time consistency model (sCT)", "tuned from", SCM),
+    "scd": ("Continuous-time consistency model (sCD)", "distilled from", SCM),
     "edm": ("Diffusion model in EDM's coordinates", "tuned from", "[EDM](https://arxiv.org/abs/2206.00364)"),
 }
 METHODS = {  # method of the record, with "-lora" where that is so -> title, how, paper

@@ -60,9 +60,11 @@ class EDMKind:
             )
 
     def times(self, sigmas: Tensor) -> Tensor:
-        return noise_condition(sigmas, self.noise_conditioning)
+        return noise_condition(sigmas, self.noise_conditioning, self.sigma_data)
 
     def sigmas(self, times: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return self.sigma_data * torch.tan(times)
         return torch.exp(times / self.times(torch.tensor(math.e, dtype=torch.float64)))
 
     def shown(self, sigma: Tensor) -> Tensor:

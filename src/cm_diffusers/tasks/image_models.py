@@ -69,8 +69,9 @@ class NewModelConfig:
         "channels follow the data."
     )
     sigma_data: float = HfArg(default=0.5, help="Standard deviation of the data; latents are scaled to it.")
-    noise_conditioning: Literal["adm", "edm"] = HfArg(
-        default="adm", help="What the network is told of sigma: adm, 250 ln sigma; edm, ln sigma / 4."
+    noise_conditioning: Literal["adm", "edm", "trigflow"] = HfArg(
+        default="adm",
+        help="What the network is told of sigma: adm, 250 ln sigma; edm, ln sigma / 4; trigflow, atan(sigma / sigma_data).",
     )
     pretrained_vae: str | None = HfArg(
         default=None, help="Folder or Hub id of an AutoencoderKL, to train on its latents; pixels if not given."

@@ -17,6 +17,7 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
+from cm_diffusers.models.time_weight import without_weight
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.images import images_record, network_of
 from cm_diffusers.publishing.pipelines import save_pipeline
@@ -117,7 +118,7 @@ def train_images(
         refuse_changed(train, "ema_decay", f"with {name}: it has no averaged target, or one on a schedule")
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     resolution = None if model.pipe is None else data.resolution
-    grids = image_grids(validation, lambda unet: model.sampler(unet, scheduler), scheduler, resolution)
+    grids = image_grids(validation, lambda unet: model.sampler(without_weight(unet), scheduler), scheduler, resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
     batches = model.batches(data, classes, train.seed, *trainer.place)
@@ -128,7 +129,7 @@ def train_images(
     describe = partial(describe_run, configs, model.pipe, base, source_name(data), num_classes=known)
 
     def save(unet: nn.Module, folder: Path, provenance: Provenance) -> None:
-        pipe = model.pipeline(unet, scheduler)
+        pipe = model.pipeline(without_weight(unet), scheduler)
         record = images_record(name, base or "", guidance, w, pipe.scheduler, steps)
         record = replace(record, resolution=data.resolution)
         save_pipeline(pipe, folder, result.save_fp16, record, provenance)
