@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from cm_diffusers.diffusion.distances import DISTANCES, huber, l2
 from cm_diffusers.diffusion.rng import rewind_rng
-from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
+from cm_diffusers.engine.rng import seed_everything
 
 
 CPU = torch.device("cpu")
