@@ -20,7 +20,7 @@ from torch import Tensor
 from cm_diffusers.diffusion.denoisers import unet_arguments
 from cm_diffusers.diffusion.guidance import ConditionalDenoiser, Conditions
 from cm_diffusers.diffusion.preconditioning import NOISE_CONDITIONINGS, noise_condition
-from cm_diffusers.diffusion.process import Prediction, Process, append_dims, as_like, exact
+from cm_diffusers.diffusion.process import DiscreteVP, Prediction, Process, append_dims, as_like, exact
 from cm_diffusers.diffusion.views import EDMView, VPView
 from cm_diffusers.errors import UserError
 
@@ -99,6 +99,16 @@ class TrigFlowView:
             return cls(view.sigma_data, "edm", view.noise_conditioning)
         return cls(view.sigma_data, view.prediction_type, "own", view.with_signal)
 
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The least and greatest sigma that the network knows."""
+        if not isinstance(self.process, DiscreteVP):
+            return 0.0, math.inf
+        low, high = torch.exp(
+            -self.process.half_log_snr(torch.tensor([0, self.process.num_train_timesteps - 1]))
+        ).tolist()
+        return low, high
+
     def told(self, t: Tensor) -> Tensor:
         """What the network is told of times `(B,)`, in float64."""
         t = exact(t)
@@ -107,7 +117,7 @@ class TrigFlowView:
         sigma = self.sigma_data * torch.tan(t)
         if self.conditioning == "own":
             return self.process.time_at(-sigma.log()) * self.time_scale
-        return noise_condition(sigma, self.conditioning)
+        return noise_condition(sigma, self.conditioning, self.sigma_data)
 
     def conversion(self, t: Tensor) -> Conversion:
         t = exact(t)

@@ -14,6 +14,7 @@ from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.tangent import TANGENTS, forward_ad, step_of
 from cm_diffusers.diffusion.times import sample_lognormal
 from cm_diffusers.diffusion.trigflow import TrigFlowView, trigflow_denoiser, velocity
+from cm_diffusers.diffusion.views import check_sigmas
 from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
@@ -94,6 +95,7 @@ class SCMObjective:
         w: tuple[float, float] = (0.0, 0.0),
         guidance_embedding_dim: int | None = None,
     ) -> None:
+        check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view, self.w, self.guidance_embedding_dim = config, view, w, guidance_embedding_dim
         self.process, self.t_max = TrigFlow(view.sigma_data), math.atan(config.sigma_max / view.sigma_data)
         self.players = {"student": self}
