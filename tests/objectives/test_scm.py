@@ -169,7 +169,7 @@ def test_data_tells_on_average_what_the_teacher_does():
     of_teacher = objective().tangent(student, {}, x, t, velocity(data.predict(process, x, t), t, D), 1.0)
     error = of_data.std().item() / n**0.5
     assert of_data.mean().item() == pytest.approx(of_teacher.item(), abs=4 * error)
-    assert error < 0.01 * abs(of_teacher.item())
+    assert error < 0.05 * abs(of_teacher.item())
 
 
 @pytest.mark.parametrize("segments", [2, 4])
