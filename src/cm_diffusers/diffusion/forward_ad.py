@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from cm_diffusers.errors import UserError
 
 
-SCORES = 2**24  # scores of attention that are computed at once, some temporaries of 64 MiB
+SCORES = 2**23  # scores of attention that are computed at once: some temporaries of 32 MiB
 
 
 @contextmanager
@@ -73,7 +73,10 @@ def attention(
         ValueError: It drops weights out, for which the kernels draw different masks.
     """
     if dropout_p:
-        raise UserError(f"Attention drops out {dropout_p} of its weights, not alike in all kernels: set this to 0.")
+        raise UserError(
+            f"Attention drops out {dropout_p} of its weights, not alike in all kernels: set this to 0, or give --tangent "
+            "central."
+        )
     n, m = query.shape[-2], key.shape[-2]
     rows = max(1, scores * n // (query[..., :1].numel() * m))
     if is_causal and rows < n:
@@ -106,4 +109,3 @@ class _Passable(TorchFunctionMode):
         self, function: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self.replaced.get(function, function)(*args, **(kwargs or {}))
-
