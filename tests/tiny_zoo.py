@@ -33,14 +33,17 @@ def with_lora() -> ModelMixin:
 
 
 def motion() -> UNetMotionModel:
-    sizes = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
-    heads = {"num_attention_heads": 2, "motion_num_attention_heads": 2, "motion_max_seq_length": 8}
     return UNetMotionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=8,
         down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"),
         up_block_types=("CrossAttnUpBlockMotion", "UpBlockMotion"),
-        cross_attention_dim=16,
-        **sizes,
-        **heads,
     )
 
 
