@@ -19,7 +19,7 @@ INTERVALS = {
     """,
     "(0, inf)": """
         adam_epsilon adv_clip adversarial_weight clip_range crop_zoom final_std lora_alpha p_std recommended_sigmas reward_weight rho robust_c
-        sigma_data sigma_max sigma_min tangent_step timestep_scaling_factor
+        sigma_data sigma_max sigma_min tangent_step time_range timestep_scaling_factor
     """,
     "(0, inf]": "max_grad_norm",
     "[1, inf)": "bucket_max_ratio q",

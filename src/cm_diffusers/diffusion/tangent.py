@@ -1,38 +1,23 @@
 """Derivatives of networks along a direction (dx, dt), forward: dF = dF/dx dx + dF/dt dt.
 
 A function is (x, t) -> F with x `(B, ...)` and floating t `(B,)`, where no sample depends on another. All kinds give
-(F, dF), without a graph, and draw the same dropout masks in each of their passes.
+(F, dF), without a graph, and draw the same dropout masks in each of their passes, as does the next pass if the caller
+rewinds the random state (`rewind_rng`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cm_diffusers.diffusion.forward_ad import forward_ad, full_precision
 from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.rng import rewind_rng
+from cm_diffusers.errors import UserError
 
 
 Function = Callable[[Tensor, Tensor], Tensor]
-
-
-@contextmanager
-def forward_ad(network: nn.Module) -> Iterator[None]:
-    """Within it torch's forward-mode AD passes through the network."""
-
-    def contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].contiguous(), *args[1:])
-
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
-    hooks = [norm.register_forward_pre_hook(contiguous) for norm in norms]
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def jvp(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +51,57 @@ def semi(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Te
 
 
 TANGENTS = {"jvp": jvp, "central": central, "one_sided": one_sided, "semi": semi}
+DIFFERENCES = ("central", "one_sided")  # which need no forward-mode AD
+
+
+def derivative(
+    kind: str, network: nn.Module, function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(F, dF) by one of `TANGENTS`, in full precision whatever autocast the network runs under otherwise.
+
+    Args:
+        network: That `function` calls, also within wrappers of accelerate, and compiled.
+
+    Raises:
+        ValueError: Times are integers, or something is in half precision; or forward-mode AD does not pass a module.
+    """
+    check_precision(network, x, t)
+    try:
+        with torch.no_grad(), (full_precision if kind in DIFFERENCES else forward_ad)(network):
+            return TANGENTS[kind](function, x, t, dx, dt, h)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or kind in DIFFERENCES:
+            raise
+        with torch.no_grad(), full_precision(network):
+            function(x, t)  # which tells what else is wrong
+        raise UserError(
+            f"Forward-mode AD stops at {stop_of(error, network)}, where torch says: {_first_sentence(error)}; give "
+            "--tangent central."
+        ) from error
+
+
+def check_precision(network: nn.Module, x: Tensor, t: Tensor) -> None:
+    """
+    Raises:
+        ValueError: Times are integers, or samples or weights in half precision.
+    """
+    if not t.is_floating_point():
+        raise UserError(f"A derivative needs times that are floating, but these are {t.dtype}: give t.double().")
+    values = {"the samples": x, **dict(network.named_parameters())}
+    for name, value in values.items():
+        if value.is_floating_point() and value.dtype.itemsize < 4:
+            raise UserError(
+                f"A derivative needs float32, but {name} of {type(network).__name__} is {value.dtype}: keep all weights in "
+                "float32, without --cast_teacher_unet; --mixed_precision may stay."
+            )
+
+
+def stop_of(error: BaseException, network: nn.Module) -> str:
+    """Name and class of the innermost module of the network that an error comes from."""
+    names = {id(module): name for name, module in network.named_modules()}
+    inside = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [module for module in inside if id(module) in names]
+    return f"{names[id(found[-1])] or 'the network'} ({type(found[-1]).__name__})" if found else "the network"
 
 
 def step_of(told: Callable[[Tensor], Tensor], t: Tensor, dt: Tensor, native: float) -> Tensor:
@@ -76,3 +112,7 @@ def step_of(told: Callable[[Tensor], Tensor], t: Tensor, dt: Tensor, native: flo
 def _moved(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Tensor) -> Tensor:
     with rewind_rng(x.device):
         return function(x + append_dims(h, x) * dx, t + h * dt)
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].split(". ")[0].rstrip(".;")

@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.diffusion.guidance import guidance_embedding, guide
 from cm_diffusers.diffusion.process import Prediction, TrigFlow, append_dims, as_like, diffuse
 from cm_diffusers.diffusion.rng import rewind_rng
-from cm_diffusers.diffusion.tangent import TANGENTS, forward_ad, step_of
+from cm_diffusers.diffusion.tangent import TANGENTS, derivative, step_of
 from cm_diffusers.diffusion.times import sample_lognormal
 from cm_diffusers.diffusion.trigflow import TrigFlowView, trigflow_denoiser, velocity
 from cm_diffusers.diffusion.views import check_sigmas
@@ -134,8 +134,8 @@ class SCMObjective:
         def function(x: Tensor, t: Tensor) -> Tensor:
             return self.view(student, x, t, cond)
 
-        with forward_ad(student):
-            output, slope = TANGENTS[self.config.tangent](function, x, t, append_dims(share, x) * dx, share, h)
+        kind, moved = self.config.tangent, append_dims(share, x) * dx
+        output, slope = derivative(kind, student, function, x, t, moved, share, h)
         return -append_dims(cos**2, x) * (d * output - dx) - r * (append_dims(share, x) * x + d * slope)
 
     def guided(self, batch: Batch, nets: Networks) -> tuple:
