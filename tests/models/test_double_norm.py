@@ -67,9 +67,7 @@ def test_all_blocks_have_it_once_with_their_own_weights() -> None:
     plain, unet = unet2d(), normed()
     assert double_normed(unet) is unet
     layers = [block.time_emb_proj for block in unet.modules() if isinstance(block, ResnetBlock2D)]
-    assert (
-        len(layers) == 9
-    )  # two in each of four blocks but the first two, which have one and a downsampler; two in the middle
+    assert len(layers) == 8  # one in each block on the way down, two in each on the way up, two in the middle
     assert {type(layer) for layer in layers} == {NormalizedScaleShift}
     assert {name: value.tolist() for name, value in unet.state_dict().items()} == {
         name: value.tolist() for name, value in plain.state_dict().items()
