@@ -31,6 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
+from cm_diffusers.models.double_norm import double_normed
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 
@@ -101,7 +102,7 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
                 f"Zero-shot editing holds pixels fast, and this network of {unet.config.in_channels} channels sees none; "
                 "take a consistency model of pixels."
             )
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=double_normed(unet), scheduler=scheduler)
         how = {"do_resize": False, "vae_scale_factor": 1}
         colored = unet.config.in_channels == 3
         self.image_processor = VaeImageProcessor(do_convert_rgb=colored, do_convert_grayscale=not colored, **how)

@@ -33,6 +33,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from cm_diffusers.models.double_norm import double_normed
 from cm_diffusers.pipelines.latents import decode, dtype_of
 from cm_diffusers.pipelines.pipeline_consistency_images import _drawn
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
@@ -74,7 +75,7 @@ class PortableImagesPipeline(DiffusionPipeline):
         record: dict | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=double_normed(unet), scheduler=scheduler, vae=vae)
         statistics = {"latents_mean": latents_mean, "latents_std": latents_std, "sigma_data": sigma_data}
         self.register_to_config(**statistics, record=record)
         self.image_processor = VaeImageProcessor()

@@ -38,10 +38,11 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 
@@ -94,22 +95,25 @@ class UserError(ValueError):
     """Something given is wrong; one sentence says what, what was found and what to do, and scripts print only that."""
 
 
-# c_noise, what a network is told of sigma: part of its architecture. "adm" as `CMStochasticIterativeScheduler`.
-NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "edm": lambda sigma: sigma.log() / 4,
-    "adm": lambda sigma: 1000 * torch.log(sigma + 1e-44) / 4,
+# (sigma, sigma_data) -> c_noise, what a network is told of sigma: part of its architecture. "adm" as
+# `CMStochasticIterativeScheduler`; "trigflow" is the time of sCM (2410.11081, Sec. 4.1), which ends at pi / 2.
+NOISE_CONDITIONINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "edm": lambda sigma, sigma_data: sigma.log() / 4,
+    "adm": lambda sigma, sigma_data: 1000 * torch.log(sigma + 1e-44) / 4,
+    "trigflow": lambda sigma, sigma_data: torch.atan(sigma / sigma_data),
 }
 
 
-def noise_condition(sigma: Tensor, kind: str) -> Tensor:
+def noise_condition(sigma: Tensor, kind: str, sigma_data: float = 0.5) -> Tensor:
     """c_noise `(B,)`: ln(sigma) / 4 for networks of EDM, 1000 times that for ADM's and diffusers' `UNet2DModel`.
 
     Args:
         kind: One of `NOISE_CONDITIONINGS`.
+        sigma_data: Of the data; "trigflow" depends on it.
     """
     if kind not in NOISE_CONDITIONINGS:
         raise UserError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
-    return NOISE_CONDITIONINGS[kind](exact(sigma))
+    return NOISE_CONDITIONINGS[kind](exact(sigma), sigma_data)
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,11 @@ class EDMKind:
             )
 
     def times(self, sigmas: Tensor) -> Tensor:
-        return noise_condition(sigmas, self.noise_conditioning)
+        return noise_condition(sigmas, self.noise_conditioning, self.sigma_data)
 
     def sigmas(self, times: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return self.sigma_data * torch.tan(times)
         return torch.exp(times / self.times(torch.tensor(math.e, dtype=torch.float64)))
 
     def shown(self, sigma: Tensor) -> Tensor:
@@ -200,22 +206,30 @@ class VPKind:
         sigma_data: Standard deviation of the data.
         prediction_type: What its output is.
         log_sigmas: ln(sigma / alpha) at its times `(T,)`.
+        noise_conditioning: "trigflow", or it is told its own time.
     """
 
     sigma_data: float
     prediction_type: str
     log_sigmas: np.ndarray
+    noise_conditioning: str
 
     @classmethod
-    def of(cls, sigma_data: float, prediction_type: str, alphas_cumprod: Tensor) -> "VPKind":
+    def of(
+        cls, sigma_data: float, prediction_type: str, alphas_cumprod: Tensor, noise_conditioning: str = "own"
+    ) -> "VPKind":
         """Leaves out a last time of zero terminal SNR, where sigma is infinite."""
         signal = alphas_cumprod[alphas_cumprod > 0].double()
-        return cls(sigma_data, prediction_type, -torch.logit(signal).numpy() / 2)
+        return cls(sigma_data, prediction_type, -torch.logit(signal).numpy() / 2, noise_conditioning)
 
     def times(self, sigmas: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return noise_condition(sigmas, "trigflow", self.sigma_data)
         return torch.as_tensor(np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas))))
 
     def sigmas(self, times: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return self.sigma_data * torch.tan(times)
         return torch.as_tensor(np.interp(times.numpy(), np.arange(len(self.log_sigmas)), self.log_sigmas)).exp()
 
     def shown(self, sigma: Tensor) -> Tensor:
@@ -369,7 +383,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     A network of kind "edm" is shown x / sqrt(sigma^2 + sigma_data^2) and told `noise_conditioning` of sigma, which is
     also what `timesteps` holds; it answers with F, or with -F if it predicts v, as Stable Video Diffusion. One of kind
     "vp" is a diffusion model of Stable Diffusion's kind that was made a consistency model
-    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
+    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time, or "trigflow".
 
     Args:
         num_train_timesteps: Points of the Karras grid that numbers of steps and indices refer to.
@@ -378,7 +392,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         rho: Exponent of the grid.
         clip_denoised: Clip f to [-1, 1]; not for latents.
         boundary_scalings: "cm" or "edm", as in training.
-        noise_conditioning: "adm" (250 ln sigma, as `UNet2DModel` of the published checkpoints) or "edm" (ln sigma / 4).
+        noise_conditioning: "adm" (250 ln sigma, as published networks), "edm" (ln sigma / 4) or "trigflow" (atan(sigma / d)).
         gamma: The share of fresh noise, 0 to 1.
         network: "edm" or "vp".
         prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample"; of kind "edm" F is
@@ -428,7 +442,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
             stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
-            self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod)
+            self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod, noise_conditioning)
             self._kind.check(sigma_min, sigma_max)
         else:
             self._kind = EDMKind(sigma_data, noise_conditioning, prediction_type)
@@ -546,7 +560,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """
         sigma = self._sigmas_at(torch.as_tensor(timestep)).item()
         for index, level in enumerate(self._schedule):
-            if math.isclose(sigma, level, rel_tol=1e-5):  # a timestep may have passed through float32
+            if math.isclose(sigma, level, rel_tol=1e-4):  # a timestep may have passed through float32
                 return index
         raise UserError(
             f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "
@@ -613,6 +627,33 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def _sigmas_at(self, timesteps: Tensor) -> Tensor:
         _refuse_integers(timesteps)
         return self._kind.sigmas(timesteps.cpu().double())
+
+
+def _pixel_norm(a: Tensor) -> Tensor:
+    """pnorm(a) = a / sqrt(mean(a^2) + eps) over the channels of `(B, C)`, at least in float32."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-8)).to(a.dtype)
+
+
+class NormalizedScaleShift(nn.Linear):
+    """What a residual block makes of the time: y = norm(x) pnorm(s(t)) + pnorm(b(t)).
+
+    It has place, names and weights of the block's own layer. The block adds 1 to a scale, so 1 is taken off.
+    """
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Scale and shift `(B, 2 C)`."""
+        scale, shift = super().forward(embedding).chunk(2, dim=1)
+        return torch.cat([_pixel_norm(scale) - 1, _pixel_norm(shift)], dim=1)
+
+
+def double_normed(unet: nn.Module) -> nn.Module:
+    """The network itself, with double normalisation if its config says `double_norm`; diffusers alone leaves it out."""
+    for block in unet.modules() if unet.config.get("double_norm") else ():
+        if isinstance(block, ResnetBlock2D) and type(layer := block.time_emb_proj) is nn.Linear:
+            block.time_emb_proj = NormalizedScaleShift(layer.in_features, layer.out_features, device="meta")
+            block.time_emb_proj.weight, block.time_emb_proj.bias = layer.weight, layer.bias
+    return unet
 
 
 TASKS = ("inpainting", "colorization", "super-resolution")
@@ -682,7 +723,7 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
                 f"Zero-shot editing holds pixels fast, and this network of {unet.config.in_channels} channels sees none; "
                 "take a consistency model of pixels."
             )
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=double_normed(unet), scheduler=scheduler)
         how = {"do_resize": False, "vae_scale_factor": 1}
         colored = unet.config.in_channels == 3
         self.image_processor = VaeImageProcessor(do_convert_rgb=colored, do_convert_grayscale=not colored, **how)

@@ -481,22 +481,25 @@ BOUNDARY_SCALINGS: dict[str, Callable[[Tensor, float, float], tuple[Tensor, Tens
     "edm": lambda sigma, sigma_min, sigma_data: edm_scalings(sigma, sigma_data),
 }
 OUTPUT_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}  # as `EDMEulerScheduler` has them
-# c_noise, what a network is told of sigma: part of its architecture. "adm" as `CMStochasticIterativeScheduler`.
-NOISE_CONDITIONINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "edm": lambda sigma: sigma.log() / 4,
-    "adm": lambda sigma: 1000 * torch.log(sigma + 1e-44) / 4,
+# (sigma, sigma_data) -> c_noise, what a network is told of sigma: part of its architecture. "adm" as
+# `CMStochasticIterativeScheduler`; "trigflow" is the time of sCM (2410.11081, Sec. 4.1), which ends at pi / 2.
+NOISE_CONDITIONINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "edm": lambda sigma, sigma_data: sigma.log() / 4,
+    "adm": lambda sigma, sigma_data: 1000 * torch.log(sigma + 1e-44) / 4,
+    "trigflow": lambda sigma, sigma_data: torch.atan(sigma / sigma_data),
 }
 
 
-def noise_condition(sigma: Tensor, kind: str) -> Tensor:
+def noise_condition(sigma: Tensor, kind: str, sigma_data: float = 0.5) -> Tensor:
     """c_noise `(B,)`: ln(sigma) / 4 for networks of EDM, 1000 times that for ADM's and diffusers' `UNet2DModel`.
 
     Args:
         kind: One of `NOISE_CONDITIONINGS`.
+        sigma_data: Of the data; "trigflow" depends on it.
     """
     if kind not in NOISE_CONDITIONINGS:
         raise UserError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")
-    return NOISE_CONDITIONINGS[kind](exact(sigma))
+    return NOISE_CONDITIONINGS[kind](exact(sigma), sigma_data)
 
 
 @dataclass(frozen=True)
@@ -521,9 +524,11 @@ class EDMKind:
             )
 
     def times(self, sigmas: Tensor) -> Tensor:
-        return noise_condition(sigmas, self.noise_conditioning)
+        return noise_condition(sigmas, self.noise_conditioning, self.sigma_data)
 
     def sigmas(self, times: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return self.sigma_data * torch.tan(times)
         return torch.exp(times / self.times(torch.tensor(math.e, dtype=torch.float64)))
 
     def shown(self, sigma: Tensor) -> Tensor:
@@ -586,22 +591,30 @@ class VPKind:
         sigma_data: Standard deviation of the data.
         prediction_type: What its output is.
         log_sigmas: ln(sigma / alpha) at its times `(T,)`.
+        noise_conditioning: "trigflow", or it is told its own time.
     """
 
     sigma_data: float
     prediction_type: str
     log_sigmas: np.ndarray
+    noise_conditioning: str
 
     @classmethod
-    def of(cls, sigma_data: float, prediction_type: str, alphas_cumprod: Tensor) -> "VPKind":
+    def of(
+        cls, sigma_data: float, prediction_type: str, alphas_cumprod: Tensor, noise_conditioning: str = "own"
+    ) -> "VPKind":
         """Leaves out a last time of zero terminal SNR, where sigma is infinite."""
         signal = alphas_cumprod[alphas_cumprod > 0].double()
-        return cls(sigma_data, prediction_type, -torch.logit(signal).numpy() / 2)
+        return cls(sigma_data, prediction_type, -torch.logit(signal).numpy() / 2, noise_conditioning)
 
     def times(self, sigmas: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return noise_condition(sigmas, "trigflow", self.sigma_data)
         return torch.as_tensor(np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas))))
 
     def sigmas(self, times: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return self.sigma_data * torch.tan(times)
         return torch.as_tensor(np.interp(times.numpy(), np.arange(len(self.log_sigmas)), self.log_sigmas)).exp()
 
     def shown(self, sigma: Tensor) -> Tensor:
@@ -701,7 +714,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     A network of kind "edm" is shown x / sqrt(sigma^2 + sigma_data^2) and told `noise_conditioning` of sigma, which is
     also what `timesteps` holds; it answers with F, or with -F if it predicts v, as Stable Video Diffusion. One of kind
     "vp" is a diffusion model of Stable Diffusion's kind that was made a consistency model
-    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
+    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time, or "trigflow".
 
     Args:
         num_train_timesteps: Points of the Karras grid that numbers of steps and indices refer to.
@@ -710,7 +723,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         rho: Exponent of the grid.
         clip_denoised: Clip f to [-1, 1]; not for latents.
         boundary_scalings: "cm" or "edm", as in training.
-        noise_conditioning: "adm" (250 ln sigma, as `UNet2DModel` of the published checkpoints) or "edm" (ln sigma / 4).
+        noise_conditioning: "adm" (250 ln sigma, as published networks), "edm" (ln sigma / 4) or "trigflow" (atan(sigma / d)).
         gamma: The share of fresh noise, 0 to 1.
         network: "edm" or "vp".
         prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample"; of kind "edm" F is
@@ -760,7 +773,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
             stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
-            self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod)
+            self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod, noise_conditioning)
             self._kind.check(sigma_min, sigma_max)
         else:
             self._kind = EDMKind(sigma_data, noise_conditioning, prediction_type)
@@ -878,7 +891,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """
         sigma = self._sigmas_at(torch.as_tensor(timestep)).item()
         for index, level in enumerate(self._schedule):
-            if math.isclose(sigma, level, rel_tol=1e-5):  # a timestep may have passed through float32
+            if math.isclose(sigma, level, rel_tol=1e-4):  # a timestep may have passed through float32
                 return index
         raise UserError(
             f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "

@@ -166,7 +166,11 @@ class ConsistencyNet(nn.Module):
         return (self.gain * as_output(self.process, prediction, x_t, t, self.prediction_type),)
 
 
-LN_SIGMA = {"edm": 4.0, "adm": 1 / 250}  # times c_noise
+SIGMAS = {  # of c_noise, and sigma_data
+    "edm": lambda told, sigma_data: torch.exp(4 * told),
+    "adm": lambda told, sigma_data: torch.exp(told / 250),
+    "trigflow": lambda told, sigma_data: sigma_data * torch.tan(told),
+}
 
 
 class EDMNet(nn.Module):
@@ -185,7 +189,7 @@ class EDMNet(nn.Module):
 
     def forward(self, shown, told, class_labels=None, return_dict=True):
         self.calls.append(len(shown))
-        shown, sigma = shown.double(), torch.exp(LN_SIGMA[self.noise_conditioning] * told.double())
+        shown, sigma = shown.double(), SIGMAS[self.noise_conditioning](told.double(), self.sigma_data)
         x = shown * append_dims((sigma**2 + self.sigma_data**2).sqrt(), shown)
         answer = self.answer(x, sigma)
         if class_labels is not None:

@@ -80,8 +80,19 @@ def test_what_networks_are_told_of_sigma():
     assert noise_condition(at(80.0, 1.0), "edm").tolist() == pytest.approx([1.0955066587, 0])
     assert noise_condition(at(80.0, 0.002), "adm").tolist() == pytest.approx([1095.5066587, -1553.6520246])
     assert noise_condition(at(0.0), "adm").item() == pytest.approx(250 * math.log(1e-44))
-    with pytest.raises(ValueError, match=r"Unknown --noise_conditioning 'log'; one of edm, adm\."):
+    with pytest.raises(ValueError, match=r"Unknown --noise_conditioning 'log'; one of edm, adm, trigflow\."):
         noise_condition(at(1.0), "log")
+
+
+def test_the_time_of_trigflow_ends_at_a_right_angle():
+    """2410.11081: sampling of images starts at arctan(80 / 0.5), and its second step is at t = 1.1, sigma = 0.982."""
+    assert noise_condition(at(80.0, 0.5), "trigflow", 0.5).tolist() == pytest.approx(
+        [1.5645464, math.pi / 4], abs=1e-7
+    )
+    assert noise_condition(at(0.98238, 0.0), "trigflow", 0.5).tolist() == pytest.approx([1.1, 0.0], abs=1e-5)
+    assert noise_condition(at(1.0, 1e9), "trigflow", 1.0).tolist() == pytest.approx(
+        [math.pi / 4, math.pi / 2], abs=1e-8
+    )
 
 
 # ---- EDM networks
@@ -97,14 +108,16 @@ class Recorder(nn.Module):
         return (torch.ones_like(x, dtype=self.dtype),)
 
 
-@pytest.mark.parametrize("kind", ["edm", "adm"])
+@pytest.mark.parametrize("kind", ["edm", "adm", "trigflow"])
 def test_what_a_network_of_edm_is_shown(kind):
     network, x, labels = Recorder(torch.bfloat16), torch.randn(2, 3, 4, 4), torch.tensor([1, 2])
     output = EDMView(0.5, kind)(network, x, at(1.2, 80.0), {"class_labels": labels})
     ((shown, told, arguments),) = network.calls
     torch.testing.assert_close(shown, x / torch.tensor([1.3, 80.0015625])[:, None, None, None])
-    scale = {"edm": 0.25, "adm": 250}[kind]
-    assert told.tolist() == pytest.approx([scale * math.log(1.2), scale * math.log(80)])
+    scale = {"edm": 0.25, "adm": 250}.get(kind)
+    logs = [math.log(1.2), math.log(80)]
+    expected = [math.atan(2.4), math.atan(160)] if scale is None else [scale * value for value in logs]
+    assert told.tolist() == pytest.approx(expected)
     assert (shown.dtype, told.dtype, output.dtype) == (torch.float32,) * 3
     assert arguments["class_labels"] is labels
     assert arguments["return_dict"] is False
@@ -116,7 +129,7 @@ def test_conditions_of_sdxl_travel_together():
     assert network.calls[0][2]["added_cond_kwargs"].keys() == cond.keys()
 
 
-@pytest.mark.parametrize("kind", ["edm", "adm"])
+@pytest.mark.parametrize("kind", ["edm", "adm", "trigflow"])
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_the_denoiser_of_a_network_of_edm(kind, sigma_data):
     data, sigma = Gaussian(0.3, 0.5), at(0.002, 0.1, 1.0, 80.0)
@@ -271,7 +284,11 @@ def test_the_limits_told_are_accepted():
         (lambda: VPView(VP, "flow", 1.0), "Unknown prediction_type 'flow'; one of epsilon, v_prediction, sample."),
         (lambda: VPView(VP, "epsilon", 0.0), "--sigma_data is 0.0, but the standard deviation of data must be positive."),
         (lambda: EDMView(-1.0, "edm"), "--sigma_data is -1.0, but the standard deviation of data must be positive."),
-        (lambda: EDMView(0.5, "fourier"), "Unknown --noise_conditioning 'fourier'; one of edm, adm."),
+        (lambda: EDMView(0.5, "fourier"), "Unknown --noise_conditioning 'fourier'; one of edm, adm, trigflow."),
+        (
+            lambda: VPView(VP, "epsilon", 1.0, "adm"),
+            "Unknown noise_conditioning 'adm' of such a network; own or trigflow.",
+        ),
         (lambda: vp_scalings(at(1.0), 0.5, "flow"), "Unknown prediction_type 'flow'; one of epsilon, v_prediction, sample."),
     ],
 )  # fmt: skip
@@ -279,3 +296,15 @@ def test_wrong_settings(make, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared
         make()
     assert str(error.value) == message
+
+
+def test_a_rescaled_vp_network_is_told_another_time_and_nothing_else():
+    x, sigma = torch.randn(2, 4, 4, 4), at(0.5, 14.0)
+    own, rescaled = Recorder(), Recorder()
+    outputs = [
+        VPView(VP, "epsilon", 0.7, told)(net, x, sigma, {}) for net, told in ((own, "own"), (rescaled, "trigflow"))
+    ]
+    assert torch.equal(*outputs)
+    assert torch.equal(own.calls[0][0], rescaled.calls[0][0])
+    assert rescaled.calls[0][1].tolist() == pytest.approx([math.atan(0.5 / 0.7), math.atan(20)])
+    assert own.calls[0][1].tolist() == pytest.approx(VP.time_at(-sigma.log()).tolist())

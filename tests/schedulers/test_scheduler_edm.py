@@ -19,6 +19,7 @@ SIGMA_MIN, DATA = 0.002, Gaussian(0.3, 0.5)
 BOUNDARIES = ("cm", "edm")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 VP = {"network": "vp", "sigma_min": 0.03, "sigma_max": 14.0, "clip_denoised": False}
+RESCALED = {**VP, "noise_conditioning": "trigflow"}
 PUBLISHED = [(22, 40, 1.382), (106, 201, 1.913), (17, 40, 4.366), (18, 40, 3.520), (67, 151, 3.991), (62, 151, 5.249)]
 
 
@@ -155,6 +156,18 @@ class TestLevels:
         stock = CMStochasticIterativeScheduler().sigma_to_t(0.821)
         assert adm.sigma_to_t(0.821).item() == pytest.approx(float(stock), abs=1e-9)
 
+    @pytest.mark.parametrize("config", [{"noise_conditioning": "trigflow"}, RESCALED])
+    def test_the_time_of_trigflow(self, config):
+        scheduler = EDMConsistencyScheduler(**config, sigma_data=0.5)
+        scheduler.set_timesteps(sigmas=[14.0, 0.5])
+        assert scheduler.timesteps.tolist() == pytest.approx([math.atan(28), math.pi / 4], rel=1e-12)
+        assert scheduler._kind.sigmas(scheduler.timesteps).tolist() == pytest.approx([14.0, 0.5], rel=1e-12)
+
+    def test_the_time_of_trigflow_is_found_in_float32(self):
+        """Close to pi / 2 its tangent has fewer digits: sigma = 700 comes back with 1e-4 of an error at most."""
+        scheduler = EDMConsistencyScheduler(noise_conditioning="trigflow", sigma_max=700.0)
+        assert [scheduler.index_for_timestep(t.float()) for t in scheduler.timesteps] == [*range(40)]
+
     def test_the_recommended_ones(self):
         scheduler = EDMConsistencyScheduler(recommended_sigmas=[80.0, 0.821])
         scheduler.set_timesteps()
@@ -167,7 +180,9 @@ class TestLevels:
         scheduler.set_timesteps(sigmas=[80.0])
         assert scheduler.sigmas.tolist() == [80.0, 0.0]
 
-    @pytest.mark.parametrize("config", [{}, {"noise_conditioning": "edm"}, VP])
+    @pytest.mark.parametrize(
+        "config", [{}, {"noise_conditioning": "edm"}, {"noise_conditioning": "trigflow"}, VP, RESCALED]
+    )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_add_noise_at_any_timestep(self, config, dtype):
         scheduler, sigma = EDMConsistencyScheduler(**config), torch.tensor([0.1, 7.3], dtype=torch.float64)
@@ -195,7 +210,7 @@ class TestScalings:
 
     @pytest.mark.parametrize("boundary", BOUNDARIES)
     @pytest.mark.parametrize("sigma", [0.002, 0.004, 0.821, 80.0])
-    @pytest.mark.parametrize("conditioning", ["adm", "edm"])
+    @pytest.mark.parametrize("conditioning", ["adm", "edm", "trigflow"])
     def test_trainer_and_scheduler_agree(self, sigma, boundary, conditioning):
         scheduler = EDMConsistencyScheduler(
             sigma_data=0.7, boundary_scalings=boundary, noise_conditioning=conditioning, clip_denoised=False
@@ -446,7 +461,7 @@ def step(scheduler, t):
         ({"sigma_min": 80.0}, r"larger sigma_max and sigma_data must be positive, got 80\.0, 80\.0 and 0\.5"),
         ({"sigma_data": 0.0}, "must be positive"),
         ({"boundary_scalings": "lcm"}, "boundary_scalings must be one of cm, edm; got 'lcm'"),
-        ({"noise_conditioning": "log"}, "noise_conditioning must be one of edm, adm; got 'log'"),
+        ({"noise_conditioning": "log"}, "noise_conditioning must be one of edm, adm, trigflow; got 'log'"),
         ({"network": "flow"}, "network must be one of edm, vp"),
         ({"prediction_type": "x"}, "prediction_type must be one of epsilon, v_prediction, sample"),
         ({"gamma": 1.5}, "gamma must be from 0"),

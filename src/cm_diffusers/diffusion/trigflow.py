@@ -97,7 +97,7 @@ class TrigFlowView:
         """The same network, seen so."""
         if isinstance(view, EDMView):
             return cls(view.sigma_data, "edm", view.noise_conditioning)
-        return cls(view.sigma_data, view.prediction_type, "own", view.with_signal)
+        return cls(view.sigma_data, view.prediction_type, view.noise_conditioning, view.with_signal)
 
     @property
     def sigma_range(self) -> tuple[float, float]:

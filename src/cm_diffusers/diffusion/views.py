@@ -64,16 +64,22 @@ class VPView:
         process: Its noising process; times between the integers are shown as fractions.
         prediction_type: "epsilon", "v_prediction" or "sample".
         sigma_data: Standard deviation of the data.
+        noise_conditioning: What it is told: "own", its time, or "trigflow" after time rescaling.
     """
 
     process: DiscreteVP
     prediction_type: str
     sigma_data: float
+    noise_conditioning: str = "own"
 
     def __post_init__(self) -> None:
         _check_sigma_data(self.sigma_data)
         if self.prediction_type not in PREDICTION_TYPES:
             raise UserError(f"Unknown prediction_type {self.prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
+        if self.noise_conditioning not in ("own", "trigflow"):
+            raise UserError(
+                f"Unknown noise_conditioning {self.noise_conditioning!r} of such a network; own or trigflow."
+            )
 
     @cached_property
     def with_signal(self) -> DiscreteVP:
@@ -87,12 +93,18 @@ class VPView:
         low, high = torch.exp(-half_log_snr).tolist()
         return low, high
 
+    def told(self, sigma: Tensor) -> Tensor:
+        """What the network is told of noise levels `(B,)`, in float64."""
+        if self.noise_conditioning == "own":
+            return self.with_signal.time_at(-exact(sigma).log())
+        return noise_condition(sigma, self.noise_conditioning, self.sigma_data)
+
     def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
         """F `(B, ...)`, float32."""
         sigma = exact(sigma)
         shown = append_dims(1 / (1 + sigma**2).sqrt(), x) * x
-        t = as_like(self.with_signal.time_at(-sigma.log()), x)
-        output = network(shown, t, **unet_arguments(cond), return_dict=False)[0].float()
+        told = as_like(self.told(sigma), x)
+        output = network(shown, told, **unet_arguments(cond), return_dict=False)[0].float()
         on_x, on_output = vp_scalings(sigma, self.sigma_data, self.prediction_type)
         return append_dims(on_x, x) * x + append_dims(on_output, x) * output
 

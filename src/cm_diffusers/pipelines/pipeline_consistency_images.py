@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.double_norm import double_normed
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.generation import Callback
 from cm_diffusers.pipelines.latents import Generators, decode, dtype_of
@@ -90,7 +91,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         super().__init__()
         _check_parts(unet, scheduler)
         _check_statistics(latents_mean, latents_std, unet.config.in_channels)
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=double_normed(unet), scheduler=scheduler, vae=vae)
         self.register_to_config(
             latents_mean=latents_mean, latents_std=latents_std, sigma_data=sigma_data, record=record
         )
@@ -153,8 +154,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
             num_inference_steps: By default what the student recommends, else 1.
             timesteps: Places on the training grid, descending, as in `ConsistencyModelPipeline`.
             sigmas: Noise levels, descending.
-            generator: Draws noise, then labels, then the noise of each step; with a list, one for each image, an image
-                does not depend on its batch.
+            generator: Draws noise, labels, the noise of each step; with one for each image, none depends on its batch.
             latents: Noise (B, C, H, W) of variance 1 to start from.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent": without the VAE's
                 decoder, or around [-1, 1].
@@ -256,9 +256,9 @@ def is_stock(
     unet: UNet2DModel | UNet2DConditionModel, scheduler: EDMConsistencyScheduler | CMStochasticIterativeScheduler
 ) -> bool:
     """Whether the stock pipeline samples a network of pixels right."""
-    square = isinstance(unet.config.sample_size, int)
+    plain = isinstance(unet.config.sample_size, int) and not unet.config.get("double_norm")
     carried = {name: value for name, value in STOCK.items() if name in scheduler.config}
-    return isinstance(unet, UNet2DModel) and square and carried.items() <= scheduler.config.items()
+    return isinstance(unet, UNet2DModel) and plain and carried.items() <= scheduler.config.items()
 
 
 def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: object) -> None:

@@ -1,6 +1,7 @@
 """The pipelines and records of students in EDM's coordinates: without prompts, or of Stable Diffusion."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, VPView
 from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
@@ -45,14 +47,28 @@ def network_of(view: EDMView | VPView) -> dict[str, object]:
     if isinstance(view, EDMView):
         return {"network": "edm", "noise_conditioning": view.noise_conditioning, "sigma_data": view.sigma_data}
     alphas_cumprod = view.with_signal.alphas_cumprod
+    told = {} if view.noise_conditioning == "own" else {"noise_conditioning": view.noise_conditioning}
     known = (schedule for schedule in SCHEDULES if _makes(schedule, alphas_cumprod))
     return {
         "network": "vp",
         "sigma_data": view.sigma_data,
         "prediction_type": view.prediction_type,
         "num_vp_timesteps": len(alphas_cumprod),
+        **told,
         **next(known, {"trained_betas": _betas(alphas_cumprod)}),
     }
+
+
+def view_of(settings: Mapping[str, Any]) -> EDMView | VPView:
+    """The inverse of `network_of`, from the scheduler's config."""
+    if settings["network"] == "edm":
+        return EDMView(settings["sigma_data"], settings["noise_conditioning"])
+    betas = (settings[name] for name in ("beta_start", "beta_end", "beta_schedule", "trained_betas"))
+    stock = LCMScheduler(
+        settings["num_vp_timesteps"], *betas, rescale_betas_zero_snr=settings["rescale_betas_zero_snr"]
+    )
+    told = "trigflow" if settings["noise_conditioning"] == "trigflow" else "own"
+    return VPView(DiscreteVP.from_scheduler(stock), settings["prediction_type"], settings["sigma_data"], told)
 
 
 def _makes(schedule: dict[str, object], alphas_cumprod: Tensor) -> bool:

@@ -85,22 +85,30 @@ class VPKind:
         sigma_data: Standard deviation of the data.
         prediction_type: What its output is.
         log_sigmas: ln(sigma / alpha) at its times `(T,)`.
+        noise_conditioning: "trigflow", or it is told its own time.
     """
 
     sigma_data: float
     prediction_type: str
     log_sigmas: np.ndarray
+    noise_conditioning: str
 
     @classmethod
-    def of(cls, sigma_data: float, prediction_type: str, alphas_cumprod: Tensor) -> "VPKind":
+    def of(
+        cls, sigma_data: float, prediction_type: str, alphas_cumprod: Tensor, noise_conditioning: str = "own"
+    ) -> "VPKind":
         """Leaves out a last time of zero terminal SNR, where sigma is infinite."""
         signal = alphas_cumprod[alphas_cumprod > 0].double()
-        return cls(sigma_data, prediction_type, -torch.logit(signal).numpy() / 2)
+        return cls(sigma_data, prediction_type, -torch.logit(signal).numpy() / 2, noise_conditioning)
 
     def times(self, sigmas: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return noise_condition(sigmas, "trigflow", self.sigma_data)
         return torch.as_tensor(np.interp(sigmas.log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas))))
 
     def sigmas(self, times: Tensor) -> Tensor:
+        if self.noise_conditioning == "trigflow":
+            return self.sigma_data * torch.tan(times)
         return torch.as_tensor(np.interp(times.numpy(), np.arange(len(self.log_sigmas)), self.log_sigmas)).exp()
 
     def shown(self, sigma: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     A network of kind "edm" is shown x / sqrt(sigma^2 + sigma_data^2) and told `noise_conditioning` of sigma, which is
     also what `timesteps` holds; it answers with F, or with -F if it predicts v, as Stable Video Diffusion. One of kind
     "vp" is a diffusion model of Stable Diffusion's kind that was made a consistency model
-    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time.
+    (`cm_diffusers.diffusion.views.VPView`): it is shown x / sqrt(1 + sigma^2) and told its own time, or "trigflow".
 
     Args:
         num_train_timesteps: Points of the Karras grid that numbers of steps and indices refer to.
@@ -51,7 +51,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         rho: Exponent of the grid.
         clip_denoised: Clip f to [-1, 1]; not for latents.
         boundary_scalings: "cm" or "edm", as in training.
-        noise_conditioning: "adm" (250 ln sigma, as `UNet2DModel` of the published checkpoints) or "edm" (ln sigma / 4).
+        noise_conditioning: "adm" (250 ln sigma, as published networks), "edm" (ln sigma / 4) or "trigflow" (atan(sigma / d)).
         gamma: The share of fresh noise, 0 to 1.
         network: "edm" or "vp".
         prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample"; of kind "edm" F is
@@ -101,7 +101,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if network == "vp":
             betas = (beta_start, beta_end, beta_schedule, trained_betas)
             stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
-            self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod)
+            self._kind: NetworkKind = VPKind.of(sigma_data, prediction_type, stock.alphas_cumprod, noise_conditioning)
             self._kind.check(sigma_min, sigma_max)
         else:
             self._kind = EDMKind(sigma_data, noise_conditioning, prediction_type)
@@ -219,7 +219,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """
         sigma = self._sigmas_at(torch.as_tensor(timestep)).item()
         for index, level in enumerate(self._schedule):
-            if math.isclose(sigma, level, rel_tol=1e-5):  # a timestep may have passed through float32
+            if math.isclose(sigma, level, rel_tol=1e-4):  # a timestep may have passed through float32
                 return index
         raise UserError(
             f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "

@@ -24,6 +24,7 @@ from cm_diffusers.diffusion.views import EDMView, View, VPView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
+from cm_diffusers.models.double_norm import add_double_norm
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import (
@@ -37,7 +38,7 @@ from cm_diffusers.models.teachers import (
 )
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
-from cm_diffusers.publishing.images import images_pipeline, text_pipeline
+from cm_diffusers.publishing.images import images_pipeline, text_pipeline, view_of
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.types import Batch
 
@@ -72,6 +73,9 @@ class NewModelConfig:
     noise_conditioning: Literal["adm", "edm", "trigflow"] = HfArg(
         default="adm",
         help="What the network is told of sigma: adm, 250 ln sigma; edm, ln sigma / 4; trigflow, atan(sigma / sigma_data).",
+    )
+    double_norm: bool = HfArg(
+        default=False, help="Normalise what the time makes of the blocks' scale and shift, as sCM does."
     )
     pretrained_vae: str | None = HfArg(
         default=None, help="Folder or Hub id of an AutoencoderKL, to train on its latents; pixels if not given."
@@ -190,6 +194,11 @@ def _check_start(path: str, pipe: DiffusionPipeline, ours: bool) -> None:
             f"{path} is a {kind} with {type(unet).__name__}; give a model with a UNet2DModel that predicts as many channels "
             "as it sees, or a Stable Diffusion pipeline."
         )
+    if (kind := unet.config.time_embedding_type) != "positional":
+        raise UserError(
+            f"The network of {path} has a {kind} embedding of its time, which takes no logarithms or fractions; give one with "
+            "a positional embedding."
+        )
     if not isinstance(unet.config.sample_size, int):
         raise UserError(f"The network of {path} has no square sample_size in its config; write it there.")
     if ours and (pipe.scheduler.config.boundary_scalings, pipe.scheduler.gamma) != ("edm", 0):
@@ -216,7 +225,7 @@ def _edm_model(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> 
     mean, std = pipe.config.get("latents_mean"), pipe.config.get("latents_std")
     statistics = None if std is None else LatentStatistics(mean, std)
     vae = None if pipe.vae is None else pipe.vae.requires_grad_(False).eval()
-    return ImageModel(pipe.unet, EDMView(settings.sigma_data, settings.noise_conditioning), vae, statistics)
+    return ImageModel(pipe.unet, view_of(settings), vae, statistics)
 
 
 def new_image_model(
@@ -241,6 +250,8 @@ def new_image_model(
         statistics = measure_statistics(data, encoder, device)
         size, channels = size // encoder.downscale, vae.config.latent_channels
     unet = _new_unet(config.unet_config, size, channels, classes.num_classes)
+    if config.double_norm:
+        add_double_norm(unet)
     set_dropout(unet, dropout)
     return ImageModel(unet.train(), EDMView(config.sigma_data, config.noise_conditioning), vae, statistics)
 
