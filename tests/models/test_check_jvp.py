@@ -1,5 +1,6 @@
 """The report on networks of each kind, on those that stop forward-mode AD, and on those told a time on too large a scale."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from cm_diffusers.models.check_jvp import JVPConfig, check_jvp, load_network
 from cm_diffusers.models.examples import Example, example_of
 
 
-TEACHER = Path(__file__).parents[2] / "assets" / "fashion_teacher"
+ROOT = Path(__file__).parents[2]
+TEACHER, SCRIPT = ROOT / "assets" / "fashion_teacher", ROOT / "training" / "check_jvp.py"
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -118,3 +120,14 @@ def test_a_pipeline_and_a_network_alone_are_loaded() -> None:
 def test_no_network_is_one_sentence(source: str) -> None:
     with pytest.raises(UserError, match=rf"^{source} has no network that loads: "):
         load_network(JVPConfig(source))
+
+
+def test_the_command_prints_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_zoo("dit").save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["check_jvp.py", "--pretrained_model", str(tmp_path), "--time_range", "500"])
+    runpy.run_path(str(SCRIPT))["main"]()
+    said = capsys.readouterr().out
+    assert "DiTTransformer2DModel: forward-mode AD passes everywhere." in said
+    assert "Take --tangent jvp; for differences, --tangent_step 0.0" in said
