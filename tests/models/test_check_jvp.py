@@ -1,6 +1,6 @@
 """The report on networks of each kind, on those that stop forward-mode AD, and on those told a time on too large a scale."""
 
-from dataclasses import replace
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,8 @@ from cm_diffusers.models.check_jvp import JVPConfig, check_jvp, load_network
 from cm_diffusers.models.examples import Example, example_of
 
 
-TEACHER = Path(__file__).parents[2] / "assets" / "fashion_teacher"
+ROOT = Path(__file__).parents[2]
+TEACHER, SCRIPT = ROOT / "assets" / "fashion_teacher", ROOT / "training" / "check_jvp.py"
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -26,12 +27,17 @@ def test_jvp_equals_differences(name: str) -> None:
     assert report.tangent == "jvp"
 
 
+class Recurrent(nn.LSTM):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0 * super().forward(x)[0]
+
+
 class Known(nn.Module):
     """F = a x + sin(b t), in the form of diffusers; `stops` puts something between that stops forward-mode AD."""
 
     def __init__(self, a: float, b: float, stops: bool = False) -> None:
         super().__init__()
-        self.a, self.b, self.middle = a, b, nn.BatchNorm1d(30) if stops else nn.Identity()
+        self.a, self.b, self.middle = a, b, Recurrent(30, 30) if stops else nn.Identity()
 
     def forward(self, x: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:
         return (self.middle(self.a * x) + torch.sin(self.b * timestep)[:, None],)
@@ -66,11 +72,12 @@ def test_a_time_on_too_large_a_scale_is_told() -> None:
 
 def test_where_forward_ad_stops_is_in_the_report() -> None:
     report = check_jvp(Known(1.0, 0.1, stops=True), example())
-    assert report.stop == "middle (BatchNorm1d)"
+    assert report.stop == "middle (Recurrent)"
     assert report.tangent == "central"
     assert report.error_x is report.error_t is None
-    assert report.slope_x == pytest.approx(1, rel=0.1)
-    assert "stops at middle (BatchNorm1d)" in str(report)
+    assert report.slope_x == pytest.approx(1, rel=0.05)
+    assert report.slope_t == pytest.approx(0.1, rel=0.01)
+    assert "stops at middle (Recurrent)" in str(report)
     assert "Take --tangent central" in str(report)
 
 
@@ -92,7 +99,7 @@ def test_times_of_an_example_are_those_that_the_network_is_told() -> None:
     assert example_of(of_zoo("unet")).t.tolist() == [250, 750]
     assert example_of(of_zoo("flux")).t.tolist() == [0.25, 0.75]
     assert example_of(sana(guidance_embeds=True), time_range=2.0).t.tolist() == [0.5, 1.5]
-    assert replace(example_of(of_zoo("dit"), 4)).arguments["class_labels"].tolist() == [0, 1, 2, 3]
+    assert example_of(of_zoo("dit"), 4).arguments["class_labels"].tolist() == [0, 1, 2, 3]
 
 
 def test_an_unknown_network_is_refused() -> None:
@@ -113,3 +120,14 @@ def test_a_pipeline_and_a_network_alone_are_loaded() -> None:
 def test_no_network_is_one_sentence(source: str) -> None:
     with pytest.raises(UserError, match=rf"^{source} has no network that loads: "):
         load_network(JVPConfig(source))
+
+
+def test_the_command_prints_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_zoo("dit").save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["check_jvp.py", "--pretrained_model", str(tmp_path), "--time_range", "500"])
+    runpy.run_path(str(SCRIPT))["main"]()
+    said = capsys.readouterr().out
+    assert "DiTTransformer2DModel: forward-mode AD passes everywhere." in said
+    assert "Take --tangent jvp; for differences, --tangent_step 0.0" in said

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from cm_diffusers.diffusion.forward_ad import forward_ad, full_precision
+from cm_diffusers.diffusion.passable import full_precision, passable
 from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.errors import UserError
@@ -22,7 +23,7 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 def jvp(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Exact, in one pass; `h` plays no part."""
-    return torch.func.jvp(function, (x, t), (dx, dt))
+    return _dual(function, (x, t), (dx, dt))
 
 
 def central(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,7 @@ def semi(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Te
     """Exact in x and a central difference in t, as rCM (2510.08431) has it; three passes."""
     still = torch.zeros_like(dx)
     ahead, behind = _moved(function, x, t, still, dt, h), _moved(function, x, t, still, dt, -h)
-    output, slope = torch.func.jvp(lambda x: function(x, t), (x,), (dx,))
+    output, slope = _dual(lambda x: function(x, t), (x,), (dx,))
     return output, slope + (ahead - behind) / append_dims(2 * h, x)
 
 
@@ -67,7 +68,7 @@ def derivative(
     """
     check_precision(network, x, t)
     try:
-        with torch.no_grad(), (full_precision if kind in DIFFERENCES else forward_ad)(network):
+        with torch.no_grad(), (full_precision if kind in DIFFERENCES else passable)(network):
             return TANGENTS[kind](function, x, t, dx, dt, h)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or kind in DIFFERENCES:
@@ -107,6 +108,13 @@ def stop_of(error: BaseException, network: nn.Module) -> str:
 def step_of(told: Callable[[Tensor], Tensor], t: Tensor, dt: Tensor, native: float) -> Tensor:
     """h `(B,)` with which t + h dt moves what the network is told by `native`, its own unit of time."""
     return native / torch.func.jvp(told, (t,), (dt,))[1].abs()
+
+
+def _dual(function: Callable, at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Not by torch.func, whose wrapped tensors draw other dropout masks where they are not contiguous."""
+    with forward_ad.dual_level():
+        output = forward_ad.unpack_dual(function(*map(forward_ad.make_dual, at, along)))
+    return output.primal, torch.zeros_like(output.primal) if output.tangent is None else output.tangent
 
 
 def _moved(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Tensor) -> Tensor:

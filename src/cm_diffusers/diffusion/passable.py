@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -31,7 +32,7 @@ def full_precision(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def forward_ad(network: nn.Module) -> Iterator[None]:
+def passable(network: nn.Module) -> Iterator[None]:
     """Within it forward-mode AD passes through the network of diffusers, in full precision, uncompiled.
 
     Attention runs by its mathematical kernel, in blocks of queries where it is large; GroupNorm sees contiguous inputs;
@@ -100,10 +101,29 @@ def group_norm(input: Tensor, *args: Any, **options: Any) -> Tensor:
     return output.contiguous(memory_format=last) if last and input.is_contiguous(memory_format=last) else output
 
 
-class _Passable(TorchFunctionMode):
-    """Calls of functions through which forward-mode AD does not pass go to those above."""
+def linear_in_input(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Convolution, say, in two passes where torch takes three: one is for a derivative of the weights, which is zero."""
 
-    replaced = {F.scaled_dot_product_attention: attention, F.group_norm: group_norm}
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
+        primal, tangent = forward_ad.unpack_dual(input)
+        others = [other for other in (weight, bias) if other is not None]
+        if tangent is None or any(forward_ad.unpack_dual(other).tangent is not None for other in others):
+            return function(input, weight, bias, *args, **options)
+        output = function(primal, weight, bias, *args, **options)
+        return forward_ad.make_dual(output, function(tangent, weight, None, *args, **options))
+
+    return call
+
+
+class _Passable(TorchFunctionMode):
+    """Calls of functions through which forward-mode AD does not pass, or slowly, go to those above."""
+
+    linear = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+    replaced = {
+        F.scaled_dot_product_attention: attention,
+        F.group_norm: group_norm,
+        **{function: linear_in_input(function) for function in linear},
+    }
 
     def __torch_function__(
         self, function: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None

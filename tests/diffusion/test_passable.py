@@ -1,5 +1,6 @@
 """Attention in blocks equals stock attention, and so do its derivatives; a network is as before after each context."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cm_diffusers.diffusion.forward_ad import attention, forward_ad, full_precision
+from cm_diffusers.diffusion.passable import attention, full_precision, passable
+from cm_diffusers.diffusion.tangent import jvp
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.examples import example_of
 
@@ -90,13 +92,13 @@ def test_the_context_is_needed_for_attention() -> None:
     network = of_zoo("sd3")
     with pytest.raises(NotImplementedError, match="scaled_dot_product"):
         derivative_of(network)
-    with forward_ad(network):
+    with passable(network):
         assert derivative_of(network).isfinite().all()
 
 
 def test_the_context_wins_over_the_kernel_of_diffusers() -> None:
     network = of_zoo("flux")
-    with forward_ad(network), attention_backend("_native_efficient"):
+    with passable(network), attention_backend("_native_efficient"):
         assert derivative_of(network).isfinite().all()
 
 
@@ -105,7 +107,7 @@ def test_the_context_is_needed_for_group_norm(name: str) -> None:
     network = of_zoo(name).to(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="view size"), sdpa_kernel(SDPBackend.MATH):
         derivative_of(network)
-    with forward_ad(network):
+    with passable(network):
         torch.manual_seed(1)
         found = derivative_of(network)
         torch.manual_seed(1)
@@ -119,8 +121,8 @@ def test_masks_of_dropout_are_those_of_other_passes_in_any_layout() -> None:
     torch.manual_seed(1)
     wanted = network(x, t).sample
     torch.manual_seed(1)
-    with torch.no_grad(), forward_ad(network):
-        found, _ = torch.func.jvp(lambda x: network(x, t).sample, (x,), (x,))
+    with torch.no_grad(), passable(network):
+        found, _ = jvp(lambda x, t: network(x, t).sample, x, t, x, t, t)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -133,7 +135,7 @@ def test_autocast_of_accelerate_is_off_inside_and_on_again_after() -> None:
     x, cond, seen = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 32), []
     network.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     forward = network.forward
-    for context in (full_precision, forward_ad):
+    for context in (full_precision, passable):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             with context(network):
                 network(x, torch.ones(1), cond)
@@ -145,17 +147,13 @@ def test_autocast_of_accelerate_is_off_inside_and_on_again_after() -> None:
 def test_checkpointing_is_off_inside_and_on_again_after() -> None:
     network = tiny_unet().train()
     network.enable_gradient_checkpointing()
-    flags = [
-        module.gradient_checkpointing for module in network.modules() if hasattr(module, "gradient_checkpointing")
-    ]
-    with pytest.raises(KeyError), forward_ad(network):  # also if something fails
-        assert not any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+    blocks = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [block.gradient_checkpointing for block in blocks]
+    assert any(before)
+    with contextlib.suppress(KeyError), passable(network):  # also if something fails
+        assert not any(block.gradient_checkpointing for block in blocks)
         raise KeyError
-    after = [
-        module.gradient_checkpointing for module in network.modules() if hasattr(module, "gradient_checkpointing")
-    ]
-    assert after == flags
-    assert any(flags)
+    assert [block.gradient_checkpointing for block in blocks] == before
 
 
 def test_compiled_networks_run_uncompiled_inside() -> None:
@@ -165,6 +163,24 @@ def test_compiled_networks_run_uncompiled_inside() -> None:
     network = nn.Linear(4, 4)
     network.compile(backend=refuse)
     x = torch.randn(2, 4)
-    with torch.no_grad(), forward_ad(network):
+    with torch.no_grad(), passable(network):
         _, found = torch.func.jvp(network, (x,), (x,))
     torch.testing.assert_close(found, x @ network.weight.T)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_without_a_derivative_cost_no_pass(bias: bool) -> None:
+    network, x = nn.Conv2d(2, 3, 3, padding=1, stride=2, bias=bias).double(), torch.randn(2, 2, 8, 8).double()
+    still, dx = torch.zeros(2), torch.randn_like(x)
+    with passable(network), torch.profiler.profile() as seen:
+        output, slope = jvp(lambda x, t: network(x), x, still, dx, still, still)
+    assert next(event.count for event in seen.key_averages() if event.key == "aten::convolution") == 2
+    torch.testing.assert_close(output, network(x))
+    torch.testing.assert_close(slope, network(dx) - network(0 * dx))
+
+
+def test_weights_with_a_derivative_keep_it() -> None:
+    x, weight = torch.randn(2, 4).double(), torch.randn(3, 4).double()
+    with passable(nn.Identity()):
+        _, slope = jvp(lambda x, s: F.linear(x, s * weight), x, torch.ones(1).double(), x, torch.ones(1).double(), x)
+    torch.testing.assert_close(slope, 2 * x @ weight.T)
