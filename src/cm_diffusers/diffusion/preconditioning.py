@@ -63,7 +63,8 @@ def noise_condition(sigma: Tensor, kind: str, sigma_data: float = 0.5) -> Tensor
 
     Args:
         kind: One of `NOISE_CONDITIONINGS`.
-        sigma_data: Of the data; "trigflow" depends on it.
+        sigma_data: Of the data; "trigflow" depends on it. Its times go from 0 to pi / 2, of which the positional embedding
+            of diffusers makes waves of frequencies from 1 to 1e-4, as slow as the paper wants them.
     """
     if kind not in NOISE_CONDITIONINGS:
         raise UserError(f"Unknown --noise_conditioning {kind!r}; one of {', '.join(NOISE_CONDITIONINGS)}.")

@@ -26,6 +26,7 @@ class View(Protocol):
 
     @property
     def sigma_range(self) -> tuple[float, float]: ...
+    def told(self, sigma: Tensor) -> Tensor: ...
     def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor: ...
 
 
@@ -49,11 +50,14 @@ class EDMView:
     def sigma_range(self) -> tuple[float, float]:
         return 0.0, math.inf
 
+    def told(self, sigma: Tensor) -> Tensor:
+        """What the network is told of noise levels `(B,)`, in float64."""
+        return noise_condition(sigma, self.noise_conditioning, self.sigma_data)
+
     def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
         """F `(B, ...)`, float32."""
         shown = append_dims(input_scaling(sigma, self.sigma_data), x) * x
-        told = as_like(noise_condition(sigma, self.noise_conditioning, self.sigma_data), x)
-        return network(shown, told, **unet_arguments(cond), return_dict=False)[0].float()
+        return network(shown, as_like(self.told(sigma), x), **unet_arguments(cond), return_dict=False)[0].float()
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,18 +2,22 @@
 
 Networks of diffusers are told 0 to 1000 or 250 ln(sigma): their answer changes a thousand times faster with what they are
 told than with x, and the derivative in time of a continuous-time consistency model is as noisy. The student is the same
-network, told atan(sigma / sigma_data) instead, from 0 to pi / 2; it learns to answer as the teacher does.
+network, told atan(sigma / sigma_data) instead, from 0 to pi / 2; first the embedding of its time, then all of it learns to answer
+as the teacher does.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.times import sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.time_embedding import teach_time
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -48,6 +52,12 @@ class TimeRescalingObjective:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view, self.rescaled = config, view, replace(view, noise_conditioning="trigflow")
         self.players = {"student": self}
+
+    def prepare(self, student: nn.Module) -> None:
+        """Teaches the embedding of its time, in place: most of the way, in seconds."""
+        low, high = math.log(self.config.sigma_min), math.log(self.config.sigma_max)
+        sigmas = torch.linspace(low, high, 512, dtype=torch.float64).exp()
+        teach_time(student, self.view.told(sigmas), self.rescaled.told(sigmas))
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         config, x0 = self.config, batch.x0
