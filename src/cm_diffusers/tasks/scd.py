@@ -23,8 +23,8 @@ def check_flags(student: StudentNetworkConfig, taught: SCDConfig, mixed_precisio
     check_student(student, mixed_precision)
     if student.lora and student.cast_teacher_unet != "no":
         raise UserError(
-            f"--cast_teacher_unet {student.cast_teacher_unet} keeps the network below the LoRA in half precision, which is "
-            "below what any --tangent bears: leave it out; --mixed_precision alone is fine."
+            f"--cast_teacher_unet {student.cast_teacher_unet} with --lora would take the student's derivative in half precision, "
+            "in which differences drown and even --tangent jvp is inexact: leave it out; --mixed_precision may stay."
         )
     if taught.w_min == taught.w_max:
         where = "with --w_min equal to --w_max: such guidance goes into the weights"
