@@ -19,6 +19,7 @@ from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.diffusion.trigflow import TrigFlowView, trigflow_denoiser
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
+from cm_diffusers.models.time_weight import weights_without_head
 from cm_diffusers.pipelines.manners import IN_SIGMA
 from cm_diffusers.record import read_record
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model
@@ -98,7 +99,8 @@ def test_a_step_is_the_jump_that_was_trained(home, runs, kind) -> None:
     """f = cos(t) x - sin(t) sigma_data F, with the weights of the last checkpoint."""
     pipe, sigma, w = published(runs[kind]), 14.5, 2.0
     weights = load_file(runs[kind] / "checkpoint-2" / "student.safetensors")
-    network = {k.removeprefix("network."): v for k, v in weights.items() if not k.startswith("head.")}
+    network = weights_without_head(weights)
+    assert weights.keys() - {f"network.{name}" for name in network} == {"head.weight", "head.bias"}
     if kind == "lora":
         network = {k.replace(".default.", ".default_0."): v for k, v in network.items()}
     state = pipe.unet.state_dict()
@@ -163,8 +165,7 @@ def test_a_lora_samples_in_evaluations_and_from_its_other_form(home, runs) -> No
 
 def test_checkpoints_of_a_lora_hold_adapters_and_the_weight_alone(runs) -> None:
     names = load_file(runs["lora"] / "checkpoint-2" / "student.safetensors").keys()
-    assert {name for name in names if ".lora_" not in name} == {"head.weight", "head.bias"}
-    assert all(".lora_A." in name or ".lora_B." in name for name in names if not name.startswith("head."))
+    assert {name for name in names if not (".lora_A." in name or ".lora_B." in name)} == {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("kind", ["embedded", "lora"])
@@ -184,6 +185,15 @@ def test_another_guidance_is_another_run(home, runs, tmp_path) -> None:
 def test_gradient_checkpointing_changes_memory_alone(home, runs, tmp_path, kind) -> None:
     distil(home, tmp_path, **KINDS[kind], max_train_steps=1, gradient_checkpointing=True)
     assert_same(tensors(tmp_path / "checkpoint-1"), tensors(runs[kind] / "checkpoint-1"))
+
+
+def test_another_average_becomes_a_pipeline(home, tmp_path) -> None:
+    run = distil(home, tmp_path / "run", **BAKED, ema_sigma_rels=[0.05, 0.1])
+    run_script("export_average", run_dir=run, sigma_rel=0.1, output_dir=tmp_path / "average")
+    kept = weights_without_head(load_file(run / "averages" / "step-2" / "0.1.safetensors"))
+    found = ConsistencyPipeline.from_pretrained(tmp_path / "average").unet.state_dict()
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in kept.items())
+    assert len(kept) == len(found)
 
 
 @pytest.mark.parametrize("kind", ["embedded", "lora"])
