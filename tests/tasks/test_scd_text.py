@@ -187,6 +187,14 @@ def test_gradient_checkpointing_changes_memory_alone(home, runs, tmp_path, kind)
     assert_same(tensors(tmp_path / "checkpoint-1"), tensors(runs[kind] / "checkpoint-1"))
 
 
+@pytest.mark.parametrize("kind", ["embedded", "lora"])
+def test_autocast_leaves_the_derivative_in_float32(home, tmp_path, kind) -> None:
+    """Which would not pass on a CPU in half precision; the teacher of a full student may be cast besides."""
+    cast = {"cast_teacher_unet": "bf16"} if kind == "embedded" else {}
+    distil(home, tmp_path / "run", **KINDS[kind], **cast, mixed_precision="bf16", max_train_steps=1)
+    assert all(value.isfinite().all() for value in tensors(tmp_path / "run" / "checkpoint-1").values())
+
+
 def test_another_average_becomes_a_pipeline(home, tmp_path) -> None:
     run = distil(home, tmp_path / "run", **BAKED, ema_sigma_rels=[0.05, 0.1])
     run_script("export_average", run_dir=run, sigma_rel=0.1, output_dir=tmp_path / "average")
