@@ -26,7 +26,7 @@ def main() -> None:
     student = trainable_copy(model.unet, given[DropoutConfig])
     nets = Networks(student, target=frozen_copy(student), teacher=model.unet)
     scheduler = student_scheduler(model, method, given[ResultConfig], "cm", method.num_scales)
-    train_images("cd", model, nets, objective, scheduler, configs, method.w)
+    train_images("cd", model, nets, objective, scheduler, configs, (method.w, method.w))
 
 
 if __name__ == "__main__":

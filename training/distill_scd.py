@@ -1,4 +1,4 @@
-"""Distil a diffusion model into a continuous-time consistency model: sCD (2410.11081), of images, classes or text."""
+"""Distil a diffusion model into a continuous-time consistency model: sCD (2410.11081), a full network or a LoRA (--lora)."""
 
 import cm_diffusers.engine.early
 
@@ -6,27 +6,29 @@ from cm_diffusers.diffusion.trigflow import TrigFlowView
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig
-from cm_diffusers.models.dropout import DropoutConfig
-from cm_diffusers.models.time_weight import WithTimeWeight
+from cm_diffusers.models.students import StudentNetworkConfig
 from cm_diffusers.objectives.scm import SCDConfig, SCMConfig, SCMObjective
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model
-from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images, trainable_copy
-from cm_diffusers.types import Networks
+from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images
+from cm_diffusers.tasks.scd import check_flags, check_model, guidance_embedding_dim, student_and_teacher
 
 
 GRID = 40  # points for numbers of steps to refer to: sCM itself has no grid
-CONFIGS = (StartConfig, SCMConfig, SCDConfig, *SHARED_CONFIGS)
+CONFIGS = (StartConfig, SCMConfig, SCDConfig, StudentNetworkConfig, *SHARED_CONFIGS)
 
 
 def main() -> None:
     configs = parse_configs(CONFIGS, __doc__)
+    start, method, taught, student, dropout, *_ = configs
     given = dict(zip(CONFIGS, configs, strict=True))
-    method, w = given[SCMConfig], given[SCDConfig].w
-    seed_everything(given[TrainConfig].seed)
-    model = load_image_model(given[StartConfig])
-    objective = SCMObjective(method, TrigFlowView.of(model.view), (w, w))
-    student = trainable_copy(model.unet, given[DropoutConfig])
-    nets = Networks(WithTimeWeight(student) if method.learned_weight else student, teacher=model.unet)
+    train, w = given[TrainConfig], (taught.w_min, taught.w_max)
+    check_flags(student, taught, train.mixed_precision)
+    seed_everything(train.seed)
+    model = load_image_model(start)
+    check_model(model, method, student, taught)
+    dim = guidance_embedding_dim(student, taught)
+    objective = SCMObjective(method, TrigFlowView.of(model.view), w, dim)
+    nets = student_and_teacher(model, student, dropout, dim, method.learned_weight)
     scheduler = student_scheduler(model, method, given[ResultConfig], "edm", GRID)
     train_images("scd", model, nets, objective, scheduler, configs, w)
 

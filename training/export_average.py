@@ -11,6 +11,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.engine.averages import rebuild
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.time_weight import weights_without_head
 from cm_diffusers.places import public
 from cm_diffusers.publishing.pipelines import save_pipeline
 from cm_diffusers.publishing.provenance import read_provenance
@@ -43,7 +44,7 @@ def main() -> None:
     settings = provenance.settings | {"sigma_rel": config.sigma_rel, "average_of_step": step}
     provenance = replace(provenance, name=public(config.output_dir), settings=settings)
     pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    pipe.unet.load_state_dict(pipe.unet.state_dict() | average)
+    pipe.unet.load_state_dict(pipe.unet.state_dict() | weights_without_head(average))
     save_pipeline(pipe, Path(config.output_dir), config.save_fp16, read_record(source), provenance)
 
 

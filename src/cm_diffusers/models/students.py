@@ -18,7 +18,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class StudentConfig:
+class StudentNetworkConfig:
     """What becomes of the teacher's network."""
 
     lora: bool = HfArg(default=False, help="Train adapters on the teacher itself instead of a copy of it.")
@@ -27,9 +27,6 @@ class StudentConfig:
     lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapters.")
     lora_target_modules: list[str] = HfArg(
         default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
-    )
-    save_fp16: bool = HfArg(
-        default=False, help="Store the full student's UNet and VAE, or the LoRA, in half precision."
     )
     unet_time_cond_proj_dim: int = HfArg(
         default=256,
@@ -53,14 +50,23 @@ class StudentConfig:
         return None if self.lora else self.unet_time_cond_proj_dim or None
 
 
-def require_autocast(config: StudentConfig, mixed_precision: str) -> None:
+@dataclass
+class StudentConfig(StudentNetworkConfig):
+    """What becomes of the teacher's network, and how it is stored."""
+
+    save_fp16: bool = HfArg(
+        default=False, help="Store the full student's UNet and VAE, or the LoRA, in half precision."
+    )
+
+
+def require_autocast(config: StudentNetworkConfig, mixed_precision: str) -> None:
     """A cast teacher runs under autocast only: latents and conditions are float32."""
     cast = config.cast_teacher_unet
     if cast not in ("no", mixed_precision):
         raise UserError(f"--cast_teacher_unet {cast} needs --mixed_precision {cast}, but that is {mixed_precision}.")
 
 
-def make_networks(teacher: UNet2DConditionModel, config: StudentConfig) -> Networks:
+def make_networks(teacher: UNet2DConditionModel, config: StudentNetworkConfig) -> Networks:
     """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
     if config.lora:
         teacher.to(config.loaded_dtype)

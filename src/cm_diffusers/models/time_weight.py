@@ -28,3 +28,9 @@ class WithTimeWeight(nn.Module):
 def without_weight(student: nn.Module) -> nn.Module:
     """The network itself, as it is published."""
     return student.network if isinstance(student, WithTimeWeight) else student
+
+
+def weights_without_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the network itself, by its own names, among a student's; or all, of a student without the weight."""
+    inside = {name.removeprefix("network."): value for name, value in weights.items() if name.startswith("network.")}
+    return inside or weights

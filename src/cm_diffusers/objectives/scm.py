@@ -70,7 +70,12 @@ class SCMConfig:
 class SCDConfig:
     """What the teacher tells."""
 
-    w: float = HfArg(default=0.0, help="Guidance of the teacher; w = guidance_scale - 1, so 0 means none.")
+    w_min: float = HfArg(default=0.0, help="Least guidance of the teacher; w = guidance_scale - 1, so 0 means none.")
+    w_max: float = HfArg(
+        default=0.0,
+        help="Greatest guidance: each sample draws its own, which a full student is told; the same as --w_min goes into "
+        "the weights.",
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -151,7 +156,8 @@ class SCMObjective:
             return batch.cond | told, lambda x, t: denoise(x, t, batch.cond)
         if not batch.uncond:
             raise UserError(
-                "Guidance needs a teacher with a null condition, but the data has no unconditional branch; give --w 0."
+                "Guidance needs a teacher with a null condition, but the data has no unconditional branch; give --w_min 0 "
+                "--w_max 0."
             )
         return batch.cond | told, guide(denoise, batch.cond, batch.uncond, w)
 

@@ -153,6 +153,9 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             name, config = self.record.scheduler.get("_class_name", "LCMScheduler"), self.record.scheduler
         if name in IN_SIGMA:
             self.scheduler = EDMConsistencyScheduler.from_config(config)
+            self.scheduler._adopted_from = type(
+                self.scheduler
+            ).__name__  # so that it goes with a LoRA that it came with
         else:
             self.scheduler = consistency_scheduler(name, config)
 

@@ -36,6 +36,7 @@ METHODS = {  # method of the record, with "-lora" where that is so -> title, how
     "direct_reward": ("Consistency model tuned by a reward's gradient", "tuned from", REWARD_GRADIENTS),
     "direct_reward-lora": ("Consistency model tuned by a reward's gradient (LoRA)", "tuned from", REWARD_GRADIENTS),
     **EDM_METHODS,
+    "scd-lora": ("Continuous-time consistency model (sCD, LoRA)", "distilled from", f"{SCM}, {LCM_LORA}"),
     "animatelcm": ("Video consistency model (AnimateLCM)", "distilled from", ANIMATELCM),
 }
 TAGS = ("diffusers", "diffusers-training", "cm_diffusers")  # of everything that is made here

@@ -146,12 +146,14 @@ def image_grids(
     make_pipeline: Callable[[nn.Module], DiffusionPipeline],
     scheduler: EDMConsistencyScheduler,
     resolution: int | None = None,
+    guidance_scale: float = 1.0,
 ) -> SampleGrids:
     """As `sample_grid`, for models in EDM's coordinates, which most often take no prompts.
 
     Args:
         scheduler: The pipeline's.
         resolution: Of a model that reads text; None for one that does not.
+        guidance_scale: Of a model that reads text.
 
     Raises:
         ValueError: The scheduler has not so many steps, or prompts are for nobody.
@@ -167,7 +169,7 @@ def image_grids(
     def sample(pipe: DiffusionPipeline, steps: int) -> Tensor:
         pipe.to(pipe.unet.device)
         if resolution is not None:
-            return generate(pipe, captions, range(count), steps, 1.0, count, resolution)[0]
+            return generate(pipe, captions, range(count), steps, guidance_scale, count, resolution)[0]
         return generate_unprompted(pipe, range(count), steps, count)[0]
 
     def draw(trainer: Trainer) -> Image.Image:

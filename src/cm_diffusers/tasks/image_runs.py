@@ -17,10 +17,12 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
+from cm_diffusers.models.students import StudentNetworkConfig
 from cm_diffusers.models.time_weight import without_weight
+from cm_diffusers.objectives.scm import SCDConfig
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.images import images_record, network_of
-from cm_diffusers.publishing.pipelines import save_pipeline
+from cm_diffusers.publishing.pipelines import save_lora, save_pipeline
 from cm_diffusers.publishing.provenance import Provenance, describe_run
 from cm_diffusers.schedulers import EDMConsistencyScheduler
 from cm_diffusers.tasks.callbacks import ImageValidationConfig, image_grids
@@ -34,7 +36,15 @@ logger = logging.getLogger(__name__)
 SECOND_SIGMA = 0.821  # of two-step sampling of CIFAR-10 in iCT (2310.14189) and ECT (2406.14548)
 
 
-WHAT_A_RUN_IS = (StartConfig, NewModelConfig, DropoutConfig, ClassConfig, DataConfig)  # beside method and training
+WHAT_A_RUN_IS = (  # beside method and training
+    StartConfig,
+    NewModelConfig,
+    SCDConfig,
+    StudentNetworkConfig,
+    DropoutConfig,
+    ClassConfig,
+    DataConfig,
+)
 
 
 @dataclass
@@ -46,7 +56,7 @@ class ResultConfig:
         help="Noise levels that the result recommends to sample at, descending; a student's if not given: sigma_max and "
         f"{SECOND_SIGMA}.",
     )
-    save_fp16: bool = HfArg(default=False, help="Store network and VAE in half precision.")
+    save_fp16: bool = HfArg(default=False, help="Store network and VAE, or the LoRA, in half precision.")
 
 
 SHARED_CONFIGS = (
@@ -100,9 +110,9 @@ def train_images(
     objective: Any,
     scheduler: EDMConsistencyScheduler,
     configs: Sequence[object],
-    w: float = 0.0,
+    w: tuple[float, float] = (0.0, 0.0),
 ) -> None:
-    """Train, save `<output_dir>/pipeline` with record and card, and push it where that was asked for.
+    """Train, save `<output_dir>/pipeline`, or `lora`, with record and card, and push it where that was asked for.
 
     Args:
         name: Of the method, in the record.
@@ -110,29 +120,44 @@ def train_images(
         nets: To train.
         scheduler: Of the result.
         configs: The script's, for its flags and for the card; those of `SHARED_CONFIGS` among them.
-        w: Guidance that is distilled into a student of text.
+        w: Least and greatest guidance that is distilled into a student of text, which recommends their mean where it is told.
     """
     given = {type(config): config for config in configs}
     classes, data, optim, train, validation, result, hub = (given[kind] for kind in SHARED_CONFIGS[1:])
     if nets.target is None or hasattr(objective, "target_decay"):
         refuse_changed(train, "ema_decay", f"with {name}: it has no averaged target, or one on a schedule")
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    resolution = None if model.pipe is None else data.resolution
-    grids = image_grids(validation, lambda unet: model.sampler(without_weight(unet), scheduler), scheduler, resolution)
+    resolution, (guidance, scale) = None if model.pipe is None else data.resolution, _guidance(model, nets, w)
+    lora = StudentNetworkConfig in given and given[StudentNetworkConfig].lora
+    grids = image_grids(
+        validation, lambda unet: model.sampler(without_weight(unet), scheduler), scheduler, resolution, scale
+    )
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
     batches = model.batches(data, classes, train.seed, *trainer.place)
-    trainer.fit(announce(trainer, batches, configs, "pipeline"))
+    kind = "lora" if lora else "pipeline"
+    trainer.fit(announce(trainer, batches, configs, kind))
     base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
-    steps, guidance = len(scheduler.config.recommended_sigmas), "none" if model.pipe is None else "distilled"
     known = None if model.pipe else model.unet.config.num_class_embeds
     describe = partial(describe_run, configs, model.pipe, base, source_name(data), num_classes=known)
 
     def save(unet: nn.Module, folder: Path, provenance: Provenance) -> None:
-        pipe = model.pipeline(without_weight(unet), scheduler)
-        record = images_record(name, base or "", guidance, w, pipe.scheduler, steps)
-        record = replace(record, resolution=data.resolution)
-        save_pipeline(pipe, folder, result.save_fp16, record, provenance)
+        pipe, steps = model.pipeline(without_weight(unet), scheduler), len(scheduler.config.recommended_sigmas)
+        record = images_record(name, base or "", guidance, w[0], pipe.scheduler, steps)
+        record = replace(record, w_max=w[1], recommended_guidance_scale=scale, resolution=data.resolution)
+        if lora:
+            save_lora(pipe.unet, folder, record, provenance, result.save_fp16)
+        else:
+            save_pipeline(pipe, folder, result.save_fp16, record, provenance)
 
-    if address := publish(trainer, "pipeline", configs, describe, save, repo_id):
+    if address := publish(trainer, kind, configs, describe, save, repo_id):
         logger.info("Published: %s", address)
+
+
+def _guidance(model: ImageModel, nets: Networks, w: tuple[float, float]) -> tuple[str, float]:
+    """What guidance is to the student, as in `Record`, and the scale to sample it with."""
+    if model.pipe is None:
+        return "none", 1.0
+    if without_weight(nets.student).config.time_cond_proj_dim is None:
+        return "distilled", 1.0
+    return "embedded", 1 + sum(w) / 2

@@ -16,6 +16,7 @@ from cm_diffusers.evaluation.real_clips import OF_TRAINING
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.report import hardware
 from cm_diffusers.models.adapters import adapter_layers
+from cm_diffusers.models.time_weight import without_weight
 from cm_diffusers.record import read_record
 from cm_diffusers.types import Batch
 
@@ -97,7 +98,7 @@ def _data(flags: dict[str, Any]) -> str:
 
 def _trains(player: Player, flags: dict[str, Any]) -> str:
     known = list(player.raw.parameters())
-    kind = type(player.raw).__name__
+    kind = type(without_weight(player.raw)).__name__
     if adapter_layers(player.raw):
         kind = f"a LoRA of rank {flags['lora_rank']} on {kind}"
     trained, total = (sum(p.numel() for p in some) for some in (player.trainable, known))

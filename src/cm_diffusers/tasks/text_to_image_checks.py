@@ -6,7 +6,7 @@ from typing import Any
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.critics import CriticConfig, unused_flags
-from cm_diffusers.models.students import StudentConfig, require_autocast
+from cm_diffusers.models.students import StudentNetworkConfig, require_autocast
 from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
 
@@ -14,7 +14,7 @@ OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
 OF_FULL = "unet_time_cond_proj_dim"
 
 
-def check_student(config: StudentConfig, mixed_precision: str) -> None:
+def check_student(config: StudentNetworkConfig, mixed_precision: str) -> None:
     """
     Raises:
         ValueError: A value out of range, or a flag that would have no effect.

@@ -1,0 +1,74 @@
+"""The student of sCD: a full network or a LoRA, which is told the teacher's guidance or has it in its weights."""
+
+from dataclasses import fields
+
+from cm_diffusers.diffusion.views import check_sigmas
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
+from cm_diffusers.models.dropout import DropoutConfig, set_dropout
+from cm_diffusers.models.students import DTYPES, StudentNetworkConfig, make_networks, make_student
+from cm_diffusers.models.time_weight import WithTimeWeight
+from cm_diffusers.objectives.scm import SCDConfig, SCMConfig
+from cm_diffusers.tasks.image_models import ImageModel
+from cm_diffusers.tasks.image_runs import trainable_copy
+from cm_diffusers.tasks.text_to_image_checks import check_student
+from cm_diffusers.types import Networks
+
+
+def check_flags(student: StudentNetworkConfig, taught: SCDConfig, mixed_precision: str) -> None:
+    """
+    Raises:
+        ValueError: A value out of range, a flag that would have no effect, or a tangent in half precision.
+    """
+    check_student(student, mixed_precision)
+    if student.lora and student.cast_teacher_unet != "no":
+        raise UserError(
+            f"--cast_teacher_unet {student.cast_teacher_unet} with --lora would take the student's derivative in half precision, "
+            "in which differences drown and even --tangent jvp is inexact: leave it out; --mixed_precision may stay."
+        )
+    if taught.w_min == taught.w_max:
+        where = "with --w_min equal to --w_max: such guidance goes into the weights"
+        refuse_changed(student, "unet_time_cond_proj_dim", where)
+
+
+def check_model(model: ImageModel, method: SCMConfig, student: StudentNetworkConfig, taught: SCDConfig) -> None:
+    """
+    Raises:
+        ValueError: Something was asked of a teacher that it cannot do.
+    """
+    check_sigmas(model.view, method.sigma_min, method.sigma_max)
+    if model.pipe is not None:
+        return
+    if (taught.w_min, taught.w_max) != (0, 0):
+        raise UserError(
+            f"The teacher is a {type(model.unet).__name__} without a null condition, which guidance needs (--w_min "
+            f"{taught.w_min}, --w_max {taught.w_max}): leave both out, or give a teacher that reads text."
+        )
+    refuse_changed(student, " ".join(field.name for field in fields(student)), "for a teacher that reads no text")
+
+
+def guidance_embedding_dim(student: StudentNetworkConfig, taught: SCDConfig) -> int | None:
+    """Of a student that is told its guidance; None where that goes into the weights."""
+    return None if taught.w_min == taught.w_max else student.guidance_embedding_dim
+
+
+def student_and_teacher(
+    model: ImageModel, student: StudentNetworkConfig, dropout: DropoutConfig, dim: int | None, learned_weight: bool
+) -> Networks:
+    """Of a full student, a copy beside its teacher; of a LoRA, both in one network. There is no averaged target.
+
+    Args:
+        dim: As `guidance_embedding_dim`.
+        learned_weight: Whether the student has a head for it, see `WithTimeWeight`.
+    """
+    if student.lora:
+        nets = make_networks(model.unet, student)
+        set_dropout(nets.student, dropout)
+    elif model.pipe is None:
+        nets = Networks(trainable_copy(model.unet, dropout), teacher=model.unet)
+    else:
+        nets = Networks(make_student(model.unet, dim), teacher=model.unet.to(DTYPES[student.cast_teacher_unet]))
+        set_dropout(nets.student, dropout)
+    if learned_weight:
+        nets.student = WithTimeWeight(nets.student)
+    return nets
