@@ -30,7 +30,7 @@ Action = Callable[[], object]
 
 
 @dataclass
-class BenchmarkConfig:
+class StepConfig:
     """What is measured, and how often."""
 
     pretrained_teacher_model: str = HfArg(
@@ -40,13 +40,19 @@ class BenchmarkConfig:
     resolution: int = HfArg(default=32, help="Side of the images, in pixels.")
     max_train_samples: int = HfArg(default=256, help="Images that are encoded.")
     train_batch_size: int = HfArg(default=64, help="Images per step.")
-    lora_rank: int = HfArg(default=16, help="Rank of the adapters.")
     mixed_precision: Literal["no", "bf16"] = HfArg(default="no", help="Autocast dtype, of every loop.")
-    compile: bool = HfArg(default=False, help="torch.compile our networks; the example in diffusers has no such flag.")
     repeats: int = HfArg(default=30, help="Measurements of each thing, after three that do not count.")
-    memory_steps: int = HfArg(default=3, help="Steps whose peak memory is taken.")
     num_threads: int = HfArg(default=2, help="Threads of torch on a CPU.")
     seed: int = HfArg(default=0, help="Seeds the data order, noise and times.")
+
+
+@dataclass
+class BenchmarkConfig(StepConfig):
+    """What LCM and SCott are told besides."""
+
+    lora_rank: int = HfArg(default=16, help="Rank of the adapters.")
+    compile: bool = HfArg(default=False, help="torch.compile our networks; the example in diffusers has no such flag.")
+    memory_steps: int = HfArg(default=3, help="Steps whose peak memory is taken.")
     output_dir: str = HfArg(default="runs/benchmark_train_step", help="Where train_step.md and train_step.json go.")
 
 
@@ -122,11 +128,11 @@ class Distillation:
         } | ({"critic": judge} if nets.critic else {})
 
 
-def the_teacher(config: BenchmarkConfig) -> DiffusionPipeline:
+def the_teacher(config: StepConfig) -> DiffusionPipeline:
     return load_teacher(TeacherConfig(config.pretrained_teacher_model))
 
 
-def data_config(config: BenchmarkConfig, workdir: Path) -> DataConfig:
+def data_config(config: StepConfig, workdir: Path) -> DataConfig:
     names = ("train_data_dir", "resolution", "max_train_samples", "train_batch_size")
     shared = {name: getattr(config, name) for name in names}
     return DataConfig(**shared, center_crop=True, latent_cache_dir=str(workdir / "latents"))

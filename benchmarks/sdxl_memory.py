@@ -78,7 +78,7 @@ def measure(config: MemoryConfig) -> dict[str, float]:
         del pipe
         step = BenchmarkConfig(
             str(workdir / "teacher"), str(one_image(workdir / "images", config.resolution)), config.resolution, 1,
-            config.train_batch_size, config.lora_rank, memory_steps=2, num_threads=config.num_threads,
+            config.train_batch_size, lora_rank=config.lora_rank, memory_steps=2, num_threads=config.num_threads,
         )  # fmt: skip
         return {"parameters": parameters} | measure_memory(step, workdir)
 

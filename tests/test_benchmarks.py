@@ -15,9 +15,11 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import tangent_step  # noqa: E402
 import train_step  # noqa: E402
 from distillation import BenchmarkConfig, Distillation, the_teacher  # noqa: E402
 from reference_lcm_step import ReferenceLCM, pixel_batches  # noqa: E402
+from tangent_step import TangentStepConfig, Training  # noqa: E402
 
 from cm_diffusers.engine.optimizers import OptimConfig  # noqa: E402
 from cm_diffusers.objectives.lcm import LCMConfig  # noqa: E402
@@ -30,6 +32,15 @@ GRAD, FREE = (True, B), (False, B)
 
 @pytest.fixture
 def config(tmp_path: Path) -> BenchmarkConfig:
+    return BenchmarkConfig(**small(tmp_path), lora_rank=2, memory_steps=1, output_dir=str(tmp_path / "report"))
+
+
+@pytest.fixture
+def tangents(tmp_path: Path) -> TangentStepConfig:
+    return TangentStepConfig(**small(tmp_path), output_dir=str(tmp_path / "report"))
+
+
+def small(tmp_path: Path) -> dict[str, object]:
     """A tiny teacher, and five images with captions."""
     tiny_pipeline(prediction_type="v_prediction").save_pretrained(tmp_path / "teacher")
     images = tmp_path / "images"
@@ -37,16 +48,13 @@ def config(tmp_path: Path) -> BenchmarkConfig:
     for i, label in enumerate(FASHION_LABELS[:5]):
         Image.new("RGB", (32, 32), (50 * i, 20, 200)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(f"a photo of a {label}")
-    return BenchmarkConfig(
-        str(tmp_path / "teacher"),
-        str(images),
-        max_train_samples=5,
-        train_batch_size=B,
-        lora_rank=2,
-        repeats=2,
-        memory_steps=1,
-        output_dir=str(tmp_path / "report"),
-    )
+    return {
+        "pretrained_teacher_model": str(tmp_path / "teacher"),
+        "train_data_dir": str(images),
+        "max_train_samples": 5,
+        "train_batch_size": B,
+        "repeats": 2,
+    }
 
 
 def count_calls(module: nn.Module) -> list[tuple[bool, int]]:
@@ -99,6 +107,27 @@ def test_scott_step_makes_the_passes_that_are_measured(config: BenchmarkConfig, 
     assert (sorted(student), target) == (sorted([FREE, GRAD] * 2), [FREE] * 2)
     assert sorted(seen) == sorted([(False, 2 * B), GRAD] * 2)
     assert sorted(teacher) == sorted((solver + judged) * 2)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("jvp", 1), ("central", 3), ("one_sided", 2), ("semi", 3)])
+def test_a_tangent_step_makes_the_passes_that_are_measured(
+    tangents: TangentStepConfig, tmp_path: Path, kind: str, passes: int
+) -> None:
+    one = Training(tangents, kind, tmp_path)
+    student, teacher = count_calls(one.trainer.nets.student.network), count_calls(one.trainer.nets.teacher)
+    one.step()
+    assert (student, teacher) == ([FREE] * passes + [GRAD], [FREE])
+    for action in one.passes().values():
+        action()
+    assert (student, teacher) == (([FREE] * passes + [GRAD]) * 2, [FREE] * 2)
+    assert all(p.grad is not None for p in one.trainer.student.parameters())
+
+
+def test_a_plain_step_is_a_pass_with_gradient(tangents: TangentStepConfig, tmp_path: Path) -> None:
+    one = Training(tangents, "plain", tmp_path)
+    calls = count_calls(one.trainer.nets.student)
+    one.step()
+    assert calls == [GRAD]
 
 
 def test_reference_encodes_every_step_and_guides_in_two_passes(config: BenchmarkConfig, tmp_path: Path) -> None:
@@ -159,3 +188,23 @@ def test_the_script(config: BenchmarkConfig) -> None:
     assert found["ratios"]["wall"].keys() == found["ratios"]["cpu"].keys()
     assert found["memory_mib"]["idle"] < min(found["memory_mib"]["full"], found["memory_mib"]["lora"])
     assert (Path(config.output_dir) / "train_step.md").read_text().startswith("|  | step, ms |")
+
+
+def test_tangents_are_held_against_their_passes_and_a_plain_step() -> None:
+    times = {"plain/step": [(3.0, 3.0), (4.0, 3.0), (300.0, 3.0)]}
+    for kind in tangent_step.TANGENTS:
+        times |= {f"{kind}/{name}": [(value, 1.0)] * 3 for name, value in (("teacher", 1.0), ("tangent", 4.0))}
+        times |= {f"{kind}/student": [(3.0, 2.0)] * 3, f"{kind}/step": [(9.0, 5.0), (8.0, 5.0), (800.0, 5.0)]}
+    wall, cpu = tangent_step.ratios(times, 0), tangent_step.ratios(times, 1)
+    assert wall["semi"] == pytest.approx({"step / passes": 9 / 8, "step / plain step": 8 / 3, "tangent / teacher": 4})
+    assert cpu["jvp"] == pytest.approx({"step / passes": 5 / 4, "step / plain step": 5 / 3, "tangent / teacher": 1})
+
+
+def test_table_of_tiny_tangents(tangents: TangentStepConfig, tmp_path: Path) -> None:
+    times = tangent_step.measure(tangents, tmp_path)
+    names = {f"{kind}/{name}" for kind in tangent_step.TANGENTS for name in ("step", *tangent_step.PASSES)}
+    assert times.keys() == names | {"plain/step"}
+    assert {len(values) for values in times.values()} == {2}
+    rows = [line.split(" | ") for line in tangent_step.as_table(tangents, times).splitlines() if line.startswith("|")]
+    assert [row[0].strip("| ") for row in rows[2:]] == [*tangent_step.TANGENTS, "plain step"]
+    assert {len(row) for row in rows} == {8}

@@ -9,13 +9,17 @@ from diffusers import LCMScheduler
 from tiny import tiny_scheduler, tiny_unet, tiny_vae
 
 from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.diffusion.trigflow import TrigFlowView
+from cm_diffusers.diffusion.views import VPView
 from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
 from cm_diffusers.policy.policy import Policy
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks
@@ -23,7 +27,7 @@ from cm_diffusers.types import Batch, Networks, Progress
 
 
 VP = DiscreteVP.from_scheduler(tiny_scheduler())
-PROGRESS = Progress(0, 10)
+PROGRESS = Progress(1, 10)  # of sCM the derivative is there
 
 
 @dataclass
@@ -79,6 +83,19 @@ def scott(prediction_type="epsilon", critic="none", lora=False, **settings):
     return Case(objective, with_critic, latents)
 
 
+def scm(prediction_type="epsilon", taught=True, lora=False, dim=None, w=(0.0, 0.0), **settings):
+    settings = {"sigma_min": 0.03, "sigma_max": 14.0, "tangent_warmup_steps": 0} | settings
+    config, view = SCMConfig(**settings), TrigFlowView.of(VPView(VP, prediction_type, 1.0))
+
+    def networks():
+        student = StudentConfig(lora=lora, lora_rank=4, unet_time_cond_proj_dim=dim or 0)
+        nets = make_networks(tiny_unet(dropout=0.1), student)
+        student = WithTimeWeight(nets.student) if config.learned_weight else nets.student
+        return Networks(student, teacher=nets.teacher if taught else None)
+
+    return Case(SCMObjective(config, view, w, dim), networks, latents)
+
+
 def diffusion(prediction_type):
     objective = DiffusionObjective(DiffusionConfig(prediction_type, condition_dropout=0.5), VP)
     return Case(objective, lambda: Networks(tiny_unet()), latents)
@@ -109,6 +126,15 @@ CASES = {
     "scott-heads": scott(critic="heads"),
     "scott-heads-lora": scott("sample", critic="heads", lora=True, adversarial_loss="lsgan"),
     "scott-paper": scott(critic="lora_decoder", critic_inputs="clean", adversarial_weight=0.4),
+    "scd": scm(),
+    "scd-guided": scm(dim=16, w=(0.0, 2.0)),
+    "scd-lora": scm(lora=True, w=(1.0, 1.0)),
+    "scd-central-v": scm("v_prediction", tangent="central", tangent_normalization="rms"),
+    "scd-one_sided-unweighted": scm(tangent="one_sided", tangent_normalization="clip", learned_weight=False),
+    "scd-semi-sample": scm("sample", tangent="semi", prior_weight=True),
+    "scd-two-segments": scm(segments=2),
+    "sct": scm(taught=False),
+    "sct-unweighted": scm(taught=False, learned_weight=False),
     "lcf": lcf(),
     "lcf-l2-v": lcf("v_prediction", loss_type="l2"),
     "lcf-plain-sample": lcf("sample", embedded=False),
