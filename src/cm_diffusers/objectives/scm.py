@@ -42,7 +42,10 @@ class SCMConfig:
         default="jvp",
         help="Derivative of the network along the flow: exact, by differences of three or two passes, or exact in x alone.",
     )
-    tangent_step: float = HfArg(default=0.01, help="Step of a difference, in the time that the network is told.")
+    tangent_step: float | None = HfArg(
+        default=None,
+        help="Step of a difference, in the time that the network is told; if not given, where differences in float32 err least.",
+    )
     tangent_warmup_steps: int = HfArg(
         default=10_000, help="Optimizer steps in which the derivative comes in, linearly."
     )
@@ -134,7 +137,7 @@ class SCMObjective:
         u, d = t - self.lower(t), self.view.sigma_data
         cos, sin = torch.cos(u), torch.sin(u)
         share = cos * sin
-        h = step_of(self.view.told, t, share, self.config.tangent_step)
+        h = step_of(self.view.told, t, share, self.config.tangent_step or self.view.difference_step)
 
         def function(x: Tensor, t: Tensor) -> Tensor:
             return self.view(student, x, t, cond)
@@ -185,7 +188,8 @@ class SCMObjective:
 
     def warmup(self, progress: Progress) -> float:
         """r, the share of the derivative (Sec. 4.1)."""
-        return min(1.0, progress.step / max(1, self.config.tangent_warmup_steps))
+        steps = self.config.tangent_warmup_steps
+        return min(1.0, progress.step / steps) if steps else 1.0
 
     def logs(self, progress: Progress, t: Tensor, g: Tensor, usable: Tensor, residual: Tensor) -> dict[str, Tensor]:
         """The residual of the weighted loss is 1 at all times once w_phi is right; here of the lower and upper half of t."""
