@@ -446,7 +446,7 @@ def step(scheduler, t):
         ({"sigma_min": 80.0}, r"larger sigma_max and sigma_data must be positive, got 80\.0, 80\.0 and 0\.5"),
         ({"sigma_data": 0.0}, "must be positive"),
         ({"boundary_scalings": "lcm"}, "boundary_scalings must be one of cm, edm; got 'lcm'"),
-        ({"noise_conditioning": "log"}, "noise_conditioning must be one of edm, adm; got 'log'"),
+        ({"noise_conditioning": "log"}, "noise_conditioning must be one of edm, adm, trigflow; got 'log'"),
         ({"network": "flow"}, "network must be one of edm, vp"),
         ({"prediction_type": "x"}, "prediction_type must be one of epsilon, v_prediction, sample"),
         ({"gamma": 1.5}, "gamma must be from 0"),
