@@ -2,7 +2,13 @@
 
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_trigflow_consistency import TrigFlowConsistencyScheduler
 from cm_diffusers.schedulers.stepping import ConsistencySchedulerOutput
 
 
-__all__ = ["ConsistencyScheduler", "ConsistencySchedulerOutput", "EDMConsistencyScheduler"]
+__all__ = [
+    "ConsistencyScheduler",
+    "ConsistencySchedulerOutput",
+    "EDMConsistencyScheduler",
+    "TrigFlowConsistencyScheduler",
+]

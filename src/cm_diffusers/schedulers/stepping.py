@@ -136,7 +136,7 @@ class ToldScheduler(SteppingScheduler):
         Raises:
             ValueError: It is an integer, or not there.
         """
-        level = self._levels_at(torch.as_tensor(timestep)).item()
+        level = self._levels_at(torch.as_tensor(timestep)).flatten()[0].item()  # one for each sample, all alike
         for index, known in enumerate(self._schedule):
             if math.isclose(level, known, rel_tol=1e-5):  # a timestep may have passed through float32
                 return index
