@@ -10,11 +10,10 @@ from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.scm import SCDConfig, SCMConfig, SCMObjective
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model
-from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images, trainable_copy
+from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, scm_scheduler, train_images, trainable_copy
 from cm_diffusers.types import Networks
 
 
-GRID = 40  # points for numbers of steps to refer to: sCM itself has no grid
 CONFIGS = (StartConfig, SCMConfig, SCDConfig, *SHARED_CONFIGS)
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     objective = SCMObjective(method, TrigFlowView.of(model.view), (w, w))
     student = trainable_copy(model.unet, given[DropoutConfig])
     nets = Networks(WithTimeWeight(student) if method.learned_weight else student, teacher=model.unet)
-    scheduler = student_scheduler(model, method, given[ResultConfig], "edm", GRID)
+    scheduler = scm_scheduler(model, method, given[ResultConfig])
     train_images("scd", model, nets, objective, scheduler, configs, w)
 
 

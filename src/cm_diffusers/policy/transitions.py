@@ -24,7 +24,7 @@ from torch import Tensor
 from cm_diffusers.diffusion.preconditioning import cm_scalings, lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP, Prediction, doubled, interpret
 from cm_diffusers.errors import UserError
-from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
+from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
 from cm_diffusers.schedulers.stepping import SteppingScheduler
 
 
@@ -184,6 +184,7 @@ def _scm(scheduler: SCMScheduler, index: int, output: Tensor, x: Tensor) -> Part
 LAWS: dict[type[SchedulerMixin], Callable[..., Parts]] = {
     ConsistencyScheduler: _consistency,
     EDMConsistencyScheduler: _consistency,
+    TrigFlowConsistencyScheduler: _consistency,
     LCMScheduler: _lcm,
     CMStochasticIterativeScheduler: _cm,
     FlowMatchLCMScheduler: _flow_match_lcm,
@@ -245,7 +246,8 @@ def _check_own(scheduler: SteppingScheduler) -> None:
 def _check_index(scheduler: SchedulerMixin, index: int) -> None:
     if getattr(scheduler, "num_inference_steps", None) is None and not getattr(scheduler, "custom_timesteps", False):
         raise UserError("The scheduler has no schedule yet; call set_timesteps.")
-    steps = len(scheduler.timesteps) - isinstance(scheduler, SCMScheduler)  # whose last entry is the end
+    with_end = isinstance(scheduler, SCMScheduler) or scheduler.config.get("network", "") is None
+    steps = len(scheduler.timesteps) - with_end
     if not 0 <= index < steps:
         raise UserError(f"index must be from 0 to {steps - 1}, as there are {steps} steps; got {index}.")
 
