@@ -6,7 +6,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from diffusers import LCMScheduler
+from diffusers import LCMScheduler, SchedulerMixin  # noqa: F401 (diffusers looks for it where saved pipelines lead)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
