@@ -119,7 +119,8 @@ def take_step(scheduler, index, output, x, eta, noise, monkeypatch):
 def walk(scheduler, eta, monkeypatch, dtype=torch.float64):
     """(law, noise, result of the real step) at every index of one run."""
     x = (normal(0) * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(dtype)
-    for index in range(len(scheduler.timesteps) - isinstance(scheduler, SCMScheduler)):
+    with_end = isinstance(scheduler, SCMScheduler) or scheduler.config.get("network", "") is None
+    for index in range(len(scheduler.timesteps) - with_end):
         output, noise = normal(3 * index + 1).to(dtype), normal(3 * index + 2).to(dtype)
         law = transition(scheduler, index, output, x, eta)
         result = take_step(scheduler, index, output, x, eta, noise, monkeypatch)

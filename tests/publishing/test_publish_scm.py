@@ -43,7 +43,7 @@ def scheduler_of(view, **options) -> TrigFlowConsistencyScheduler:
 
 
 def in_edm(scheduler: TrigFlowConsistencyScheduler) -> EDMConsistencyScheduler:
-    return EDMConsistencyScheduler.from_config(scheduler.config, boundary_scalings="edm", sigma_min=VP[0])
+    return EDMConsistencyScheduler.from_config(config_of(scheduler), boundary_scalings="edm", sigma_min=VP[0])
 
 
 def student(kind: str):

@@ -232,8 +232,8 @@ class TestOneTruth:
     def test_images_are_those_of_edms_coordinates(self, config, count, gamma, clip):
         config = {"prediction_type": "epsilon", "sigma_data": 0.7, "clip_denoised": clip, "gamma": gamma, **config}
         edm = EDMConsistencyScheduler(boundary_scalings="edm", sigma_min=0.05, **config)
-        ours = TrigFlowConsistencyScheduler.from_config(edm.config)
-        results = []
+        fields = {name: value for name, value in edm.config.items() if not name.startswith("_")}
+        ours, results = TrigFlowConsistencyScheduler.from_config(fields), []
         for scheduler in (edm, ours):
             scheduler.set_timesteps(sigmas=[config["sigma_max"], 3.0, 0.821, 0.1][:count])
             results.append(sampled(scheduler, normal(0), torch.Generator().manual_seed(3)))

@@ -44,8 +44,8 @@ class TrigFlowConsistencyScheduler(ToldScheduler):
     and drops the last of `timesteps`, which are the times t in float32 with the end, 0, behind them.
 
     With a `network` the scheduler converts, as training did (`cm_diffusers.diffusion.trigflow.TrigFlowNetwork`): `timesteps`
-    are what the network is told, and `step` takes its answer to `scale_model_input`. A student with `EDMConsistencyScheduler`
-    and the boundary "edm" is sampled the same by this class with its config.
+    are what the network is told, and `step` takes its answer to `scale_model_input`. Images are those of an
+    `EDMConsistencyScheduler` with the same fields and the boundary "edm".
 
     Args:
         num_train_timesteps: Without effect, as in `SCMScheduler`.
