@@ -175,20 +175,16 @@ class ConsistencySchedulerOutput(BaseOutput):
 NoiseSampler = Callable[[torch.Size, Generator | list[Generator] | None, torch.device, torch.dtype], Tensor]
 
 
+def refuse_gamma(gamma: float) -> float:
+    if not 0 <= gamma <= 1:
+        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
+    return gamma
+
+
 class SteppingScheduler(SchedulerMixin, ConfigMixin):
-    """Steps along a schedule: denoise, then move to the next place of it.
-
-    Attributes:
-        noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of
-            the sample, the generator, the device and the dtype. Frames `(B, C, F, H, W)` share their noise with::
-
-                lambda shape, *where: randn_tensor((*shape[:2], 1, *shape[3:]), *where).expand(shape)
-    """
+    """Steps along a schedule: denoise, then move to the next place of it."""
 
     order = 1
-    noise_sampler: NoiseSampler | None = None
-    num_inference_steps: int | None = None
-    custom_timesteps = False
 
     def step(
         self,
@@ -234,6 +230,12 @@ class SteppingScheduler(SchedulerMixin, ConfigMixin):
     def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
         """Contains this class even where it is not registered, and none whose dependencies are missing."""
         return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
+
+    def _prepare(self, gamma: float) -> None:
+        self.gamma = refuse_gamma(gamma)
+        self.noise_sampler: NoiseSampler | None = None
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
 
     def _restart(self, schedule: list) -> None:
         self._schedule = schedule  # beside `timesteps`, so that no step waits for the device
@@ -290,7 +292,7 @@ class ToldScheduler(SteppingScheduler):
             if math.isclose(level, known, rel_tol=1e-5):  # a timestep may have passed through float32
                 return index
         raise UserError(
-            f"Timestep {float(timestep):g} ({self.level_name} {level:g}) is not in the schedule of {self.level_name}s "
+            f"Timestep {float(timestep):g} ({self._level_name} {level:g}) is not in the schedule of {self._level_name}s "
             f"{self._schedule}; pass one of scheduler.timesteps, or call set_timesteps."
         )
 
@@ -467,12 +469,6 @@ def one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
         raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
 
 
-def refuse_gamma(gamma: float) -> float:
-    if not 0 <= gamma <= 1:
-        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
-    return gamma
-
-
 def strided(grid: list[float], count: int) -> list[float]:
     """`count` levels of a descending grid, the first and every (N // count)-th, as `CMStochasticIterativeScheduler`.
 
@@ -527,10 +523,11 @@ class EDMConsistencyScheduler(ToldScheduler):
 
     Attributes:
         sigmas: The noise levels `(steps + 1,)` in float64, the last is that of the result; at first the whole grid.
+        noise_sampler: As in `ConsistencyScheduler`.
     """
 
     _compatibles = ["CMStochasticIterativeScheduler"]
-    level_name = "sigma"
+    _level_name = "sigma"
 
     @register_to_config
     def __init__(
@@ -573,7 +570,7 @@ class EDMConsistencyScheduler(ToldScheduler):
         self._grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
         if recommended_sigmas is not None:
             checked(recommended_sigmas, sigma_min, sigma_max)
-        self.gamma = refuse_gamma(gamma)
+        self._prepare(gamma)
         self._set_schedule(self._grid, device=None)
 
     def set_timesteps(

@@ -182,20 +182,16 @@ class ConsistencySchedulerOutput(BaseOutput):
 NoiseSampler = Callable[[torch.Size, Generator | list[Generator] | None, torch.device, torch.dtype], Tensor]
 
 
+def refuse_gamma(gamma: float) -> float:
+    if not 0 <= gamma <= 1:
+        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
+    return gamma
+
+
 class SteppingScheduler(SchedulerMixin, ConfigMixin):
-    """Steps along a schedule: denoise, then move to the next place of it.
-
-    Attributes:
-        noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of
-            the sample, the generator, the device and the dtype. Frames `(B, C, F, H, W)` share their noise with::
-
-                lambda shape, *where: randn_tensor((*shape[:2], 1, *shape[3:]), *where).expand(shape)
-    """
+    """Steps along a schedule: denoise, then move to the next place of it."""
 
     order = 1
-    noise_sampler: NoiseSampler | None = None
-    num_inference_steps: int | None = None
-    custom_timesteps = False
 
     def step(
         self,
@@ -241,6 +237,12 @@ class SteppingScheduler(SchedulerMixin, ConfigMixin):
     def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
         """Contains this class even where it is not registered, and none whose dependencies are missing."""
         return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
+
+    def _prepare(self, gamma: float) -> None:
+        self.gamma = refuse_gamma(gamma)
+        self.noise_sampler: NoiseSampler | None = None
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
 
     def _restart(self, schedule: list) -> None:
         self._schedule = schedule  # beside `timesteps`, so that no step waits for the device
@@ -297,7 +299,7 @@ class ToldScheduler(SteppingScheduler):
             if math.isclose(level, known, rel_tol=1e-5):  # a timestep may have passed through float32
                 return index
         raise UserError(
-            f"Timestep {float(timestep):g} ({self.level_name} {level:g}) is not in the schedule of {self.level_name}s "
+            f"Timestep {float(timestep):g} ({self._level_name} {level:g}) is not in the schedule of {self._level_name}s "
             f"{self._schedule}; pass one of scheduler.timesteps, or call set_timesteps."
         )
 
@@ -474,12 +476,6 @@ def one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
         raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
 
 
-def refuse_gamma(gamma: float) -> float:
-    if not 0 <= gamma <= 1:
-        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
-    return gamma
-
-
 def strided(grid: list[float], count: int) -> list[float]:
     """`count` levels of a descending grid, the first and every (N // count)-th, as `CMStochasticIterativeScheduler`.
 
@@ -534,10 +530,11 @@ class EDMConsistencyScheduler(ToldScheduler):
 
     Attributes:
         sigmas: The noise levels `(steps + 1,)` in float64, the last is that of the result; at first the whole grid.
+        noise_sampler: As in `ConsistencyScheduler`.
     """
 
     _compatibles = ["CMStochasticIterativeScheduler"]
-    level_name = "sigma"
+    _level_name = "sigma"
 
     @register_to_config
     def __init__(
@@ -580,7 +577,7 @@ class EDMConsistencyScheduler(ToldScheduler):
         self._grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
         if recommended_sigmas is not None:
             checked(recommended_sigmas, sigma_min, sigma_max)
-        self.gamma = refuse_gamma(gamma)
+        self._prepare(gamma)
         self._set_schedule(self._grid, device=None)
 
     def set_timesteps(
@@ -897,8 +894,8 @@ class TrigFlowConsistencyScheduler(ToldScheduler):
     and drops the last of `timesteps`, which are the times t in float32 with the end, 0, behind them.
 
     With a `network` the scheduler converts, as training did (`cm_diffusers.diffusion.trigflow.TrigFlowNetwork`): `timesteps`
-    are what the network is told, and `step` takes its answer to `scale_model_input`. A student with `EDMConsistencyScheduler`
-    and the boundary "edm" is sampled the same by this class with its config.
+    are what the network is told, and `step` takes its answer to `scale_model_input`. Images are those of an
+    `EDMConsistencyScheduler` with the same fields and the boundary "edm".
 
     Args:
         num_train_timesteps: Without effect, as in `SCMScheduler`.
@@ -920,10 +917,11 @@ class TrigFlowConsistencyScheduler(ToldScheduler):
 
     Attributes:
         sigmas: The noise levels `(steps + 1,)` in float64, the last is 0; infinite at pi / 2.
+        noise_sampler: As in `ConsistencyScheduler`.
     """
 
     _compatibles = ["SCMScheduler"]
-    level_name = "time"
+    _level_name = "time"
 
     @register_to_config
     def __init__(
@@ -963,7 +961,7 @@ class TrigFlowConsistencyScheduler(ToldScheduler):
         self._t_max = math.atan(self._sigma_max / sigma_data) if network or sigma_max else PURE_NOISE
         if recommended_sigmas is not None:
             checked(recommended_sigmas, LEAST_SIGMA, self._sigma_max)
-        self.gamma = refuse_gamma(gamma)
+        self._prepare(gamma)
         self._set_schedule([self._t_max], device=None)
 
     def set_timesteps(

@@ -40,6 +40,12 @@ class ConsistencyScheduler(SteppingScheduler):
         gamma: The share of fresh noise, 0 to 1.
         rescale_betas_zero_snr: Rescale the betas to zero terminal SNR (2305.08891, Algorithm 1).
         boundary_scalings: "lcm" for `cm_diffusers.diffusion.preconditioning.lcm_scalings`, "none" for f = x0_hat (TCD).
+
+    Attributes:
+        noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of
+            the sample, the generator, the device and the dtype. Frames `(B, C, F, H, W)` share their noise with::
+
+                lambda shape, *where: randn_tensor((*shape[:2], 1, *shape[3:]), *where).expand(shape)
     """
 
     # Their config fields are kept, without a warning, for the way back to them.
@@ -74,7 +80,7 @@ class ConsistencyScheduler(SteppingScheduler):
         stock = LCMScheduler(num_train_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
         self.betas, self.alphas_cumprod = stock.betas, stock.alphas_cumprod
         self.init_noise_sigma = 1.0
-        self.gamma = refuse_gamma(gamma)
+        self._prepare(gamma)
         self._set_schedule(list(range(num_train_timesteps))[::-1], device=None)
 
     def set_timesteps(

@@ -56,10 +56,11 @@ class EDMConsistencyScheduler(ToldScheduler):
 
     Attributes:
         sigmas: The noise levels `(steps + 1,)` in float64, the last is that of the result; at first the whole grid.
+        noise_sampler: As in `ConsistencyScheduler`.
     """
 
     _compatibles = ["CMStochasticIterativeScheduler"]
-    level_name = "sigma"
+    _level_name = "sigma"
 
     @register_to_config
     def __init__(
@@ -102,7 +103,7 @@ class EDMConsistencyScheduler(ToldScheduler):
         self._grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
         if recommended_sigmas is not None:
             checked(recommended_sigmas, sigma_min, sigma_max)
-        self.gamma = refuse_gamma(gamma)
+        self._prepare(gamma)
         self._set_schedule(self._grid, device=None)
 
     def set_timesteps(

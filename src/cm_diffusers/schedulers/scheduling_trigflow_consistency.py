@@ -67,10 +67,11 @@ class TrigFlowConsistencyScheduler(ToldScheduler):
 
     Attributes:
         sigmas: The noise levels `(steps + 1,)` in float64, the last is 0; infinite at pi / 2.
+        noise_sampler: As in `ConsistencyScheduler`.
     """
 
     _compatibles = ["SCMScheduler"]
-    level_name = "time"
+    _level_name = "time"
 
     @register_to_config
     def __init__(
@@ -110,7 +111,7 @@ class TrigFlowConsistencyScheduler(ToldScheduler):
         self._t_max = math.atan(self._sigma_max / sigma_data) if network or sigma_max else PURE_NOISE
         if recommended_sigmas is not None:
             checked(recommended_sigmas, LEAST_SIGMA, self._sigma_max)
-        self.gamma = refuse_gamma(gamma)
+        self._prepare(gamma)
         self._set_schedule([self._t_max], device=None)
 
     def set_timesteps(

@@ -31,19 +31,9 @@ class ConsistencySchedulerOutput(BaseOutput):
 
 
 class SteppingScheduler(SchedulerMixin, ConfigMixin):
-    """Steps along a schedule: denoise, then move to the next place of it.
-
-    Attributes:
-        noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of
-            the sample, the generator, the device and the dtype. Frames `(B, C, F, H, W)` share their noise with::
-
-                lambda shape, *where: randn_tensor((*shape[:2], 1, *shape[3:]), *where).expand(shape)
-    """
+    """Steps along a schedule: denoise, then move to the next place of it."""
 
     order = 1
-    noise_sampler: NoiseSampler | None = None
-    num_inference_steps: int | None = None
-    custom_timesteps = False
 
     def step(
         self,
@@ -89,6 +79,12 @@ class SteppingScheduler(SchedulerMixin, ConfigMixin):
     def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
         """Contains this class even where it is not registered, and none whose dependencies are missing."""
         return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
+
+    def _prepare(self, gamma: float) -> None:
+        self.gamma = refuse_gamma(gamma)
+        self.noise_sampler: NoiseSampler | None = None
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
 
     def _restart(self, schedule: list) -> None:
         self._schedule = schedule  # beside `timesteps`, so that no step waits for the device
@@ -141,7 +137,7 @@ class ToldScheduler(SteppingScheduler):
             if math.isclose(level, known, rel_tol=1e-5):  # a timestep may have passed through float32
                 return index
         raise UserError(
-            f"Timestep {float(timestep):g} ({self.level_name} {level:g}) is not in the schedule of {self.level_name}s "
+            f"Timestep {float(timestep):g} ({self._level_name} {level:g}) is not in the schedule of {self._level_name}s "
             f"{self._schedule}; pass one of scheduler.timesteps, or call set_timesteps."
         )
 
