@@ -16,10 +16,16 @@ from publishing.test_publish_images import CLASSES, STATISTICS, saved, scheduler
 from publishing.test_publish_scm import scheduler_of as of_scm
 from tiny import tiny_pipeline, tiny_unet, tiny_vae
 
-from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler, EDMConsistencyScheduler
+from cm_diffusers import (
+    ConsistencyPipeline,
+    ConsistencyScheduler,
+    EDMConsistencyScheduler,
+    TrigFlowConsistencyScheduler,
+)
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.publishing.images import images_pipeline, images_record, text_pipeline
 from cm_diffusers.publishing.pipelines import save_pipeline
+from cm_diffusers.schedulers.stepping import SteppingScheduler, ToldScheduler
 
 
 ROOT = Path(__file__).parents[2]
@@ -267,9 +273,8 @@ def test_a_gamma_is_for_one_call(tmp_path: Path) -> None:
 
 def test_the_files_have_no_schedulers_but_the_packages() -> None:
     """Each stands alone, so each has them; none may sample otherwise than the package."""
-    known = {
-        kind.__name__: inspect.getsource(kind).rstrip() for kind in (ConsistencyScheduler, EDMConsistencyScheduler)
-    }
+    samplers = ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
+    known = {kind.__name__: inspect.getsource(kind).rstrip() for kind in (*samplers, SteppingScheduler, ToldScheduler)}
     found = set()
     for path in (ROOT / "pipelines").glob("*.py"):
         text = path.read_text()
