@@ -24,6 +24,7 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DiffusionPipeline,
     ImagePipelineOutput,
+    SCMScheduler,
     UNet2DModel,
 )
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -38,6 +39,7 @@ from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencySch
 TASKS = ("inpainting", "colorization", "super-resolution")
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as PIL has it; the paper's 0.2989 is this, cut
 STEPS = 40  # of the paper's grids for images
+IN_EDM = {"boundary_scalings": "edm", "num_train_timesteps": STEPS}  # the same network as one of sCM
 Change = Callable[[Tensor], Tensor]
 
 
@@ -90,12 +92,12 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
 
     Args:
         unet: Of pixels, 1 or 3 channels.
-        scheduler: Carries the fields that `EDMConsistencyScheduler` samples by.
+        scheduler: Carries the fields that `EDMConsistencyScheduler` or `TrigFlowConsistencyScheduler` samples by.
     """
 
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet: UNet2DModel, scheduler: CMStochasticIterativeScheduler) -> None:
+    def __init__(self, unet: UNet2DModel, scheduler: CMStochasticIterativeScheduler | SCMScheduler) -> None:
         super().__init__()
         if unet.config.in_channels not in (1, 3):
             raise ValueError(
@@ -205,7 +207,8 @@ class ConsistencyEditingPipeline(DiffusionPipeline):
         self, device: torch.device, steps: int | None, timesteps: list[int] | None, sigmas: list[float] | None
     ) -> EDMConsistencyScheduler:
         """One whose steps draw no noise, with its noise levels chosen."""
-        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config, gamma=0.0)
+        changes = IN_EDM if isinstance(self.scheduler, SCMScheduler) else {}
+        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config, gamma=0.0, **changes)
         if steps is None and timesteps is None and sigmas is None:
             steps = min(STEPS, scheduler.config.num_train_timesteps)
         scheduler.set_timesteps(steps, device, timesteps, sigmas)

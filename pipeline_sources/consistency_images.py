@@ -1,4 +1,4 @@
-"""Images without prompts from students in EDM's coordinates, as they were trained, without installing cm_diffusers.
+"""Images without prompts from students that know noise levels, as they were trained, without installing cm_diffusers.
 
 A single file for `custom_pipeline`. It needs diffusers alone and serves the consistency models that cm_diffusers makes
 without prompts, of pixels and latents, with classes or without, and published folders of `ConsistencyModelPipeline`. Put
@@ -26,6 +26,7 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DiffusionPipeline,
     ImagePipelineOutput,
+    SCMScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -35,8 +36,8 @@ from torch import Generator, Tensor
 
 from cm_diffusers.models.double_norm import double_normed
 from cm_diffusers.pipelines.latents import decode, dtype_of
+from cm_diffusers.pipelines.manners import IN_SIGMA
 from cm_diffusers.pipelines.pipeline_consistency_images import _drawn
-from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 from .shared.record import read_record
 
@@ -53,7 +54,7 @@ class PortableImagesPipeline(DiffusionPipeline):
 
     Args:
         unet: A `UNet2DConditionModel` must not read text.
-        scheduler: Carries the fields that `EDMConsistencyScheduler` samples by.
+        scheduler: Carries the fields that `EDMConsistencyScheduler` or `TrigFlowConsistencyScheduler` samples by.
         vae: For a student of latents.
         latents_mean, latents_std, sigma_data: The student's latents are (latents - mean) / std * sigma_data, of latents as
             Stable Diffusion scales them; None for those as they are.
@@ -67,7 +68,7 @@ class PortableImagesPipeline(DiffusionPipeline):
     def __init__(
         self,
         unet: UNet2DModel | UNet2DConditionModel,
-        scheduler: CMStochasticIterativeScheduler,
+        scheduler: CMStochasticIterativeScheduler | SCMScheduler,
         vae: AutoencoderKL | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
@@ -103,8 +104,8 @@ class PortableImagesPipeline(DiffusionPipeline):
         Args:
             batch_size: Number of images; by default as many as there are labels, latents or generators, else 1.
             class_labels: One for all images or one for each; drawn by the generators if None.
-            num_inference_steps, timesteps, sigmas: How many noise levels of the training grid, which places on it, or these,
-                descending; by default what the student recommends.
+            num_inference_steps, timesteps, sigmas: How many noise levels, which places on the training grid (or times of
+                TrigFlow), or these, descending; by default what the student recommends.
             generator: Draws noise, then labels, then the noise of each step; one for each image makes it independent of
                 its batch.
             latents: Noise (B, C, H, W) of variance 1 to start from.
@@ -122,7 +123,7 @@ class PortableImagesPipeline(DiffusionPipeline):
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
         labels = self._labels(wanted, batch)
         device, dtype = self._execution_device, dtype_of(self.unet)
-        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config)
+        scheduler = IN_SIGMA[type(self.scheduler).__name__].from_config(self.scheduler.config)
         if num_inference_steps is None and timesteps is None and sigmas is None:
             if scheduler.config.recommended_sigmas is None:
                 num_inference_steps = self.record.get("recommended_num_inference_steps", 1)

@@ -13,8 +13,8 @@ and published LCMs (what LCMs of Stable Diffusion XL's shape need, the stock pip
     image = pipe("a photo of a bag", gamma=0.0).images[0]  # deterministic
 
 What the stock pipelines lack: they neither read `cm_diffusers.json` nor refuse a negative prompt that cannot act,
-LatentConsistencyModelPipeline cannot sample with TCD's stochasticity, and none samples students of CD and ECT, whose noise
-levels `sigmas` names.
+LatentConsistencyModelPipeline cannot sample with TCD's stochasticity, and none samples students of CD, ECT and sCM, whose
+noise levels `sigmas` names.
 """
 
 from numbers import Integral
@@ -26,10 +26,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from cm_diffusers.pipelines.loading import IN_SIGMA
-from cm_diffusers.pipelines.manners import consistency_scheduler
-from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
-from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
+from cm_diffusers.pipelines.manners import IN_SIGMA, consistency_scheduler
 
 from .shared.record import read_record
 
@@ -80,7 +77,7 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
         Args:
             num_inference_steps, guidance_scale: By default what the student's record recommends; likewise height and width.
             gamma: Share of fresh noise in each step; by default 1, or what the scheduler says.
-            timesteps, sigmas: Instead of a number of steps, descending; sigmas are noise levels, for students of CD and ECT.
+            timesteps, sigmas: Instead of a number of steps, descending; sigmas are noise levels, for students of CD, ECT and sCM.
             kwargs: The other arguments of `StableDiffusionPipeline.__call__`.
 
         Raises:
@@ -118,9 +115,9 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
             self.scheduler = stock
 
 
-def _sampler(scheduler: SchedulerMixin, gamma: float | None) -> ConsistencyScheduler | EDMConsistencyScheduler:
-    """For students of CD and ECT, whose scheduler knows noise levels, or for LCMs."""
+def _sampler(scheduler: SchedulerMixin, gamma: float | None) -> SchedulerMixin:
+    """For students of CD, ECT and sCM, whose scheduler knows noise levels, or for LCMs."""
     name, changes = type(scheduler).__name__, {} if gamma is None else {"gamma": gamma}
     if name in IN_SIGMA:
-        return EDMConsistencyScheduler.from_config(scheduler.config, **changes)
+        return IN_SIGMA[name].from_config(scheduler.config, **changes)
     return consistency_scheduler(name, {**scheduler.config, **changes})

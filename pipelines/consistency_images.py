@@ -1,5 +1,5 @@
 # Written by `make single-files` in cm_diffusers, from pipeline_sources/consistency_images.py: change that, not this.
-"""Images without prompts from students in EDM's coordinates, as they were trained, without installing cm_diffusers.
+"""Images without prompts from students that know noise levels, as they were trained, without installing cm_diffusers.
 
 A single file for `custom_pipeline`. It needs diffusers alone and serves the consistency models that cm_diffusers makes
 without prompts, of pixels and latents, with classes or without, and published folders of `ConsistencyModelPipeline`. Put
@@ -22,10 +22,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from diffusers import (
     LCMScheduler,
     ModelMixin,
     SchedulerMixin,
+    SCMScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -79,21 +81,6 @@ BOUNDARY_SCALINGS: dict[str, Callable[[Tensor, float, float], tuple[Tensor, Tens
     "cm": cm_scalings,
     "edm": lambda sigma, sigma_min, sigma_data: edm_scalings(sigma, sigma_data),
 }
-
-
-@dataclass
-class ConsistencySchedulerOutput(BaseOutput):
-    """What a step returns, both `(B, ...)`.
-
-    Attributes:
-        prev_sample: The sample at the next timestep of the schedule, or the result after the last one.
-        denoised: The consistency function's answer f(x_t, t), without noise.
-    """
-
-    prev_sample: Tensor
-    denoised: Tensor
-
-
 OUTPUT_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}  # as `EDMEulerScheduler` has them
 
 
@@ -181,7 +168,162 @@ class NetworkKind(Protocol):
         """The standard deviation of what sampling starts from at sigma."""
 
 
+@dataclass
+class ConsistencySchedulerOutput(BaseOutput):
+    """What a step returns, both `(B, ...)`.
+
+    Attributes:
+        prev_sample: The sample at the next timestep of the schedule, or the result after the last one.
+        denoised: The consistency function's answer f(x_t, t), without noise.
+    """
+
+    prev_sample: Tensor
+    denoised: Tensor
+
+
 NoiseSampler = Callable[[torch.Size, Generator | list[Generator] | None, torch.device, torch.dtype], Tensor]
+
+
+def refuse_gamma(gamma: float) -> float:
+    if not 0 <= gamma <= 1:
+        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
+    return gamma
+
+
+class SteppingScheduler(SchedulerMixin, ConfigMixin):
+    """Steps along a schedule: denoise, then move to the next place of it."""
+
+    order = 1
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of the schedule: denoise, then go to the next timestep.
+
+        Args:
+            model_output: `(B, ...)`, the network's answer to `scale_model_input` of the sample.
+            timestep: One of `timesteps`. It finds the first step's place; the steps after it follow in order.
+            sample: x_t `(B, ...)`; both results have its dtype, whatever the arithmetic is in.
+        """
+        index = self._enter(timestep)
+        x = sample.to(self._precision(sample))
+        denoised = self._denoise(model_output.to(x.dtype), self._schedule[index], x)
+        prev_sample = self._move(denoised, x, index, lambda: self._draw(sample, generator).to(x.dtype))
+        self._step_index += 1
+        result = (prev_sample.to(sample.dtype), denoised.to(sample.dtype))
+        return ConsistencySchedulerOutput(*result) if return_dict else result
+
+    @property
+    def step_index(self) -> int | None:
+        """The next step's place in the schedule, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the first step starts, None where its timestep tells."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this place of the schedule, as image-to-image pipelines do."""
+        self._begin_index = begin_index
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
+        """Contains this class even where it is not registered, and none whose dependencies are missing."""
+        return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
+
+    def _prepare(self, gamma: float) -> None:
+        self.gamma = refuse_gamma(gamma)
+        self.noise_sampler: NoiseSampler | None = None
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+
+    def _restart(self, schedule: list) -> None:
+        self._schedule = schedule  # beside `timesteps`, so that no step waits for the device
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def _enter(self, timestep: float | Tensor) -> int:
+        """The place of the step that begins."""
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._step_index >= len(self._schedule):
+            raise UserError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
+        return self._step_index
+
+    def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
+        """Fresh noise `(B, ...)` in the dtype of the sample: what a seed draws depends on it."""
+        if self.noise_sampler is None:
+            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
+        if noise.shape != sample.shape:
+            raise UserError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+        return noise
+
+
+def as_level(level: float) -> Tensor:
+    return torch.tensor(level, dtype=torch.float64)
+
+
+class ToldScheduler(SteppingScheduler):
+    """One whose `timesteps` are what the network is told, not indices.
+
+    A subclass knows the levels of its schedule, each in float64: `_told` is what a network is told of them, `_levels` the
+    inverse, `_shown` the factor of x in its input, `_levels_of` those of sigmas.
+    """
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the network is shown of x `(B, ...)`, at the next step's level, before the first at the timestep's."""
+        begun = self._step_index is not None and self._step_index < len(self._schedule)
+        level = as_level(self._schedule[self._step_index]) if begun else self._levels_at(torch.as_tensor(timestep))
+        return sample * float(self._shown(level))
+
+    def sigma_to_t(self, sigmas: float | Sequence[float] | Tensor) -> Tensor:
+        """What the network is told of noise levels, of the schedule or not, in float64."""
+        return self._told(self._levels_of(torch.as_tensor(sigmas, dtype=torch.float64).cpu()))
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The place of a timestep in the schedule.
+
+        Raises:
+            ValueError: It is an integer, or not there.
+        """
+        level = self._levels_at(torch.as_tensor(timestep)).flatten()[0].item()  # one for each sample, all alike
+        for index, known in enumerate(self._schedule):
+            if math.isclose(level, known, rel_tol=1e-4):  # a timestep may have passed through float32
+                return index
+        raise UserError(
+            f"Timestep {float(timestep):g} ({self._level_name} {level:g}) is not in the schedule of {self._level_name}s "
+            f"{self._schedule}; pass one of scheduler.timesteps, or call set_timesteps."
+        )
+
+    def _enter(self, timestep: float | Tensor) -> int:
+        self._refuse_integers(torch.as_tensor(timestep))
+        return super()._enter(timestep)
+
+    def _levels_at(self, timesteps: Tensor) -> Tensor:
+        self._refuse_integers(timesteps)
+        return self._levels(timesteps.cpu().double())
+
+    def _refuse_integers(self, timesteps: Tensor) -> None:
+        if not timesteps.is_floating_point():
+            raise UserError(
+                f"Timesteps of {type(self).__name__} are what the network is told of the noise, not integer indices; "
+                "pass entries of scheduler.timesteps."
+            )
+
+    def _precision(self, sample: Tensor) -> torch.dtype:
+        return torch.float32 if sample.device.type == "mps" else torch.float64
+
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -262,29 +404,6 @@ class VPKind:
             )
 
 
-def _checked_gamma(gamma: float) -> float:
-    if not 0 <= gamma <= 1:
-        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
-    return gamma
-
-
-def _level(sigma: float) -> Tensor:
-    return torch.tensor(sigma, dtype=torch.float64)
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
-
-
-def _refuse_integers(timesteps: Tensor) -> None:
-    if not timesteps.is_floating_point():
-        raise UserError(
-            "Timesteps of EDMConsistencyScheduler are what the network is told of the noise, not integer indices; pass "
-            "entries of scheduler.timesteps."
-        )
-
-
 def _check_strength(strength: float) -> None:
     if not isinstance(strength, Real) or not 0 < strength <= 1:
         raise UserError(f"strength must be above 0 and at most 1, got {strength!r}.")
@@ -357,6 +476,16 @@ def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> 
     return grid
 
 
+def on(device: str | torch.device | None, times: Tensor) -> Tensor:
+    """Times in float64, but on a device that has none."""
+    return times.to(device, torch.float32) if str(device).startswith("mps") else times.to(device)
+
+
+def one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
+
+
 def strided(grid: list[float], count: int) -> list[float]:
     """`count` levels of a descending grid, the first and every (N // count)-th, as `CMStochasticIterativeScheduler`.
 
@@ -371,7 +500,7 @@ def strided(grid: list[float], count: int) -> list[float]:
     return grid[:: len(grid) // count][:count]
 
 
-class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
+class EDMConsistencyScheduler(ToldScheduler):
     """Multistep consistency sampling (2303.01469, Algorithm 1) at any descending noise levels.
 
     A step from sigma to sigma' denoises, f = c_skip x + c_out F, and noises again::
@@ -399,7 +528,8 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         rho: Exponent of the grid.
         clip_denoised: Clip f to [-1, 1]; not for latents.
         boundary_scalings: "cm" or "edm", as in training.
-        noise_conditioning: "adm" (250 ln sigma, as published networks), "edm" (ln sigma / 4) or "trigflow" (atan(sigma / d)).
+        noise_conditioning: "adm" (250 ln sigma, as `UNet2DModel` of the published checkpoints), "edm" (ln sigma / 4) or
+            "trigflow" (atan(sigma / sigma_data)).
         gamma: The share of fresh noise, 0 to 1.
         network: "edm" or "vp".
         prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample"; of kind "edm" F is
@@ -414,7 +544,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = ["CMStochasticIterativeScheduler"]
-    order = 1
+    _level_name = "sigma"
 
     @register_to_config
     def __init__(
@@ -439,10 +569,10 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         recommended_sigmas: list[float] | None = None,
     ) -> None:
-        _one_of("boundary_scalings", boundary_scalings, tuple(BOUNDARY_SCALINGS))
-        _one_of("noise_conditioning", noise_conditioning, tuple(NOISE_CONDITIONINGS))
-        _one_of("network", network, ("edm", "vp"))
-        _one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
+        one_of("boundary_scalings", boundary_scalings, tuple(BOUNDARY_SCALINGS))
+        one_of("noise_conditioning", noise_conditioning, tuple(NOISE_CONDITIONINGS))
+        one_of("network", network, ("edm", "vp"))
+        one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
         if not 0 < sigma_min < sigma_max < math.inf or not 0 < sigma_data < math.inf:
             found = f"{sigma_min}, {sigma_max} and {sigma_data}"
             raise UserError(f"sigma_min, the larger sigma_max and sigma_data must be positive, got {found}.")
@@ -457,10 +587,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         self._grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
         if recommended_sigmas is not None:
             checked(recommended_sigmas, sigma_min, sigma_max)
-        self.gamma = _checked_gamma(gamma)
-        self.noise_sampler: NoiseSampler | None = None
-        self.num_inference_steps: int | None = None
-        self.custom_timesteps = False
+        self._prepare(gamma)
         self._set_schedule(self._grid, device=None)
 
     def set_timesteps(
@@ -492,43 +619,10 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
             schedule = at_places(self._grid, timesteps)
         else:
             schedule = strided(self._grid, num_inference_steps)
-        self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
+        self.gamma = refuse_gamma(self.config.gamma if gamma is None else gamma)
         self.num_inference_steps = len(schedule)
         self.custom_timesteps = num_inference_steps is None
         self._set_schedule(schedule, device)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
-    ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the schedule: denoise, then noise again to the next level.
-
-        Args:
-            model_output: `(B, ...)`, the network's answer to `scale_model_input` of the sample.
-            timestep: One of `timesteps`. It finds the first step's place; the steps after it follow in order.
-            sample: x `(B, ...)`; both results have its dtype, the arithmetic is in float64.
-        """
-        index = self._enter(timestep)
-        x = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
-        denoised = self._denoise(model_output.to(x.dtype), self._schedule[index], x)
-        prev_sample = self._noise_again(denoised, x, index, sample, generator)
-        self._step_index += 1
-        result = (prev_sample.to(sample.dtype), denoised.to(sample.dtype))
-        return ConsistencySchedulerOutput(*result) if return_dict else result
-
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """What the network is shown: c_in x `(B, ...)`, at the next step's level, before the first at the timestep's."""
-        begun = self._step_index is not None and self._step_index < len(self._schedule)
-        sigma = _level(self._schedule[self._step_index]) if begun else self._sigmas_at(torch.as_tensor(timestep))
-        return sample * float(self._kind.shown(sigma))
-
-    def sigma_to_t(self, sigmas: float | Sequence[float] | Tensor) -> Tensor:
-        """What the network is told of noise levels, of the schedule or not, in float64."""
-        return self._kind.times(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x `(B, ...)` from clean data and noise `(B, ...)` at `timesteps` `(B,)`, of the schedule or not.
@@ -537,7 +631,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
             ValueError: The timesteps are integers.
         """
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
-        sigma = self._sigmas_at(timesteps).to(dtype).to(original_samples.device)
+        sigma = self._levels_at(timesteps).to(dtype).to(original_samples.device)
         return (original_samples + sigma.reshape(-1, *[1] * (noise.ndim - 1)) * noise).to(original_samples.dtype)
 
     @property
@@ -545,71 +639,32 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """The standard deviation that sampling starts from: the first noise level; with -F, of data at that level."""
         return self._kind.start(self._schedule[0])
 
-    @property
-    def step_index(self) -> int | None:
-        """The next step's place in the schedule, None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Where the first step starts, None where its timestep tells."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this place of the schedule, as image-to-image pipelines do."""
-        self._begin_index = begin_index
-
-    def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """The place of a timestep in the schedule.
-
-        Raises:
-            ValueError: It is an integer, or not there.
-        """
-        sigma = self._sigmas_at(torch.as_tensor(timestep)).item()
-        for index, level in enumerate(self._schedule):
-            if math.isclose(sigma, level, rel_tol=1e-4):  # a timestep may have passed through float32
-                return index
-        raise UserError(
-            f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "
-            "of scheduler.timesteps, or call set_timesteps."
-        )
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
-    @classmethod
-    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
-        """Contains this class even where it is not registered, and none whose dependencies are missing."""
-        return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
-
     def _set_schedule(self, schedule: list[float], device: str | torch.device | None) -> None:
-        self._schedule = schedule
+        self._restart(schedule)
         self.sigmas = torch.tensor([*schedule, self._floor], dtype=torch.float64)
-        times = self.sigma_to_t(self.sigmas[:-1])
-        self.timesteps = times.to(device, torch.float32) if str(device).startswith("mps") else times.to(device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self.timesteps = on(device, self.sigma_to_t(self.sigmas[:-1]))
 
-    def _enter(self, timestep: float | Tensor) -> int:
-        """The place of the step that begins."""
-        _refuse_integers(torch.as_tensor(timestep))
-        if self._step_index is None:
-            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= len(self._schedule):
-            raise UserError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
-        return self._step_index
+    def _told(self, levels: Tensor) -> Tensor:
+        return self._kind.times(levels)
+
+    def _levels(self, told: Tensor) -> Tensor:
+        return self._kind.sigmas(told)
+
+    def _levels_of(self, sigmas: Tensor) -> Tensor:
+        return sigmas
+
+    def _shown(self, level: Tensor) -> Tensor:
+        return self._kind.shown(level)
 
     def _denoise(self, output: Tensor, sigma: float, x: Tensor) -> Tensor:
         """f(x, sigma) = c_skip x + c_out F."""
-        on_x, on_output = self._kind.as_edm(_level(sigma))
+        on_x, on_output = self._kind.as_edm(as_level(sigma))
         scalings = BOUNDARY_SCALINGS[self.config.boundary_scalings]
-        c_skip, c_out = map(float, scalings(_level(sigma), self.config.sigma_min, self.config.sigma_data))
+        c_skip, c_out = map(float, scalings(as_level(sigma), self.config.sigma_min, self.config.sigma_data))
         f = (c_skip + c_out * on_x) * x + c_out * on_output * output
         return f.clamp(-1, 1) if self.config.clip_denoised else f
 
-    def _noise_again(
-        self, denoised: Tensor, x: Tensor, index: int, sample: Tensor, generator: Generator | list[Generator] | None
-    ) -> Tensor:
+    def _move(self, denoised: Tensor, x: Tensor, index: int, draw: Callable[[], Tensor]) -> Tensor:
         """The sample at the next level."""
         if index + 1 == len(self._schedule):
             return denoised
@@ -618,24 +673,450 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         result = denoised
         if reused > 0:
             result = result + following * reused / above * (x - denoised)
-        if fresh > 0:
-            result = result + following * fresh * self._draw(sample, generator).to(x.dtype)
-        return result
-
-    def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
-        """Fresh noise `(B, ...)` in the dtype of the sample: what a seed draws depends on it."""
-        if self.noise_sampler is None:
-            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
-        if noise.shape != sample.shape:
-            raise UserError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
-        return noise
-
-    def _sigmas_at(self, timesteps: Tensor) -> Tensor:
-        _refuse_integers(timesteps)
-        return self._kind.sigmas(timesteps.cpu().double())
+        return result + following * fresh * draw() if fresh > 0 else result
 
 
+@dataclass(frozen=True, eq=False)
+class DiscreteVP:
+    """The variance-preserving process of DDPM (2006.11239, Eq. 4) on integer times 0..T-1.
+
+    Between integers the half log-SNR is interpolated linearly; integer tensors read the table itself.
+
+    Attributes:
+        alphas_cumprod: The cumulative products `(T,)` of 1 - beta.
+    """
+
+    alphas_cumprod: Tensor
+
+    @classmethod
+    def from_scheduler(cls, scheduler: SchedulerMixin) -> "DiscreteVP":
+        """The process of any diffusers scheduler that has `alphas_cumprod`."""
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(
+                f"The teacher's scheduler {type(scheduler).__name__} has no discrete variance-preserving schedule "
+                "(alphas_cumprod); give a Stable Diffusion style teacher (DDIM, DDPM, DPM-Solver, Euler ...)."
+            )
+        return cls(scheduler.alphas_cumprod.double().cpu())
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def alphas_cumprod_at(self, t: Tensor) -> Tensor:
+        table, t = self.alphas_cumprod, t.cpu()
+        if not t.is_floating_point():
+            return table[t]
+        lower = t.double().floor().long().clamp(0, len(table) - 2)
+        ends = torch.logit(table[torch.stack([lower, lower + 1])])  # logit(alpha^2) = log(alpha^2 / sigma^2)
+        return torch.sigmoid(torch.lerp(ends[0], ends[1], t.double() - lower))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.alphas_cumprod_at(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self.alphas_cumprod_at(t)).sqrt()
+
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        return torch.logit(self.alphas_cumprod_at(t)) / 2
+
+    @cached_property
+    def _ascending(self) -> Tensor:
+        """The half log-SNR `(T,)` of the times T-1..0."""
+        return torch.logit(self.alphas_cumprod).flip(0) / 2
+
+    def time_at(self, half_log_snr: Tensor) -> Tensor:
+        table, half_log_snr = self._ascending, exact(half_log_snr)
+        upper = torch.searchsorted(table, half_log_snr).clamp(1, len(table) - 1)
+        lo, hi = table[upper - 1], table[upper]
+        return len(table) - 1 - (upper - 1 + (half_log_snr - lo) / (hi - lo))
+
+
+# What a network of each kind may answer with -> the output of `TrigFlowNetwork` that this is.
+KINDS: dict[str | None, dict[str, str]] = {
+    None: {"trigflow": "trigflow"},
+    "edm": {"trigflow": "trigflow", "epsilon": "edm", "v_prediction": "trigflow"},
+    "vp": {kind: kind for kind in ("epsilon", "v_prediction", "sample")},
+    "flow": {"flow_prediction": "flow_prediction"},
+}
+LEAST_SIGMA = 1e-6
+PURE_NOISE = 1.57080  # as SCMScheduler has pi / 2
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Linear interpolation (2209.03003), t in [0, 1]: alpha = 1 - t, sigma = t."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - exact(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return exact(t)
+
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        return torch.log((1 - exact(t)) / exact(t))
+
+    def time_at(self, half_log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-exact(half_log_snr))
+
+
+class Conversion(NamedTuple):
+    """F = on_x x + on_output output, for the answer to `shown` x; each `(B,)`."""
+
+    shown: Tensor
+    on_x: Tensor
+    on_output: Tensor
+
+
+def _vp(cos: Tensor, sin: Tensor, d: float) -> Tensor:
+    return 1 / (cos**2 + (d * sin) ** 2).sqrt()
+
+
+def _epsilon(cos: Tensor, sin: Tensor, d: float) -> Conversion:
+    return Conversion(_vp(cos, sin, d), -sin / (d * cos), 1 / cos)
+
+
+def _flow_prediction(cos: Tensor, sin: Tensor, d: float) -> Conversion:
+    """v = noise - x0 of rectified flow; for d = 1 the form of SANA-Sprint (2503.09641, Eq. 9)."""
+    c = 1 / (cos + d * sin)
+    return Conversion(c, c * (d * cos - sin) / d, c)
+
+
+def _sample(cos: Tensor, sin: Tensor, d: float) -> Conversion:
+    return Conversion(_vp(cos, sin, d), cos / (d * sin), -1 / (d * sin))
+
+
+def _v_prediction(cos: Tensor, sin: Tensor, d: float) -> Conversion:
+    c = _vp(cos, sin, d)
+    return Conversion(c, cos * sin * (d**2 - 1) / d * c**2, c)
+
+
+# What a network answers with, by (cos, sin, sigma_data): EDM's F, a variance-preserving or a flow network's prediction.
+OUTPUTS: dict[str, Callable[[Tensor, Tensor, float], Conversion]] = {
+    "trigflow": lambda cos, sin, d: Conversion(cos.new_full(cos.shape, 1 / d), 0 * cos, cos.new_ones(cos.shape)),
+    "edm": lambda cos, sin, d: Conversion(cos.new_full(cos.shape, 1 / d), 0 * cos, -cos.new_ones(cos.shape)),
+    "epsilon": _epsilon,
+    "v_prediction": _v_prediction,
+    "sample": _sample,
+    "flow_prediction": _flow_prediction,
+}
+
+
+class Process(Protocol):
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def half_log_snr(self, t: Tensor) -> Tensor: ...
+    def time_at(self, half_log_snr: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TrigFlowNetwork:
+    """What a network is shown and told in TrigFlow's coordinates, and what its answer means, for trainer and sampler.
+
+    Attributes:
+        sigma_data: Standard deviation of the data.
+        output: One of `OUTPUTS`.
+        conditioning: What it is told: one of `NOISE_CONDITIONINGS`, or "own", the time of `process`, times `time_scale`.
+        process: Of a network that is told its own time.
+        time_scale: 1000 for flow networks that are told 0 to 1000, as diffusers' are.
+    """
+
+    sigma_data: float
+    output: str = "trigflow"
+    conditioning: str = "trigflow"
+    process: Process | None = None
+    time_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_data < math.inf:
+            raise UserError(f"--sigma_data is {self.sigma_data}, but the standard deviation of data must be positive.")
+        for value, known in ((self.output, OUTPUTS), (self.conditioning, ("own", *NOISE_CONDITIONINGS))):
+            if value not in known:
+                raise UserError(f"{value!r} is not known of a network; one of {', '.join(known)}.")
+
+    @property
+    def difference_step(self) -> float:
+        """By how much to move what the network is told for a difference: in float32 it errs by some 1e-3 then, or less."""
+        return {"trigflow": 3e-3, "edm": 2e-4}.get(self.conditioning, 0.05)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The least and greatest sigma that the network knows."""
+        if not isinstance(self.process, DiscreteVP):
+            return 0.0, math.inf
+        low, high = torch.exp(
+            -self.process.half_log_snr(torch.tensor([0, self.process.num_train_timesteps - 1]))
+        ).tolist()
+        return low, high
+
+    def told(self, t: Tensor) -> Tensor:
+        """What the network is told of times `(B,)`, in float64."""
+        t = exact(t)
+        if self.conditioning == "trigflow":
+            return t
+        sigma = self.sigma_data * torch.tan(t)
+        if self.conditioning == "own":
+            return self.process.time_at(-sigma.log()) * self.time_scale
+        return noise_condition(sigma, self.conditioning, self.sigma_data)
+
+    def times(self, told: Tensor) -> Tensor:
+        """The inverse of `told`."""
+        if self.conditioning == "trigflow":
+            return exact(told)
+        if self.conditioning == "own":
+            sigma = torch.exp(-self.process.half_log_snr(exact(told) / self.time_scale))
+        else:
+            sigma = torch.exp(
+                exact(told) / noise_condition(torch.tensor(math.e, dtype=torch.float64), self.conditioning)
+            )
+        return torch.atan(sigma / self.sigma_data)
+
+    def conversion(self, t: Tensor) -> Conversion:
+        t = exact(t)
+        return OUTPUTS[self.output](torch.cos(t), torch.sin(t), self.sigma_data)
+
+
+HAIR = 1e-5  # above what a time may be: SANA-Sprint (2503.09641) starts at 1.57080
+
+
+def checked_times(times: Sequence[float], high: float) -> list[float]:
+    """Times of TrigFlow without a last 0, which is the end; one a hair above `high`, as pi / 2 is rounded, is `high`.
+
+    Raises:
+        ValueError: They are no floating numbers from high down to above 0.
+    """
+    values = list(times.tolist() if hasattr(times, "tolist") else times)
+    values = values[:-1] if values and values[-1] == 0 else values
+    if any(isinstance(value, Integral) for value in values):
+        raise UserError(f"Timesteps of TrigFlow are times from {high:.6g} to 0, no integer indices; got {values}.")
+    known = all(isinstance(value, Real) and 0 < value <= high + HAIR for value in values)
+    if not values or not known or any(a <= b for a, b in pairwise(values)):
+        raise UserError(f"Times must be numbers that descend, from at most {high:.6g} to above 0; got {values}.")
+    return [min(float(value), high) for value in values]
+
+
+class TrigFlowConsistencyScheduler(ToldScheduler):
+    """Consistency sampling (sCM, 2410.11081, Sec. 3.1) of x = cos(t) x0 + sigma_data sin(t) noise, t from pi / 2 to 0.
+
+    A step from t to s denoises, f = cos(t) x - sin(t) sigma_data F, and noises again::
+
+        x' = cos(s) f + sin(s) ((1 - gamma) e + sqrt(1 - (1 - gamma)^2) sigma_data z),    e = (x - cos(t) f) / sin(t)
+
+    gamma = 1 is the paper's sampler; gamma = 0 is deterministic, cos(t - s) x - sin(t - s) sigma_data F. The last step adds
+    no noise and draws none.
+
+    The config of an `SCMScheduler` serves: `pipe.scheduler = TrigFlowConsistencyScheduler.from_config(pipe.scheduler.config)`.
+    It has no `network`: its pipeline, as `SanaSprintPipeline`, scales inputs itself, hands `step` the product sigma_data F,
+    and drops the last of `timesteps`, which are the times t in float32 with the end, 0, behind them.
+
+    With a `network` the scheduler converts, as training did (`cm_diffusers.diffusion.trigflow.TrigFlowNetwork`): `timesteps`
+    are what the network is told, and `step` takes its answer to `scale_model_input`. Images are those of an
+    `EDMConsistencyScheduler` with the same fields and the boundary "edm".
+
+    Args:
+        num_train_timesteps: Without effect, as in `SCMScheduler`.
+        prediction_type: What the network's output is. "trigflow": F, or sigma_data F without a `network`. Of "edm" also
+            "epsilon", EDM's F, which is -F, or "v_prediction", its opposite; of "vp" "epsilon", "v_prediction" or "sample";
+            of "flow" "flow_prediction", noise - x0.
+        sigma_data: Standard deviation of the data, as in training.
+        sigma_max: Most noise of training: sampling starts at t = atan(sigma_max / sigma_data). None for pure noise, or for
+            the most that a network "vp" knows.
+        network: None, or "edm": shown x / sigma_data and told `noise_conditioning`, "vp": a diffusion model of Stable
+            Diffusion's kind, "flow": one of rectified flow; the latter two are told their own times.
+        noise_conditioning: What "edm" is told: "trigflow" (t, also if None), "edm" (ln sigma / 4) or "adm" (250 ln sigma);
+            "vp" may be told "trigflow", too, after time rescaling.
+        num_vp_timesteps: How many times "vp" knows; the fields from here to `rescale_betas_zero_snr` are for it.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: As in its scheduler.
+        time_scale: What "flow" is told of pure noise: 1000 as most, 1 as SANA-Sprint.
+        clip_denoised: Clip f to [-1, 1]; not for latents.
+        gamma: The share of fresh noise, 0 to 1.
+        recommended_sigmas: Noise levels sigma_data tan(t) that `set_timesteps` takes when it is given none, or their number.
+
+    Attributes:
+        sigmas: The noise levels `(steps + 1,)` in float64, the last is 0; infinite at pi / 2.
+        noise_sampler: As in `ConsistencyScheduler`.
+    """
+
+    _compatibles = ["SCMScheduler"]
+    _level_name = "time"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "trigflow",
+        sigma_data: float = 0.5,
+        sigma_max: float | None = None,
+        network: str | None = None,
+        noise_conditioning: str | None = None,
+        num_vp_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        time_scale: float = 1000.0,
+        clip_denoised: bool = False,
+        gamma: float = 1.0,
+        recommended_sigmas: list[float] | None = None,
+    ) -> None:
+        one_of("network", network, tuple(KINDS))
+        one_of("prediction_type", prediction_type, tuple(KINDS[network]))
+        one_of("noise_conditioning", noise_conditioning, (None, *NOISE_CONDITIONINGS))
+        if not 0 < sigma_data < math.inf or not (sigma_max is None or 0 < sigma_max < math.inf):
+            raise UserError(f"sigma_data and sigma_max must be positive, got {sigma_data} and {sigma_max}.")
+        told, process, scale = noise_conditioning or "trigflow", None, 1.0
+        if network == "vp":
+            betas = (beta_start, beta_end, beta_schedule, trained_betas)
+            stock = LCMScheduler(num_vp_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
+            process = DiscreteVP(stock.alphas_cumprod[stock.alphas_cumprod > 0].double())
+            told = "trigflow" if noise_conditioning == "trigflow" else "own"
+        elif network == "flow":
+            told, process, scale = "own", RectifiedFlow(), time_scale
+        self._network = TrigFlowNetwork(sigma_data, KINDS[network][prediction_type], told, process, scale)
+        self._sigma_max = self._most(sigma_max)
+        self._t_max = math.atan(self._sigma_max / sigma_data) if network or sigma_max else PURE_NOISE
+        if recommended_sigmas is not None:
+            checked(recommended_sigmas, LEAST_SIGMA, self._sigma_max)
+        self._prepare(gamma)
+        self._set_schedule([self._t_max], device=None)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        gamma: float | None = None,
+        max_timesteps: float | None = None,
+        intermediate_timesteps: float | None = 1.3,
+    ) -> None:
+        """Choose the times of the next sampling run; without any, those the student recommends.
+
+        Args:
+            num_inference_steps: So many times: the recommended ones if they are so many and `max_timesteps` is not given,
+                else evenly spaced from it, but of two the second is `intermediate_timesteps`.
+            timesteps: These times t instead, descending; they may end in 0, as those of `SCMScheduler`.
+            sigmas: Or the times of these noise levels, descending.
+            gamma: For this run, instead of the config's.
+            max_timesteps: The first time; that of most noise by default.
+            intermediate_timesteps: The second of two steps, if it is below the first; 1.3 is SANA-Sprint's
+                (2503.09641), 1.1 sCM's for ImageNet. None for even spacing. Without effect for other numbers of steps.
+
+        Raises:
+            ValueError: An argument is out of range, or not exactly one way to choose is given.
+        """
+        if num_inference_steps is None and timesteps is None and sigmas is None:
+            sigmas = self.config.recommended_sigmas
+        if sum(way is not None for way in (timesteps, sigmas, max_timesteps)) > 1:
+            raise UserError("Give only one of timesteps, sigmas and max_timesteps.")
+        if timesteps is not None:
+            schedule = checked_times(timesteps, self._t_max)
+        elif sigmas is not None:
+            schedule = self._times_of(sigmas)
+        else:
+            schedule = checked_times(
+                self._spread(num_inference_steps, max_timesteps, intermediate_timesteps), self._t_max
+            )
+        if num_inference_steps not in (None, len(schedule)):
+            raise UserError(
+                f"num_inference_steps is {num_inference_steps}, but {len(schedule)} times are given; leave it out."
+            )
+        self.gamma = refuse_gamma(self.config.gamma if gamma is None else gamma)
+        self.num_inference_steps = len(schedule)
+        self.custom_timesteps = timesteps is not None or sigmas is not None
+        self._set_schedule(schedule, device)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x `(B, ...)` from clean data and noise `(B, ...)` at `timesteps` `(B,)`, of the schedule or not.
+
+        Raises:
+            ValueError: The timesteps are integers.
+        """
+        dtype = torch.promote_types(original_samples.dtype, torch.float32)
+        t = self._levels_at(timesteps).reshape(-1, *[1] * (noise.ndim - 1))
+        cos, sin = (factor.to(dtype).to(noise.device) for factor in (t.cos(), self.config.sigma_data * t.sin()))
+        return (cos * original_samples + sin * noise).to(original_samples.dtype)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the noise at the first time; 1 without a `network`, where the pipeline scales."""
+        return self.config.sigma_data * math.sin(self._schedule[0]) if self.config.network else 1.0
+
+    def _most(self, sigma_max: float | None) -> float:
+        """The greatest noise level to sample at.
+
+        Raises:
+            ValueError: The network does not know so much.
+        """
+        known = self._network.sigma_range[1]
+        if sigma_max is not None and sigma_max > known * (1 + 1e-9):
+            raise UserError(f"This network knows sigmas up to {known:.5g}, but sigma_max is {sigma_max}; give less.")
+        return known if sigma_max is None else sigma_max
+
+    def _spread(self, count: int | None, first: float | None, second: float | None) -> list[float]:
+        if count is None:
+            raise UserError("Give num_inference_steps, timesteps or sigmas.")
+        if not isinstance(count, Integral) or count < 1:
+            raise UserError(f"num_inference_steps must be a whole number of at least 1, got {count!r}.")
+        recommended = self.config.recommended_sigmas or []
+        if first is None and len(recommended) == count:
+            return self._times_of(recommended)
+        first = self._t_max if first is None else float(first)
+        if count == 2 and second is not None and second < first:
+            return [first, second]
+        return torch.linspace(first, 0, int(count) + 1, dtype=torch.float64).tolist()
+
+    def _times_of(self, sigmas: Sequence[float]) -> list[float]:
+        values = checked(sigmas, LEAST_SIGMA, self._sigma_max)
+        return self._levels_of(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def _set_schedule(self, schedule: list[float], device: str | torch.device | None) -> None:
+        self._restart(schedule)
+        t = torch.tensor(schedule, dtype=torch.float64)
+        sigmas = torch.where(t < math.pi / 2, self.config.sigma_data * t.tan(), math.inf)
+        self.sigmas = torch.cat([sigmas, t.new_zeros(1)])
+        with_end = torch.tensor([*schedule, 0.0], dtype=torch.float32)
+        self.timesteps = on(device, self._told(t)) if self.config.network else with_end.to(device)
+
+    def _told(self, levels: Tensor) -> Tensor:
+        return self._network.told(levels)
+
+    def _levels(self, told: Tensor) -> Tensor:
+        return self._network.times(told)
+
+    def _levels_of(self, sigmas: Tensor) -> Tensor:
+        return torch.atan(sigmas / self.config.sigma_data)
+
+    def _shown(self, level: Tensor) -> Tensor | float:
+        return self._network.conversion(level).shown if self.config.network else 1.0
+
+    def _denoise(self, output: Tensor, t: float, x: Tensor) -> Tensor:
+        """f(x, t) = cos(t) x - sin(t) sigma_data F, F = on_x x + on_output output."""
+        cos, sin = math.cos(t), self.config.sigma_data * math.sin(t)
+        on_x, on_output = 0.0, 1 / self.config.sigma_data
+        if self.config.network:
+            _, on_x, on_output = map(float, self._network.conversion(as_level(t)))
+        f = (cos - sin * on_x) * x - sin * on_output * output
+        return f.clamp(-1, 1) if self.config.clip_denoised else f
+
+    def _move(self, denoised: Tensor, x: Tensor, index: int, draw: Callable[[], Tensor]) -> Tensor:
+        """The sample at the next time."""
+        if index + 1 == len(self._schedule):
+            return denoised
+        t, s = self._schedule[index : index + 2]
+        reused, fresh = 1 - self.gamma, (1 - (1 - self.gamma) ** 2) ** 0.5 * self.config.sigma_data
+        result = math.cos(s) * denoised
+        if reused > 0:
+            result = result + math.sin(s) * reused / math.sin(t) * (x - math.cos(t) * denoised)
+        return result + math.sin(s) * fresh * draw() if fresh > 0 else result
+
+
+IN_SIGMA = {  # of students that know noise levels -> what samples as it says
+    "EDMConsistencyScheduler": EDMConsistencyScheduler,
+    "CMStochasticIterativeScheduler": EDMConsistencyScheduler,
+    "TrigFlowConsistencyScheduler": TrigFlowConsistencyScheduler,
+    "SCMScheduler": TrigFlowConsistencyScheduler,
+}
 Generators = Generator | list[Generator] | None
 
 
@@ -760,7 +1241,7 @@ class PortableImagesPipeline(DiffusionPipeline):
 
     Args:
         unet: A `UNet2DConditionModel` must not read text.
-        scheduler: Carries the fields that `EDMConsistencyScheduler` samples by.
+        scheduler: Carries the fields that `EDMConsistencyScheduler` or `TrigFlowConsistencyScheduler` samples by.
         vae: For a student of latents.
         latents_mean, latents_std, sigma_data: The student's latents are (latents - mean) / std * sigma_data, of latents as
             Stable Diffusion scales them; None for those as they are.
@@ -774,7 +1255,7 @@ class PortableImagesPipeline(DiffusionPipeline):
     def __init__(
         self,
         unet: UNet2DModel | UNet2DConditionModel,
-        scheduler: CMStochasticIterativeScheduler,
+        scheduler: CMStochasticIterativeScheduler | SCMScheduler,
         vae: AutoencoderKL | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
@@ -810,8 +1291,8 @@ class PortableImagesPipeline(DiffusionPipeline):
         Args:
             batch_size: Number of images; by default as many as there are labels, latents or generators, else 1.
             class_labels: One for all images or one for each; drawn by the generators if None.
-            num_inference_steps, timesteps, sigmas: How many noise levels of the training grid, which places on it, or these,
-                descending; by default what the student recommends.
+            num_inference_steps, timesteps, sigmas: How many noise levels, which places on the training grid (or times of
+                TrigFlow), or these, descending; by default what the student recommends.
             generator: Draws noise, then labels, then the noise of each step; one for each image makes it independent of
                 its batch.
             latents: Noise (B, C, H, W) of variance 1 to start from.
@@ -829,7 +1310,7 @@ class PortableImagesPipeline(DiffusionPipeline):
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
         labels = self._labels(wanted, batch)
         device, dtype = self._execution_device, dtype_of(self.unet)
-        scheduler = EDMConsistencyScheduler.from_config(self.scheduler.config)
+        scheduler = IN_SIGMA[type(self.scheduler).__name__].from_config(self.scheduler.config)
         if num_inference_steps is None and timesteps is None and sigmas is None:
             if scheduler.config.recommended_sigmas is None:
                 num_inference_steps = self.record.get("recommended_num_inference_steps", 1)

@@ -9,11 +9,10 @@ from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.models.students import StudentNetworkConfig
 from cm_diffusers.objectives.scm import SCDConfig, SCMConfig, SCMObjective
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model
-from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images
+from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, scm_scheduler, train_images
 from cm_diffusers.tasks.scd import check_flags, check_model, guidance_embedding_dim, student_and_teacher
 
 
-GRID = 40  # points for numbers of steps to refer to: sCM itself has no grid
 CONFIGS = (StartConfig, SCMConfig, SCDConfig, StudentNetworkConfig, *SHARED_CONFIGS)
 
 
@@ -29,7 +28,7 @@ def main() -> None:
     dim = guidance_embedding_dim(student, taught)
     objective = SCMObjective(method, TrigFlowView.of(model.view), w, dim)
     nets = student_and_teacher(model, student, dropout, dim, method.learned_weight)
-    scheduler = student_scheduler(model, method, given[ResultConfig], "edm", GRID)
+    scheduler = scm_scheduler(model, method, given[ResultConfig])
     train_images("scd", model, nets, objective, scheduler, configs, w)
 
 

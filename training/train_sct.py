@@ -11,11 +11,10 @@ from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
 from cm_diffusers.tasks.image_models import NEW_MODEL_CONFIGS, NewModelConfig, new_image_model
-from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images
+from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, scm_scheduler, train_images
 from cm_diffusers.types import Networks
 
 
-GRID = 40  # points for numbers of steps to refer to: sCM itself has no grid
 CONFIGS = (NewModelConfig, SCMConfig, *SHARED_CONFIGS)
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     model = new_image_model(*(given[kind] for kind in NEW_MODEL_CONFIGS), PartialState().device)
     objective = SCMObjective(method, TrigFlowView.of(model.view))
     nets = Networks(WithTimeWeight(model.unet) if method.learned_weight else model.unet)
-    scheduler = student_scheduler(model, method, given[ResultConfig], "edm", GRID)
+    scheduler = scm_scheduler(model, method, given[ResultConfig])
     train_images("sct", model, nets, objective, scheduler, configs)
 
 

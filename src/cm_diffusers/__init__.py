@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         ConsistencyPipeline,
         ConsistencyVideoPipeline,
     )
-    from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
+    from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
 
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "ImageToVideoAdapter",
     "ModelMixin",
     "SchedulerMixin",
+    "TrigFlowConsistencyScheduler",
 ]
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ ORIGINS = {
     "SchedulerMixin": "diffusers",
     "ConsistencyScheduler": "cm_diffusers.schedulers",
     "EDMConsistencyScheduler": "cm_diffusers.schedulers",
+    "TrigFlowConsistencyScheduler": "cm_diffusers.schedulers",
 }
 
 

@@ -26,6 +26,7 @@ CLASSES = (
     "ConsistencyVideoPipeline",
     "ConsistencyScheduler",
     "EDMConsistencyScheduler",
+    "TrigFlowConsistencyScheduler",
 )
 SAVE_AND_LOAD = ("save_pretrained", "from_pretrained")
 BASES = ("SchedulerMixin", "ModelMixin", "DiffusionPipeline")  # attributes of the package, where diffusers looks

@@ -13,12 +13,19 @@ import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
 from publishing.test_publish_images import CLASSES, STATISTICS, saved, scheduler_of, unet2d, vp_view, without_text
+from publishing.test_publish_scm import scheduler_of as of_scm
 from tiny import tiny_pipeline, tiny_unet, tiny_vae
 
-from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler, EDMConsistencyScheduler
+from cm_diffusers import (
+    ConsistencyPipeline,
+    ConsistencyScheduler,
+    EDMConsistencyScheduler,
+    TrigFlowConsistencyScheduler,
+)
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.publishing.images import images_pipeline, images_record, text_pipeline
 from cm_diffusers.publishing.pipelines import save_pipeline
+from cm_diffusers.schedulers.stepping import SteppingScheduler, ToldScheduler
 
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +124,7 @@ file, folders, requests, fixed = sys.argv[1], *map(json.loads, sys.argv[2:])
 for folder in folders:
     shutil.copyfile(file, folder + "/pipeline.py")
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-    assert type(pipe.scheduler).__name__ == "CMStochasticIterativeScheduler"
+    assert type(pipe.scheduler).__name__ in ("CMStochasticIterativeScheduler", "SCMScheduler")
     pipe.set_progress_bar_config(disable=True)
     for i, asked in enumerate(requests):
         seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
@@ -133,17 +140,17 @@ def vae():
     return tiny_vae()
 
 
-def alone(file: Path, folders: list[Path], **fixed) -> None:
+def alone(file: Path, folders: list[Path], requests: list[dict] = REQUESTS, **fixed) -> None:
     """What the single file makes of the folders, in a process that cannot import this package."""
-    arguments = [json.dumps(part) for part in ([str(folder) for folder in folders], REQUESTS, fixed)]
+    arguments = [json.dumps(part) for part in ([str(folder) for folder in folders], requests, fixed)]
     done = subprocess.run([sys.executable, "-c", ALONE, str(file), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def compared(folder: Path, **fixed) -> None:
+def compared(folder: Path, requests: list[dict] = REQUESTS, **fixed) -> None:
     pipe = ConsistencyPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    for i, asked in enumerate(REQUESTS):
+    for i, asked in enumerate(requests):
         seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         result = pipe(**fixed, **asked, generator=seeds, output_type="pt")
         assert result.images.std() > 0.01
@@ -180,6 +187,22 @@ def test_text_students_make_the_same_images_without_the_package(tmp_path: Path) 
     alone(FILE, folders, **asked)
     for folder in folders:
         compared(folder, **asked)
+
+
+def test_students_of_scm_make_the_same_images_without_the_package(tmp_path: Path) -> None:
+    requests = [asked for asked in REQUESTS if "timesteps" not in asked] + [{"timesteps": [1.4, 0.7, 0]}]
+    scm = [of_scm(EDMView(0.5, "trigflow"), clip_denoised=True), of_scm(vp_view("v_prediction", 0.7), gamma=0.3)]
+    pipes = images_pipeline(unet2d(), scm[0]), images_pipeline(without_text(), scm[1])
+    folders = [saved(pipe, tmp_path / str(i), "sct") for i, pipe in enumerate(pipes)]
+    alone(IMAGES, folders, requests)
+    for folder in folders:
+        compared(folder, requests)
+    pipe = text_pipeline(tiny_pipeline(), tiny_unet(), of_scm(vp_view("epsilon", 1.0)))
+    save_pipeline(
+        pipe, tmp_path / "text", False, images_record("scd", "ada/teacher", "distilled", 0.0, pipe.scheduler, 2)
+    )
+    alone(FILE, [tmp_path / "text"], requests, prompt=["a bag", "a coat"])
+    compared(tmp_path / "text", requests, prompt=["a bag", "a coat"])
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +273,8 @@ def test_a_gamma_is_for_one_call(tmp_path: Path) -> None:
 
 def test_the_files_have_no_schedulers_but_the_packages() -> None:
     """Each stands alone, so each has them; none may sample otherwise than the package."""
-    known = {
-        kind.__name__: inspect.getsource(kind).rstrip() for kind in (ConsistencyScheduler, EDMConsistencyScheduler)
-    }
+    samplers = ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
+    known = {kind.__name__: inspect.getsource(kind).rstrip() for kind in (*samplers, SteppingScheduler, ToldScheduler)}
     found = set()
     for path in (ROOT / "pipelines").glob("*.py"):
         text = path.read_text()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from publishing.test_publish_images import scheduler_of, unet2d, vp_view, without_text
+from publishing.test_publish_scm import scheduler_of as scm_scheduler_of
 from tiny import tiny_pipeline, tiny_unet
 
 from cm_diffusers import ConsistencyImagesPipeline, ConsistencyPipeline, EDMConsistencyScheduler
@@ -154,3 +155,17 @@ def test_editing_denoises_as_the_scheduler_does(
                 x = x + (levels[i] ** 2 - floor**2) ** 0.5 * torch.randn(1, 3, 4, 4, generator=draw)
             x = ours.step(unet(ours.scale_model_input(x, t), t).sample, t, x).denoised
     torch.testing.assert_close(2 * edited - 1, x.clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_editing_takes_a_student_of_scm() -> None:
+    """The same network in EDM's coordinates, so the same image."""
+    unet, view = unet2d(num_class_embeds=None, sample_size=4), EDMView(2.0, "trigflow")
+    results = []
+    for scheduler in (scm_scheduler_of(view), scheduler_of(view, "edm")):
+        editor = module("consistency_editing").ConsistencyEditingPipeline(unet, stock_scheduler(scheduler))
+        editor.set_progress_bar_config(disable=True)
+        asked = {"mask_image": torch.ones(1, 1, 4, 4), "sigmas": [60.0, 3.0], "output_type": "pt"}
+        generator = torch.Generator().manual_seed(1)
+        results.append(editor("inpainting", torch.zeros(1, 3, 4, 4), **asked, generator=generator).images)
+    assert torch.equal(*results)
+    assert results[0].std() > 0.01

@@ -18,7 +18,7 @@ from oracles import as_output
 
 from cm_diffusers.diffusion.process import DiscreteVP, Prediction, diffuse
 from cm_diffusers.policy.transitions import LAWS, LAWS_WITH_ETA, Transition, draw, kl_divergence, log_prob, transition
-from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
+from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
 
 
 SHAPE = (2, 3, 4, 4)
@@ -26,6 +26,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 CLIP = {"clip_sample": True, "clip_sample_range": 0.8}
 THRESHOLD = {"thresholding": True, "sample_max_value": 2.0}
 VP = {"network": "vp", "sigma_min": 0.03, "sigma_max": 14.0, "clip_denoised": False}
+TRIGFLOW_VP = {"network": "vp", "prediction_type": "sample", "sigma_max": 14.0}
 SD_DDIM = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False, "beta_schedule": "scaled_linear"}
 
 
@@ -55,6 +56,8 @@ def sigma_cases():
     for kind in PREDICTION_TYPES:
         yield from ((EDMConsistencyScheduler, {**VP, "prediction_type": kind, "gamma": g}, 0.0) for g in (0.5, 1.0))
     yield EDMConsistencyScheduler, {"boundary_scalings": "edm", "prediction_type": "v_prediction", "gamma": 0.5}, 0.0
+    for config in ({}, {"network": "edm", "sigma_max": 80.0, "clip_denoised": True}, TRIGFLOW_VP):
+        yield from ((TrigFlowConsistencyScheduler, {**config, "gamma": gamma}, 0.0) for gamma in (0.3, 1.0))
     yield from ((FlowMatchLCMScheduler, config, 0.0) for config in ({}, {"shift": 3.0}))
     yield from ((SCMScheduler, config, 0.0) for config in ({}, {"sigma_data": 1.0}))
 
@@ -69,6 +72,7 @@ ONE_OF_EACH = [
     (CMStochasticIterativeScheduler, {"clip_denoised": False}, 0.0),
     (FlowMatchLCMScheduler, {}, 0.0),
     (SCMScheduler, {}, 0.0),
+    (TrigFlowConsistencyScheduler, {"gamma": 0.3}, 0.0),
 ]
 
 
@@ -105,7 +109,9 @@ def state(scheduler):
 
 def take_step(scheduler, index, output, x, eta, noise, monkeypatch):
     """What the real `step` returns when it draws this noise."""
-    monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, **__: noise)
+    modules = (sys.modules[kind.__module__] for kind in type(scheduler).__mro__)
+    draws = next(module for module in modules if hasattr(module, "randn_tensor"))
+    monkeypatch.setattr(draws, "randn_tensor", lambda *_, **__: noise)
     arguments = {"eta": eta} if type(scheduler) in LAWS_WITH_ETA else {}
     return scheduler.step(output, scheduler.timesteps[index], x, **arguments)
 
@@ -113,7 +119,8 @@ def take_step(scheduler, index, output, x, eta, noise, monkeypatch):
 def walk(scheduler, eta, monkeypatch, dtype=torch.float64):
     """(law, noise, result of the real step) at every index of one run."""
     x = (normal(0) * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(dtype)
-    for index in range(len(scheduler.timesteps) - isinstance(scheduler, SCMScheduler)):
+    with_end = isinstance(scheduler, SCMScheduler) or scheduler.config.get("network", "") is None
+    for index in range(len(scheduler.timesteps) - with_end):
         output, noise = normal(3 * index + 1).to(dtype), normal(3 * index + 2).to(dtype)
         law = transition(scheduler, index, output, x, eta)
         result = take_step(scheduler, index, output, x, eta, noise, monkeypatch)

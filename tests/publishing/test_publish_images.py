@@ -395,5 +395,7 @@ class TestRecord:
         assert record.scheduler["recommended_sigmas"] == [80.0, 0.821]
 
     def test_another_method_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="Unknown method 'lcm'; give one of cd, ct, ict, slct, ect, sct, scd, edm"):
+        with pytest.raises(
+            ValueError, match="Unknown method 'lcm'; give one of cd, ct, ict, slct, ect, sct, scd, edm"
+        ):
             images_record("lcm", "", "none", 0.0, EDMConsistencyScheduler(), 1)

@@ -68,8 +68,8 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor, float], Conversion]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class TrigFlowView:
-    """How a network is called in TrigFlow's coordinates.
+class TrigFlowNetwork:
+    """What a network is shown and told in TrigFlow's coordinates, and what its answer means, for trainer and sampler.
 
     Attributes:
         sigma_data: Standard deviation of the data.
@@ -91,13 +91,6 @@ class TrigFlowView:
         for value, known in ((self.output, OUTPUTS), (self.conditioning, ("own", *NOISE_CONDITIONINGS))):
             if value not in known:
                 raise UserError(f"{value!r} is not known of a network; one of {', '.join(known)}.")
-
-    @classmethod
-    def of(cls, view: EDMView | VPView) -> Self:
-        """The same network, seen so."""
-        if isinstance(view, EDMView):
-            return cls(view.sigma_data, "edm", view.noise_conditioning)
-        return cls(view.sigma_data, view.prediction_type, view.noise_conditioning, view.with_signal)
 
     @property
     def difference_step(self) -> float:
@@ -124,9 +117,33 @@ class TrigFlowView:
             return self.process.time_at(-sigma.log()) * self.time_scale
         return noise_condition(sigma, self.conditioning, self.sigma_data)
 
+    def times(self, told: Tensor) -> Tensor:
+        """The inverse of `told`."""
+        if self.conditioning == "trigflow":
+            return exact(told)
+        if self.conditioning == "own":
+            sigma = torch.exp(-self.process.half_log_snr(exact(told) / self.time_scale))
+        else:
+            sigma = torch.exp(
+                exact(told) / noise_condition(torch.tensor(math.e, dtype=torch.float64), self.conditioning)
+            )
+        return torch.atan(sigma / self.sigma_data)
+
     def conversion(self, t: Tensor) -> Conversion:
         t = exact(t)
         return OUTPUTS[self.output](torch.cos(t), torch.sin(t), self.sigma_data)
+
+
+@dataclass(frozen=True, eq=False)
+class TrigFlowView(TrigFlowNetwork):
+    """How training calls a network."""
+
+    @classmethod
+    def of(cls, view: EDMView | VPView) -> Self:
+        """The same network, seen so."""
+        if isinstance(view, EDMView):
+            return cls(view.sigma_data, "edm", view.noise_conditioning)
+        return cls(view.sigma_data, view.prediction_type, view.noise_conditioning, view.with_signal)
 
     def __call__(self, network: Callable, x: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """F `(B, ...)`, at least float32."""

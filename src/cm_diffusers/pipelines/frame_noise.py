@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines.checks import check_whole
-from cm_diffusers.schedulers.scheduling_consistency import NoiseSampler
+from cm_diffusers.schedulers.stepping import NoiseSampler
 
 
 def shuffled_frames(window: int, stride: int, seed: int = 0) -> NoiseSampler:

@@ -17,12 +17,12 @@ from cm_diffusers.pipelines.manners import (
     consistency_scheduler,
     refuse_contradiction,
 )
-from cm_diffusers.pipelines.pipeline_consistency_images import CarriedSchedulerMixin, ConsistencyImagesPipeline
+from cm_diffusers.pipelines.pipeline_consistency_images import ConsistencyImagesPipeline
 from cm_diffusers.pipelines.recorded import of_hub, read_training, refuse_base_model
 from cm_diffusers.pipelines.single_file import SingleFileMixin
+from cm_diffusers.pipelines.stock import CarriedSchedulerMixin
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
-from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 
 
 WITHOUT_PROMPT = ("ConsistencyImagesPipeline", "ConsistencyModelPipeline")
@@ -152,10 +152,8 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
         if self.record is not None and not (own and name in (*FEW_STEP_SCHEDULERS, *IN_SIGMA)):
             name, config = self.record.scheduler.get("_class_name", "LCMScheduler"), self.record.scheduler
         if name in IN_SIGMA:
-            self.scheduler = EDMConsistencyScheduler.from_config(config)
-            self.scheduler._adopted_from = type(
-                self.scheduler
-            ).__name__  # so that it goes with a LoRA that it came with
+            self.scheduler = IN_SIGMA[name].from_config(config)
+            self.scheduler._adopted_from = type(self.scheduler).__name__  # goes with the LoRA that it came with
         else:
             self.scheduler = consistency_scheduler(name, config)
 

@@ -10,10 +10,23 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from cm_diffusers.errors import UserError
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_trigflow_consistency import TrigFlowConsistencyScheduler
 
 
-FEW_STEP_SCHEDULERS = ("ConsistencyScheduler", "EDMConsistencyScheduler", "LCMScheduler", "TCDScheduler")
-IN_SIGMA = ("EDMConsistencyScheduler", "CMStochasticIterativeScheduler")
+FEW_STEP_SCHEDULERS = (
+    "ConsistencyScheduler",
+    "EDMConsistencyScheduler",
+    "TrigFlowConsistencyScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
+IN_SIGMA = {  # of students that know noise levels -> what samples as it says
+    "EDMConsistencyScheduler": EDMConsistencyScheduler,
+    "CMStochasticIterativeScheduler": EDMConsistencyScheduler,
+    "TrigFlowConsistencyScheduler": TrigFlowConsistencyScheduler,
+    "SCMScheduler": TrigFlowConsistencyScheduler,
+}
 GRID_FIELDS = (
     "prediction_type",
     "num_train_timesteps",

@@ -14,6 +14,8 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DiffusionPipeline,
+    SchedulerMixin,
+    SCMScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -28,10 +30,12 @@ from cm_diffusers.models.double_norm import double_normed
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.generation import Callback
 from cm_diffusers.pipelines.latents import Generators, decode, dtype_of
+from cm_diffusers.pipelines.manners import IN_SIGMA
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
-from cm_diffusers.pipelines.stock import CARRIED
+from cm_diffusers.pipelines.stock import CarriedSchedulerMixin
 from cm_diffusers.record import read_record
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
+from cm_diffusers.schedulers.stepping import ToldScheduler
 
 
 STOCK = {"network": "edm", "noise_conditioning": "adm", "boundary_scalings": "cm", "gamma": 1.0}
@@ -44,17 +48,6 @@ class ConsistencyImagesPipelineOutput(ImagePipelineOutput):
     class_labels: Tensor | None = None
 
 
-class CarriedSchedulerMixin:
-    """Samples with `EDMConsistencyScheduler` where a stock scheduler carries its fields."""
-
-    def register_modules(self, **modules: Any) -> None:
-        """As in diffusers; a stock scheduler that carries our fields would sample by its own alone, and becomes ours."""
-        scheduler = modules.get("scheduler")
-        if isinstance(scheduler, CMStochasticIterativeScheduler) and set(scheduler.config) & CARRIED:
-            modules["scheduler"] = EDMConsistencyScheduler.from_config(scheduler.config)
-        super().register_modules(**modules)
-
-
 class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionPipeline):
     """Samples a student of `UNet2DModel`'s kind, in pixels or latents, with classes or without.
 
@@ -65,7 +58,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
 
     Args:
         unet: A `UNet2DConditionModel` must not read text.
-        scheduler: Best an `EDMConsistencyScheduler`, which `from_pretrained` makes.
+        scheduler: Best an `EDMConsistencyScheduler` or a `TrigFlowConsistencyScheduler`, which `from_pretrained` makes.
         vae: For a student of latents.
         latents_mean, latents_std: Of every channel of the latents, as Stable Diffusion scales them; the student's are
             (latents - latents_mean) / latents_std * sigma_data. None for a student of the latents as they are.
@@ -81,7 +74,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
     def __init__(
         self,
         unet: UNet2DModel | UNet2DConditionModel,
-        scheduler: EDMConsistencyScheduler | CMStochasticIterativeScheduler,
+        scheduler: ToldScheduler | CMStochasticIterativeScheduler | SCMScheduler,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
@@ -99,7 +92,7 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """A student from a folder or the Hub, with an `EDMConsistencyScheduler` unless the caller gives a scheduler.
+        """A student from a folder or the Hub, with a scheduler of ours unless the caller gives one.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -113,8 +106,8 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
             pipe.register_to_config(record=asdict(record))
             if kwargs.get("unet") is None:
                 pipe.training = read_training(pretrained_model_name_or_path, **of_hub(kwargs))
-        if kwargs.get("scheduler") is None and not isinstance(pipe.scheduler, EDMConsistencyScheduler):
-            pipe.scheduler = EDMConsistencyScheduler.from_config(pipe.scheduler.config)
+        if kwargs.get("scheduler") is None and not isinstance(pipe.scheduler, ToldScheduler):
+            pipe.scheduler = IN_SIGMA[type(pipe.scheduler).__name__].from_config(pipe.scheduler.config)
         return pipe
 
     def stock_class(self) -> type[DiffusionPipeline] | None:
@@ -152,7 +145,8 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
             batch_size: Number of images; by default as many as there are labels, latents or generators, else 1.
             class_labels: One for all images or one for each; drawn by the generators if None.
             num_inference_steps: By default what the student recommends, else 1.
-            timesteps: Places on the training grid, descending, as in `ConsistencyModelPipeline`.
+            timesteps: Places on the training grid, descending, as in `ConsistencyModelPipeline`; of a
+                `TrigFlowConsistencyScheduler`, times.
             sigmas: Noise levels, descending.
             generator: Draws noise, labels, the noise of each step; with one for each image, none depends on its batch.
             latents: Noise (B, C, H, W) of variance 1 to start from.
@@ -252,20 +246,20 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         return torch.tensor(values)
 
 
-def is_stock(
-    unet: UNet2DModel | UNet2DConditionModel, scheduler: EDMConsistencyScheduler | CMStochasticIterativeScheduler
-) -> bool:
+def is_stock(unet: UNet2DModel | UNet2DConditionModel, scheduler: SchedulerMixin) -> bool:
     """Whether the stock pipeline samples a network of pixels right."""
+    if not isinstance(scheduler, EDMConsistencyScheduler | CMStochasticIterativeScheduler):
+        return False
     plain = isinstance(unet.config.sample_size, int) and not unet.config.get("double_norm")
     carried = {name: value for name, value in STOCK.items() if name in scheduler.config}
     return isinstance(unet, UNet2DModel) and plain and carried.items() <= scheduler.config.items()
 
 
-def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: object) -> None:
-    if not isinstance(scheduler, EDMConsistencyScheduler | CMStochasticIterativeScheduler):
+def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: SchedulerMixin) -> None:
+    if not (isinstance(scheduler, CMStochasticIterativeScheduler) or scheduler.config.get("network")):
         raise UserError(
             f"{type(scheduler).__name__} does not sample consistency models without prompts; give an "
-            "EDMConsistencyScheduler, or a CMStochasticIterativeScheduler."
+            "EDMConsistencyScheduler, a TrigFlowConsistencyScheduler with its network, or a CMStochasticIterativeScheduler."
         )
     blocks = (*unet.config.down_block_types, *unet.config.up_block_types, unet.config.get("mid_block_type"))
     if isinstance(unet, UNet2DConditionModel) and any("CrossAttn" in block for block in blocks if block):

@@ -32,7 +32,7 @@ from cm_diffusers.pipelines.prompts import Encoded, encode, listed, lora_scaled,
 from cm_diffusers.pipelines.video_conditions import Frames
 from cm_diffusers.pipelines.video_generation import ClipRequest, generate_clips
 from cm_diffusers.pipelines.video_loading import VideoLoaderMixin
-from cm_diffusers.schedulers.scheduling_consistency import NoiseSampler
+from cm_diffusers.schedulers.stepping import NoiseSampler
 
 
 class ConsistencyVideoPipeline(VideoLoaderMixin, AnimateDiffPipeline):

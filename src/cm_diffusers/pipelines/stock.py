@@ -9,24 +9,42 @@ from diffusers import (
     DiffusionPipeline,
     LCMScheduler,
     SchedulerMixin,
+    SCMScheduler,
     TCDScheduler,
 )
 
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_trigflow_consistency import TrigFlowConsistencyScheduler
 
 
 def _parameters(kind: type[ConfigMixin]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(kind).parameters)
 
 
-CARRIED = set(_parameters(EDMConsistencyScheduler)) - set(_parameters(CMStochasticIterativeScheduler))
+CARRIERS = {  # of all our fields
+    EDMConsistencyScheduler: CMStochasticIterativeScheduler,
+    TrigFlowConsistencyScheduler: SCMScheduler,
+}
+
+
+class CarriedSchedulerMixin:
+    """Samples with a scheduler of ours where a stock one carries its fields."""
+
+    def register_modules(self, **modules: Any) -> None:
+        """As in diffusers; a stock scheduler that carries our fields would sample by its own alone, and becomes ours."""
+        scheduler = modules.get("scheduler")
+        for ours, stock in CARRIERS.items():
+            carried = set(_parameters(ours)) - set(_parameters(stock))
+            if isinstance(scheduler, stock) and set(scheduler.config) & carried:
+                modules["scheduler"] = ours.from_config(scheduler.config)
+        super().register_modules(**modules)
 
 
 def stock_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The stock scheduler nearest to one of ours, with every field in its config; another one as it is."""
-    if isinstance(scheduler, EDMConsistencyScheduler):
-        return _carrying(CMStochasticIterativeScheduler, scheduler, True)
+    if type(scheduler) in CARRIERS:
+        return _carrying(CARRIERS[type(scheduler)], scheduler, True)
     if not isinstance(scheduler, ConsistencyScheduler):
         return scheduler
     kind = LCMScheduler if scheduler.config.boundary_scalings == "lcm" else TCDScheduler

@@ -29,7 +29,7 @@ from cm_diffusers.pipelines.video_conditions import (
     image_residuals,
 )
 from cm_diffusers.pipelines.video_noise import initial_noise, injecting, noise_sharing
-from cm_diffusers.schedulers.scheduling_consistency import NoiseSampler
+from cm_diffusers.schedulers.stepping import NoiseSampler
 
 
 USUAL_FRAMES = 16  # of AnimateDiff (2307.04725); also adapters for up to 32 were trained with so many

@@ -11,7 +11,7 @@ from torch import Tensor
 from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines.frame_noise import repeated_frames, shuffled_frames
 from cm_diffusers.pipelines.latents import Generators
-from cm_diffusers.schedulers.scheduling_consistency import NoiseSampler
+from cm_diffusers.schedulers.stepping import NoiseSampler
 
 
 def noise_sharing(pipe: DiffusionPipeline, asked: NoiseSampler | None) -> NoiseSampler | None:

@@ -24,7 +24,8 @@ from torch import Tensor
 from cm_diffusers.diffusion.preconditioning import cm_scalings, lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP, Prediction, doubled, interpret
 from cm_diffusers.errors import UserError
-from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler
+from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
+from cm_diffusers.schedulers.stepping import SteppingScheduler
 
 
 Reduction = Literal["sum", "mean"]
@@ -108,21 +109,12 @@ def kl_divergence(transition: Transition, reference: Transition, reduction: Redu
     return _reduced(((transition.mean - reference.mean) / transition.std).square() / 2, reduction)
 
 
-def _consistency(scheduler: ConsistencyScheduler, index: int, output: Tensor, x: Tensor) -> Parts:
+def _consistency(scheduler: SteppingScheduler, index: int, output: Tensor, x: Tensor) -> Parts:
     _check_own(scheduler)
     denoised = scheduler._denoise(output, scheduler._schedule[index], x)
     zero, one = x.new_zeros(()), x.new_ones(())
     std = scheduler._move(zero, zero, index, lambda: one)  # a step is linear in f, x and the noise
     return scheduler._move(denoised, x, index, lambda: zero), std, denoised
-
-
-def _edm_consistency(scheduler: EDMConsistencyScheduler, index: int, output: Tensor, x: Tensor) -> Parts:
-    _check_own(scheduler)
-    above, following = ((s**2 - scheduler._floor**2) ** 0.5 for s in scheduler.sigmas[index : index + 2].tolist())
-    denoised = scheduler._denoise(output, scheduler._schedule[index], x)
-    reused, fresh = 1 - scheduler.gamma, (1 - (1 - scheduler.gamma) ** 2) ** 0.5
-    share = following / above * reused if following > 0 else 0.0
-    return denoised + share * (x - denoised), following * fresh * scheduler.config.s_noise, denoised
 
 
 def _lcm(scheduler: LCMScheduler, index: int, output: Tensor, x: Tensor) -> Parts:
@@ -191,7 +183,8 @@ def _scm(scheduler: SCMScheduler, index: int, output: Tensor, x: Tensor) -> Part
 # Called with the scheduler, the index, the output and the sample.
 LAWS: dict[type[SchedulerMixin], Callable[..., Parts]] = {
     ConsistencyScheduler: _consistency,
-    EDMConsistencyScheduler: _edm_consistency,
+    EDMConsistencyScheduler: _consistency,
+    TrigFlowConsistencyScheduler: _consistency,
     LCMScheduler: _lcm,
     CMStochasticIterativeScheduler: _cm,
     FlowMatchLCMScheduler: _flow_match_lcm,
@@ -241,7 +234,7 @@ def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
     return values.sum(1) if reduction == "sum" else values.mean(1)
 
 
-def _check_own(scheduler: ConsistencyScheduler | EDMConsistencyScheduler) -> None:
+def _check_own(scheduler: SteppingScheduler) -> None:
     if scheduler.gamma == 0:
         raise UserError(
             f"{type(scheduler).__name__} is deterministic with gamma 0; give set_timesteps or the config a gamma above 0."
@@ -253,7 +246,8 @@ def _check_own(scheduler: ConsistencyScheduler | EDMConsistencyScheduler) -> Non
 def _check_index(scheduler: SchedulerMixin, index: int) -> None:
     if getattr(scheduler, "num_inference_steps", None) is None and not getattr(scheduler, "custom_timesteps", False):
         raise UserError("The scheduler has no schedule yet; call set_timesteps.")
-    steps = len(scheduler.timesteps) - isinstance(scheduler, SCMScheduler)  # whose last entry is the end
+    with_end = isinstance(scheduler, SCMScheduler) or scheduler.config.get("network", "") is None
+    steps = len(scheduler.timesteps) - with_end
     if not 0 <= index < steps:
         raise UserError(f"index must be from 0 to {steps - 1}, as there are {steps} steps; got {index}.")
 

@@ -1,4 +1,4 @@
-"""The pipelines and records of students in EDM's coordinates: without prompts, or of Stable Diffusion."""
+"""The pipelines and records of students in coordinates of noise levels: without prompts, or of Stable Diffusion."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
-    CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DiffusionPipeline,
     LCMScheduler,
+    SchedulerMixin,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -25,7 +25,7 @@ from cm_diffusers.pipelines.stock import stock_scheduler
 from cm_diffusers.publishing.card import EDM_METHODS
 from cm_diffusers.publishing.pipelines import scheduler_entry
 from cm_diffusers.record import Record
-from cm_diffusers.schedulers import EDMConsistencyScheduler
+from cm_diffusers.schedulers.stepping import ToldScheduler
 
 
 SCHEDULES = (  # of nearly all diffusion models; any other is told beta by beta
@@ -43,9 +43,10 @@ class Statistics(Protocol):
 
 
 def network_of(view: EDMView | VPView) -> dict[str, object]:
-    """Settings of `EDMConsistencyScheduler` that say how training called the network."""
+    """Settings of a `ToldScheduler` that say how training called the network."""
     if isinstance(view, EDMView):
-        return {"network": "edm", "noise_conditioning": view.noise_conditioning, "sigma_data": view.sigma_data}
+        told = {"noise_conditioning": view.noise_conditioning, "sigma_data": view.sigma_data}
+        return {"network": "edm", "prediction_type": "epsilon", **told}
     alphas_cumprod = view.with_signal.alphas_cumprod
     told = {} if view.noise_conditioning == "own" else {"noise_conditioning": view.noise_conditioning}
     known = (schedule for schedule in SCHEDULES if _makes(schedule, alphas_cumprod))
@@ -90,7 +91,7 @@ def _betas(alphas_cumprod: Tensor) -> list[float]:
 
 def images_pipeline(
     unet: UNet2DModel | UNet2DConditionModel,
-    scheduler: EDMConsistencyScheduler,
+    scheduler: ToldScheduler,
     vae: AutoencoderKL | None = None,
     statistics: Statistics | None = None,
 ) -> DiffusionPipeline:
@@ -118,7 +119,7 @@ def images_pipeline(
 
 
 def text_pipeline(
-    teacher: DiffusionPipeline, unet: UNet2DConditionModel, scheduler: EDMConsistencyScheduler
+    teacher: DiffusionPipeline, unet: UNet2DConditionModel, scheduler: ToldScheduler
 ) -> ConsistencyPipeline:
     """A Stable Diffusion (XL) student in EDM's coordinates; all but network and scheduler is the teacher's."""
     pipe = ConsistencyPipeline.from_pipe(teacher, unet=unet, scheduler=scheduler, record=None)
@@ -131,12 +132,12 @@ def images_record(
     base_model: str,
     guidance: str,
     w: float,
-    scheduler: EDMConsistencyScheduler | CMStochasticIterativeScheduler,
+    scheduler: SchedulerMixin,
     num_inference_steps: int,
 ) -> Record:
     """
     Args:
-        method: "cd", "ct", "ict", "slct", "ect", or "edm" for a diffusion model.
+        method: "cd", "ct", "ict", "slct", "ect", "sct", "scd", or "edm" for a diffusion model.
         base_model: Folder or Hub id of what it was made from; "" for a network trained from data alone.
         guidance: "none" for a student without prompts, "distilled" for one with.
         w: The guidance in its weights.

@@ -11,6 +11,7 @@ from cm_diffusers.record import Record
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "pipeline.py"  # as diffusers looks for it where custom_pipeline is a folder or Hub id
 SHOWN = 4  # noise levels that are named one by one
+OWN_SCHEDULERS = ("EDMConsistencyScheduler", "TrigFlowConsistencyScheduler")  # that stock ones only carry
 PACKAGE_NEEDED = "Diffusers alone cannot sample this student: cm_diffusers must be installed"
 SAMPLED_BY = {  # family of the teacher -> single file of the root folder `pipelines`
     None: "consistency_images.py",
@@ -62,7 +63,7 @@ def own_file(name: str) -> Path | None:
 
 def is_stock(record: Record) -> bool:
     """Whether diffusers alone has the scheduler that samples right, and so the pipeline."""
-    return record.scheduler.get("_class_name") != "EDMConsistencyScheduler"
+    return record.scheduler.get("_class_name") not in OWN_SCHEDULERS
 
 
 def usage(record: Record, provenance: Provenance, base: str, single_file: bool) -> list[str]:

@@ -35,6 +35,7 @@ class NetworkKind(Protocol):
         """The standard deviation of what sampling starts from at sigma."""
 
 
+HAIR = 1e-5  # above what a time may be: SANA-Sprint (2503.09641) starts at 1.57080
 OUTPUT_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}  # as `EDMEulerScheduler` has them
 
 
@@ -167,3 +168,19 @@ def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
     if not values or not known or any(a <= b for a, b in pairwise(values)):
         raise UserError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
     return [float(value) for value in values]
+
+
+def checked_times(times: Sequence[float], high: float) -> list[float]:
+    """Times of TrigFlow without a last 0, which is the end; one a hair above `high`, as pi / 2 is rounded, is `high`.
+
+    Raises:
+        ValueError: They are no floating numbers from high down to above 0.
+    """
+    values = list(times.tolist() if hasattr(times, "tolist") else times)
+    values = values[:-1] if values and values[-1] == 0 else values
+    if any(isinstance(value, Integral) for value in values):
+        raise UserError(f"Timesteps of TrigFlow are times from {high:.6g} to 0, no integer indices; got {values}.")
+    known = all(isinstance(value, Real) and 0 < value <= high + HAIR for value in values)
+    if not values or not known or any(a <= b for a, b in pairwise(values)):
+        raise UserError(f"Times must be numbers that descend, from at most {high:.6g} to above 0; got {values}.")
+    return [min(float(value), high) for value in values]

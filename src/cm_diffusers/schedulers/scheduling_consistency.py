@@ -1,41 +1,24 @@
 """Few-step sampling of consistency models on Stable Diffusion's discrete process, from re-noising to deterministic."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, LCMScheduler, SchedulerMixin
+from diffusers import LCMScheduler, SchedulerMixin  # noqa: F401 (diffusers looks for it where saved pipelines lead)
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
-from diffusers.utils.import_utils import DummyObject
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Generator, Tensor
+from torch import Tensor
 
 from cm_diffusers.diffusion.preconditioning import lcm_scalings
 from cm_diffusers.errors import UserError
+from cm_diffusers.schedulers.stepping import SteppingScheduler, one_of, refuse_gamma
 from cm_diffusers.schedulers.timesteps import chosen, distillation_grid, spread
 
 
 CLEAN = (1.0, 0.0)  # alpha and sigma of data without noise
-NoiseSampler = Callable[[torch.Size, Generator | list[Generator] | None, torch.device, torch.dtype], Tensor]
 
 
-@dataclass
-class ConsistencySchedulerOutput(BaseOutput):
-    """What a step returns, both `(B, ...)`.
-
-    Attributes:
-        prev_sample: The sample at the next timestep of the schedule, or the result after the last one.
-        denoised: The consistency function's answer f(x_t, t), without noise.
-    """
-
-    prev_sample: Tensor
-    denoised: Tensor
-
-
-class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
+class ConsistencyScheduler(SteppingScheduler):
     """Multistep consistency sampling with as much fresh noise as `gamma` says.
 
     A step from t to t' denoises, f = c_skip x + c_out x0_hat, goes to s = floor((1 - gamma) t') along the noise that x
@@ -67,7 +50,6 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     # Their config fields are kept, without a warning, for the way back to them.
     _compatibles = ["LCMScheduler", "TCDScheduler", *(scheduler.name for scheduler in KarrasDiffusionSchedulers)]
-    order = 1
 
     @register_to_config
     def __init__(
@@ -91,18 +73,15 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: float = 0.5,
         boundary_scalings: str = "lcm",
     ) -> None:
-        _one_of("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
-        _one_of("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
-        _one_of("boundary_scalings", boundary_scalings, ("lcm", "none"))
+        one_of("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        one_of("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
+        one_of("boundary_scalings", boundary_scalings, ("lcm", "none"))
         betas = (beta_start, beta_end, beta_schedule, trained_betas)
         stock = LCMScheduler(num_train_timesteps, *betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
         self.betas, self.alphas_cumprod = stock.betas, stock.alphas_cumprod
         self.init_noise_sigma = 1.0
-        self.gamma = _checked_gamma(gamma)
-        self.noise_sampler: NoiseSampler | None = None
-        self.num_inference_steps: int | None = None
+        self._prepare(gamma)
         self._set_schedule(list(range(num_train_timesteps))[::-1], device=None)
-        self.custom_timesteps = False
 
     def set_timesteps(
         self,
@@ -134,33 +113,10 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             schedule = spread(grid, num_inference_steps, strength)
         else:
             schedule = chosen(timesteps, grid, total, strength)
-        self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
+        self.gamma = refuse_gamma(self.config.gamma if gamma is None else gamma)
         self.num_inference_steps = len(schedule)
         self.custom_timesteps = timesteps is not None
         self._set_schedule(schedule, device)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
-    ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the schedule: denoise, then go to the next timestep.
-
-        Args:
-            model_output: `(B, ...)`, what `prediction_type` says.
-            timestep: Finds the first step's place in the schedule; the steps after it follow in order.
-            sample: x_t `(B, ...)`; both results have its dtype, the arithmetic is in float32 or float64.
-        """
-        index = self._enter(timestep)
-        x = sample if sample.dtype == torch.float64 else sample.float()
-        denoised = self._denoise(model_output.to(x.dtype), self._schedule[index], x)
-        prev_sample = self._move(denoised, x, index, lambda: self._draw(sample, generator).to(x.dtype))
-        self._step_index += 1
-        result = (prev_sample.to(sample.dtype), denoised.to(sample.dtype))
-        return ConsistencySchedulerOutput(*result) if return_dict else result
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t `(B, ...)` from clean data and noise `(B, ...)` at `timesteps` `(B,)`."""
@@ -176,49 +132,23 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """The sample itself: this process needs no scaling."""
         return sample
 
-    @property
-    def step_index(self) -> int | None:
-        """The next step's place in the schedule, None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Where the first step starts, None where its timestep tells."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this place of the schedule, as image-to-image pipelines do."""
-        self._begin_index = begin_index
-
     def index_for_timestep(self, timestep: int | Tensor) -> int:
         """The place of a timestep in the schedule."""
         if int(timestep) not in self._schedule:
             raise UserError(f"Timestep {int(timestep)} is not in the schedule {self._schedule}; call set_timesteps.")
         return self._schedule.index(int(timestep))
 
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
-    @classmethod
-    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
-        """Contains this class even where it is not registered, and none whose dependencies are missing."""
-        return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
-
     def _set_schedule(self, schedule: list[int], device: str | torch.device | None) -> None:
-        self._schedule = schedule  # also here, so that no step waits for the device
+        self._restart(schedule)
         self.timesteps = torch.tensor(schedule, dtype=torch.long, device=device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
 
     def _enter(self, timestep: int | Tensor) -> int:
-        """The place of the step that begins."""
         if self.num_inference_steps is None:
             raise UserError("The scheduler has no schedule yet; call set_timesteps before step.")
-        if self._step_index is None:
-            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= len(self._schedule):
-            raise UserError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
-        return self._step_index
+        return super()._enter(timestep)
+
+    def _precision(self, sample: Tensor) -> torch.dtype:
+        return torch.float64 if sample.dtype == torch.float64 else torch.float32
 
     def _denoise(self, output: Tensor, t: int, x: Tensor) -> Tensor:
         """f(x_t, t) = c_skip x + c_out x0_hat."""
@@ -268,15 +198,6 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             return CLEAN
         return self._rates(int(np.floor(np.float32(1 - self.gamma) * np.float32(t or 0))))  # rounds as TCDScheduler
 
-    def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
-        """Fresh noise `(B, ...)` in the dtype of the sample: what a seed draws depends on it."""
-        if self.noise_sampler is None:
-            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
-        if noise.shape != sample.shape:
-            raise UserError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
-        return noise
-
     def _rates(self, t: int) -> tuple[float, float]:
         """alpha and sigma at a timestep, in float64."""
         alpha_cumprod = float(self.alphas_cumprod[t])
@@ -287,14 +208,3 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         table = self.alphas_cumprod.to(x.device, dtype)[timesteps.to(x.device)].reshape(-1, *[1] * (x.ndim - 1))
         return table.sqrt(), (1 - table).sqrt()
-
-
-def _checked_gamma(gamma: float) -> float:
-    if not 0 <= gamma <= 1:
-        raise UserError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
-    return gamma
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")

@@ -1,29 +1,22 @@
 """Few-step sampling of consistency models in EDM's coordinates, x = x0 + sigma noise, at any noise levels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, LCMScheduler, SchedulerMixin
+from diffusers import LCMScheduler, SchedulerMixin  # noqa: F401 (diffusers looks for it where saved pipelines lead)
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.import_utils import DummyObject
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Generator, Tensor
+from torch import Tensor
 
 from cm_diffusers.diffusion.preconditioning import BOUNDARY_SCALINGS, NOISE_CONDITIONINGS
 from cm_diffusers.diffusion.times import karras_grid
 from cm_diffusers.errors import UserError
 from cm_diffusers.schedulers.noise_levels import EDMKind, NetworkKind, VPKind, at_places, checked, strided
-from cm_diffusers.schedulers.scheduling_consistency import (
-    ConsistencySchedulerOutput,
-    NoiseSampler,
-    _checked_gamma,
-    _one_of,
-)
+from cm_diffusers.schedulers.stepping import ToldScheduler, as_level, on, one_of, refuse_gamma
 
 
-class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
+class EDMConsistencyScheduler(ToldScheduler):
     """Multistep consistency sampling (2303.01469, Algorithm 1) at any descending noise levels.
 
     A step from sigma to sigma' denoises, f = c_skip x + c_out F, and noises again::
@@ -51,7 +44,8 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         rho: Exponent of the grid.
         clip_denoised: Clip f to [-1, 1]; not for latents.
         boundary_scalings: "cm" or "edm", as in training.
-        noise_conditioning: "adm" (250 ln sigma, as published networks), "edm" (ln sigma / 4) or "trigflow" (atan(sigma / d)).
+        noise_conditioning: "adm" (250 ln sigma, as `UNet2DModel` of the published checkpoints), "edm" (ln sigma / 4) or
+            "trigflow" (atan(sigma / sigma_data)).
         gamma: The share of fresh noise, 0 to 1.
         network: "edm" or "vp".
         prediction_type: What the network's output is: "epsilon", "v_prediction" or "sample"; of kind "edm" F is
@@ -66,7 +60,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = ["CMStochasticIterativeScheduler"]
-    order = 1
+    _level_name = "sigma"
 
     @register_to_config
     def __init__(
@@ -91,10 +85,10 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         recommended_sigmas: list[float] | None = None,
     ) -> None:
-        _one_of("boundary_scalings", boundary_scalings, tuple(BOUNDARY_SCALINGS))
-        _one_of("noise_conditioning", noise_conditioning, tuple(NOISE_CONDITIONINGS))
-        _one_of("network", network, ("edm", "vp"))
-        _one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
+        one_of("boundary_scalings", boundary_scalings, tuple(BOUNDARY_SCALINGS))
+        one_of("noise_conditioning", noise_conditioning, tuple(NOISE_CONDITIONINGS))
+        one_of("network", network, ("edm", "vp"))
+        one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
         if not 0 < sigma_min < sigma_max < math.inf or not 0 < sigma_data < math.inf:
             found = f"{sigma_min}, {sigma_max} and {sigma_data}"
             raise UserError(f"sigma_min, the larger sigma_max and sigma_data must be positive, got {found}.")
@@ -109,10 +103,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         self._grid = karras_grid(num_train_timesteps, sigma_min, sigma_max, rho).flip(0).tolist()
         if recommended_sigmas is not None:
             checked(recommended_sigmas, sigma_min, sigma_max)
-        self.gamma = _checked_gamma(gamma)
-        self.noise_sampler: NoiseSampler | None = None
-        self.num_inference_steps: int | None = None
-        self.custom_timesteps = False
+        self._prepare(gamma)
         self._set_schedule(self._grid, device=None)
 
     def set_timesteps(
@@ -144,43 +135,10 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
             schedule = at_places(self._grid, timesteps)
         else:
             schedule = strided(self._grid, num_inference_steps)
-        self.gamma = _checked_gamma(self.config.gamma if gamma is None else gamma)
+        self.gamma = refuse_gamma(self.config.gamma if gamma is None else gamma)
         self.num_inference_steps = len(schedule)
         self.custom_timesteps = num_inference_steps is None
         self._set_schedule(schedule, device)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
-    ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the schedule: denoise, then noise again to the next level.
-
-        Args:
-            model_output: `(B, ...)`, the network's answer to `scale_model_input` of the sample.
-            timestep: One of `timesteps`. It finds the first step's place; the steps after it follow in order.
-            sample: x `(B, ...)`; both results have its dtype, the arithmetic is in float64.
-        """
-        index = self._enter(timestep)
-        x = sample.to(torch.float32 if sample.device.type == "mps" else torch.float64)
-        denoised = self._denoise(model_output.to(x.dtype), self._schedule[index], x)
-        prev_sample = self._noise_again(denoised, x, index, sample, generator)
-        self._step_index += 1
-        result = (prev_sample.to(sample.dtype), denoised.to(sample.dtype))
-        return ConsistencySchedulerOutput(*result) if return_dict else result
-
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """What the network is shown: c_in x `(B, ...)`, at the next step's level, before the first at the timestep's."""
-        begun = self._step_index is not None and self._step_index < len(self._schedule)
-        sigma = _level(self._schedule[self._step_index]) if begun else self._sigmas_at(torch.as_tensor(timestep))
-        return sample * float(self._kind.shown(sigma))
-
-    def sigma_to_t(self, sigmas: float | Sequence[float] | Tensor) -> Tensor:
-        """What the network is told of noise levels, of the schedule or not, in float64."""
-        return self._kind.times(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x `(B, ...)` from clean data and noise `(B, ...)` at `timesteps` `(B,)`, of the schedule or not.
@@ -189,7 +147,7 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
             ValueError: The timesteps are integers.
         """
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
-        sigma = self._sigmas_at(timesteps).to(dtype).to(original_samples.device)
+        sigma = self._levels_at(timesteps).to(dtype).to(original_samples.device)
         return (original_samples + sigma.reshape(-1, *[1] * (noise.ndim - 1)) * noise).to(original_samples.dtype)
 
     @property
@@ -197,71 +155,32 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """The standard deviation that sampling starts from: the first noise level; with -F, of data at that level."""
         return self._kind.start(self._schedule[0])
 
-    @property
-    def step_index(self) -> int | None:
-        """The next step's place in the schedule, None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Where the first step starts, None where its timestep tells."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this place of the schedule, as image-to-image pipelines do."""
-        self._begin_index = begin_index
-
-    def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """The place of a timestep in the schedule.
-
-        Raises:
-            ValueError: It is an integer, or not there.
-        """
-        sigma = self._sigmas_at(torch.as_tensor(timestep)).item()
-        for index, level in enumerate(self._schedule):
-            if math.isclose(sigma, level, rel_tol=1e-4):  # a timestep may have passed through float32
-                return index
-        raise UserError(
-            f"Timestep {float(timestep):g} (sigma {sigma:g}) is not in the schedule of sigmas {self._schedule}; pass one "
-            "of scheduler.timesteps, or call set_timesteps."
-        )
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
-    @classmethod
-    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
-        """Contains this class even where it is not registered, and none whose dependencies are missing."""
-        return [cls, *(c for c in super()._get_compatibles() if c is not cls and not isinstance(c, DummyObject))]
-
     def _set_schedule(self, schedule: list[float], device: str | torch.device | None) -> None:
-        self._schedule = schedule
+        self._restart(schedule)
         self.sigmas = torch.tensor([*schedule, self._floor], dtype=torch.float64)
-        times = self.sigma_to_t(self.sigmas[:-1])
-        self.timesteps = times.to(device, torch.float32) if str(device).startswith("mps") else times.to(device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self.timesteps = on(device, self.sigma_to_t(self.sigmas[:-1]))
 
-    def _enter(self, timestep: float | Tensor) -> int:
-        """The place of the step that begins."""
-        _refuse_integers(torch.as_tensor(timestep))
-        if self._step_index is None:
-            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= len(self._schedule):
-            raise UserError(f"All {len(self._schedule)} steps are done; call set_timesteps to start again.")
-        return self._step_index
+    def _told(self, levels: Tensor) -> Tensor:
+        return self._kind.times(levels)
+
+    def _levels(self, told: Tensor) -> Tensor:
+        return self._kind.sigmas(told)
+
+    def _levels_of(self, sigmas: Tensor) -> Tensor:
+        return sigmas
+
+    def _shown(self, level: Tensor) -> Tensor:
+        return self._kind.shown(level)
 
     def _denoise(self, output: Tensor, sigma: float, x: Tensor) -> Tensor:
         """f(x, sigma) = c_skip x + c_out F."""
-        on_x, on_output = self._kind.as_edm(_level(sigma))
+        on_x, on_output = self._kind.as_edm(as_level(sigma))
         scalings = BOUNDARY_SCALINGS[self.config.boundary_scalings]
-        c_skip, c_out = map(float, scalings(_level(sigma), self.config.sigma_min, self.config.sigma_data))
+        c_skip, c_out = map(float, scalings(as_level(sigma), self.config.sigma_min, self.config.sigma_data))
         f = (c_skip + c_out * on_x) * x + c_out * on_output * output
         return f.clamp(-1, 1) if self.config.clip_denoised else f
 
-    def _noise_again(
-        self, denoised: Tensor, x: Tensor, index: int, sample: Tensor, generator: Generator | list[Generator] | None
-    ) -> Tensor:
+    def _move(self, denoised: Tensor, x: Tensor, index: int, draw: Callable[[], Tensor]) -> Tensor:
         """The sample at the next level."""
         if index + 1 == len(self._schedule):
             return denoised
@@ -270,31 +189,4 @@ class EDMConsistencyScheduler(SchedulerMixin, ConfigMixin):
         result = denoised
         if reused > 0:
             result = result + following * reused / above * (x - denoised)
-        if fresh > 0:
-            result = result + following * fresh * self._draw(sample, generator).to(x.dtype)
-        return result
-
-    def _draw(self, sample: Tensor, generator: Generator | list[Generator] | None) -> Tensor:
-        """Fresh noise `(B, ...)` in the dtype of the sample: what a seed draws depends on it."""
-        if self.noise_sampler is None:
-            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        noise = self.noise_sampler(sample.shape, generator, sample.device, sample.dtype)
-        if noise.shape != sample.shape:
-            raise UserError(f"noise_sampler must return noise of {tuple(sample.shape)}, got {tuple(noise.shape)}.")
-        return noise
-
-    def _sigmas_at(self, timesteps: Tensor) -> Tensor:
-        _refuse_integers(timesteps)
-        return self._kind.sigmas(timesteps.cpu().double())
-
-
-def _level(sigma: float) -> Tensor:
-    return torch.tensor(sigma, dtype=torch.float64)
-
-
-def _refuse_integers(timesteps: Tensor) -> None:
-    if not timesteps.is_floating_point():
-        raise UserError(
-            "Timesteps of EDMConsistencyScheduler are what the network is told of the noise, not integer indices; pass "
-            "entries of scheduler.timesteps."
-        )
+        return result + following * fresh * draw() if fresh > 0 else result

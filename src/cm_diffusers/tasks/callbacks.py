@@ -22,7 +22,7 @@ from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
 from cm_diffusers.ranges import check_ranges
-from cm_diffusers.schedulers import EDMConsistencyScheduler
+from cm_diffusers.schedulers.stepping import ToldScheduler
 from cm_diffusers.types import Loss
 
 
@@ -144,7 +144,7 @@ class ImageValidationConfig:
 def image_grids(
     config: ImageValidationConfig,
     make_pipeline: Callable[[nn.Module], DiffusionPipeline],
-    scheduler: EDMConsistencyScheduler,
+    scheduler: ToldScheduler,
     resolution: int | None = None,
     guidance_scale: float = 1.0,
 ) -> SampleGrids:

@@ -39,7 +39,7 @@ from cm_diffusers.models.teachers import (
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.publishing.images import images_pipeline, text_pipeline, view_of
-from cm_diffusers.schedulers import EDMConsistencyScheduler
+from cm_diffusers.schedulers.stepping import ToldScheduler
 from cm_diffusers.types import Batch
 
 
@@ -111,13 +111,13 @@ class ImageModel:
     statistics: LatentStatistics | None = None
     pipe: DiffusionPipeline | None = None
 
-    def pipeline(self, unet: nn.Module, scheduler: EDMConsistencyScheduler) -> DiffusionPipeline:
+    def pipeline(self, unet: nn.Module, scheduler: ToldScheduler) -> DiffusionPipeline:
         """What a student made of it is published in."""
         if self.pipe is not None:
             return text_pipeline(self.pipe, unet, scheduler)
         return images_pipeline(unet, scheduler, self.vae, self.statistics)
 
-    def sampler(self, unet: nn.Module, scheduler: EDMConsistencyScheduler) -> DiffusionPipeline:
+    def sampler(self, unet: nn.Module, scheduler: ToldScheduler) -> DiffusionPipeline:
         """The same with our own class, which takes any noise levels, where `pipeline` has a stock one."""
         pipe = self.pipeline(unet, scheduler)
         if isinstance(pipe, ConsistencyModelPipeline):

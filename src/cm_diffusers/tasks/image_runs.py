@@ -1,7 +1,8 @@
-"""What the training scripts of models in EDM's coordinates share: from networks and objective to a published folder."""
+"""What the training scripts of models that know noise levels share: from networks and objective to a published folder."""
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,12 +20,13 @@ from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.students import StudentNetworkConfig
 from cm_diffusers.models.time_weight import without_weight
-from cm_diffusers.objectives.scm import SCDConfig
+from cm_diffusers.objectives.scm import SCDConfig, SCMConfig
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.images import images_record, network_of
 from cm_diffusers.publishing.pipelines import save_lora, save_pipeline
 from cm_diffusers.publishing.provenance import Provenance, describe_run
-from cm_diffusers.schedulers import EDMConsistencyScheduler
+from cm_diffusers.schedulers import EDMConsistencyScheduler, TrigFlowConsistencyScheduler
+from cm_diffusers.schedulers.stepping import ToldScheduler
 from cm_diffusers.tasks.callbacks import ImageValidationConfig, image_grids
 from cm_diffusers.tasks.image_models import ClassConfig, ImageModel, NewModelConfig, StartConfig
 from cm_diffusers.tasks.publish import publish
@@ -88,8 +90,6 @@ def student_scheduler(
         sigmas: Noise levels to recommend if the flags name none; sigma_max and `SECOND_SIGMA` if not given.
         gamma: 1 for a consistency model; 0 makes a step Euler's, for a diffusion model with the boundary "edm".
     """
-    second = [SECOND_SIGMA] if method.sigma_min < SECOND_SIGMA < method.sigma_max else []
-    sigmas = result.recommended_sigmas or sigmas or [method.sigma_max, *second]
     return EDMConsistencyScheduler(
         num_train_timesteps=num_scales,
         sigma_min=method.sigma_min,
@@ -98,9 +98,28 @@ def student_scheduler(
         clip_denoised=model.vae is None,
         boundary_scalings=boundary,
         gamma=gamma,
-        recommended_sigmas=list(sigmas),
+        recommended_sigmas=list(result.recommended_sigmas or sigmas or _two_levels(method)),
         **network_of(model.view),
     )
+
+
+def scm_scheduler(model: ImageModel, method: SCMConfig, result: ResultConfig) -> TrigFlowConsistencyScheduler:
+    """How a student of sCM is sampled: as it was trained; one of many segments in a jump through each, without fresh noise."""
+    count, d = method.segments, model.view.sigma_data
+    t_max = math.atan(method.sigma_max / d)
+    borders = [method.sigma_max, *(d * math.tan(t_max * k / count) for k in range(count - 1, 0, -1))]
+    return TrigFlowConsistencyScheduler(
+        sigma_max=method.sigma_max,
+        clip_denoised=model.vae is None and count == 1,  # a jump ends before the data
+        gamma=1.0 if count == 1 else 0.0,
+        recommended_sigmas=result.recommended_sigmas or (_two_levels(method) if count == 1 else borders),
+        **network_of(model.view),
+    )
+
+
+def _two_levels(method: Any) -> list[float]:
+    second = [SECOND_SIGMA] if method.sigma_min < SECOND_SIGMA < method.sigma_max else []
+    return [method.sigma_max, *second]
 
 
 def train_images(
@@ -108,7 +127,7 @@ def train_images(
     model: ImageModel,
     nets: Networks,
     objective: Any,
-    scheduler: EDMConsistencyScheduler,
+    scheduler: ToldScheduler,
     configs: Sequence[object],
     w: tuple[float, float] = (0.0, 0.0),
 ) -> None:
