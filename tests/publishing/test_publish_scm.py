@@ -43,7 +43,8 @@ def scheduler_of(view, **options) -> TrigFlowConsistencyScheduler:
 
 
 def in_edm(scheduler: TrigFlowConsistencyScheduler) -> EDMConsistencyScheduler:
-    return EDMConsistencyScheduler.from_config(config_of(scheduler), boundary_scalings="edm", sigma_min=VP[0])
+    known = {name: value for name, value in config_of(scheduler).items() if value is not None}
+    return EDMConsistencyScheduler.from_config(known, boundary_scalings="edm", sigma_min=VP[0])
 
 
 def student(kind: str):

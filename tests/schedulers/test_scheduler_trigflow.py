@@ -383,7 +383,7 @@ class TestTimes:
         ({"network": "rf"}, "network must be one of None, edm, vp, flow; got 'rf'"),
         ({"prediction_type": "epsilon"}, "prediction_type must be one of trigflow; got 'epsilon'"),
         ({"network": "vp"}, "prediction_type must be one of epsilon, v_prediction, sample; got 'trigflow'"),
-        ({"noise_conditioning": "log"}, "noise_conditioning must be one of edm, adm, trigflow; got 'log'"),
+        ({"noise_conditioning": "log"}, "noise_conditioning must be one of None, edm, adm, trigflow; got 'log'"),
         ({"sigma_data": 0.0}, "sigma_data and sigma_max must be positive, got 0.0 and None"),
         ({"sigma_max": -1.0}, "must be positive"),
         ({**VP, "prediction_type": "sample", "sigma_max": 80.0}, "knows sigmas up to 14.615, but sigma_max is 80.0"),
