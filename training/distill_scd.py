@@ -21,13 +21,13 @@ def main() -> None:
     start, method, taught, student, dropout, *_ = configs
     given = dict(zip(CONFIGS, configs, strict=True))
     train, w = given[TrainConfig], (taught.w_min, taught.w_max)
-    check_flags(student, taught, train.mixed_precision)
+    check_flags(student, method, taught, train)
     seed_everything(train.seed)
     model = load_image_model(start)
     check_model(model, method, student, taught)
     dim = guidance_embedding_dim(student, taught)
-    objective = SCMObjective(method, TrigFlowView.of(model.view), w, dim)
-    nets = student_and_teacher(model, student, dropout, dim, method.learned_weight)
+    objective = SCMObjective(method, TrigFlowView.of(model.view), w, dim, taught.dmd_weight)
+    nets = student_and_teacher(model, student, dropout, dim, method.learned_weight, taught.dmd_weight > 0)
     scheduler = scm_scheduler(model, method, given[ResultConfig])
     train_images("scd", model, nets, objective, scheduler, configs, w)
 

@@ -1,5 +1,6 @@
 """The battery every objective passes: a table of methods x checks, on real (tiny) networks."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -83,7 +84,7 @@ def scott(prediction_type="epsilon", critic="none", lora=False, **settings):
     return Case(objective, with_critic, latents)
 
 
-def scm(prediction_type="epsilon", taught=True, lora=False, dim=None, w=(0.0, 0.0), **settings):
+def scm(prediction_type="epsilon", taught=True, lora=False, dim=None, w=(0.0, 0.0), dmd_weight=0.0, **settings):
     settings = {"sigma_min": 0.03, "sigma_max": 14.0, "tangent_warmup_steps": 0} | settings
     config, view = SCMConfig(**settings), TrigFlowView.of(VPView(VP, prediction_type, 1.0))
 
@@ -91,9 +92,12 @@ def scm(prediction_type="epsilon", taught=True, lora=False, dim=None, w=(0.0, 0.
         student = StudentConfig(lora=lora, lora_rank=4, unet_time_cond_proj_dim=dim or 0)
         nets = make_networks(tiny_unet(dropout=0.1), student)
         student = WithTimeWeight(nets.student) if config.learned_weight else nets.student
-        return Networks(student, teacher=nets.teacher if taught else None)
+        fake = (
+            copy.deepcopy(nets.student).eval().requires_grad_(False) if dmd_weight else None
+        )  # as in the student's turn
+        return Networks(student, teacher=nets.teacher if taught else None, critic=fake)
 
-    return Case(SCMObjective(config, view, w, dim), networks, latents)
+    return Case(SCMObjective(config, view, w, dim, dmd_weight), networks, latents)
 
 
 def diffusion(prediction_type):
@@ -133,6 +137,8 @@ CASES = {
     "scd-one_sided-unweighted": scm(tangent="one_sided", tangent_normalization="clip", learned_weight=False),
     "scd-semi-sample": scm("sample", tangent="semi", prior_weight=True),
     "scd-two-segments": scm(segments=2),
+    "scd-matched": scm(dmd_weight=0.01),
+    "scd-matched-guided": scm(dim=16, w=(0.0, 2.0), dmd_weight=0.01, learned_weight=False),
     "sct": scm(taught=False),
     "sct-unweighted": scm(taught=False, learned_weight=False),
     "lcf": lcf(),

@@ -32,7 +32,7 @@ class TrigNet(nn.Module):
         self.answer = answer
 
     def forward(self, shown, told, return_dict=True):
-        return (self.answer(shown * D, told),)
+        return (self.answer(shown * D, told).to(shown.dtype),)
 
 
 def jump_to(data, border=0.0):

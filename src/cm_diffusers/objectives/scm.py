@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.diffusion.guidance import guidance_embedding, guide
+from cm_diffusers.diffusion.distribution_matching import DistributionMatching
+from cm_diffusers.diffusion.guidance import Conditions, Denoiser, guidance_embedding, guide
 from cm_diffusers.diffusion.process import Prediction, TrigFlow, append_dims, as_like, diffuse
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.tangent import TANGENTS, derivative, step_of
@@ -79,6 +80,11 @@ class SCDConfig:
         help="Greatest guidance: each sample draws its own, which a full student is told; the same as --w_min goes into "
         "the weights.",
     )
+    dmd_weight: float = HfArg(
+        default=0.0,
+        help="Weight of distribution matching, which rCM adds, with 0.01: once the tangent is warm, a second network "
+        "learns what the student's samples are like, and they move to where the teacher finds them likelier. 0 is none.",
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -94,6 +100,7 @@ class SCMObjective:
         view: How student and teacher are called.
         w: Least and greatest guidance of the teacher, drawn for each sample.
         guidance_embedding_dim: Of a student that is told it; None where it goes into the weights.
+        dmd_weight: Of the regulariser of rCM (2510.08431); above 0, `Networks.critic` is the fake score.
     """
 
     def __init__(
@@ -102,11 +109,14 @@ class SCMObjective:
         view: TrigFlowView,
         w: tuple[float, float] = (0.0, 0.0),
         guidance_embedding_dim: int | None = None,
+        dmd_weight: float = 0.0,
     ) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view, self.w, self.guidance_embedding_dim = config, view, w, guidance_embedding_dim
         self.process, self.t_max = TrigFlow(view.sigma_data), math.atan(config.sigma_max / view.sigma_data)
-        self.players = {"student": self}
+        self.dmd_weight = dmd_weight
+        self.matching = DistributionMatching(self.process, config.sigma_min, config.sigma_max)
+        self.players = {"student": self} | ({"critic": self.score} if dmd_weight else {})
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         x0, d = batch.x0, self.view.sigma_data
@@ -125,7 +135,30 @@ class SCMObjective:
         error = (online - online.detach() - g).square().flatten(1).mean(1)  # Eq. 8
         weight = w.exp() * as_like(1 / (d * torch.tan(t)), w) if self.config.prior_weight else w.exp()
         value = torch.where(usable, weight * error - w, 0).mean()
-        return Loss(value, self.logs(progress, t, tangent, usable, weight.detach() * error.detach()))
+        logs = self.logs(progress, t, tangent, usable, weight.detach() * error.detach())
+        if self.matches(progress):
+            denoisers = (self.denoiser(nets.student, cond), teach, self.denoiser(nets.critic, cond))
+            matching = self.matching.student_loss(*denoisers, x0, progress.step).mean()
+            # a learned weight makes a sum over the values of Eq. 8's mean, and the published weight is of two sums
+            values = x0[0].numel() if self.config.learned_weight else 1
+            value, logs["matching"] = value + self.dmd_weight * values * matching, matching.detach()
+        return Loss(value, logs)
+
+    def score(self, nets: Networks, batch: Batch, progress: Progress) -> Loss | None:
+        """The fake score's turn: it is told what the student is told, and has no guidance."""
+        if not self.matches(progress):
+            return None
+        cond, _ = self.guided(batch, nets)
+        denoisers = self.denoiser(nets.student, cond), self.denoiser(nets.critic, cond)
+        value = self.matching.fake_loss(*denoisers, batch.x0, progress.step).mean()
+        return Loss(value, {"critic/loss": value.detach()})
+
+    def matches(self, progress: Progress) -> bool:
+        return self.dmd_weight > 0 and progress.step >= self.config.tangent_warmup_steps
+
+    def denoiser(self, network: nn.Module, cond: Conditions) -> Denoiser:
+        denoise = trigflow_denoiser(self.view, network)
+        return lambda x, t: denoise(x, t, cond)
 
     def tangent(
         self, student: nn.Module, cond: dict[str, Tensor], x: Tensor, t: Tensor, dx: Tensor, r: float
@@ -150,19 +183,19 @@ class SCMObjective:
         """The student's conditions, and the teacher's denoiser."""
         if nets.teacher is None:
             return batch.cond, None
-        denoise, (low, high) = trigflow_denoiser(self.view, nets.teacher), self.w
+        low, high = self.w
         w = low + (high - low) * torch.rand(len(batch.x0), device=batch.x0.device)
         told = {}
         if self.guidance_embedding_dim:
             told = {"timestep_cond": guidance_embedding(w, self.guidance_embedding_dim)}
         if low == high == 0:
-            return batch.cond | told, lambda x, t: denoise(x, t, batch.cond)
+            return batch.cond | told, self.denoiser(nets.teacher, batch.cond)
         if not batch.uncond:
             raise UserError(
                 "Guidance needs a teacher with a null condition, but the data has no unconditional branch; give --w_min 0 "
                 "--w_max 0."
             )
-        return batch.cond | told, guide(denoise, batch.cond, batch.uncond, w)
+        return batch.cond | told, guide(trigflow_denoiser(self.view, nets.teacher), batch.cond, batch.uncond, w)
 
     def weighted(self, student: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """F `(B, ...)` and w_phi `(B,)`, which is 0 where it is not learned."""

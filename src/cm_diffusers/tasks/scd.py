@@ -1,9 +1,11 @@
 """The student of sCD: a full network or a LoRA, which is told the teacher's guidance or has it in its weights."""
 
+import copy
 from dataclasses import fields
 
 from cm_diffusers.diffusion.views import check_sigmas
 from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.students import DTYPES, StudentNetworkConfig, make_networks, make_student
@@ -15,12 +17,15 @@ from cm_diffusers.tasks.text_to_image_checks import check_student
 from cm_diffusers.types import Networks
 
 
-def check_flags(student: StudentNetworkConfig, taught: SCDConfig, mixed_precision: str) -> None:
+def check_flags(student: StudentNetworkConfig, method: SCMConfig, taught: SCDConfig, train: TrainConfig) -> None:
     """
     Raises:
-        ValueError: A value out of range, a flag that would have no effect, or a tangent in half precision.
+        ValueError: A value out of range, a flag that would have no effect, a tangent in half precision, or distribution
+            matching that cannot be.
     """
-    check_student(student, mixed_precision)
+    check_student(student, train.mixed_precision)
+    if taught.dmd_weight:
+        _check_matching(student, method, train.max_train_steps)
     if student.lora and student.cast_teacher_unet != "no":
         raise UserError(
             f"--cast_teacher_unet {student.cast_teacher_unet} with --lora would take the student's derivative in half precision, "
@@ -29,6 +34,21 @@ def check_flags(student: StudentNetworkConfig, taught: SCDConfig, mixed_precisio
     if taught.w_min == taught.w_max:
         where = "with --w_min equal to --w_max: such guidance goes into the weights"
         refuse_changed(student, "unet_time_cond_proj_dim", where)
+
+
+def _check_matching(student: StudentNetworkConfig, method: SCMConfig, steps: int) -> None:
+    if student.lora:
+        raise UserError("--dmd_weight trains a second whole network, which --lora spares: leave one of them out.")
+    if method.segments > 1:
+        raise UserError(
+            f"--dmd_weight judges jumps to the data, but with --segments {method.segments} they end before: leave one of "
+            "them out."
+        )
+    if method.tangent_warmup_steps >= steps:
+        raise UserError(
+            f"--dmd_weight begins after the warm-up (--tangent_warmup_steps {method.tangent_warmup_steps}), but training ends "
+            f"at step {steps} (--max_train_steps): give fewer steps of warm-up, or leave --dmd_weight out."
+        )
 
 
 def check_model(model: ImageModel, method: SCMConfig, student: StudentNetworkConfig, taught: SCDConfig) -> None:
@@ -53,13 +73,19 @@ def guidance_embedding_dim(student: StudentNetworkConfig, taught: SCDConfig) -> 
 
 
 def student_and_teacher(
-    model: ImageModel, student: StudentNetworkConfig, dropout: DropoutConfig, dim: int | None, learned_weight: bool
+    model: ImageModel,
+    student: StudentNetworkConfig,
+    dropout: DropoutConfig,
+    dim: int | None,
+    learned_weight: bool,
+    fake_score: bool = False,
 ) -> Networks:
     """Of a full student, a copy beside its teacher; of a LoRA, both in one network. There is no averaged target.
 
     Args:
         dim: As `guidance_embedding_dim`.
         learned_weight: Whether the student has a head for it, see `WithTimeWeight`.
+        fake_score: Whether there is a critic, which begins as the student does, and has no dropout.
     """
     if student.lora:
         nets = make_networks(model.unet, student)
@@ -69,6 +95,8 @@ def student_and_teacher(
     else:
         nets = Networks(make_student(model.unet, dim), teacher=model.unet.to(DTYPES[student.cast_teacher_unet]))
         set_dropout(nets.student, dropout)
+    if fake_score:
+        nets.critic = copy.deepcopy(nets.student).eval()
     if learned_weight:
         nets.student = WithTimeWeight(nets.student)
     return nets
