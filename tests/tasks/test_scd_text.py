@@ -251,3 +251,29 @@ def test_a_teacher_without_text_can_neither_guide_nor_bear_a_lora(home, tmp_path
         distil(home, tmp_path / "run", tmp_path / "ddpm", **flags)
     assert sentence in str(ended.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_was_told_another_time_is_distilled_as_it_is(home) -> None:
+    """Stable Diffusion tuned to TrigFlow's time: from the folder a student starts as it, and is told that time, too."""
+    flags = {"max_train_steps": 1, "learning_rate": 1e-6, "sigma_min": 0.03, "sigma_max": 14.5}
+    data = data_flags(home / "data", home / "cache" / "teacher")
+    where = {"pretrained_teacher_model": home / "teacher", "output_dir": home / "tuned"}
+    run_script("tune_time", **data | flags | where)
+    tuned = load_image_model(StartConfig(str(home / "tuned" / "pipeline")))
+    assert (tuned.view.noise_conditioning, tuned.view.prediction_type, tuned.view.sigma_data) == (
+        "trigflow",
+        "epsilon",
+        1,
+    )
+    view, t = TrigFlowView.of(tuned.view), torch.tensor([0.5, 1.5], dtype=torch.float64)
+    assert view.told(t).tolist() == t.tolist()
+    run = distil(home, "of_tuned", "tuned/pipeline", **BAKED | {"learning_rate": 1e-9})
+    student = published(run)
+    assert (student.scheduler.config.network, student.scheduler.config.noise_conditioning) == ("vp", "trigflow")
+    cond = {"encoder_hidden_states": student.encode_prompt(["a coat"] * 2, "cpu", 1, False)[0]}
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        found, wanted = (view(unet, x, t, cond) for unet in (student.unet, tuned.unet))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-4)
+    with pytest.raises(SystemExit, match="is a consistency model already"):
+        distil(home, "again", "of_tuned/pipeline")

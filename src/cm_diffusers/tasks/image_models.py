@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, ConsistencyModelPipeline, DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    ConsistencyModelPipeline,
+    DiffusionPipeline,
+    ModelMixin,
+    UNet2DModel,
+)
 from torch import nn
 from transformers.hf_argparser import HfArg
 
@@ -19,8 +25,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.data.unprompted import LatentStatistics, measure_statistics, unprompted_batches
-from cm_diffusers.diffusion.process import DiscreteVP
-from cm_diffusers.diffusion.views import EDMView, View, VPView
+from cm_diffusers.diffusion.views import EDMView, View
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
@@ -40,6 +45,7 @@ from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipelin
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.publishing.images import images_pipeline, text_pipeline, view_of
 from cm_diffusers.schedulers.stepping import ToldScheduler
+from cm_diffusers.tasks.image_starts import check_diffusion, check_start, text_view, vp_view
 from cm_diffusers.types import Batch
 
 
@@ -164,17 +170,17 @@ def load_image_model(config: StartConfig) -> ImageModel:
     if not index or any(name.startswith("text_encoder") for name in index):
         where = {"teacher_variant": config.teacher_variant, "single_file_config": config.single_file_config}
         pipe = load_teacher(TeacherConfig(path, config.teacher_revision, **where))
-        return ImageModel(pipe.unet, _vp_view(pipe.scheduler, config.sigma_data, 1.0), vae=pipe.vae, pipe=pipe)
+        return ImageModel(pipe.unet, text_view(path, pipe.scheduler, config.sigma_data), vae=pipe.vae, pipe=pipe)
     refuse_changed(config, "single_file_config", "for a model that is no .safetensors file")
     ours = index["_class_name"] in WITHOUT_PROMPT
     hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
     pipe = ConsistencyPipeline.from_pretrained(path, **hub, **LOADING) if ours else load_stock(path, **hub)
-    _check_start(path, pipe, ours)
+    check_start(path, pipe, ours)
     pipe.unet.requires_grad_(False).eval()
     return (
         _edm_model(path, pipe, config.sigma_data)
         if ours
-        else ImageModel(pipe.unet, _vp_view(pipe.scheduler, config.sigma_data, 0.5))
+        else ImageModel(pipe.unet, vp_view(pipe.scheduler, config.sigma_data, 0.5))
     )
 
 
@@ -187,41 +193,10 @@ def _index(config: StartConfig) -> dict:
         raise UserError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
 
 
-def _check_start(path: str, pipe: DiffusionPipeline, ours: bool) -> None:
-    unet, kind = getattr(pipe, "unet", None), type(pipe).__name__
-    if not isinstance(unet, UNet2DModel) or unet.config.in_channels != unet.config.out_channels:
-        raise UserError(
-            f"{path} is a {kind} with {type(unet).__name__}; give a model with a UNet2DModel that predicts as many channels "
-            "as it sees, or a Stable Diffusion pipeline."
-        )
-    if (kind := unet.config.time_embedding_type) != "positional":
-        raise UserError(
-            f"The network of {path} has a {kind} embedding of its time, which takes no logarithms or fractions; give one with "
-            "a positional embedding."
-        )
-    if not isinstance(unet.config.sample_size, int):
-        raise UserError(f"The network of {path} has no square sample_size in its config; write it there.")
-    if ours and (pipe.scheduler.config.boundary_scalings, pipe.scheduler.gamma) != ("edm", 0):
-        raise UserError(f"{path} is a consistency model already; give the diffusion model that it came from.")
-    if not ours and set(pipe.components) != {"unet", "scheduler"}:
-        found = ", ".join(sorted(set(pipe.components) - {"unet", "scheduler"}))
-        raise UserError(f"{path} is a {kind}, which also has {found}; give a model of pixels, or one of train_edm.py.")
-    if getattr(pipe, "vae", None) is None and unet.config.in_channels != 3:
-        raise UserError(f"The network of {path} sees {unet.config.in_channels} channels, but images have 3 here.")
-
-
-def _vp_view(scheduler: object, sigma_data: float | None, default: float) -> VPView:
-    process = DiscreteVP.from_scheduler(scheduler)
-    return VPView(process, scheduler.config.prediction_type, default if sigma_data is None else sigma_data)
-
-
 def _edm_model(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> ImageModel:
     """A diffusion model of this package."""
     settings = pipe.scheduler.config
-    if sigma_data is not None and sigma_data != settings.sigma_data:
-        raise UserError(
-            f"--sigma_data is {sigma_data}, but {path} was trained with {settings.sigma_data}: leave it out."
-        )
+    check_diffusion(path, settings, sigma_data)
     mean, std = pipe.config.get("latents_mean"), pipe.config.get("latents_std")
     statistics = None if std is None else LatentStatistics(mean, std)
     vae = None if pipe.vae is None else pipe.vae.requires_grad_(False).eval()
