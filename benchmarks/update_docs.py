@@ -21,12 +21,14 @@ STUDENTS = {  # folder in assets -> card, and the evaluation and name it was mea
     "fashion_scott": ("scott-fashion", "students", "SCott"),
     "fashion_rlcm_lora": ("rlcm-lora-fashion", "tuned", "RLCM"),
     "fashion_cd": ("cd-fashion", "images", "CD"),
+    "fashion_scd": ("scd-fashion", "scd", "sCD"),
     "fashion_animatelcm": ("animatelcm-fashion", "video", "AnimateLCM"),
 }
 REMADE = {  # folder in assets that has no weights -> where the commands of assets/README.md write them
     "fashion_scott": "runs/scott_fashion/pipeline",
     "fashion_edm_latents": "runs/edm_fashion_latents/pipeline",
     "fashion_cd": "runs/cd_fashion_latents/pipeline",
+    "fashion_scd": "runs/scd_fashion_latents/pipeline",
     "fashion_frames": "runs/frames_fashion/pipeline",
     "fashion_motion": "runs/motion_fashion/motion_adapter",
     "fashion_animatelcm": "runs/animatelcm_student_fashion/student",
