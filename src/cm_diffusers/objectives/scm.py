@@ -165,7 +165,7 @@ class SCMObjective:
     ) -> Tensor:
         """g = cos(u) df / dt (Alg. 1) with u = t - s, of f = cos(u) x - sin(u) sigma_data F, the jump to s, `(B, ...)`.
 
-        cos(u) sin(u) goes into the directions of the derivative, where half precision bears it (Sec. 4.1).
+        cos(u) sin(u) goes into the directions of the derivative, where half precision bears it (Sec. 5.1).
         """
         u, d = t - self.lower(t), self.view.sigma_data
         cos, sin = torch.cos(u), torch.sin(u)
@@ -209,7 +209,7 @@ class SCMObjective:
         return self.view(network, x, t, cond), answers[-1]
 
     def times(self, batch_size: int) -> Tensor:
-        """t `(B,)` (Sec. 3.1): ln(sigma_data tan(t)) is normal."""
+        """t `(B,)` (Alg. 1): ln(sigma_data tan(t)) is normal."""
         c = self.config
         sigma = sample_lognormal(batch_size, c.p_mean, c.p_std, c.sigma_min, c.sigma_max)
         return torch.atan(sigma / self.view.sigma_data)
@@ -220,7 +220,7 @@ class SCMObjective:
         return (t / length).floor().clamp(max=self.config.segments - 1) * length
 
     def warmup(self, progress: Progress) -> float:
-        """r, the share of the derivative (Sec. 4.1)."""
+        """r, the share of the derivative (Alg. 1)."""
         steps = self.config.tangent_warmup_steps
         return min(1.0, progress.step / steps) if steps else 1.0
 
