@@ -16,6 +16,7 @@ from cm_diffusers.diffusion.tangent import TANGENTS, derivative, step_of
 from cm_diffusers.diffusion.times import sample_lognormal
 from cm_diffusers.diffusion.trigflow import TrigFlowView, trigflow_denoiser, velocity
 from cm_diffusers.diffusion.views import check_sigmas
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
@@ -68,6 +69,10 @@ class SCMConfig:
         for name, known in (("tangent", TANGENTS), ("tangent_normalization", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise UserError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")
+        if self.tangent == "jvp":
+            refuse_changed(self, "tangent_step", "with --tangent jvp")
+        if self.tangent_normalization in ("clip", "none"):
+            refuse_changed(self, "tangent_c", f"with --tangent_normalization {self.tangent_normalization}")
 
 
 @dataclass
@@ -114,6 +119,12 @@ class SCMObjective:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view, self.w, self.guidance_embedding_dim = config, view, w, guidance_embedding_dim
         self.process, self.t_max = TrigFlow(view.sigma_data), math.atan(config.sigma_max / view.sigma_data)
+        most = int(self.t_max / math.atan(config.sigma_min / view.sigma_data))
+        if config.segments > most:
+            raise UserError(
+                f"--segments {config.segments} would have some below --sigma_min {config.sigma_min}, where nothing is trained; "
+                f"give at most {most}."
+            )
         self.dmd_weight = dmd_weight
         self.matching = DistributionMatching(self.process, config.sigma_min, config.sigma_max)
         self.players = {"student": self} | ({"critic": self.score} if dmd_weight else {})
@@ -171,6 +182,10 @@ class SCMObjective:
         cos, sin = torch.cos(u), torch.sin(u)
         share = cos * sin
         h = step_of(self.view.told, t, share, self.config.tangent_step or self.view.difference_step)
+        room = (
+            torch.minimum(t, math.pi / 2 - t) / 2
+        )  # beyond 0 and pi / 2, where a wide step would get, there is no sigma
+        h = torch.minimum(h, room / share)
 
         def function(x: Tensor, t: Tensor) -> Tensor:
             return self.view(student, x, t, cond)
