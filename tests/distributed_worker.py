@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from toys import ToyConfig, ToyObjective, source, toy_network, toy_networks, toy_trainer
 
+from cm_diffusers.diffusion.trigflow import TrigFlowView
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.ct import CTConfig, CTObjective
+from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
 from cm_diffusers.types import Batch, Loss, Networks
 
 
@@ -123,10 +126,31 @@ def shared_masks(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
     return {"masks/loss": torch.stack(losses), "masks/differ": (outputs[0] != outputs[1]).any()}
 
 
+class Jump(nn.Module):
+    """A network in TrigFlow's coordinates."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.layers = toy_network(seed, dropout=0.5)
+
+    def forward(self, shown: Tensor, told: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (self.layers(shown) * torch.cos(told)[:, None],)
+
+
+def matched(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
+    """sCM passes the student for a tangent, then twice with a gradient: for the loss, and for samples that are matched."""
+    nets = Networks(WithTimeWeight(Jump(0)), teacher=Jump(1).eval().requires_grad_(False), critic=Jump(0).eval())
+    objective = SCMObjective(SCMConfig(tangent_warmup_steps=1), TrigFlowView(0.5), dmd_weight=0.1)
+    batches = source(4, rank, ranks)
+    trainer = toy_trainer(folder / "matched", nets, objective, OPTIM, gradient_accumulation_steps=2)
+    trainer.fit(lambda start: (Batch(batch.x0) for batch in batches(start)))
+    return {f"matched/{one.name}/{key}": v for one in trainer.players for key, v in one.raw.state_dict().items()}
+
+
 def main() -> None:
     folder, rank, ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {}
-    for run in (full_run, resumed_run, half_batches, two_players, shared_masks):
+    for run in (full_run, resumed_run, half_batches, two_players, shared_masks, matched):
         found |= run(folder, rank, ranks)
     save_file({name: value.detach().clone() for name, value in found.items()}, folder / f"rank-{rank}.safetensors")
     torch.distributed.destroy_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import OPTIM, Duel
+from distributed_worker import OPTIM, Duel, Jump
 from safetensors.torch import load_file
 from torch import Tensor
 from toys import assert_same, forget_accelerate, rows, source, tensors, toy_network, toy_trainer
@@ -49,7 +49,7 @@ def part(found: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if name.startswith(prefixes)}
 
 
-@pytest.mark.parametrize("name", ["student/", "target/", "export_ema/", "resumed/", "halves/", "duel/"])
+@pytest.mark.parametrize("name", ["student/", "target/", "export_ema/", "resumed/", "halves/", "duel/", "matched/"])
 def test_ranks_hold_the_same_weights(ranks, name) -> None:
     assert_same(part(ranks[1], name), part(ranks[0], name))
 
@@ -103,3 +103,11 @@ def test_two_players_in_two_processes_are_two_in_one(tmp_path, ranks) -> None:
         name.rsplit("module.", 1)[-1].removeprefix("duel/"): value for name, value in part(ranks[0], "duel/").items()
     }
     torch.testing.assert_close(found, dict(nets.critic.state_dict()), rtol=1e-5, atol=1e-7)
+
+
+def test_students_of_scm_and_their_fake_scores_learn(ranks) -> None:
+    start = Jump(0).state_dict()
+    for name in ("matched/student/network.", "matched/critic/"):
+        found = part(ranks[0], name)
+        assert found.keys() == {f"{name}{key}" for key in start}
+        assert not any(torch.equal(found[f"{name}{key}"], value) for key, value in start.items())

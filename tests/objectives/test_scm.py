@@ -7,7 +7,8 @@ import torch
 from oracles import Gaussian, Mixture
 from torch import nn
 
-from cm_diffusers.diffusion.process import Prediction, TrigFlow, append_dims, diffuse
+from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.diffusion.process import DiscreteVP, Prediction, TrigFlow, append_dims, diffuse
 from cm_diffusers.diffusion.trigflow import TrigFlowView, velocity
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.time_weight import WithTimeWeight
@@ -128,7 +129,7 @@ def test_every_kind_of_tangent_is_the_naive_one(kind):
 
     naive = torch.cos(TIMES)[:, None] * torch.func.jacrev(f)(torch.zeros((), dtype=torch.float64))
     bound = {"jvp": 1e-12, "central": 1e-5, "one_sided": 2e-3, "semi": 1e-5}[kind]
-    found = tangent(student, x, dx, tangent=kind, tangent_step=1e-3)
+    found = tangent(student, x, dx, tangent=kind, tangent_step=None if kind == "jvp" else 1e-3)
     torch.testing.assert_close(found, naive, rtol=0, atol=bound)
 
 
@@ -150,6 +151,23 @@ def test_the_rearranged_tangent_is_finite_where_the_naive_one_overflows():
     naive = torch.func.jvp(lambda told: student(x / D, told)[0], (view.told(t).float(),), (told.float() * 16,))[1]
     assert told.max() > 4e4  # a factor of 2 below the largest number
     assert not naive.half().isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["central", "one_sided", "semi"])
+@pytest.mark.parametrize("conditioning", ["own", "adm"])
+def test_no_step_of_a_difference_leaves_the_times(kind, conditioning):
+    """Many units are wider than all that is left beside little noise or much, beyond which there is no sigma."""
+    vp = DiscreteVP(torch.linspace(0.999, 0.01, 1000, dtype=torch.float64))
+    view = TrigFlowView(D, "edm", conditioning, vp if conditioning == "own" else None)
+    student, t = TrigNet(lambda x, told: x * told[:, None] / 1000), torch.tensor([0.07, 1.2], dtype=torch.float64)
+    x, dx = torch.full((2, 4), 0.4), torch.full((2, 4), 0.3)
+    method = SCMObjective(SCMConfig(sigma_min=0.04, sigma_max=9.0, tangent=kind, tangent_step=300.0), view)
+    g, exact = (
+        one.tangent(student, {}, x, t, dx, 1.0)
+        for one in (method, SCMObjective(SCMConfig(sigma_min=0.04, sigma_max=9.0), view))
+    )
+    assert g.isfinite().all()
+    assert (g - exact).abs().max() < 0.3 * exact.abs().max()
 
 
 def test_data_tells_on_average_what_the_teacher_does():
@@ -254,6 +272,26 @@ def test_the_gradient_is_that_of_the_normalised_tangent():
     torch.testing.assert_close(student.coefficients.grad, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_the_prior_weight_is_of_sigma():
+    method, weighted = objective(), objective(prior_weight=True)
+    values = []
+    for one in (method, weighted):
+        torch.manual_seed(3)
+        values.append(one(Networks(Affine()), Batch(torch.full((1, 4), 0.4)), Progress(5, 10)).value.item())
+    torch.manual_seed(3)
+    sigma = D * method.times(1).tan().item()
+    assert values[1] == pytest.approx(values[0] / sigma, rel=1e-5)
+    assert not 0.8 < sigma < 1.25
+
+
+def test_times_are_log_normal_between_the_ends():
+    method = objective(p_mean=-0.7, p_std=0.6)
+    logs = (D * method.times(20_000).tan()).log()
+    assert (logs.mean().item(), logs.std().item()) == (pytest.approx(-0.7, abs=0.02), pytest.approx(0.6, abs=0.02))
+    sigma = D * objective(sigma_min=0.3, sigma_max=0.5).times(1000).tan()
+    assert sigma.aminmax() == (pytest.approx(0.3, abs=2e-3), pytest.approx(0.5, abs=2e-3))
+
+
 class Poisoned(Affine):
     """NaN has got into the derivative of the second sample."""
 
@@ -305,6 +343,47 @@ def test_dropout_masks_are_those_of_the_tangent():
     first, *others = student.seen
     assert len(others) == 3
     assert all(torch.equal(first, other) for other in others)
+
+
+class Told(nn.Module):
+    """F is what it is told, and what it was told is kept."""
+
+    def forward(self, shown, told, level, timestep_cond=None, return_dict=True):
+        self.guidance = timestep_cond
+        return (level[:, None].expand_as(shown),)
+
+
+def test_the_student_is_told_the_guidance_that_its_teacher_gives():
+    """F of the teacher is F(c) + w (F(c) - F(empty)), with a w of its own for each sample."""
+    torch.manual_seed(0)
+    method = SCMObjective(SCMConfig(), TrigFlowView(D), (1.0, 3.0), guidance_embedding_dim=16)
+    batch = Batch(torch.zeros(500, 2), {"level": torch.full((500,), 0.7)}, {"level": torch.full((500,), 0.2)})
+    cond, teach = method.guided(batch, Networks(Told(), teacher=Told()))
+    t = torch.full((500,), 0.8, dtype=torch.float64)
+    w = (velocity(teach(batch.x0, t), t, D)[:, 0] / D - 0.7) / 0.5
+    torch.testing.assert_close(cond["timestep_cond"], guidance_embedding(w, 16), rtol=0, atol=5e-3)
+    assert w.aminmax() == (pytest.approx(1, abs=0.05), pytest.approx(3, abs=0.05))
+    assert torch.equal(cond["level"], batch.cond["level"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"tangent_step": 0.1}, "--tangent_step has no effect with --tangent jvp"),
+        (
+            {"tangent_normalization": "clip", "tangent_c": 1.0},
+            "--tangent_c has no effect with --tangent_normalization clip",
+        ),
+        (
+            {"segments": 5, "sigma_min": 0.2},
+            r"--segments 5 would have some below --sigma_min 0\.2, .* give at most 4\.",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        objective(**settings)
+    objective(**settings | {"tangent": "central", "tangent_normalization": "l2", "segments": 4})
 
 
 def test_guidance_needs_a_null_condition():

@@ -85,6 +85,19 @@ def test_it_begins_when_the_tangent_is_warm():
     assert ["matching" in loss.logs for loss in seen[2:]] == [False, True]
 
 
+def test_the_fake_score_is_told_the_student_s_guidance():
+    class Guided(Affine):
+        def forward(self, shown, told, timestep_cond, return_dict=True):
+            self.guidance = timestep_cond
+            return super().forward(shown, told)
+
+    nets = Networks(Guided(), teacher=Teacher(), critic=Guided())
+    method = SCMObjective(SCMConfig(tangent_warmup_steps=0), TrigFlowView(D), (1.0, 3.0), 16, dmd_weight=0.01)
+    method.score(nets, Batch(torch.randn(4, 2), {}, {"unused": torch.zeros(4)}), NOW)
+    assert nets.critic.guidance.shape == (4, 16)
+    assert torch.equal(nets.critic.guidance, nets.student.guidance)
+
+
 def test_every_turn_calls_the_networks_equally_often():
     """Whatever is drawn: rollouts of 1 to 4 steps, by the number of the training step."""
     calls, method, nets = [], objective(), networks()

@@ -44,7 +44,7 @@ def one_sided(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, 
 
 
 def semi(function: Function, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact in x and a central difference in t, as rCM (2510.08431) has it; three passes."""
+    """Exact in x, as rCM (2510.08431) has it, and a difference in t, here a central one; three passes."""
     still = torch.zeros_like(dx)
     ahead, behind = _moved(function, x, t, still, dt, h), _moved(function, x, t, still, dt, -h)
     output, slope = _dual(lambda x: function(x, t), (x,), (dx,))

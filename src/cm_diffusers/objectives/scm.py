@@ -16,6 +16,7 @@ from cm_diffusers.diffusion.tangent import TANGENTS, derivative, step_of
 from cm_diffusers.diffusion.times import sample_lognormal
 from cm_diffusers.diffusion.trigflow import TrigFlowView, trigflow_denoiser, velocity
 from cm_diffusers.diffusion.views import check_sigmas
+from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
@@ -68,6 +69,10 @@ class SCMConfig:
         for name, known in (("tangent", TANGENTS), ("tangent_normalization", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise UserError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(known)}.")
+        if self.tangent == "jvp":
+            refuse_changed(self, "tangent_step", "with --tangent jvp")
+        if self.tangent_normalization in ("clip", "none"):
+            refuse_changed(self, "tangent_c", f"with --tangent_normalization {self.tangent_normalization}")
 
 
 @dataclass
@@ -114,6 +119,12 @@ class SCMObjective:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view, self.w, self.guidance_embedding_dim = config, view, w, guidance_embedding_dim
         self.process, self.t_max = TrigFlow(view.sigma_data), math.atan(config.sigma_max / view.sigma_data)
+        most = int(self.t_max / math.atan(config.sigma_min / view.sigma_data))
+        if config.segments > most:
+            raise UserError(
+                f"--segments {config.segments} would have some below --sigma_min {config.sigma_min}, where nothing is trained; "
+                f"give at most {most}."
+            )
         self.dmd_weight = dmd_weight
         self.matching = DistributionMatching(self.process, config.sigma_min, config.sigma_max)
         self.players = {"student": self} | ({"critic": self.score} if dmd_weight else {})
@@ -165,12 +176,13 @@ class SCMObjective:
     ) -> Tensor:
         """g = cos(u) df / dt (Alg. 1) with u = t - s, of f = cos(u) x - sin(u) sigma_data F, the jump to s, `(B, ...)`.
 
-        cos(u) sin(u) goes into the directions of the derivative, where half precision bears it (Sec. 4.1).
+        cos(u) sin(u) goes into the directions of the derivative, where half precision bears it (Sec. 5.1).
         """
         u, d = t - self.lower(t), self.view.sigma_data
         cos, sin = torch.cos(u), torch.sin(u)
         share = cos * sin
         h = step_of(self.view.told, t, share, self.config.tangent_step or self.view.difference_step)
+        h = torch.minimum(h, torch.minimum(t, math.pi / 2 - t) / 2 / share)  # beyond 0 and pi / 2 there is no sigma
 
         def function(x: Tensor, t: Tensor) -> Tensor:
             return self.view(student, x, t, cond)
@@ -209,7 +221,7 @@ class SCMObjective:
         return self.view(network, x, t, cond), answers[-1]
 
     def times(self, batch_size: int) -> Tensor:
-        """t `(B,)` (Sec. 3.1): ln(sigma_data tan(t)) is normal."""
+        """t `(B,)` (Alg. 1): ln(sigma_data tan(t)) is normal."""
         c = self.config
         sigma = sample_lognormal(batch_size, c.p_mean, c.p_std, c.sigma_min, c.sigma_max)
         return torch.atan(sigma / self.view.sigma_data)
@@ -220,7 +232,7 @@ class SCMObjective:
         return (t / length).floor().clamp(max=self.config.segments - 1) * length
 
     def warmup(self, progress: Progress) -> float:
-        """r, the share of the derivative (Sec. 4.1)."""
+        """r, the share of the derivative (Alg. 1)."""
         steps = self.config.tangent_warmup_steps
         return min(1.0, progress.step / steps) if steps else 1.0
 
