@@ -97,6 +97,7 @@ MEASURED = {  # method of the table in README -> results, name there, metric
     "SCott": ("students", "SCott", "fid"),
     "LCF": ("finetuned", "LCF", "fid"),
     **{name: ("cm", name, "fid") for name in ("ECT", "CD", "iCT", "sLCT", "CT", "EDM")},
+    "sCM": ("scm", "sCD", "fid"),
     "AnimateLCM": ("video", "AnimateLCM", "fd_frames"),
     "RLCM": ("tuned", "RLCM", "fid"),
 }
