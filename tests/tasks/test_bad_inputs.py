@@ -93,6 +93,10 @@ BASE: dict[str, Callable[[Path], dict]] = {
     "train_slct": of_network,
     "train_edm": of_network,
     "tune_ect": of_model,
+    "distill_scd": of_model,
+    "train_sct": of_network,
+    "tune_time": of_model,
+    "check_jvp": lambda home: {"pretrained_model": home / "ddpm"},
     "train_vae": lambda home: of_data(home) | {"block_out_channels": [8, 16], "norm_num_groups": 4},
     "train_diffusion": lambda home: of_data(home) | {"pretrained_vae": home / "vae"},
     "train_classifier": lambda home: of_data(home) | {"train_data_dir": home / "labelled", "test_data_dir": home / "labelled", "channels": [4, 8]},
@@ -144,6 +148,14 @@ def numbers() -> list[tuple[str, dict, str]]:
         "train_slct": {"diffusion_share": [1.5, -0.1], "diffusion_weight": [-1], "robust_c": [-1]},
         "train_edm": {"sigma_min": [0, -1, "nan"], "validation_images": [-1]},
         "tune_ect": {"q": [0.5, "nan"], "stage_steps": [-1], "mapping_k": ["nan"], "mapping_b": ["inf"]},
+        "distill_scd": {
+            "tangent_warmup_steps": [-1], "tangent_step": [0, "nan", "inf"], "tangent_c": [-1, "nan"], "segments": [0],
+            "dmd_weight": [-0.1, "nan"], "w_max": ["inf"], "sigma_min": [0], "p_std": [0, "inf"],
+            "recommended_sigmas": [0, "nan", [80.0, -1]],
+        },
+        "train_sct": {"segments": [2000], "p_mean": ["nan"], "sigma_data": [0], "tangent_step": [-1]},
+        "tune_time": {"rho": [0], "p_std": ["nan"], "sigma_max": [-1]},
+        "check_jvp": {"time_range": [0, "nan", "inf"]},
         "train_vae": {"kl_weight": [-1, "nan"], "l1_weight": [-1], "norm_num_groups": [0], "latent_channels": [0]},
         "train_diffusion": {"condition_dropout": [1.5, -0.1], "text_length": [0], "unet_channels": [0], "text_layers": [0]},
         "train_classifier": {"label_smoothing": [1.0, -0.1, "nan"], "channels": [0]},
@@ -229,7 +241,7 @@ NUMBERS, WORDS, PLACES = numbers(), words(), places()
 
 def refused(name: str, home: Path, folder: Path, changes: dict) -> str:
     """The sentence with which a script ends; it has written nothing."""
-    flags = BASE[name](home) | ({} if name == "share" else {"output_dir": folder / "out"}) | changes
+    flags = BASE[name](home) | ({} if name in ("share", "check_jvp") else {"output_dir": folder / "out"}) | changes
     if "prompts_file" in changes or "dataset_name" in changes:
         del flags["train_data_dir"]
     before = set(folder.rglob("*"))
