@@ -63,6 +63,27 @@ def codes(card: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
+def test_distribution_matching_is_named_where_it_acted() -> None:
+    scd = replace(OURS, method="scd")
+    for weight, named in ((0.01, True), (0.0, False)):
+        text = model_card(scd, replace(MADE, settings={"dmd_weight": weight}))
+        papers = "[rCM](https://arxiv.org/abs/2510.08431), [DMD](https://arxiv.org/abs/2311.18828), and trained on"
+        assert (papers in text) == named
+
+
+def test_a_student_of_segments_has_no_single_step() -> None:
+    levels = {"_class_name": "TrigFlowConsistencyScheduler", "recommended_sigmas": [80.0, 0.5]}
+    for gamma, one in ((1.0, True), (0.0, False)):
+        record = replace(OURS, method="scd", scheduler=levels | {"gamma": gamma})
+        assert ("num_inference_steps=1" in model_card(record, MADE)) == one
+
+
+def test_a_grid_of_training_in_noise_levels_has_no_row_of_the_teacher() -> None:
+    made = replace(MADE, family="stable-diffusion")
+    for method, shown in (("scd", False), ("cd", False), ("lcm", True)):
+        assert ("the teacher's row" in model_card(replace(OURS, method=method), made, grid="samples.png")) == shown
+
+
 def test_front_matter() -> None:
     found = front(model_card(OURS, MADE))
     assert found == {

@@ -137,3 +137,8 @@ class TestOfARun:
         assert (scheduler.config.gamma, scheduler.config.clip_denoised) == (0.0, False)
         scheduler.set_timesteps()
         assert scheduler.timesteps.tolist() == pytest.approx([1.564546, 1.173410, 0.782273, 0.391137], abs=1e-5)
+        assert self.made([80.0, 0.5], segments=2).config.recommended_sigmas == [80.0, 0.5]
+        with pytest.raises(
+            ValueError, match=r"--recommended_sigmas names 2: leave it out, or give 80 1\.191 0\.4969 0\.2062\."
+        ):
+            self.made([80.0, 0.5], segments=4)

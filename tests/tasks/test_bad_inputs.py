@@ -93,6 +93,10 @@ BASE: dict[str, Callable[[Path], dict]] = {
     "train_slct": of_network,
     "train_edm": of_network,
     "tune_ect": of_model,
+    "distill_scd": of_model,
+    "train_sct": of_network,
+    "tune_time": of_model,
+    "check_jvp": lambda home: {"pretrained_model": home / "ddpm"},
     "train_vae": lambda home: of_data(home) | {"block_out_channels": [8, 16], "norm_num_groups": 4},
     "train_diffusion": lambda home: of_data(home) | {"pretrained_vae": home / "vae"},
     "train_classifier": lambda home: of_data(home) | {"train_data_dir": home / "labelled", "test_data_dir": home / "labelled", "channels": [4, 8]},
@@ -144,6 +148,14 @@ def numbers() -> list[tuple[str, dict, str]]:
         "train_slct": {"diffusion_share": [1.5, -0.1], "diffusion_weight": [-1], "robust_c": [-1]},
         "train_edm": {"sigma_min": [0, -1, "nan"], "validation_images": [-1]},
         "tune_ect": {"q": [0.5, "nan"], "stage_steps": [-1], "mapping_k": ["nan"], "mapping_b": ["inf"]},
+        "distill_scd": {
+            "tangent_warmup_steps": [-1], "tangent_step": [0, "nan", "inf"], "tangent_c": [-1, "nan"], "segments": [0],
+            "dmd_weight": [-0.1, "nan"], "w_max": ["inf"], "sigma_min": [0], "p_std": [0, "inf"],
+            "recommended_sigmas": [0, "nan", [80.0, -1]],
+        },
+        "train_sct": {"segments": [2000], "p_mean": ["nan"], "sigma_data": [0], "tangent_step": [-1]},
+        "tune_time": {"rho": [0], "p_std": ["nan"], "sigma_max": [-1]},
+        "check_jvp": {"time_range": [0, "nan", "inf"]},
         "train_vae": {"kl_weight": [-1, "nan"], "l1_weight": [-1], "norm_num_groups": [0], "latent_channels": [0]},
         "train_diffusion": {"condition_dropout": [1.5, -0.1], "text_length": [0], "unet_channels": [0], "text_layers": [0]},
         "train_classifier": {"label_smoothing": [1.0, -0.1, "nan"], "channels": [0]},
@@ -184,7 +196,9 @@ def words() -> list[tuple[str, dict, str]]:
         "network_dim": 8, "output": "x",
     }  # fmt: skip
     scripts = iter(TRAININGS * 2)
-    found = [(next(scripts), {flag: value}, f"argument --{flag}") for flag, value in wrong.items()]
+    of_scm = {"tangent": "exact", "tangent_normalization": "l1", "segments": "2.5", "noise_conditioning": "log"}
+    found = [("train_sct", {flag: value}, f"argument --{flag}") for flag, value in of_scm.items()]
+    found += [(next(scripts), {flag: value}, f"argument --{flag}") for flag, value in wrong.items()]
     return found + [(next(scripts), {flag: value}, f"--{flag}") for flag, value in other.items()]
 
 
@@ -192,14 +206,15 @@ def places() -> list[tuple[str, dict, str]]:
     """Paths that lead nowhere, to a file, or to something else."""
     found = []
     flags = {
-        "pretrained_teacher_model": ["distill_lcm", "distill_scott", "distill_cd", "tune_ect", "distill_animatelcm", "train_motion"],
+        "pretrained_teacher_model": ["distill_lcm", "distill_scott", "distill_cd", "distill_scd", "tune_ect", "tune_time", "distill_animatelcm", "train_motion"],
+        "pretrained_model": ["check_jvp"],
         "pretrained_student_model": ["finetune_lcf", "finetune_rlcm", "finetune_direct_reward"],
         "train_data_dir": ["distill_lcm", "train_ict", "train_vae", "train_classifier", "train_diffusion", "finetune_lcf", "evaluate"],
         "moving_articles": ["train_motion", "evaluate_video", "prepare_moving_articles"],
         "pretrained_vae": ["train_diffusion", "train_slct"],
         "pretrained_vae_model_name_or_path": ["distill_lcm"],
         "pretrained_motion_adapter": ["evaluate_video"],
-        "unet_config": ["train_ct", "train_edm"],
+        "unet_config": ["train_ct", "train_edm", "train_sct"],
         "test_data_dir": ["train_classifier", "train_vae"],
         "pipelines": ["evaluate", "evaluate_video"],
         "pipeline": ["rank_critics"],
@@ -229,7 +244,7 @@ NUMBERS, WORDS, PLACES = numbers(), words(), places()
 
 def refused(name: str, home: Path, folder: Path, changes: dict) -> str:
     """The sentence with which a script ends; it has written nothing."""
-    flags = BASE[name](home) | ({} if name == "share" else {"output_dir": folder / "out"}) | changes
+    flags = BASE[name](home) | ({} if name in ("share", "check_jvp") else {"output_dir": folder / "out"}) | changes
     if "prompts_file" in changes or "dataset_name" in changes:
         del flags["train_data_dir"]
     before = set(folder.rglob("*"))
@@ -242,6 +257,35 @@ def refused(name: str, home: Path, folder: Path, changes: dict) -> str:
     assert len(sentence) < 700
     assert set(folder.rglob("*")) == before
     return sentence
+
+
+OF_SCM = {
+    "more noise than it knows": ("distill_scd", {"sigma_max": 200.0}, "--sigma_max 200.0 is more noise than the network knows"),
+    "guidance of a class teacher": ("distill_scd", {"w_max": 5.0}, "without a null condition"),
+    "a LoRA of a class teacher": ("distill_scd", {"lora": True}, "--lora has no effect for a teacher that reads no text"),
+    "levels beyond the most noise": ("distill_scd", {"recommended_sigmas": [90.0]}, "from at most 80.0"),
+    "levels that rise": ("train_sct", {"recommended_sigmas": [0.5, 80.0]}, "must be numbers that descend"),
+    "levels of a student of segments": ("train_sct", {"segments": 2, "recommended_sigmas": [80.0]}, "--recommended_sigmas names 1: leave it out, or give 80 "),
+    "an averaged target": ("train_sct", {"ema_decay": 0.5}, "--ema_decay has no effect with sct"),
+    "norms without a scale": ("train_sct", {"double_norm": True}, "--double_norm is for scale and shift"),
+    "grids of words": ("train_sct", {"validation_prompts": ["a bag"]}, "--validation_prompts are for a model that reads text"),
+    "not pushed": ("train_sct", {"push_to_hub": True}, "--push_to_hub needs"),
+    "no network": ("check_jvp", {"subfolder": "scheduler"}, "no network that loads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_SCM)
+def test_what_a_student_of_continuous_time_cannot_be(home, tmp_path, case) -> None:
+    name, changes, words = OF_SCM[case]
+    assert words in refused(name, home, tmp_path, changes)
+
+
+def test_no_teacher_and_no_network(tmp_path, capsys) -> None:
+    for name, flag in {"distill_scd": "pretrained_teacher_model", "tune_time": "pretrained_teacher_model",
+                       "train_sct": "unet_config", "check_jvp": "pretrained_model"}.items():  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            run_script(name)
+        assert f"--{flag}" in str(ended.value) + capsys.readouterr().err
 
 
 def label(case: tuple[str, dict, str]) -> str:

@@ -85,7 +85,7 @@ def test_the_record_tells_the_guidance(runs, kind, expected) -> None:
     assert (record.method, record.recommended_num_inference_steps, record.resolution) == ("scd", 2, 32)
     assert record.scheduler["recommended_sigmas"] == [14.5, 1.0]
     card = (result(runs[kind]) / "README.md").read_text()
-    assert ("sCD, LoRA" in card) == (kind == "lora")
+    assert ("sCD, LoRA" in card) == ("custom_pipeline" not in card) == (kind == "lora")
     wanted = (
         "`guidance_scale` 2 to 6 (4 is a good value)"
         if kind == "embedded"

@@ -13,6 +13,7 @@ RLCM = "[RLCM](https://arxiv.org/abs/2404.03673)"
 REWARD_GRADIENTS = "[RG-LCD](https://arxiv.org/abs/2403.11027), [DRaFT](https://arxiv.org/abs/2309.17400)"
 CM = "[Consistency Models](https://arxiv.org/abs/2303.01469)"
 SCM = "[sCM](https://arxiv.org/abs/2410.11081)"
+MATCHING = "[rCM](https://arxiv.org/abs/2510.08431), [DMD](https://arxiv.org/abs/2311.18828)"  # of --dmd_weight
 ANIMATELCM = "[AnimateLCM](https://arxiv.org/abs/2402.00769)"
 EDM_METHODS = {  # in EDM's coordinates
     "cd": ("Consistency model (CD)", "distilled from", CM),

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from cm_diffusers.markdown import cell
 from cm_diffusers.measured import TEACHER, Measured, distance_name
 from cm_diffusers.places import public
-from cm_diffusers.publishing.card import EDM_METHODS, METHODS, TAGS, card, made_by
+from cm_diffusers.publishing.card import EDM_METHODS, MATCHING, METHODS, TAGS, card, made_by
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.publishing.student_kinds import Kind, count, is_lora, usage
 from cm_diffusers.record import Record
@@ -34,6 +34,8 @@ def model_card(
     if measured and not text:
         measured = replace(measured, rows=[{**row, "guidance_scale": None} for row in measured.rows])
     title, how, paper = METHODS[f"{record.method}-lora" if lora else record.method]
+    if provenance.settings.get("dmd_weight"):
+        paper = f"{paper}, {MATCHING}"
     base, kind = public(record.base_model), Kind.of(record, provenance)
     origin = (
         f"{how} {_link(base, provenance)} with cm_diffusers, after {paper}, and trained on {cell(provenance.data)}"
@@ -51,7 +53,7 @@ def model_card(
         *usage(record, provenance, base, single_file),
         *[_for_other_tools(file, record) for file in checkpoints],
         *(_measurements(measured) if measured else []),
-        *([f"## Samples\n\n{_caption(text, measured)}\n\n![Sample grid]({grid})"] if grid else []),
+        *([f"## Samples\n\n{_caption(record, text, measured)}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
         made_by(provenance),
         "\n".join(["| setting | value |", "|---|---|", *_rows(provenance.settings)]),
@@ -159,10 +161,13 @@ def _rows(settings: dict[str, object]) -> list[str]:
     ]
 
 
-def _caption(text: bool, measured: Measured | None) -> str:
+def _caption(record: Record, text: bool, measured: Measured | None) -> str:
+    if measured is None and text and record.method in EDM_METHODS:
+        return WITHOUT_TEACHER
     return OF_CLIPS if measured and measured.of_clips else CAPTION[text, measured is None]
 
 
+WITHOUT_TEACHER = "The validation prompts at the end of training, a row for each number of steps."
 OF_CLIPS = "A column for each of the first prompts, a row for each number of steps."
 CAPTION = {  # of a student with prompts or not; of the training or the evaluation
     (

@@ -107,12 +107,12 @@ def _values(record: Record, provenance: Provenance, base: str) -> dict[str, obje
 
 
 def _image_calls(record: Record, asked: str) -> list[str]:
-    """As recommended, and in one step where that is something else and makes images."""
+    """As recommended, and in one step where that is something else and a jump to the data."""
     sigmas = record.scheduler.get("recommended_sigmas") or []
     steps = len(sigmas) or record.recommended_num_inference_steps
     levels = f"at the noise levels {', '.join(f'{sigma:g}' for sigma in sigmas)}"
     calls = [f"images = pipe({asked}).images  # {levels if 0 < len(sigmas) <= SHOWN else f'in {count(steps)}'}"]
-    if record.method != "edm" and steps > 1:
+    if record.method != "edm" and record.scheduler.get("gamma") != 0 and steps > 1:
         calls.append(f"images = pipe({asked}, num_inference_steps=1).images  # in one step")
     return calls
 
@@ -123,7 +123,7 @@ def count(steps: int) -> str:
 
 def _needed(provenance: Provenance) -> str:
     """What samples a student that diffusers alone cannot."""
-    file = SAMPLED_BY.get(provenance.family)
+    file = None if is_lora(provenance) else SAMPLED_BY.get(provenance.family)  # it knows no LoRA's scheduler
     other = f", or its single file `pipelines/{file}` given as `custom_pipeline`" if file else ""
     return f"{PACKAGE_NEEDED}{other}."
 

@@ -135,7 +135,11 @@ class ImageValidationConfig:
         default=None, help="Prompts of a model that reads text, one after the other; none, no grids of it."
     )
     validation_steps: int = HfArg(default=500, help="Optimizer steps between grids; one more at the end.")
-    validation_nfe: list[int] = HfArg(default_factory=lambda: [1, 2], help="Sampling steps, a row of the grid each.")
+    validation_nfe: list[int] | None = HfArg(
+        default=None,
+        help="Sampling steps, a row of the grid each; if not given, 1 and 2, or where a step is no jump to the data, as many "
+        "as the result recommends.",
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -159,7 +163,8 @@ def image_grids(
         ValueError: The scheduler has not so many steps, or prompts are for nobody.
     """
     points, known = scheduler.config.num_train_timesteps, len(scheduler.config.recommended_sigmas)
-    if too_many := [steps for steps in config.validation_nfe if steps > points and steps != known]:
+    nfe = config.validation_nfe or ([known] if scheduler.config.gamma == 0 else [1, 2])
+    if too_many := [steps for steps in nfe if steps > points and steps != known]:
         raise UserError(f"--validation_nfe {too_many[0]} is more than the {points} points of the grid; give fewer.")
     if config.validation_prompts and resolution is None:
         raise UserError("--validation_prompts are for a model that reads text: leave them out.")
@@ -175,8 +180,8 @@ def image_grids(
     def draw(trainer: Trainer) -> Image.Image:
         with trainer.export_weights() as student:
             pipe = make_pipeline(student)
-            samples = [sample(pipe, steps) for steps in config.validation_nfe]
-        names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
+            samples = [sample(pipe, steps) for steps in nfe]
+        names = [f"{steps} step{'s' * (steps > 1)}" for steps in nfe]
         return image_grid(samples, names, captions)
 
     return SampleGrids(config.validation_steps, draw, bool(count and (resolution is None or prompts)))

@@ -17,6 +17,7 @@ from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.students import StudentNetworkConfig
 from cm_diffusers.models.time_weight import without_weight
@@ -104,15 +105,24 @@ def student_scheduler(
 
 
 def scm_scheduler(model: ImageModel, method: SCMConfig, result: ResultConfig) -> TrigFlowConsistencyScheduler:
-    """How a student of sCM is sampled: as it was trained; one of many segments in a jump through each, without fresh noise."""
-    count, d = method.segments, model.view.sigma_data
+    """How a student of sCM is sampled: as it was trained; one of many segments in a jump through each, without fresh noise.
+
+    Raises:
+        ValueError: It would be sampled in more or fewer jumps than it has segments.
+    """
+    count, d, given = method.segments, model.view.sigma_data, result.recommended_sigmas
     t_max = math.atan(method.sigma_max / d)
     borders = [method.sigma_max, *(d * math.tan(t_max * k / count) for k in range(count - 1, 0, -1))]
+    if given and count > 1 and len(given) != count:
+        raise UserError(
+            f"A student of --segments {count} is sampled in as many jumps, but --recommended_sigmas names {len(given)}: "
+            f"leave it out, or give {' '.join(f'{sigma:.4g}' for sigma in borders)}."
+        )
     return TrigFlowConsistencyScheduler(
         sigma_max=method.sigma_max,
         clip_denoised=model.vae is None and count == 1,  # a jump ends before the data
         gamma=1.0 if count == 1 else 0.0,
-        recommended_sigmas=result.recommended_sigmas or (_two_levels(method) if count == 1 else borders),
+        recommended_sigmas=given or (_two_levels(method) if count == 1 else borders),
         **network_of(model.view),
     )
 
