@@ -90,6 +90,7 @@ def test_the_command_is_that_of_the_record(folder: str) -> None:
     given = {key: public(value) for config in configs for key, value in asdict(config).items()}
     places = {f"assets/{name}": place for name, place in REMADE.items()} | STUDY | NAMED
     recorded = json.loads((ASSETS / folder / "training.json").read_text("utf-8"))["settings"]
+    recorded.pop("validation_nfe", None)  # of grids alone; its default has changed since
     moved = {key: places.get(value, value) if isinstance(value, str) else value for key, value in recorded.items()}
     assert {key: given[key] for key in moved} == moved
     if folder in REMADE:
