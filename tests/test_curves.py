@@ -9,9 +9,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import curves  # noqa: E402
+import curves
 
-from cm_diffusers.errors import UserError  # noqa: E402
+from cm_diffusers.errors import UserError
 
 
 def logged(folder: Path, parts: list[dict[int, float]]) -> Path:
