@@ -15,7 +15,8 @@ def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
     seed_everything(0)
     network = load_network(config)
-    print(check_jvp(network, example_of(network, time_range=config.time_range)))
+    example = example_of(network, time_range=config.time_range, time_start=config.time_start)
+    print(check_jvp(network, example))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from cm_diffusers.errors import UserError
 
 # A bracket belongs to the range, a parenthesis does not; what is not a number lies in none.
 INTERVALS = {
-    "(-inf, inf)": "p_mean reward_weights",
+    "(-inf, inf)": "p_mean reward_weights time_start",
     "[-1, inf)": "w w_min w_max",
     "[0, inf)": """
         adam_weight_decay critic_learning_rate diffusion_weight dmd_weight generation_guidance_scale guidance_scale guidance_scales huber_c

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from tiny_zoo import ZOO, of_zoo, sana
 from torch import Tensor, nn
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.check_jvp import JVPConfig, check_jvp, load_network
+from cm_diffusers.models.double_norm import add_double_norm
 from cm_diffusers.models.examples import Example, example_of
 
 
+BLOCKS = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
 ROOT = Path(__file__).parents[2]
 TEACHER, SCRIPT = ROOT / "assets" / "fashion_teacher", ROOT / "training" / "check_jvp.py"
 
@@ -99,6 +102,7 @@ def test_times_of_an_example_are_those_that_the_network_is_told() -> None:
     assert example_of(of_zoo("unet")).t.tolist() == [250, 750]
     assert example_of(of_zoo("flux")).t.tolist() == [0.25, 0.75]
     assert example_of(sana(guidance_embeds=True), time_range=2.0).t.tolist() == [0.5, 1.5]
+    assert example_of(of_zoo("unet"), time_range=2650, time_start=-1550).t.tolist() == [-887.5, 437.5]
     assert example_of(of_zoo("dit"), 4).arguments["class_labels"].tolist() == [0, 1, 2, 3]
 
 
@@ -114,6 +118,15 @@ def test_a_pipeline_and_a_network_alone_are_loaded() -> None:
     for one in (alone, by_name):
         assert torch.equal(one.conv_in.weight, of_pipeline.conv_in.weight)
     assert not of_pipeline.training
+
+
+def test_a_network_with_double_normalisation_is_checked_with_it(tmp_path: Path) -> None:
+    unet = UNet2DModel(8, 3, 3, **BLOCKS, norm_num_groups=4, resnet_time_scale_shift="scale_shift")
+    add_double_norm(unet)
+    unet.save_pretrained(tmp_path)
+    x, t, again = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1.2]), load_network(JVPConfig(str(tmp_path)))
+    with torch.no_grad():
+        torch.testing.assert_close(again(x, t)[0], unet.eval()(x, t)[0])
 
 
 @pytest.mark.parametrize("source", [str(TEACHER / "tokenizer"), "nobody/nothing"])

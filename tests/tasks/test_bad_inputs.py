@@ -155,7 +155,7 @@ def numbers() -> list[tuple[str, dict, str]]:
         },
         "train_sct": {"segments": [2000], "p_mean": ["nan"], "sigma_data": [0], "tangent_step": [-1]},
         "tune_time": {"rho": [0], "p_std": ["nan"], "sigma_max": [-1]},
-        "check_jvp": {"time_range": [0, "nan", "inf"]},
+        "check_jvp": {"time_range": [0, "nan", "inf"], "time_start": ["nan"]},
         "train_vae": {"kl_weight": [-1, "nan"], "l1_weight": [-1], "norm_num_groups": [0], "latent_channels": [0]},
         "train_diffusion": {"condition_dropout": [1.5, -0.1], "text_length": [0], "unet_channels": [0], "text_layers": [0]},
         "train_classifier": {"label_smoothing": [1.0, -0.1, "nan"], "channels": [0]},

@@ -12,6 +12,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.tangent import derivative, stop_of
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.double_norm import double_normed
 from cm_diffusers.models.examples import Example, example_of
 from cm_diffusers.models.teachers import LOADING, LOADING_ERRORS, first_line
 from cm_diffusers.ranges import check_ranges
@@ -37,6 +38,7 @@ class JVPConfig:
         help="Length of the times that the network is told; if not given, 1 for Flux and SANA-Sprint, otherwise 1000. "
         "2650 for 250 ln sigma, 1.57 for TrigFlow's times.",
     )
+    time_start: float = HfArg(default=0.0, help="The least of these times; -1550 for 250 ln sigma.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -147,7 +149,7 @@ def load_network(config: JVPConfig) -> ModelMixin:
         )
     except LOADING_ERRORS as error:
         raise UserError(f"{source} has no network that loads: {first_line(error)}") from error
-    return network.eval()
+    return double_normed(network.eval())
 
 
 def _part(source: str, revision: str | None) -> str | None:

@@ -32,11 +32,14 @@ class Example:
     arguments: Arguments
 
 
-def example_of(network: ModelMixin, batch_size: int = 2, time_range: float | None = None) -> Example:
+def example_of(
+    network: ModelMixin, batch_size: int = 2, time_range: float | None = None, time_start: float = 0.0
+) -> Example:
     """At times from a quarter to three quarters of the range, drawn from torch's generator.
 
     Args:
         network: One of `EXAMPLES`.
+        time_start: The least time; below 0 where the network is told a logarithm.
         time_range: If not given, 1 for Flux and for Sana with guidance, which multiply it themselves, and 1000 for others.
 
     Raises:
@@ -50,7 +53,7 @@ def example_of(network: ModelMixin, batch_size: int = 2, time_range: float | Non
     x, arguments = EXAMPLES[kind](network.config, batch_size)
     told = 1.0 if kind.startswith("Flux") or (kind.startswith("Sana") and "guidance" in arguments) else 1000.0
     length = told if time_range is None else time_range
-    return Example(x, torch.linspace(0.25, 0.75, batch_size) * length, length, arguments)
+    return Example(x, time_start + torch.linspace(0.25, 0.75, batch_size) * length, length, arguments)
 
 
 def _unet2d(config: object, n: int) -> tuple[Tensor, Arguments]:

@@ -262,7 +262,7 @@ class ConsistencyPipeline(
             original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, (height, width) or (top, left).
             callback_on_step_end: (pipe, step, timestep, tensors) -> tensors to replace, or None.
             callback_on_step_end_tensor_inputs: Which ones it is given; "denoised" is a preview of the result.
-            sigmas: Noise levels instead of a number of steps, descending, for students of CD and ECT.
+            sigmas: Noise levels instead of a number of steps, descending, for students of CD, ECT and sCD.
 
         Raises:
             ValueError: The request is malformed, or the student cannot fulfil it.
