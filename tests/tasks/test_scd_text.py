@@ -1,6 +1,7 @@
 """`distill_scd.py` on text-to-image teachers: full students and LoRAs, told their guidance or with it in their weights."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,13 @@ def test_autocast_leaves_the_derivative_in_float32(home, tmp_path, kind) -> None
     cast = {"cast_teacher_unet": "bf16"} if kind == "embedded" else {}
     distil(home, tmp_path / "run", **KINDS[kind], **cast, mixed_precision="bf16", max_train_steps=1)
     assert all(value.isfinite().all() for value in tensors(tmp_path / "run" / "checkpoint-1").values())
+
+
+def test_the_evaluation_to_come_is_at_a_guidance_that_was_trained(home, tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    distil(home, tmp_path / "run", **EMBEDDED, max_train_steps=1)
+    (measure,) = re.findall(r"measure +(.*)", caplog.text)
+    assert "--guidance_scales 4 " in measure
 
 
 def test_another_average_becomes_a_pipeline(home, tmp_path) -> None:

@@ -32,6 +32,7 @@ STARTS = {  # flag -> what it names
 }
 DATA = ("dataset_name", "train_data_dir", "train_shards_path_or_url", "moving_articles", "prompts_file")
 OF_IMAGES = {"resolution", "interpolation_type"}  # the record tells the size; filters need not be the training's
+USUAL = 8.0  # guidance scale that evaluate.py takes unless told
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 IMAGES = 'from cm_diffusers import ConsistencyPipeline; ConsistencyPipeline.from_pretrained({folder})({asked}).images[0].save("sample.png")'
 TRY = {  # name of a result, of one without a record, or of images without prompts -> Python that samples it
@@ -172,6 +173,8 @@ def _next(folder: Path, flags: dict[str, Any]) -> dict[str, list[str]]:
     name, data = ("evaluate_video", clips) if folder.name == "student" else ("evaluate", images)
     if name == "evaluate_video" and flags.get("pretrained_motion_adapter"):
         against += ["--pretrained_motion_adapter", flags["pretrained_motion_adapter"]]
+    if record is not None and record.guidance == "embedded" and not record.w_min <= USUAL - 1 <= record.w_max:
+        against += ["--guidance_scales", f"{record.recommended_guidance_scale:g}"]
     commands = {"measure": _script(name, "--pipelines", place, *against, *data, "--output_dir", out)}
     if record is not None and not flags.get("push_to_hub"):
         commands["share"] = _script("share", "--folder", place, "--evaluation", out, "--push_to_hub")
