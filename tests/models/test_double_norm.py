@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch.nn.functional import group_norm, silu
 
 from cm_diffusers import ConsistencyImagesPipeline, EDMConsistencyScheduler
-from cm_diffusers.diffusion.tangent import forward_ad
+from cm_diffusers.diffusion.passable import passable
 from cm_diffusers.models.double_norm import NormalizedScaleShift, add_double_norm, double_normed
 
 
@@ -88,7 +88,7 @@ def time_slope(unet: UNet2DModel, factor: float) -> float:
             block.time_emb_proj.weight.data *= factor
             block.time_emb_proj.bias.data *= factor
     x, t = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.full((4,), 1.1)
-    with forward_ad(unet), torch.no_grad():
+    with passable(unet), torch.no_grad():
         _, slope = torch.func.jvp(lambda t: unet(x, t).sample, (t,), (torch.ones(4),))
     return slope.square().mean().sqrt().item()
 

@@ -107,7 +107,10 @@ def stop_of(error: BaseException, network: nn.Module) -> str:
 
 def step_of(told: Callable[[Tensor], Tensor], t: Tensor, dt: Tensor, native: float) -> Tensor:
     """h `(B,)` with which t + h dt moves what the network is told by `native`, its own unit of time."""
-    return native / torch.func.jvp(told, (t,), (dt,))[1].abs()
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(told(t).sum(), t)
+    return native / (slope * dt).abs()
 
 
 def _dual(function: Callable, at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
