@@ -23,7 +23,8 @@ def full_precision(network: nn.Module) -> Iterator[None]:
     wrapped = [module for module in network.modules() if "_original_forward" in vars(module)]
     forwards = [module.forward for module in wrapped]
     with ExitStack() as off:
-        for kind in {"cpu", *(value.device.type for value in network.parameters())}:
+        kinds = {"cpu", *(value.device.type for value in network.parameters())}
+        for kind in filter(torch.amp.is_autocast_available, kinds):
             off.enter_context(torch.autocast(kind, enabled=False))
         for module, forward in zip(wrapped, forwards, strict=True):
             off.callback(setattr, module, "forward", forward)
