@@ -22,7 +22,7 @@ LEAST_SCALE = 1e-5
 
 
 def matching_gradient(x0: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
-    """(D_fake - D_teacher) / mean |x0 - D_teacher| `(B, ...)` of denoised x0 (2311.18828, Eq. 7 and 8).
+    """`(D_fake - D_teacher) / mean |x0 - D_teacher|`, `(B, ...)`, of denoised x0 (2311.18828, Eq. 7 and 8).
 
     It falls to 0 as the samples get the teacher's law.
     """
@@ -44,7 +44,7 @@ class DistributionMatching:
     sigma_max: float
 
     def student_loss(self, jump: Denoiser, teacher: Denoiser, fake: Denoiser, like: Tensor, step: int) -> Tensor:
-        """Mean over the values of |x0 - sg(x0 - gradient)|^2, `(B,)`.
+        """Mean over the values of `(x0 - sg(x0 - gradient))^2`, `(B,)`.
 
         Args:
             jump: The student's, to the data.
@@ -58,7 +58,7 @@ class DistributionMatching:
         return (x0 - goal).square().flatten(1).mean(1)
 
     def fake_loss(self, jump: Denoiser, fake: Denoiser, like: Tensor, step: int) -> Tensor:
-        """Mean over the values of |F_fake - v / sigma_data|^2 on the student's samples, which get no gradient, `(B,)`."""
+        """Mean over the values of `(F_fake - v / sigma_data)^2` on the student's samples, which get no gradient, `(B,)`."""
         with torch.no_grad():
             x0 = self.rollout(jump, like, step)
         x, t, noise = self.renoised(x0)
