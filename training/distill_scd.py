@@ -24,7 +24,7 @@ def main() -> None:
     check_flags(student, method, taught, train)
     seed_everything(train.seed)
     model = load_image_model(start)
-    check_model(model, method, student, taught)
+    check_model(model, student, taught)
     dim = guidance_embedding_dim(student, taught)
     objective = SCMObjective(method, TrigFlowView.of(model.view), w, dim, taught.dmd_weight)
     nets = student_and_teacher(model, student, dropout, dim, method.learned_weight, taught.dmd_weight > 0)

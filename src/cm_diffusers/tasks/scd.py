@@ -3,7 +3,6 @@
 import copy
 from dataclasses import fields
 
-from cm_diffusers.diffusion.views import check_sigmas
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.errors import UserError
@@ -51,12 +50,11 @@ def _check_matching(student: StudentNetworkConfig, method: SCMConfig, steps: int
         )
 
 
-def check_model(model: ImageModel, method: SCMConfig, student: StudentNetworkConfig, taught: SCDConfig) -> None:
+def check_model(model: ImageModel, student: StudentNetworkConfig, taught: SCDConfig) -> None:
     """
     Raises:
         ValueError: Something was asked of a teacher that it cannot do.
     """
-    check_sigmas(model.view, method.sigma_min, method.sigma_max)
     if model.pipe is not None:
         return
     if (taught.w_min, taught.w_max) != (0, 0):
