@@ -19,25 +19,34 @@ Denoiser = Callable[[Tensor, Tensor], Prediction]  # (x_t, t) -> Prediction
 ConditionalDenoiser = Callable[[Tensor, Tensor, Conditions], Prediction]
 
 
-def guide(denoise: ConditionalDenoiser, cond: Conditions, uncond: Conditions, w: Tensor) -> Denoiser:
+def combine_linear(conditional: Prediction, unconditional: Prediction, w: Tensor, t: Tensor) -> Prediction:
+    """Guidance of w `(B,)`, which is the same in data, noise and velocity."""
+    pairs = zip(conditional, unconditional, strict=True)
+    return Prediction(*(with_cond + append_dims(w, with_cond) * (with_cond - without) for with_cond, without in pairs))
+
+
+Combine = Callable[[Prediction, Prediction, Tensor, Tensor], Prediction]  # (conditional, unconditional, w, t)
+
+
+def guide(
+    denoise: ConditionalDenoiser, cond: Conditions, uncond: Conditions, w: Tensor, combine: Combine = combine_linear
+) -> Denoiser:
     """A guided denoiser that evaluates both branches as one batch of 2B.
 
     Args:
         denoise: (x_t, t, conditions) -> Prediction.
         cond, uncond: Network arguments of the two branches, each `(B, ...)`.
         w: Guidance strengths `(B,)`; 0 is the conditional branch alone, -1 the unconditional one.
+        combine: Of the branches; some pipelines rescale.
     """
     both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
 
     def guided(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        return Prediction(*(_extrapolate(*values.chunk(2), w) for values in prediction))
+        with_cond, without = zip(*(values.chunk(2) for values in prediction), strict=True)
+        return combine(Prediction(*with_cond), Prediction(*without), w, t)
 
     return guided
-
-
-def _extrapolate(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
-    return conditional + append_dims(w, conditional) * (conditional - unconditional)
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cm_diffusers.errors import UserError
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of variance-preserving processes; see `interpret`
 
 
 class Process(Protocol):
@@ -183,7 +183,8 @@ def interpret(process: Process, output: Tensor, x_t: Tensor, t: Tensor, predicti
 
     Args:
         prediction_type: "epsilon" (the noise), "sample" (the data), or "v_prediction"
-            (v = alpha noise - sigma x0, 2202.00512; needs alpha^2 + sigma^2 = 1).
+            (v = alpha noise - sigma x0, 2202.00512; needs alpha^2 + sigma^2 = 1), or "flow_prediction" (noise - x0,
+            2209.03003; needs alpha + sigma = 1).
     """
     alpha, sigma = append_dims(process.alpha(t), x_t), append_dims(process.sigma(t), x_t)
     if prediction_type == "epsilon":
@@ -192,4 +193,7 @@ def interpret(process: Process, output: Tensor, x_t: Tensor, t: Tensor, predicti
         return Prediction(alpha * x_t - sigma * output, alpha * output + sigma * x_t)
     if prediction_type == "sample":
         return Prediction(output, (x_t - alpha * output) / sigma)
-    raise UserError(f"Unknown prediction_type {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)}.")
+    if prediction_type == "flow_prediction":
+        return Prediction(x_t - sigma * output, x_t + alpha * output)
+    known = ", ".join((*PREDICTION_TYPES, "flow_prediction"))
+    raise UserError(f"Unknown prediction_type {prediction_type!r}; one of {known}.")
