@@ -33,6 +33,7 @@ class Latents(NamedTuple):
         decode: (VAE, latents of the network `(B, C, h, w)`) -> pixels `(B, 3, H, W)`.
         shift, scale: Of all channels or of each, `(C, 1, 1)`.
         downscale: Pixels per latent, along each side.
+        patch: Latents that the network takes as one, along each side: images of other sizes cannot be cut.
     """
 
     encode: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -40,6 +41,24 @@ class Latents(NamedTuple):
     shift: float | Tensor
     scale: float | Tensor
     downscale: int
+    patch: int = 1
+
+    @property
+    def multiple(self) -> int:
+        """Pixels of which the sides of an image are a multiple."""
+        return self.downscale * self.patch
+
+    def of_network(self, z: Tensor) -> Tensor:
+        """What the network sees of the VAE's latents z `(..., C, h, w)`."""
+        return (z - _like(self.shift, z)) * _like(self.scale, z)
+
+    def of_vae(self, x: Tensor) -> Tensor:
+        """The VAE's latents of those that the network sees, `(..., C, h, w)`."""
+        return x / _like(self.scale, x) + _like(self.shift, x)
+
+
+def _like(values: float | Tensor, x: Tensor) -> float | Tensor:
+    return values.to(x) if isinstance(values, Tensor) else values
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,21 @@ class Family:
     combine: Callable[[Prediction, Prediction, Tensor, Tensor], Prediction] = combine_linear
     guided: Callable[[float], dict[str, float]] = lambda scale: {"guidance_scale": scale}
     student: Callable[[nn.Module, int], nn.Module] | None = None
+
+
+def network_of(pipe: DiffusionPipeline) -> nn.Module:
+    """The part of a pipeline that is of a known family; the first of two.
+
+    Raises:
+        ValueError: There is none.
+    """
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    if known := [part for part in parts if type(part).__name__ in FAMILIES]:
+        return known[0]
+    found = ", ".join(type(part).__name__ for part in parts) or "no network at all"
+    raise UserError(
+        f"{type(pipe).__name__} has no network of a known family, but {found}; one of {', '.join(FAMILIES)}."
+    )
 
 
 def family_of(network: nn.Module) -> Family:
