@@ -32,6 +32,15 @@ def sample_solver_pairs(batch_size: int, grid: Tensor) -> tuple[Tensor, Tensor]:
     return t, (t - skip).clamp(min=0)
 
 
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Times of rectified flow, k u / (1 + (k - 1) u) (2403.03206, Eq. 23), in float64.
+
+    sigma / alpha becomes k-fold, so shifts in a row multiply; 1 changes nothing, e^mu is diffusers' exponential shift.
+    """
+    u = exact(u)
+    return shift * u / (1 + (shift - 1) * u)
+
+
 def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """`(points,)` ascending sigmas of EDM (2206.00364, Eq. 5), float64: even in sigma^(1 / rho), with exact ends."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
