@@ -4,7 +4,6 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
 from cm_diffusers.diffusion.guidance import Conditions
-from cm_diffusers.diffusion.process import RectifiedFlow
 from cm_diffusers.models.families.base import Family
 from cm_diffusers.models.families.latents import kl_latents
 
@@ -31,12 +30,9 @@ def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
 
 
 FAMILY = Family(
-    pipeline="StableDiffusion3Pipeline",
-    network="transformer",
-    prediction_type="flow_prediction",
+    pipeline=lambda network: "StableDiffusion3Pipeline",
     lora_targets=tuple(LORA_TARGETS.split()),
     guidance=lambda network: "cfg",
-    process=lambda pipe: RectifiedFlow(),
     call=_call,
     encode=_encode,
     latents=kl_latents,
