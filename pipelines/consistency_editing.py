@@ -317,7 +317,7 @@ class ToldScheduler(SteppingScheduler):
         return torch.float32 if sample.device.type == "mps" else torch.float64
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of variance-preserving processes; see `interpret`
 
 
 def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple[Tensor, Tensor]:
