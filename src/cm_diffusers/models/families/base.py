@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal, NamedTuple
+from inspect import signature
+from typing import Any, Literal, NamedTuple
 
+from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.guidance import Conditions, combine_linear
@@ -84,6 +87,7 @@ class Family:
         guided: Arguments of the stock pipeline's call for a guidance scale; 1 is none.
         student: (teacher's network, size of an embedding) -> a copy that is told its guidance and at first ignores it; None
             where guidance can only go into the weights.
+        told_pipeline: Name of the stock pipeline of such students, where it is another.
     """
 
     pipeline: str
@@ -99,6 +103,7 @@ class Family:
     combine: Callable[[Prediction, Prediction, Tensor, Tensor], Prediction] = combine_linear
     guided: Callable[[float], dict[str, float]] = lambda scale: {"guidance_scale": scale}
     student: Callable[[nn.Module, int], nn.Module] | None = None
+    told_pipeline: str | None = None
 
 
 def network_of(pipe: DiffusionPipeline) -> nn.Module:
@@ -125,3 +130,13 @@ def family_of(network: nn.Module) -> Family:
     if kind not in FAMILIES:
         raise UserError(f"{kind} is no network of a known family; one of {', '.join(FAMILIES)}.")
     return import_module(f"{__package__}.{FAMILIES[kind]}").FAMILY
+
+
+def config_of(network: nn.Module) -> FrozenDict:
+    """The configuration of a network, whatever accelerate has put around it."""
+    return extract_model_from_parallel(network).config
+
+
+def default_of(pipeline: DiffusionPipeline, argument: str) -> Any:
+    """What the pipeline's call takes for an argument that is not given: its `encode_prompt` often takes another."""
+    return signature(type(pipeline).__call__).parameters[argument].default
