@@ -47,7 +47,8 @@ class Family:
     """All that is known of one architecture.
 
     Attributes:
-        pipeline: Name of the stock pipeline in diffusers that samples teacher and students.
+        pipeline: Name of the stock pipeline in diffusers that samples a network of this class and its students: two models may
+            share a class and differ in their text towers.
         network: What that calls its network.
         prediction_type: See `interpret`.
         lora_targets: Ends of the names of the layers that get adapters.
@@ -67,7 +68,7 @@ class Family:
             where guidance can only go into the weights.
     """
 
-    pipeline: str
+    pipeline: Callable[[nn.Module], str]
     network: str
     prediction_type: str
     lora_targets: tuple[str, ...]
@@ -78,7 +79,7 @@ class Family:
     latents: Callable[[nn.Module], Latents]
     told: Callable[[Conditions, Tensor], Conditions] | None = None
     combine: Callable[[Prediction, Prediction, Tensor, Tensor], Prediction] = combine_linear
-    guided: Callable[[float], dict[str, float]] = lambda scale: {"guidance_scale": scale}
+    guided: Callable[[float], dict[str, float | str]] = lambda scale: {"guidance_scale": scale}
     student: Callable[[nn.Module, int], nn.Module] | None = None
 
 
