@@ -20,7 +20,7 @@ FLOW = RectifiedFlow()
 
 def predict(family: Family, network: nn.Module) -> Callable[[Tensor, Tensor, Conditions], Prediction]:
     def denoise(x_t: Tensor, t: Tensor, cond: Conditions) -> Prediction:
-        return interpret(FLOW, family.call(network, x_t, t, cond), x_t, t, family.prediction_type)
+        return interpret(FLOW, family.call(network, x_t, t, cond), x_t, t, "flow_prediction")
 
     return denoise
 

@@ -64,7 +64,10 @@ def test_sprint_is_a_consistency_model_of_the_flow(steps: int) -> None:
     options = {"intermediate_timesteps": 1.3 if steps == 2 else None, "num_inference_steps": steps}
     generator = torch.Generator().manual_seed(3)
     wanted = sampled(pipeline, x, **cond, **options, guidance_scale=scale, generator=generator)
-    denoise, told = predict(FAMILY, pipeline.transformer), FAMILY.told(cond, torch.full((2,), scale - 1))
+    denoise, told = (
+        predict(FAMILY, pipeline.transformer),
+        FAMILY.told(pipeline.transformer)(cond, torch.full((2,), scale - 1)),
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for theta in pipeline.scheduler.timesteps[:-1]:
@@ -137,7 +140,7 @@ def test_student_equals_teacher_until_it_learns() -> None:
 def test_student_is_sampled_by_the_stock_pipeline_of_sprint() -> None:
     teacher, x, cond = tiny_sana_transformer(timestep_scale=0.001), noise(), conditions()
     pipeline = tiny_sprint(transformer=FAMILY.student(teacher, 256).eval())
-    assert type(pipeline).__name__ == FAMILY.told_pipeline
+    assert type(pipeline).__name__ == FAMILY.pipeline(pipeline.transformer)
     wanted = sampled(pipeline, x, **cond, num_inference_steps=1, intermediate_timesteps=None)
     with torch.no_grad():
         found = predict(FAMILY, teacher)(x, torch.ones(2), cond).x0

@@ -102,7 +102,7 @@ def test_two_experts_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"boundary_ratio 0\.875 transformer_2, and each would need a student of its own"
     ):
-        FAMILY.process(pipeline)
+        FAMILY.check("it", pipeline)
 
 
 def test_gradient_reaches_adapters_only() -> None:
