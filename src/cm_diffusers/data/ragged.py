@@ -41,7 +41,9 @@ def is_by_row(name: str) -> bool:
 def blanked(conditions: Tensors) -> Tensors:
     """With zeros where a mask hides a token, as they come back from what was `packed`."""
     masks = {name: _mask_of(name, conditions) for name in conditions}
-    return {name: _shown(value, conditions[masks[name]]) if masks[name] else value for name, value in conditions.items()}
+    return {
+        name: _shown(value, conditions[masks[name]]) if masks[name] else value for name, value in conditions.items()
+    }
 
 
 def _is_mask(name: str) -> bool:
