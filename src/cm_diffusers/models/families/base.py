@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
+from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.denoisers import Call
@@ -101,7 +104,7 @@ class Family:
     process: Callable[[DiffusionPipeline], Process] = lambda pipe: RectifiedFlow()
     told: Callable[[nn.Module], Told] | None = None
     combine: Combine = combine_linear
-    guided: Callable[[float], dict[str, float]] = lambda scale: {"guidance_scale": scale}
+    guided: Callable[[float], dict[str, float | str]] = lambda scale: {"guidance_scale": scale}
     student: Callable[[nn.Module, int | None], nn.Module] | None = None
     check: Callable[[str, DiffusionPipeline], None] = lambda path, pipe: None
 
@@ -124,7 +127,7 @@ def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module
     )
 
 
-def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float]:
+def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float | str]:
     """Arguments of a pipeline's call, whatever its family; see `Family.guided`."""
     known = _known(pipe)
     return family_of(known[0]).guided(guidance_scale) if known else {"guidance_scale": guidance_scale}
@@ -143,3 +146,13 @@ def family_of(network: nn.Module) -> Family:
     if kind not in FAMILIES:
         raise UserError(f"{kind} is no network of a known family; one of {', '.join(FAMILIES)}.")
     return import_module(f"{__package__}.{FAMILIES[kind]}").FAMILY
+
+
+def config_of(network: nn.Module) -> FrozenDict:
+    """The configuration of a network, whatever accelerate has put around it."""
+    return extract_model_from_parallel(network).config
+
+
+def default_of(pipeline: DiffusionPipeline, argument: str) -> Any:
+    """What the pipeline's call takes for an argument that is not given: its `encode_prompt` often takes another."""
+    return signature(type(pipeline).__call__).parameters[argument].default
