@@ -15,7 +15,6 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.diffusion.guidance import guidance_embedding
-from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.critics import CriticConfig, make_critic
@@ -23,6 +22,7 @@ from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
+from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import critic_optim
 
 
@@ -67,8 +67,8 @@ class Distillation:
     def __init__(self, config: BenchmarkConfig, kind: str, workdir: Path) -> None:
         student = StudentConfig(lora=kind == "lora", lora_rank=config.lora_rank, lora_alpha=config.lora_rank)
         student.cast_teacher_unet = "no" if student.lora else config.mixed_precision
-        self.dim = student.guidance_embedding_dim
         self.data, teacher = data_config(config, workdir), the_teacher(config)
+        self.dim = student.guidance_embedding_dim(teacher.unet)
         train = TrainConfig(output_dir=tempfile.mkdtemp(dir=workdir), report_to="none", seed=config.seed)
         train.mixed_precision, train.compile = config.mixed_precision, config.compile
         nets, optims = make_networks(teacher.unet, student), {"student": OptimConfig()}
@@ -82,11 +82,10 @@ class Distillation:
         self.stream = batches(0)
 
     def objective(self, kind: str, teacher: DiffusionPipeline) -> LCMObjective | SCottObjective:
-        process, predicted = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
         if kind != "scott":
-            return LCMObjective(LCMConfig(), process, predicted, self.dim)
+            return LCMObjective(LCMConfig(), teaching_of(teacher, self.dim, LCMConfig()))
         config = SCottConfig(adversarial_start=0, adversarial_ramp=0)  # the critic is there from the first step
-        return SCottObjective(config, process, predicted, self.dim, critic=True)
+        return SCottObjective(config, teaching_of(teacher, self.dim, config), critic=True)
 
     def step(self) -> None:
         self.trainer.training_step(self.stream)

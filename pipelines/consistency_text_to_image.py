@@ -334,7 +334,7 @@ class ToldScheduler(SteppingScheduler):
         return torch.float32 if sample.device.type == "mps" else torch.float64
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of variance-preserving processes; see `interpret`
 
 
 def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple[Tensor, Tensor]:
@@ -414,11 +414,6 @@ class VPKind:
             )
 
 
-def _check_strength(strength: float) -> None:
-    if not isinstance(strength, Real) or not 0 < strength <= 1:
-        raise UserError(f"strength must be above 0 and at most 1, got {strength!r}.")
-
-
 def _is_whole(value: object) -> bool:
     try:
         return value == int(value)
@@ -431,6 +426,15 @@ def _share(length: int, strength: float) -> int:
     return int(length * strength + 1e-6)
 
 
+def check_strength(strength: float) -> None:
+    """
+    Raises:
+        ValueError: It is not above 0 and at most 1.
+    """
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise UserError(f"strength must be above 0 and at most 1, got {strength!r}.")
+
+
 logger = logging.get_logger(__name__)
 
 
@@ -440,7 +444,7 @@ def chosen(timesteps: Sequence[int], grid: Sequence[int], limit: int, strength: 
     Raises:
         ValueError: They are not whole, not in [0, limit), not descending, none remains, or strength is outside (0, 1].
     """
-    _check_strength(strength)
+    check_strength(strength)
     timesteps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     if not isinstance(timesteps, Sequence) or not all(_is_whole(t) for t in timesteps):
         raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}.")
@@ -466,7 +470,7 @@ def at_places(grid: list[float], places: Sequence[int]) -> list[float]:
     return [grid[place] for place in chosen(places, range(len(grid)), len(grid), 1.0)[::-1]]
 
 
-def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
+def checked(sigmas: Sequence[float], low: float, high: float, name: str = "sigmas") -> list[float]:
     """
     Raises:
         ValueError: They are no numbers from high down to low.
@@ -474,7 +478,7 @@ def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
     values = list(sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas)
     known = all(isinstance(value, Real) and low <= value <= high for value in values)
     if not values or not known or any(a <= b for a, b in pairwise(values)):
-        raise UserError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
+        raise UserError(f"{name} must be numbers that descend, from at most {high} to at least {low}; got {values}.")
     return [float(value) for value in values]
 
 
@@ -1174,7 +1178,7 @@ def spread(grid: Sequence[int], count: int, strength: float) -> list[int]:
     Raises:
         ValueError: The count is no whole number from 1 to the points that remain, or strength is outside (0, 1].
     """
-    _check_strength(strength)
+    check_strength(strength)
     remaining = grid[: _share(len(grid), strength)]
     if not _is_whole(count) or count < 1:
         raise UserError(f"num_inference_steps must be a whole number of at least 1, got {count!r}.")
@@ -1385,6 +1389,7 @@ FEW_STEP_SCHEDULERS = (
     "ConsistencyScheduler",
     "EDMConsistencyScheduler",
     "TrigFlowConsistencyScheduler",
+    "FlowConsistencyScheduler",
     "LCMScheduler",
     "TCDScheduler",
 )

@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from latent_objectives import scott_of
 from safetensors.torch import save_file
 from tiny import tiny_scheduler, tiny_unet
 from toys import toy_trainer
@@ -14,7 +15,7 @@ from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.students import StudentConfig, make_networks
-from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
+from cm_diffusers.objectives.scott import SCottConfig
 from cm_diffusers.types import Batch
 
 
@@ -30,7 +31,7 @@ def trainer(folder, kind, **config):
     nets.critic = make_critic(nets, CriticConfig(kind, critic_channels=16, critic_lora_rank=2))
     process = DiscreteVP.from_scheduler(tiny_scheduler())
     method = SCottConfig(adversarial_start=1, adversarial_ramp=1, r1_weight=1.0)
-    objective = SCottObjective(method, process, "epsilon", None if lora else 16, critic=True)
+    objective = scott_of(method, process, "epsilon", None if lora else 16, critic=True)
     optim = OptimConfig(learning_rate=1e-3)
     return toy_trainer(folder, nets, objective, optim, **SETTINGS | config)
 

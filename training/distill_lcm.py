@@ -4,16 +4,17 @@ import cm_diffusers.engine.early
 
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
-from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
+from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import distill
 from cm_diffusers.tasks.text_to_image_checks import check_student
 
@@ -29,9 +30,9 @@ def main() -> None:
     check_student(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     teacher = load_teacher(source, student.loaded_dtype)
-    process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
-    objective = LCMObjective(method, process, prediction_type, student.guidance_embedding_dim)
-    nets = make_networks(teacher.unet, student)
+    network = network_of(teacher)
+    objective = LCMObjective(method, teaching_of(teacher, student.guidance_embedding_dim(network), method))
+    nets = make_networks(network, student)
     if address := distill("lcm", teacher, nets, objective, optim, configs, repo_id):
         print(address)
 

@@ -25,7 +25,7 @@ def main() -> None:
     seed_everything(train.seed)
     model = load_image_model(start)
     check_model(model, student, taught)
-    dim = guidance_embedding_dim(student, taught)
+    dim = guidance_embedding_dim(student, taught, model.unet)
     objective = SCMObjective(method, TrigFlowView.of(model.view), w, dim, taught.dmd_weight)
     nets = student_and_teacher(model, student, dropout, dim, method.learned_weight, taught.dmd_weight > 0)
     scheduler = scm_scheduler(model, method, given[ResultConfig])

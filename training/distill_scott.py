@@ -4,17 +4,18 @@ import cm_diffusers.engine.early
 
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
-from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.models.critics import CriticConfig, make_critic
+from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
+from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import critic_optim, distill
 from cm_diffusers.tasks.text_to_image_checks import check_scott, check_student
 
@@ -32,11 +33,10 @@ def main() -> None:
     check_student(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     teacher = load_teacher(source, student.loaded_dtype)
-    process, prediction_type = DiscreteVP.from_scheduler(teacher.scheduler), teacher.scheduler.config.prediction_type
-    objective = SCottObjective(
-        method, process, prediction_type, student.guidance_embedding_dim, judge.critic != "none"
-    )
-    nets = make_networks(teacher.unet, student)
+    network = network_of(teacher)
+    teaching = teaching_of(teacher, student.guidance_embedding_dim(network), method)
+    objective = SCottObjective(method, teaching, judge.critic != "none")
+    nets = make_networks(network, student)
     nets.critic = make_critic(nets, judge, teacher.vae)
     optims = {"student": optim, "critic": critic_optim(judge, optim)}
     if address := distill("scott", teacher, nets, objective, optims, configs, repo_id):

@@ -8,11 +8,11 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.text_image import text_image_batches
-from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.teachers import release_encoders
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
@@ -21,6 +21,7 @@ from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
+from cm_diffusers.tasks.teachings import teaching_of_student
 from cm_diffusers.tasks.text_to_image import (
     FinetuneConfig,
     finetune_networks,
@@ -44,17 +45,15 @@ def main() -> None:
     before, record = load_student(source)
     method, record = with_guidance_of(record, method, source)
     record = replace(record, resolution=data.resolution)
-    scheduler, embedding_dim = before.scheduler, before.unet.config.time_cond_proj_dim
-    grid = scheduler.config.original_inference_steps, scheduler.config.timestep_scaling
-    process, prediction_type = DiscreteVP.from_scheduler(scheduler), scheduler.config.prediction_type
-    objective = LCFObjective(method, process, prediction_type, embedding_dim, *grid)
+    scheduler, network = before.scheduler, network_of(before)
+    objective = LCFObjective(method, teaching_of_student(before))
 
-    def make_pipeline(unet):
-        return lcm_pipeline(before, unet, scheduler)
+    def make_pipeline(network):
+        return lcm_pipeline(before, network, scheduler)
 
     scale = record.recommended_guidance_scale
     samples = sample_grid(validation, make_pipeline, guidance_scale=scale, resolution=data.resolution)
-    nets = finetune_networks(before.unet, source)
+    nets = finetune_networks(network, source)
     trainer = Trainer(train, nets, objective, optim, settings=[source, data], callbacks=[samples])
     load = streaming_batches if data.streaming else text_image_batches
     batches = load(data, Encoders.from_pipeline(before), train.seed, *trainer.place)

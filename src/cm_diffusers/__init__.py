@@ -22,7 +22,12 @@ if TYPE_CHECKING:
         ConsistencyPipeline,
         ConsistencyVideoPipeline,
     )
-    from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
+    from cm_diffusers.schedulers import (
+        ConsistencyScheduler,
+        EDMConsistencyScheduler,
+        FlowConsistencyScheduler,
+        TrigFlowConsistencyScheduler,
+    )
 
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "ConsistencyVideoPipeline",
     "DiffusionPipeline",  # this and the mixins: where diffusers looks for the bases of this package's classes
     "EDMConsistencyScheduler",
+    "FlowConsistencyScheduler",
     "ImageToVideoAdapter",
     "ModelMixin",
     "SchedulerMixin",
@@ -48,6 +54,7 @@ ORIGINS = {
     "SchedulerMixin": "diffusers",
     "ConsistencyScheduler": "cm_diffusers.schedulers",
     "EDMConsistencyScheduler": "cm_diffusers.schedulers",
+    "FlowConsistencyScheduler": "cm_diffusers.schedulers",
     "TrigFlowConsistencyScheduler": "cm_diffusers.schedulers",
 }
 

@@ -27,6 +27,7 @@ CLASSES = (
     "ConsistencyScheduler",
     "EDMConsistencyScheduler",
     "TrigFlowConsistencyScheduler",
+    "FlowConsistencyScheduler",
 )
 SAVE_AND_LOAD = ("save_pretrained", "from_pretrained")
 BASES = ("SchedulerMixin", "ModelMixin", "DiffusionPipeline")  # attributes of the package, where diffusers looks

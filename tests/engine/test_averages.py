@@ -18,7 +18,8 @@ from cm_diffusers.engine.averages import (
     rebuild_weights,
     warmed_up,
 )
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
+from cm_diffusers.models.adapters import add_lora
+from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 
 
 def layer(value: float) -> nn.Module:

@@ -10,7 +10,8 @@ from torch import nn
 
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.engine.averages import ema_update
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_lora
+from cm_diffusers.models.adapters import WithoutAdapters, add_lora
+from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.models.students import StudentConfig, frozen_copy, make_networks, make_student
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 

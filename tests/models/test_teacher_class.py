@@ -19,7 +19,7 @@ from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline
 
 from cm_diffusers.evaluation.sampling import load_pipeline
-from cm_diffusers.models.teachers import TeacherConfig, as_text_to_image, load_teacher
+from cm_diffusers.models.teachers import TeacherConfig, load_teacher, stock_pipeline
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_scheduler
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
 
@@ -70,11 +70,11 @@ def test_a_teacher_saved_from_another_use_trains_and_publishes(parts, use, tmp_p
 @pytest.mark.parametrize("kind", [StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline])
 def test_a_teacher_of_xl(xl, kind):
     pipe = kind(**xl, force_zeros_for_empty_prompt=False)
-    text = as_text_to_image(pipe)
+    text = stock_pipeline(pipe)
     assert type(text) is StableDiffusionXLPipeline
     assert text.config.force_zeros_for_empty_prompt is False
     assert text.unet is pipe.unet
-    assert as_text_to_image(text) is text
+    assert stock_pipeline(text) is text
 
 
 def test_a_student_saved_from_image_to_image(tmp_path):

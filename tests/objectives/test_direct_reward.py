@@ -4,6 +4,7 @@ import pytest
 import torch
 from differentiable_rewards import Red
 from diffusers import LCMScheduler
+from latent_objectives import lcm_of
 from tiny import tiny_pipeline, tiny_unet
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def objective_of(pipe, through: str, distillation: LCMObjective | None = None, *
 
 
 def distillation_of(pipe) -> LCMObjective:
-    return LCMObjective(LCMConfig(), DiscreteVP.from_scheduler(pipe.scheduler), "epsilon", None)
+    return lcm_of(LCMConfig(), DiscreteVP.from_scheduler(pipe.scheduler), "epsilon", None)
 
 
 def networks(pipe) -> Networks:

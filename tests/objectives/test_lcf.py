@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from huggingface_hub import ModelCard
+from latent_objectives import lcf_of, lcm_of
 from oracles import ConsistencyNet, Gaussian, OracleNet
 from safetensors.torch import load_file, save_file
 from scripts import data_flags, image_folder, run_script, script
@@ -28,8 +29,8 @@ from toys import assert_same, tensors
 from cm_diffusers.diffusion.process import DiscreteVP, diffuse
 from cm_diffusers.engine.averages import ema_update
 from cm_diffusers.models.students import frozen_copy
-from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
-from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.objectives.lcf import LCFConfig
+from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.record import RECORD, base_model_of, read_record, write_record
@@ -43,7 +44,7 @@ TYPES = ["epsilon", "v_prediction", "sample"]
 
 
 def lcf(prediction_type="epsilon", dim=None, grid=50, **settings):
-    return LCFObjective(LCFConfig(**{"loss_type": "l2"} | settings), VP, prediction_type, dim, grid)
+    return lcf_of(LCFConfig(**{"loss_type": "l2"} | settings), VP, prediction_type, dim, grid)
 
 
 def draw(data, *shape):
@@ -57,7 +58,7 @@ def test_boundary_is_exact_for_any_network():
     objective, x = lcf(dim=16, w_min=0.0, w_max=1.0), torch.randn(3, 4, 8, 8)
     cond = {"encoder_hidden_states": torch.randn(3, 5, 32), "timestep_cond": torch.randn(3, 16)}
     with torch.no_grad():
-        f = objective.consistency(tiny_unet(time_cond_proj_dim=16), x, torch.zeros(3, dtype=torch.long), cond)
+        f = objective.teaching.jump(tiny_unet(time_cond_proj_dim=16), x, torch.zeros(3, dtype=torch.long), cond, None)
     assert torch.equal(f, x)
 
 
@@ -114,14 +115,12 @@ def test_gradient_is_that_of_distillation_from_an_exact_teacher():
     """E[x_s | x_t] is one DDIM step: consistency training is distillation on average (2303.01469, Theorem 2)."""
     data, gradients = Gaussian(0.5, 0.5), []
     teacher = OracleNet(VP, "sample", data)
-    distillation = LCMObjective(
-        LCMConfig(w_min=0.0, w_max=0.0, loss_type="l2", num_ddim_timesteps=4), VP, "sample", None
-    )
+    distillation = lcm_of(LCMConfig(w_min=0.0, w_max=0.0, loss_type="l2", num_ddim_timesteps=4), VP, "sample", None)
     for objective in (lcf("sample", grid=4), distillation):
         student = Affine()
         batch = Batch(draw(data, 400_000, 2).float())
         objective(Networks(student, teacher=teacher), batch, PROGRESS).value.backward()
-        gradients.append(torch.stack([p.grad[objective.grid, 0] for p in student.parameters()]))
+        gradients.append(torch.stack([p.grad[objective.teaching.grid, 0] for p in student.parameters()]))
     assert gradients[1].abs().min() > 1e-3
     torch.testing.assert_close(*gradients, rtol=0.03, atol=3e-3)
 
@@ -171,14 +170,14 @@ def test_the_pair_shares_noise_guidance_and_random_state(with_target):
     torch.testing.assert_close(*noise, rtol=0, atol=1e-9)
     assert noise[0].std().item() == pytest.approx(1, abs=0.1)
     assert torch.equal(offline["t"], (online["t"] - 20).clamp(min=0))
-    assert set(online["t"].tolist()) <= set(objective.grid.tolist())
+    assert set(online["t"].tolist()) <= set(objective.teaching.grid.tolist())
     for name in ("draw", "timestep_cond", "label"):
         assert torch.equal(online[name], offline[name])
     told = 10 * online["timestep_cond"][:, 7].asin()  # the slowest wave is sin(1000 w / 10000)
     assert 2 <= told.min() < 5 < 11 < told.max() <= 14
     assert loss.logs["w"].item() == pytest.approx(told.mean().item(), rel=1e-4)
-    f = objective.consistency(lambda x, t, **_: (x,), online["x"], online["t"], {})
-    g = objective.consistency(lambda x, t, **_: (x,), offline["x"], offline["t"], {})
+    f = objective.teaching.jump(lambda x, t, **_: (x,), online["x"], online["t"], {}, None)
+    g = objective.teaching.jump(lambda x, t, **_: (x,), offline["x"], offline["t"], {}, None)
     assert loss.value.item() == pytest.approx((f - g).square().mean().item(), rel=1e-9)
 
 
@@ -196,7 +195,7 @@ def test_objective_refuses():
         lcf(loss_type="l1")
     zero = DiscreteVP.from_scheduler(DDIMScheduler.from_config(tiny_scheduler().config, rescale_betas_zero_snr=True))
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        LCFObjective(LCFConfig(), zero, "epsilon", None)
+        lcf_of(LCFConfig(), zero, "epsilon", None)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -204,14 +203,14 @@ def test_sampling_loop_equals_the_scheduler(n):
     """What it is trained with is what it is sampled with, at another grid and scaling than the defaults."""
     scheduler = LCMScheduler.from_config(tiny_scheduler().config, original_inference_steps=20, timestep_scaling=5.0)
     scheduler.set_timesteps(n)
-    objective = LCFObjective(LCFConfig(), VP, "epsilon", None, 20, 5.0)
+    objective = lcf_of(LCFConfig(), VP, "epsilon", None, 20, 5.0)
     net = OracleNet(VP, "epsilon", Gaussian(0.4, 0.5)).requires_grad_(False)
     ours = theirs = torch.randn(2, 4, 8, 8)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     times = scheduler.timesteps.tolist()
-    assert set(times) <= set(objective.grid.tolist())
+    assert set(times) <= set(objective.teaching.grid.tolist())
     for i, t in enumerate(times):
-        ours = objective.consistency(net, ours, torch.tensor([t, t]), {})
+        ours = objective.teaching.jump(net, ours, torch.tensor([t, t]), {}, None)
         if i + 1 < n:
             noise = torch.randn(ours.shape, generator=generators[0], dtype=ours.dtype)
             ours = diffuse(VP, ours, noise, torch.tensor([times[i + 1]] * 2))

@@ -1,10 +1,12 @@
 """LCM against data whose consistency function is known exactly."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import LCMScheduler
+from latent_objectives import lcm_of
 from oracles import ConsistencyNet, Gaussian, OracleNet, guided
 from tiny import tiny_scheduler, tiny_unet
 from torch import nn
@@ -12,7 +14,7 @@ from torch import nn
 from cm_diffusers.diffusion.process import DiscreteVP, diffuse
 from cm_diffusers.engine.averages import ema_update
 from cm_diffusers.models.students import frozen_copy
-from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.types import Batch, Networks, Progress
 
 
@@ -23,7 +25,7 @@ TYPES = ["epsilon", "v_prediction", "sample"]
 
 def lcm(prediction_type="epsilon", dim=None, process=VP, **settings):
     settings = {"w_min": 0.0, "w_max": 0.0, "loss_type": "l2"} | settings
-    return LCMObjective(LCMConfig(**settings), process, prediction_type, dim)
+    return lcm_of(LCMConfig(**settings), process, prediction_type, dim)
 
 
 def draw(data, *shape):
@@ -32,8 +34,8 @@ def draw(data, *shape):
 
 def oracle_loss(objective, data, uncond=None, batch=None, solution=None):
     """The loss of the exact consistency function of `solution` (or `data`) with the exact teacher of `data`."""
-    student = ConsistencyNet(VP, objective.prediction_type, solution or data)
-    teacher = OracleNet(VP, objective.prediction_type, data, uncond)
+    student = ConsistencyNet(VP, objective.teaching.prediction_type, solution or data)
+    teacher = OracleNet(VP, objective.teaching.prediction_type, data, uncond)
     batch = batch or Batch(draw(data, 20_000, 16))
     return objective(Networks(student, teacher=teacher), batch, PROGRESS).value.item()
 
@@ -42,7 +44,7 @@ def test_boundary_is_exact_for_any_network():
     objective, x = lcm(dim=16), torch.randn(3, 4, 8, 8)
     cond = {"encoder_hidden_states": torch.randn(3, 5, 32)}
     with torch.no_grad():
-        f = objective.consistency(
+        f = objective.teaching.jump(
             tiny_unet(time_cond_proj_dim=16), x, torch.zeros(3, dtype=torch.long), cond, torch.ones(3)
         )
     assert torch.equal(f, x)
@@ -52,7 +54,7 @@ def test_boundary_is_exact_for_any_network():
 def test_student_oracle_is_the_consistency_function(prediction_type):
     data, t = Gaussian(0.4, 0.5), torch.tensor([0, 1, 19, 499, 999])
     x_t = torch.randn(5, 3, dtype=torch.float64)
-    f = lcm(prediction_type).consistency(ConsistencyNet(VP, prediction_type, data), x_t, t, {}, torch.zeros(5))
+    f = lcm(prediction_type).teaching.jump(ConsistencyNet(VP, prediction_type, data), x_t, t, {}, torch.zeros(5))
     torch.testing.assert_close(f, data.consistency(VP, x_t, t), rtol=1e-5, atol=1e-5)
 
 
@@ -123,7 +125,7 @@ class Recorder(OracleNet):
 def recorded(objective, batch, target=False):
     student, teacher = (
         Recorder(VP, "epsilon", Gaussian(0, 1)),
-        OracleNet(VP, objective.prediction_type, Gaussian(0, 1)),
+        OracleNet(VP, objective.teaching.prediction_type, Gaussian(0, 1)),
     )
     nets = Networks(student, target=Recorder(VP, "epsilon", Gaussian(0, 1)) if target else None, teacher=teacher)
     loss = objective(nets, batch, PROGRESS)
@@ -134,11 +136,11 @@ def recorded(objective, batch, target=False):
 def test_target_at_the_first_time_is_x_s():
     """With one grid time every pair is (t, 0), where f(x_s, 0) = x_s whatever the network says."""
     objective, batch = lcm("sample", num_ddim_timesteps=50), Batch(torch.randn(64, 8, dtype=torch.float64))
-    objective.grid = objective.grid[:1]
+    objective.teaching = replace(objective.teaching, grid=objective.teaching.grid[:1])
     loss, online, offline, _ = recorded(objective, batch)
     assert set(online["t"].tolist()) == {19}
     assert set(offline["t"].tolist()) == {0}
-    f = objective.consistency(lambda x, t, **_: (x,), online["x"], online["t"], {}, torch.zeros(64))
+    f = objective.teaching.jump(lambda x, t, **_: (x,), online["x"], online["t"], {}, torch.zeros(64))
     assert loss.value.item() == pytest.approx((f - offline["x"]).square().mean().item(), rel=1e-12)
 
 
@@ -217,7 +219,7 @@ def test_sampling_loop_equals_the_scheduler(n, prediction_type):
     times = scheduler.timesteps.tolist()
     for i, t in enumerate(times):
         time = torch.tensor([t, t])
-        ours = objective.consistency(net, ours, time, {}, torch.zeros(2))
+        ours = objective.teaching.jump(net, ours, time, {}, torch.zeros(2))
         if i + 1 < n:
             noise = torch.randn(ours.shape, generator=generators[0], dtype=ours.dtype)
             ours = diffuse(VP, ours, noise, torch.tensor([times[i + 1]] * 2))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers import LCMScheduler
+from latent_objectives import lcf_of, lcm_of, scott_of
 from tiny import tiny_scheduler, tiny_unet, tiny_vae
 
 from cm_diffusers.diffusion.process import DiscreteVP
@@ -18,10 +19,10 @@ from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
-from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
-from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.objectives.lcf import LCFConfig
+from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
-from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
+from cm_diffusers.objectives.scott import SCottConfig
 from cm_diffusers.policy.policy import Policy
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks
 from cm_diffusers.types import Batch, Networks, Progress
@@ -54,7 +55,7 @@ def networks(**settings):
 
 
 def lcm(prediction_type="epsilon", lora=False, **settings):
-    objective = LCMObjective(LCMConfig(**settings), VP, prediction_type, None if lora else 16)
+    objective = lcm_of(LCMConfig(**settings), VP, prediction_type, None if lora else 16)
     return Case(objective, lambda: networks(lora=lora), latents)
 
 
@@ -66,13 +67,13 @@ def lcf(prediction_type="epsilon", embedded=True, lora=False, **settings):
             tiny_unet(dropout=0.1, time_cond_proj_dim=dim), FinetuneConfig("", lora=lora, lora_rank=4)
         )
 
-    return Case(LCFObjective(LCFConfig(2.0, 14.0, **settings), VP, prediction_type, dim), networks, latents)
+    return Case(lcf_of(LCFConfig(2.0, 14.0, **settings), VP, prediction_type, dim), networks, latents)
 
 
 def scott(prediction_type="epsilon", critic="none", lora=False, **settings):
     settings = {"adversarial_start": 0, "adversarial_ramp": 0} | settings
     config = SCottConfig(**settings)
-    objective = SCottObjective(config, VP, prediction_type, None if lora else 16, critic != "none")
+    objective = scott_of(config, VP, prediction_type, None if lora else 16, critic != "none")
 
     def with_critic():
         nets = networks(lora=lora)
@@ -107,7 +108,7 @@ def diffusion(prediction_type):
 
 def direct(through):
     """The reward is negative, so that the loss is not."""
-    distillation = LCMObjective(LCMConfig(), VP, "epsilon", None) if through == "single_step" else None
+    distillation = lcm_of(LCMConfig(), VP, "epsilon", None) if through == "single_step" else None
     policy = Policy(LCMScheduler.from_config(tiny_scheduler().config), 2)
 
     def score(x0, texts, metadata):

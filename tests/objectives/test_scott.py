@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from latent_objectives import scott_of
 from oracles import Gaussian, Mixture, OracleNet, lcm_scalings
 from tiny import tiny_scheduler, tiny_unet
 from torch import nn
@@ -18,7 +19,7 @@ from cm_diffusers.engine.averages import ema_update
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.models.critics import CriticConfig, unused_flags
 from cm_diffusers.models.students import frozen_copy
-from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
+from cm_diffusers.objectives.scott import SCottConfig
 from cm_diffusers.tasks.text_to_image import critic_optim
 from cm_diffusers.types import Batch, Networks, Progress
 
@@ -36,7 +37,7 @@ def clean_accelerate():
 
 def scott(prediction_type="sample", dim=None, critic=True, process=VP, **settings):
     settings = {"w_min": 0.0, "w_max": 0.0, "adversarial_start": 0, "adversarial_ramp": 0} | settings
-    return SCottObjective(SCottConfig(**settings), process, prediction_type, dim, critic)
+    return scott_of(SCottConfig(**settings), process, prediction_type, dim, critic)
 
 
 def draw(data, *shape):
@@ -76,7 +77,7 @@ def test_boundary_is_exact_for_any_network():
     x, cond = torch.randn(3, 4, 8, 8), {"encoder_hidden_states": torch.randn(3, 5, 32)}
     with torch.no_grad():
         time, w = torch.zeros(3, dtype=torch.long), torch.ones(3)
-        f = scott("epsilon", dim=16).consistency(tiny_unet(time_cond_proj_dim=16), x, time, cond, w)
+        f = scott("epsilon", dim=16).teaching.jump(tiny_unet(time_cond_proj_dim=16), x, time, cond, w)
     assert torch.equal(f, x)
 
 
@@ -500,7 +501,7 @@ def one_step_samples(trainer):
         trainer.training_step(stream)
     with torch.no_grad():
         t = torch.full((4000,), 999)
-        return trainer.objective.consistency(trainer.student, torch.randn(4000, 2), t, {}, torch.zeros(4000))
+        return trainer.objective.teaching.jump(trainer.student, torch.randn(4000, 2), t, {}, torch.zeros(4000))
 
 
 def shares(samples):

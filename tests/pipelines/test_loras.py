@@ -15,7 +15,8 @@ from tiny import tiny_pipeline, tiny_unet
 from tiny_xl import tiny_xl_pipeline
 from torch import Tensor, nn
 
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
+from cm_diffusers.models.adapters import add_lora
+from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.models.ldm_layout import unet_name
 from cm_diffusers.pipelines import ConsistencyImg2ImgPipeline, ConsistencyInpaintPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.lora import load_lora

@@ -21,7 +21,7 @@ from tiny_xl import tiny_xl_pipeline
 from torch import Tensor
 
 from cm_diffusers.evaluation.sampling import load_pipeline
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS
+from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.lora import load_lora
 from cm_diffusers.publishing.lora_export import Lora

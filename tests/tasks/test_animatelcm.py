@@ -15,7 +15,8 @@ from toys import assert_same
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.sampler import Stream
 from cm_diffusers.engine.averages import ema_update
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
+from cm_diffusers.models.adapters import add_lora
+from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.models.motion import MOTION, MotionConfig, motion_scheduler, new_motion_adapter
 from cm_diffusers.objectives.lcm import LCMConfig

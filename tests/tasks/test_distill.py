@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from latent_objectives import lcm_of
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import CAPTIONS, data_flags, image_folder, run_script
@@ -27,7 +28,7 @@ from cm_diffusers.evaluation.grids import MARGIN, image_grid
 from cm_diffusers.evaluation.sampling import generate
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.teachers import release_encoders
-from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
+from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.pipelines.lora import PEFT_PREFIX, PEFT_WEIGHTS
 from cm_diffusers.tasks import text_to_image
 
@@ -251,14 +252,14 @@ def load_teacher_of(folder: Path):
 
 def test_sampler_and_objective_agree(full) -> None:
     scheduler = DiffusionPipeline.from_pretrained(full / "pipeline").scheduler
-    objective = LCMObjective(
+    objective = lcm_of(
         LCMConfig(20, timestep_scaling_factor=5.0), DiscreteVP.from_scheduler(scheduler), "epsilon", None
     )
     assert (scheduler.config.original_inference_steps, scheduler.config.timestep_scaling) == (20, 5.0)
     for steps in (1, 2, 3, 4, 8, 20):
         scheduler.set_timesteps(steps)
-        assert set(scheduler.timesteps.tolist()) <= set(objective.grid.tolist())
-    for t in objective.grid:
+        assert set(scheduler.timesteps.tolist()) <= set(objective.teaching.grid.tolist())
+    for t in objective.teaching.grid:
         expected = [float(c) for c in scheduler.get_scalings_for_boundary_condition_discrete(t)]
         assert [float(c) for c in lcm_scalings(t, 5.0)] == pytest.approx(expected, rel=1e-6)
 

@@ -24,8 +24,9 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.diffusion.denoisers import as_denoiser
 from cm_diffusers.diffusion.guidance import guidance_embedding, guide
 from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.models.families.unet import is_xl
 from cm_diffusers.models.students import StudentConfig, make_networks
-from cm_diffusers.models.teachers import TeacherConfig, is_xl, load_teacher
+from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_scheduler
 from cm_diffusers.tasks import callbacks
 

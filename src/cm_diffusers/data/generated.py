@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
@@ -25,6 +25,7 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError, readable
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
+from cm_diffusers.models.families.base import guided, network_of
 
 
 GENERATED_ROWS = 256  # samples in a shard: what an interruption may cost
@@ -188,7 +189,7 @@ class _Sampler:
     def jobs(self, text_fingerprint: str) -> list[Job]:
         ask, scheduler = self.generation, self.teacher.scheduler
         schedule = sorted((k, repr(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
-        made_by = [_fingerprint(self.teacher.unet), text_fingerprint, type(scheduler).__name__, schedule]
+        made_by = [_fingerprint(network_of(self.teacher)), text_fingerprint, type(scheduler).__name__, schedule]
         settings = [ask.generation_steps, ask.generation_guidance_scale, self.config.resolution, self.seed]
         return [
             Job(shard_key("generated", *made_by, *settings, rows.start, *(self.prompts[i] for i in rows)), rows)
@@ -212,7 +213,7 @@ class _Sampler:
             height=self.config.resolution,
             width=self.config.resolution,
             num_inference_steps=self.generation.generation_steps,
-            guidance_scale=self.generation.generation_guidance_scale,
+            **guided(self.teacher, self.generation.generation_guidance_scale),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
         ).images
@@ -222,11 +223,11 @@ class _Sampler:
         return latents
 
 
-def _fingerprint(unet: UNet2DConditionModel) -> str:
+def _fingerprint(network: nn.Module) -> str:
     """sha256 of the configuration and the weights below any adapter."""
-    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(repr(sorted(config.items())).encode())
-    for name, tensor in sorted((k.replace(".base_layer", ""), v) for k, v in unet.state_dict().items()):
+    for name, tensor in sorted((k.replace(".base_layer", ""), v) for k, v in network.state_dict().items()):
         if ".lora_" not in name:
             digest.update(f"{name} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -236,15 +237,16 @@ def _fingerprint(unet: UNet2DConditionModel) -> str:
 @contextmanager
 def _ready(teacher: DiffusionPipeline, device: torch.device | str) -> Iterator[None]:
     """The teacher alone inside the block: without adapters or dropout, and in the precision its network is kept in."""
-    unet, training = teacher.unet.to(device), teacher.unet.training
-    others = [part for part in teacher.components.values() if isinstance(part, nn.Module) and part is not unet]
-    half = torch.autocast(torch.device(device).type, unet.dtype, enabled=unet.dtype != torch.float32)
-    with placed(tuple(others), device), adapters_off(adapter_layers(unet)), half:
+    network = network_of(teacher)
+    training = network.training
+    others = [part for part in teacher.components.values() if isinstance(part, nn.Module) and part is not network]
+    half = torch.autocast(torch.device(device).type, network.dtype, enabled=network.dtype != torch.float32)
+    with placed(tuple(others), device), adapters_off(adapter_layers(network.to(device))), half:
         try:
-            unet.eval()
+            network.eval()
             yield
         finally:
-            unet.train(training)
+            network.train(training)
 
 
 @dataclass(frozen=True)

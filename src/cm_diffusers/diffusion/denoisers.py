@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cm_diffusers.diffusion.guidance import ConditionalDenoiser
-from cm_diffusers.diffusion.process import Process, as_like, interpret
+from cm_diffusers.diffusion.guidance import ConditionalDenoiser, Conditions
+from cm_diffusers.diffusion.process import Prediction, Process, as_like, interpret
 
 
 XL_CONDITIONS = ("text_embeds", "time_ids")  # the UNet's added_cond_kwargs
@@ -25,12 +25,26 @@ def for_frames(cond: dict[str, Tensor], x_t: Tensor) -> dict[str, Tensor]:
     return cond | {"encoder_hidden_states": cond["encoder_hidden_states"].repeat_interleave(x_t.shape[2], 0)}
 
 
-def as_denoiser(network: Callable, process: Process, prediction_type: str) -> ConditionalDenoiser:
-    """View a network as (x_t, t, conditions) -> Prediction, in float32."""
+Call = Callable[[Callable, Tensor, Tensor, Conditions], Tensor]  # (network, x_t, t, conditions) -> output
 
-    def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple:
+
+def call_unet(network: Callable, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
+    """The output `(B, ...)` of a UNet at x_t, which is told t `(B,)`."""
+    return network(x_t, t, **unet_arguments(for_frames(cond, x_t)), return_dict=False)[0]
+
+
+def as_denoiser(
+    network: Callable, process: Process, prediction_type: str, call: Call = call_unet
+) -> ConditionalDenoiser:
+    """View a network as (x_t, t, conditions) -> Prediction, in float32.
+
+    Args:
+        call: How networks of its architecture are called: with x_t `(B, ...)` and times `(B,)` of `process`, both on one
+            device; floating times have the dtype of x_t.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor, cond: Conditions) -> Prediction:
         told = as_like(t, x_t) if t.is_floating_point() else t.to(x_t.device, non_blocking=x_t.is_cuda)
-        output = network(x_t, told, **unet_arguments(for_frames(cond, x_t)), return_dict=False)[0]
-        return interpret(process, output.float(), x_t, t, prediction_type)
+        return interpret(process, call(network, x_t, told, cond).float(), x_t, t, prediction_type)
 
     return denoise

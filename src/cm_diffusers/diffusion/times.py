@@ -32,6 +32,47 @@ def sample_solver_pairs(batch_size: int, grid: Tensor) -> tuple[Tensor, Tensor]:
     return t, (t - skip).clamp(min=0)
 
 
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Times of rectified flow, k u / (1 + (k - 1) u) (2403.03206, Eq. 23), in float64.
+
+    sigma / alpha becomes k-fold, so shifts in a row multiply; 1 changes nothing, e^mu is diffusers' exponential shift.
+    """
+    u = exact(u)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def shifted_grid(points: int, shift: float) -> Tensor:
+    """`(points,)` ascending times of rectified flow, `shifted` from i / points, float64; the last is 1.
+
+    Each is rounded to a number of bfloat16: some networks are told their time so, and would take it for another.
+
+    Raises:
+        ValueError: There are so many points that rounding makes some equal.
+    """
+    if points < 1 or not 0 < shift < math.inf:
+        raise UserError(
+            f"A grid of {points} points with shift {shift} is none; give at least 1 point and a shift above 0."
+        )
+    grid = _representable(points, shift)
+    if not (grid.diff() > 0).all():
+        most = next(n for n in range(points - 1, 0, -1) if (_representable(n, shift).diff() > 0).all())
+        raise UserError(
+            f"Of the {points} times of a grid with shift {shift} only {len(grid.unique())} differ in bfloat16, in which "
+            f"networks are told them; give at most {most} points."
+        )
+    return grid
+
+
+def _representable(points: int, shift: float) -> Tensor:
+    grid = shifted(torch.arange(1, points + 1, dtype=torch.float64) / points, shift)
+    return grid.to(torch.bfloat16).double()
+
+
+def sample_shifted_pairs(batch_size: int, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Times t `(B,)` drawn uniformly from a grid without 0, and s `(B,)`, the next below: 0 for the least t."""
+    return sample_neighbours(batch_size, torch.cat([grid.new_zeros(1), grid]))
+
+
 def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """`(points,)` ascending sigmas of EDM (2206.00364, Eq. 5), float64: even in sigma^(1 / rho), with exact ends."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.families.base import guided
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.teachers import as_text_to_image, check_finite, first_line, load_stock
+from cm_diffusers.models.teachers import check_finite, first_line, load_stock, stock_pipeline
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.pipelines.lora import load_lora
@@ -56,7 +57,7 @@ def load_pipeline(
         pipe = load_stock(source, dtype, single_file_config if folder.is_file() else None)
         _as_recorded(pipe, source)
         if _starts_from_image(pipe):
-            pipe = as_text_to_image(pipe)
+            pipe = stock_pipeline(pipe)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     if lora is not None:
@@ -145,8 +146,7 @@ def generate(
     """One image for each prompt, from its own seed: an image does not depend on the others in its batch.
 
     Args:
-        pipe: Any pipeline with the arguments `prompt`, `generator`, `num_inference_steps`, `guidance_scale`, `height`,
-            `width`.
+        pipe: Any pipeline with the arguments `prompt`, `generator`, `num_inference_steps`, `height`, `width`.
         prompts: N prompts.
         seeds: N seeds, of CPU generators, so that they mean the same on every device.
         num_inference_steps: Steps; the scheduler's `recommended_sigmas` are taken if they are so many.
@@ -160,7 +160,7 @@ def generate(
     """
 
     def ask(rows: slice, steps: int) -> dict[str, Any]:
-        arguments = {**_schedule(pipe, steps), "guidance_scale": guidance_scale}
+        arguments = _schedule(pipe, steps) | guided(pipe, guidance_scale)
         if resolution is not None:
             arguments |= {"height": resolution, "width": resolution}
         if eta is not None:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,45 +15,45 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from cm_diffusers.errors import UserError
-
-
-# Every convolution and linear layer of a Stable Diffusion UNet but the ends, as LCM-LoRA (2311.05556) adapts.
-LCM_LORA_TARGETS = (
-    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
-    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
-).split()
+from cm_diffusers.models.families.base import family_of
 
 
 def add_lora(
-    unet: UNet2DConditionModel, rank: int, alpha: float, dropout: float, target_modules: list[str]
-) -> UNet2DConditionModel:
-    """Add float32 adapters to a frozen UNet, in place. Adapter B is zero, so the output does not change."""
-    unet.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_targets(unet, target_modules))
-    unet.add_adapter(config)
-    cast_training_params(unet, torch.float32)
-    return unet.train()
+    network: nn.Module, rank: int, alpha: float, dropout: float, target_modules: list[str] | None = None
+) -> nn.Module:
+    """Add float32 adapters to a frozen network, in place. Adapter B is zero, so the output does not change.
+
+    Args:
+        target_modules: Ends of layers' names; those of its family if not given.
+    """
+    network.requires_grad_(False)
+    names = _targets(network, target_modules)
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names))
+    cast_training_params(network, torch.float32)
+    return network.train()
 
 
-def _targets(unet: nn.Module, names: list[str]) -> list[str]:
-    """The names, each of which ends that of some layer; of those of LCM-LoRA the ones that do, for small networks lack some.
+def _targets(network: nn.Module, names: list[str] | None) -> list[str]:
+    """The names, each of which ends that of some layer; of those of the family the ones that do: small networks lack some.
 
     Raises:
         ValueError: One ends no layer's name, or that of a module that is none.
     """
-    modules = dict(unet.named_modules())
+    modules = dict(network.named_modules())
     layers = {path for path, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
+    family, own = list(family_of(network).lora_targets), names is None
+    names = family if own else names
     fits = {name: {path for path in modules if f".{path}".endswith(f".{name}")} for name in names}
-    if set(names) == set(LCM_LORA_TARGETS):
+    if own or set(names) == set(family):  # a record names them all
         return [name for name in names if fits[name]]
     if misfits := [name for name in names if not name or not fits[name] or not fits[name] <= layers]:
         ends = sorted({path.rpartition(".")[2] for path in layers if not path[-1].isdigit()})
         raise UserError(
-            f"--lora_target_modules names no layer of the UNet with {', '.join(misfits)}; its linear layers and convolutions "
-            f"end on {', '.join(ends)}."
+            f"--lora_target_modules names no layer of the {type(network).__name__} with {', '.join(misfits)}; its linear "
+            f"layers and convolutions end on {', '.join(ends)}."
         )
     if not names:
-        raise UserError("--lora_target_modules names no layer; leave it out for those of LCM-LoRA.")
+        raise UserError("--lora_target_modules names no layer; leave it out for those of the teacher's family.")
     return names
 
 
@@ -101,6 +101,10 @@ class WithoutAdapters(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         with self._bare(), recomputed_with(self._blocks, self._bare):
             return self._student[0](*args, **kwargs)
+
+    @property
+    def config(self) -> FrozenDict:
+        return self._student[0].config
 
     @contextmanager
     def _bare(self) -> Iterator[None]:

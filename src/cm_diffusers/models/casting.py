@@ -3,17 +3,21 @@
 import json
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from cm_diffusers.models.families.base import FAMILIES
 from cm_diffusers.models.stored import TORCH_DTYPES, header, weight_files
 
 
-def dtype_of(name: str, dtype: torch.dtype | dict[str, torch.dtype]) -> torch.dtype:
+Dtypes = torch.dtype | dict[str, torch.dtype]
+
+
+def dtype_of(name: str, dtype: Dtypes) -> torch.dtype:
     """Of a network of a pipeline.
 
     Args:
@@ -28,33 +32,42 @@ def read_cast(path: Path, name: str, dtype: torch.dtype) -> Tensor:
         return file.get_tensor(name).to(dtype, copy=True)
 
 
-def load_cast_unet(folder: Path, variant: str | None, dtype: torch.dtype) -> dict[str, UNet2DConditionModel]:
-    """The network of a pipeline whose files hold another precision, by its name as a part.
+def load_cast_networks(folder: Path, variant: str | None, dtype: Dtypes) -> dict[str, nn.Module]:
+    """The networks of a pipeline whose files hold another precision, by their names as parts.
 
     Weights that the files lack stay on "meta", and unknown ones are left out: `check_stored` tells.
 
     Args:
-        folder: Of the pipeline; the network's files are in one piece or in shards.
+        folder: Of the pipeline; a network's files are in one piece or in shards.
         variant: Of the files, where there are such.
+        dtype: See `dtype_of`.
 
     Returns:
-        Nothing where diffusers' own way casts nothing, or where there is another kind of network.
+        Nothing of those which diffusers' own way casts not, or that are of no known family.
 
     Raises:
         ValueError: The shapes are not the config's.
     """
-    files = reversed(weight_files(folder / "unet", variant))  # so that shards, which diffusers prefers, come last
+    found = {place.parent.name: _kind(place) for place in folder.glob("*/config.json")}
+    known = {name: kind for name, kind in found.items() if kind in FAMILIES}
+    loaded = {name: _load_cast(folder / name, kind, variant, dtype_of(name, dtype)) for name, kind in known.items()}
+    return {name: network for name, network in loaded.items() if network is not None}
+
+
+def _load_cast(folder: Path, kind: str, variant: str | None, dtype: torch.dtype) -> nn.Module | None:
+    files = reversed(weight_files(folder, variant))  # so that shards, which diffusers prefers, come last
     places = {name: (path, entry["dtype"]) for path in files for name, entry in header(path)[0].items()}
-    alike = all(TORCH_DTYPES.get(stored) == dtype for _, stored in places.values())
-    if alike or not _is_unet(folder / "unet"):
-        return {}
+    if all(TORCH_DTYPES.get(stored) == dtype for _, stored in places.values()):
+        return None
+    network_class = getattr(diffusers, kind)
+    whole = set(network_class._keep_in_fp32_modules or ())  # as diffusers has it, when it casts
     with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-    for name in places.keys() & unet.state_dict().keys():
-        set_module_tensor_to_device(unet, name, "cpu", read_cast(places[name][0], name, dtype), dtype)
-    return {"unet": unet.eval()}
+        network = network_class.from_config(network_class.load_config(folder))
+    for name in places.keys() & network.state_dict().keys():
+        to = dtype if whole.isdisjoint(name.split(".")) else torch.float32
+        set_module_tensor_to_device(network, name, "cpu", read_cast(places[name][0], name, to), to)
+    return network.eval()
 
 
-def _is_unet(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == "UNet2DConditionModel"
+def _kind(config: Path) -> str | None:
+    return json.loads(config.read_text("utf-8")).get("_class_name")

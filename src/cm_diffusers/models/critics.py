@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.denoisers import unet_arguments
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS
+from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.models.heads import head_body, zeroed
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.vision_critic import VisionCritic, load_backbone

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.families.unet import is_xl
 from cm_diffusers.models.stored import only_variant
-from cm_diffusers.models.teachers import is_xl
 
 
 ANIMATEDIFF_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "trained_betas": None}

@@ -15,7 +15,7 @@ from torch import nn
 from cm_diffusers.errors import UserError
 
 
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+NETWORKS = ("unet", "transformer", "transformer_2", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Counted instead of learnt, or of the other tower of a whole CLIP model, which the text tower may be stored with.
 UNUSED = re.compile(r"position_ids$|^logit_scale$|^vision_model\.|^visual_projection\.|^text_projection\.")
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of VAEs
@@ -63,7 +63,7 @@ def check_stored(
 
 def _check_tokenizers(pipe: DiffusionPipeline, source: str | Path) -> None:
     """transformers makes one of two words where there is no file of it."""
-    for suffix in ("", "_2"):
+    for suffix in ("", "_2", "_3"):
         words, tower = getattr(pipe, f"tokenizer{suffix}", None), getattr(pipe, f"text_encoder{suffix}", None)
         known = getattr(getattr(tower, "config", None), "vocab_size", 0)
         if words is not None and 2 * len(words) < known:

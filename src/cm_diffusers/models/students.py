@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_lora
+from cm_diffusers.models.adapters import WithoutAdapters, add_lora
+from cm_diffusers.models.families.base import family_of
 from cm_diffusers.types import Networks
 
 
@@ -25,8 +26,8 @@ class StudentNetworkConfig:
     lora_rank: int = HfArg(default=64, help="Rank of the adapters.")
     lora_alpha: float = HfArg(default=64.0, help="Scale of the adapters, times 1 / rank.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapters.")
-    lora_target_modules: list[str] = HfArg(
-        default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
+    lora_target_modules: list[str] | None = HfArg(
+        default=None, help="Names of the layers that get adapters; those of the teacher's family if not given."
     )
     unet_time_cond_proj_dim: int = HfArg(
         default=256,
@@ -44,10 +45,11 @@ class StudentNetworkConfig:
         """Of the teacher's network as it is loaded: a full student is copied from the whole weights."""
         return DTYPES[self.cast_teacher_unet if self.lora else "no"]
 
-    @property
-    def guidance_embedding_dim(self) -> int | None:
-        """None where guidance goes into the weights."""
-        return None if self.lora else self.unet_time_cond_proj_dim or None
+    def guidance_embedding_dim(self, teacher: nn.Module) -> int | None:
+        """Of the student; None where guidance goes into the weights, or the teacher itself is told."""
+        family = family_of(teacher)
+        adds = not self.lora and family.student is not None and family.guidance(teacher) == "cfg"
+        return (self.unet_time_cond_proj_dim or None) if adds else None
 
 
 @dataclass
@@ -66,33 +68,27 @@ def require_autocast(config: StudentNetworkConfig, mixed_precision: str) -> None
         raise UserError(f"--cast_teacher_unet {cast} needs --mixed_precision {cast}, but that is {mixed_precision}.")
 
 
-def make_networks(teacher: UNet2DConditionModel, config: StudentNetworkConfig) -> Networks:
+def make_networks(teacher: nn.Module, config: StudentNetworkConfig) -> Networks:
     """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
     if config.lora:
         teacher.to(config.loaded_dtype)
         names = config.lora_target_modules
         student = add_lora(teacher, config.lora_rank, config.lora_alpha, config.lora_dropout, names)
         return Networks(student, teacher=WithoutAdapters(student))
-    student = make_student(teacher, config.guidance_embedding_dim)
+    student = make_student(teacher, config.guidance_embedding_dim(teacher))
     teacher.to(DTYPES[config.cast_teacher_unet])
     return Networks(student, target=frozen_copy(student), teacher=teacher)
 
 
-def make_student(teacher: UNet2DConditionModel, guidance_embedding_dim: int | None) -> UNet2DConditionModel:
+def make_student(teacher: nn.Module, guidance_embedding_dim: int | None) -> nn.Module:
     """A copy of the teacher, with a guidance embedding that starts at zero: student = teacher at step 0.
 
     Args:
-        guidance_embedding_dim: Size of the embedding, e.g. 256, as `time_cond_proj_dim` in the config; None for none.
+        guidance_embedding_dim: Size of the embedding where its family has a choice, e.g. 256; None for none.
     """
-    # `_use_default_values` among the private entries would reset time_cond_proj_dim to its default
-    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
-    config["time_cond_proj_dim"] = guidance_embedding_dim
-    student = UNet2DConditionModel.from_config(config).to(teacher.device)
-    weights = teacher.state_dict()
-    if guidance_embedding_dim:
-        weights["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
-    student.load_state_dict(weights)
-    return student.train()
+    make = family_of(teacher).student
+    student = copy.deepcopy(teacher) if make is None else make(teacher, guidance_embedding_dim)
+    return student.requires_grad_(True).train()
 
 
 class TextConditionedUNet(nn.Module):

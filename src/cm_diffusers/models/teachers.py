@@ -3,21 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    LatentConsistencyModelPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.casting import dtype_of, load_cast_unet
+from cm_diffusers.models.casting import load_cast_networks
+from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import check_stored, only_variant, weights_by_variant
 
@@ -36,7 +31,8 @@ class TeacherConfig:
     """The diffusion model to distil."""
 
     pretrained_teacher_model: str = HfArg(
-        help="Folder, Hub id or .safetensors file of a Stable Diffusion pipeline (1.x, 2.x or XL)."
+        help="Folder or Hub id of a text-to-image pipeline of a known family (Stable Diffusion 1, 2, XL, 3; Sana, Flux, "
+        "Qwen-Image, Z-Image, Wan ...), or a .safetensors file of Stable Diffusion 1, 2 or XL."
     )
     teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     teacher_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
@@ -46,23 +42,24 @@ class TeacherConfig:
     single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
 
 
-def load_teacher(config: TeacherConfig, unet_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_teacher(config: TeacherConfig, network_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The teacher's pipeline in float32 whatever its files hold, frozen.
 
     Args:
-        unet_dtype: Of its network, if another.
+        network_dtype: Of its network, if another.
 
     Raises:
-        ValueError: Not a Stable Diffusion (XL) pipeline, out of reach, or with missing or non-finite weights.
+        ValueError: Not a text-to-image pipeline of a known family, out of reach, or with missing or non-finite weights.
     """
     path, parts = config.pretrained_teacher_model, {}
     if config.pretrained_vae_model_name_or_path:
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, config.teacher_variant)
-    dtype = {"unet": unet_dtype, "default": torch.float32}
+    names = dict.fromkeys(("unet", "transformer"), network_dtype)
+    dtype = names | {"default": torch.float32}
     hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
     pipe = load_stock(path, dtype, config.single_file_config, **hub, **parts)
     _check_teacher(path, pipe)
-    pipe = as_text_to_image(pipe)
+    pipe = stock_pipeline(pipe)
     pipe.set_progress_bar_config(disable=True)
     return frozen(pipe)
 
@@ -75,27 +72,35 @@ def frozen(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-def as_text_to_image(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The same parts in the stock text-to-image pipeline, without a ControlNet or the like.
+def stock_pipeline(pipe: DiffusionPipeline, **parts: object) -> DiffusionPipeline:
+    """The same parts in the stock text-to-image pipeline of the network's class, without a ControlNet or the like.
 
     An index may name what else a model was used for: image-to-image, inpainting by its text-to-image network, ControlNet.
+
+    Args:
+        parts: In place of its own, such as a student and its scheduler.
     """
-    of_words = LatentConsistencyModelPipeline if pipe.unet.config.time_cond_proj_dim else StableDiffusionPipeline
-    kind = StableDiffusionXLPipeline if is_xl(pipe.unet) else of_words
-    if type(pipe) in (kind, LatentConsistencyModelPipeline):
+    network = parts.get(network_name(pipe), network_of(pipe))
+    kind = getattr(diffusers, family_of(network).pipeline(network))
+    if not parts and type(pipe) in (kind, diffusers.LatentConsistencyModelPipeline):
         return pipe
     modules, options = kind._get_signature_keys(kind)
-    parts = {name: getattr(pipe, name, None) for name in modules}
-    text = kind(**parts, **{name: pipe.config[name] for name in options if name in pipe.config})
-    text.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
-    return text
+    own = {name: getattr(pipe, name, None) for name in modules}
+    made = kind(**own | parts, **{name: pipe.config[name] for name in options if name in pipe.config})
+    made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
+    return made
+
+
+def network_name(pipe: DiffusionPipeline) -> str:
+    """What a pipeline calls its network: "unet" or "transformer"."""
+    return family_of(network_of(pipe)).network
 
 
 def release_encoders(pipe: DiffusionPipeline) -> None:
     """Gives the memory of VAE and text towers back; of the pipeline, only the network can compute from here on."""
-    for name in ("vae", "text_encoder", "text_encoder_2"):
-        if getattr(pipe, name, None) is not None:
-            getattr(pipe, name).to("meta")
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder")):
+            part.to("meta")
 
 
 def load_stock(
@@ -134,7 +139,7 @@ def load_stock(
         where = {"revision": revision, "variant": variant}
         here = Path(source).exists()
         folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
-        cast = load_cast_unet(Path(folder), variant, dtype_of("unet", dtype))
+        cast = load_cast_networks(Path(folder), variant, dtype)
         options = {"dtype": dtype, **where, **cast, **parts}
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except LOADING_ERRORS as error:
@@ -177,28 +182,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def is_xl(unet: UNet2DConditionModel) -> bool:
-    """Whether the network is told pooled text, sizes and crop, as Stable Diffusion XL's is."""
-    return unet.config.addition_embed_type == "text_time"
-
-
 def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
-    unet, kind = getattr(pipe, "unet", None), type(pipe).__name__
-    if not isinstance(unet, UNet2DConditionModel):
-        raise UserError(f"{path} is a {kind} without a UNet2DConditionModel; give a Stable Diffusion pipeline.")
-    if unet.config.class_embed_type or unet.config.encoder_hid_dim_type:
-        raise UserError(f"The UNet of {path} is told more than text by a {kind}; give a text-to-image pipeline.")
-    wanted = ["vae", "text_encoder", *(["text_encoder_2"] if is_xl(unet) else [])]
-    if missing := [name for name in wanted if getattr(pipe, name, None) is None]:
+    network = network_of(pipe, path)
+    if missing := [name for name in ("vae", "text_encoder") if getattr(pipe, name, None) is None]:
+        kind = type(pipe).__name__
         raise UserError(f"{path} is a {kind} without {' and '.join(missing)}; give a text-to-image pipeline.")
-    check_vae(path, pipe.vae)
-    if unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise UserError(
-            f"The UNet of {path} takes {unet.config.in_channels} channels and its VAE makes "
-            f"{pipe.vae.config.latent_channels}; give a text-to-image pipeline, not one for inpainting or editing."
-        )
-    if unet.config.time_cond_proj_dim:
-        raise UserError(f"{path} is a guidance-distilled student already; give the diffusion model it came from.")
+    family_of(network).check(path, pipe)
     check_finite(f"The teacher {path}", pipe)
 
 
@@ -225,20 +214,3 @@ def _is_broken(values: Tensor) -> bool:
     if values.is_meta or not values.is_floating_point():
         return False
     return not (values.float() if values.itemsize == 1 else values).isfinite().all()
-
-
-def check_vae(path: str, vae: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: It is none whose latents training draws and scales.
-    """
-    if not isinstance(vae, AutoencoderKL):
-        raise UserError(
-            f"The VAE of {path} is {type(vae).__name__}, whose latents training cannot draw; give a model with an "
-            "AutoencoderKL (of a teacher by --pretrained_vae_model_name_or_path, too)."
-        )
-    if vae.config.get("latents_mean") or vae.config.get("latents_std"):
-        raise UserError(
-            f"The VAE of {path} normalises every channel (latents_mean, latents_std in its config), which training does "
-            "not; give a model with another VAE."
-        )

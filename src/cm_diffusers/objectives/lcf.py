@@ -4,16 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.diffusion.denoisers import as_denoiser
 from cm_diffusers.diffusion.distances import DISTANCES
-from cm_diffusers.diffusion.guidance import guidance_embedding
-from cm_diffusers.diffusion.preconditioning import lcm_scalings
-from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
+from cm_diffusers.diffusion.process import diffuse
 from cm_diffusers.diffusion.rng import rewind_rng
-from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
+from cm_diffusers.diffusion.teaching import Teaching
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -39,51 +35,31 @@ class LCFObjective:
 
     Args:
         config: See `LCFConfig`; w_min and w_max given where the student takes guidance.
-        process: The student's noising process.
-        prediction_type: What the student predicts.
-        guidance_embedding_dim: Size of the student's guidance embedding, or None where it has none.
-        num_solver_steps: Points of the time grid it was distilled on: `original_inference_steps` of its scheduler.
-        timestep_scaling: Scale of t in the boundary scalings, as in its scheduler.
+        teaching: Of the student, on the grid and with the scalings that it was distilled with, its scheduler's.
     """
 
-    def __init__(
-        self,
-        config: LCFConfig,
-        process: DiscreteVP,
-        prediction_type: str,
-        guidance_embedding_dim: int | None,
-        num_solver_steps: int = 50,
-        timestep_scaling: float = 10.0,
-    ) -> None:
-        if guidance_embedding_dim is not None and config.w_min > config.w_max:
+    def __init__(self, config: LCFConfig, teaching: Teaching) -> None:
+        if teaching.told is not None and config.w_min > config.w_max:
             raise UserError(f"--w_min {config.w_min} is above --w_max {config.w_max}; swap them.")
         if config.loss_type not in DISTANCES:
             raise UserError(f"Unknown --loss_type {config.loss_type!r}; one of {', '.join(DISTANCES)}.")
-        if process.alphas_cumprod.min() <= 0 and prediction_type == "epsilon":
+        if teaching.starts_from_noise and teaching.prediction_type == "epsilon":
             raise UserError(
                 "The student's schedule has zero terminal SNR: its last timestep holds no signal, which an epsilon "
                 "prediction cannot read; this needs a v-prediction or sample student."
             )
-        self.config, self.process, self.prediction_type = config, process, prediction_type
-        self.guidance_embedding_dim, self.timestep_scaling = guidance_embedding_dim, timestep_scaling
-        self.grid = solver_grid(process.num_train_timesteps, num_solver_steps)
+        self.config, self.teaching = config, teaching
         self.players = {"student": self}
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
-        x0, cond, logs = batch.x0, batch.cond, {}
-        t, s = sample_solver_pairs(len(x0), self.grid)
-        if self.guidance_embedding_dim is not None:
+        x0, teaching, w, logs = batch.x0, self.teaching, None, {}
+        t, s = teaching.pairs(len(x0))
+        if teaching.told is not None:
             w = torch.empty(len(x0), device=x0.device).uniform_(self.config.w_min, self.config.w_max)
-            cond = cond | {"timestep_cond": guidance_embedding(w, self.guidance_embedding_dim)}
             logs = {"w": w.mean()}
         noise = torch.randn_like(x0)
         with torch.no_grad(), rewind_rng(x0.device):  # the student draws the same dropout masks
-            target = self.consistency(nets.target or nets.student, diffuse(self.process, x0, noise, s), s, cond)
-        online = self.consistency(nets.student, diffuse(self.process, x0, noise, t), t, cond)
+            x_s = diffuse(teaching.process, x0, noise, s)
+            target = teaching.jump(nets.target or nets.student, x_s, s, batch.cond, w)
+        online = teaching.jump(nets.student, diffuse(teaching.process, x0, noise, t), t, batch.cond, w)
         return Loss(DISTANCES[self.config.loss_type](online, target).mean(), logs)
-
-    def consistency(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """f(x_t, t) = c_skip x_t + c_out x0 (Sec. 4.1), `(B, ...)`, as `LCMScheduler.step` computes it."""
-        x0 = as_denoiser(network, self.process, self.prediction_type)(x_t, t, cond).x0
-        c_skip, c_out = lcm_scalings(t, self.timestep_scaling)
-        return append_dims(c_skip, x_t) * x_t + append_dims(c_out, x_t) * x0

@@ -4,17 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.diffusion.denoisers import as_denoiser
 from cm_diffusers.diffusion.distances import DISTANCES
-from cm_diffusers.diffusion.guidance import guidance_embedding, guide
-from cm_diffusers.diffusion.preconditioning import lcm_scalings
-from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
+from cm_diffusers.diffusion.process import diffuse
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import SOLVERS
-from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
+from cm_diffusers.diffusion.teaching import Teaching
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -31,6 +28,9 @@ class LCMConfig:
     )
     loss_type: Literal["huber", "l2"] = HfArg(default="huber", help="Distance between student and target.")
     timestep_scaling_factor: float = HfArg(default=10.0, help="Scale of t in the boundary scalings.")
+    shift: float | None = HfArg(
+        default=None, help="Teachers of a flow: shift of the time grid; that of the teacher's scheduler if not given."
+    )
 
 
 class LCMObjective:
@@ -38,27 +38,17 @@ class LCMObjective:
 
     Args:
         config: See `LCMConfig`.
-        process: The teacher's noising process.
-        prediction_type: What teacher and student predict.
-        guidance_embedding_dim: Size of the student's guidance embedding, or None where it has none (LoRA).
+        teaching: Of the teacher, on the grid of the config.
     """
 
-    def __init__(
-        self, config: LCMConfig, process: DiscreteVP, prediction_type: str, guidance_embedding_dim: int | None
-    ) -> None:
+    def __init__(self, config: LCMConfig, teaching: Teaching) -> None:
         if config.w_min > config.w_max:
             raise UserError(f"--w_min {config.w_min} is above --w_max {config.w_max}; swap them.")
         for kind, choice, known in (("solver", config.solver, SOLVERS), ("loss_type", config.loss_type, DISTANCES)):
             if choice not in known:
                 raise UserError(f"Unknown --{kind} {choice!r}; one of {', '.join(known)}.")
-        if process.alphas_cumprod.min() <= 0 and (prediction_type == "epsilon" or config.solver != "ddim"):
-            raise UserError(
-                "The teacher has zero terminal SNR: its last timestep holds no signal, which needs a v-prediction or sample "
-                f"teacher and --solver ddim; this is {prediction_type} with {config.solver}."
-            )
-        self.config, self.process, self.prediction_type = config, process, prediction_type
-        self.guidance_embedding_dim = guidance_embedding_dim
-        self.grid = solver_grid(process.num_train_timesteps, config.num_ddim_timesteps)
+        teaching.check_start(config.solver == "ddim", "--solver ddim", config.solver)
+        self.config, self.teaching = config, teaching
         self.players = {"student": self}
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
@@ -70,22 +60,13 @@ class LCMObjective:
 
     def pair(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The student's jump from t, with a gradient, the target's from s, each `(B, ...)`, and the guidance w `(B,)`."""
-        config, x0, device = self.config, batch.x0, batch.x0.device
-        t, s = sample_solver_pairs(len(x0), self.grid)
+        config, teaching, x0, device = self.config, self.teaching, batch.x0, batch.x0.device
+        t, s = teaching.pairs(len(x0))
         w = torch.empty(len(x0), device=device).uniform_(config.w_min, config.w_max)
-        x_t = diffuse(self.process, x0, torch.randn_like(x0), t)
+        x_t = diffuse(teaching.process, x0, torch.randn_like(x0), t)
         with torch.no_grad():  # first, so that its activations are gone before the student's are kept
-            denoise = as_denoiser(nets.teacher, self.process, self.prediction_type)
-            guided = guide(denoise, batch.cond, batch.uncond, w)
-            x_s = SOLVERS[config.solver](guided, self.process, x_t, t, s)  # Sec. 4.2 and 4.3
+            guided = teaching.guided(nets.teacher, batch, w)
+            x_s = SOLVERS[config.solver](guided, teaching.process, x_t, t, s)  # Sec. 4.2 and 4.3
             with rewind_rng(device):  # the student draws the same dropout masks
-                target = self.consistency(nets.target or nets.student, x_s, s, batch.cond, w)
-        return self.consistency(nets.student, x_t, t, batch.cond, w), target, w
-
-    def consistency(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], w: Tensor) -> Tensor:
-        """f(x_t, t) = c_skip x_t + c_out x0 (Sec. 4.1), `(B, ...)`, as `LCMScheduler.step` computes it."""
-        if self.guidance_embedding_dim is not None:
-            cond = cond | {"timestep_cond": guidance_embedding(w, self.guidance_embedding_dim)}
-        x0 = as_denoiser(network, self.process, self.prediction_type)(x_t, t, cond).x0
-        c_skip, c_out = lcm_scalings(t, self.config.timestep_scaling_factor)
-        return append_dims(c_skip, x_t) * x_t + append_dims(c_out, x_t) * x0
+                target = teaching.jump(nets.target or nets.student, x_s, s, batch.cond, w)
+        return teaching.jump(nets.student, x_t, t, batch.cond, w), target, w

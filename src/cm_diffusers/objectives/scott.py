@@ -4,18 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.adversarial import ADVERSARIAL_LOSSES, accuracy, adaptive_weight, approximate_r1, detour
-from cm_diffusers.diffusion.denoisers import as_denoiser
 from cm_diffusers.diffusion.distances import DISTANCES
-from cm_diffusers.diffusion.guidance import guidance_embedding, guide
-from cm_diffusers.diffusion.preconditioning import lcm_scalings
-from cm_diffusers.diffusion.process import DiscreteVP, append_dims, diffuse
+from cm_diffusers.diffusion.process import diffuse
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import NOISE_SCALES, ddim_sde, er_sde
-from cm_diffusers.diffusion.times import solver_grid
+from cm_diffusers.diffusion.teaching import Teaching
 from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
@@ -43,6 +40,9 @@ class SCottConfig:
     w_max: float = HfArg(default=14.0, help="Greatest guidance w.")
     loss_type: Literal["l2", "huber"] = HfArg(default="l2", help="Distance between student and target.")
     timestep_scaling_factor: float = HfArg(default=10.0, help="Scale of t in the boundary scalings.")
+    shift: float | None = HfArg(
+        default=None, help="Teachers of a flow: shift of the times; that of the teacher's scheduler if not given."
+    )
     adversarial_weight: float = HfArg(default=0.1, help="Weight of the adversarial term; 0.4 in the paper.")
     adversarial_balance: Literal["fixed", "adaptive"] = HfArg(
         default="fixed",
@@ -86,41 +86,25 @@ class SCottObjective:
 
     Args:
         config: See `SCottConfig`.
-        process: The teacher's noising process.
-        prediction_type: What teacher and student predict.
-        guidance_embedding_dim: Size of the student's guidance embedding, or None where it has none (LoRA).
+        teaching: Of the teacher, on the sampler's grid; trained is every time.
         critic: Whether there is one, in `Networks.critic`: (x `(B, ...)`, t `(B,)`, cond) -> logits `(B, N)`.
     """
 
-    def __init__(
-        self,
-        config: SCottConfig,
-        process: DiscreteVP,
-        prediction_type: str,
-        guidance_embedding_dim: int | None,
-        critic: bool,
-    ) -> None:
-        if process.alphas_cumprod.min() <= 0 and (prediction_type == "epsilon" or config.sde != "ddim"):
-            raise UserError(
-                "The teacher has zero terminal SNR: its last timestep holds no signal, which needs a v-prediction or sample "
-                f"teacher and --sde ddim; this is {prediction_type} with {config.sde}."
-            )
-        if config.renoise_below > process.num_train_timesteps:
-            raise UserError(
-                f"--renoise_below is {config.renoise_below}, but the teacher has {process.num_train_timesteps} timesteps."
-            )
-        self.config, self.process, self.prediction_type = config, process, prediction_type
-        self.guidance_embedding_dim, self.adversarial = (
-            guidance_embedding_dim,
-            ADVERSARIAL_LOSSES[config.adversarial_loss],
-        )
-        solver_grid(process.num_train_timesteps, config.num_ddim_timesteps)  # that of the sampler: an error is for now
+    def __init__(self, config: SCottConfig, teaching: Teaching, critic: bool) -> None:
+        teaching.check_start(config.sde == "ddim", "--sde ddim", config.sde)
+        if config.renoise_below > (most := len(teaching.times)):
+            raise UserError(f"--renoise_below is {config.renoise_below}, but the teacher has {most} timesteps.")
+        self.config, self.teaching = config, teaching
+        self.adversarial = ADVERSARIAL_LOSSES[config.adversarial_loss]
         self.players = {"student": self} | ({"critic": self.judge} if critic else {})
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
-        x_t, t, w = self.draw(batch)
-        target = self.target(nets, batch, x_t, t, w)  # first: its activations are gone before the student's are kept
-        online = self.consistency(nets.student, x_t, t, batch.cond, w)
+        x_t, number, w = self.draw(batch)
+        t = self.teaching.times[number]
+        target = self.target(
+            nets, batch, x_t, number, w
+        )  # first: its activations are gone before the student's are kept
+        online = self.teaching.jump(nets.student, x_t, t, batch.cond, w)
         value = DISTANCES[self.config.loss_type](online, target).mean()  # Eq. 1 with weight 1
         logs, weight = {"w": w.mean(), "consistency": value.detach()}, self.weight(progress)
         if weight == 0:
@@ -142,10 +126,11 @@ class SCottObjective:
         """The critic's turn (Eq. 6): it does not move before its term counts."""
         if progress.step < self.config.adversarial_start:
             return None
-        x_t, t, w = self.draw(batch)
+        x_t, number, w = self.draw(batch)
+        t = self.teaching.times[number]
         with torch.no_grad():
-            fake = self.consistency(nets.student, x_t, t, batch.cond, w)
-        real = batch.x0 if self.config.real_source == "data" else self.target(nets, batch, x_t, t, w)
+            fake = self.teaching.jump(nets.student, x_t, t, batch.cond, w)
+        real = batch.x0 if self.config.real_source == "data" else self.target(nets, batch, x_t, number, w)
         x, times = self.shown([real, fake], [torch.zeros_like(t), t])
         if self.config.r1_weight:
             near = x[: len(t)] + R1_NOISE * torch.randn_like(real)
@@ -169,40 +154,32 @@ class SCottObjective:
         return self.config.adversarial_weight * (min(1.0, done / ramp) if ramp else 1.0)
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy data `(B, ...)`, its times `(B,)`, any but 0, and guidance strengths `(B,)`."""
+        """Noisy data `(B, ...)`, the numbers of its times `(B,)`, any but the first, and guidance strengths `(B,)`."""
         size, device = len(batch.x0), batch.x0.device
-        t = torch.randint(1, self.process.num_train_timesteps, (size,))
+        number = torch.randint(1, len(self.teaching.times), (size,))
         w = torch.empty(size, device=device).uniform_(self.config.w_min, self.config.w_max)
-        return diffuse(self.process, batch.x0, torch.randn_like(batch.x0), t), t, w
+        noise = torch.randn_like(batch.x0)
+        return diffuse(self.teaching.process, batch.x0, noise, self.teaching.times[number]), number, w
 
     @torch.no_grad()
-    def target(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, w: Tensor) -> Tensor:
+    def target(self, nets: Networks, batch: Batch, x_t: Tensor, number: Tensor, w: Tensor) -> Tensor:
         """The target's jump from where the guided teacher gets in h stochastic steps (Eq. 2 to 5), `(B, ...)`."""
-        config, s = self.config, (t - self.config.solver_interval).clamp(min=0)
-        denoise = as_denoiser(nets.teacher, self.process, self.prediction_type)
-        way = guide(denoise, batch.cond, batch.uncond, w), self.process, x_t, t, s, config.solver_steps
+        config, teaching = self.config, self.teaching
+        t, s = teaching.times[number], teaching.times[(number - config.solver_interval).clamp(min=0)]
+        way = teaching.guided(nets.teacher, batch, w), teaching.process, x_t, t, s, config.solver_steps
         x_s = (
             ddim_sde(*way, config.eta)
             if config.sde == "ddim"
             else er_sde(*way, config.noise_scale, config.solver_order)
         )
         with rewind_rng(x_t.device):  # the student draws the same dropout masks
-            return self.consistency(nets.target or nets.student, x_s, s, batch.cond, w)
+            return teaching.jump(nets.target or nets.student, x_s, s, batch.cond, w)
 
     def shown(self, samples: list[Tensor], times: list[Tensor]) -> tuple[Tensor, Tensor]:
         """What the critic sees `(N B, ...)` and the times `(N B,)` it is told, of N times B samples."""
         if self.config.critic_inputs == "clean":
             return torch.cat(samples), torch.cat(times).to(samples[0].device)
-        s = torch.randint_like(times[0], self.config.renoise_below)
+        s = self.teaching.times[torch.randint(self.config.renoise_below, (len(times[0]),))]
         noise = torch.randn_like(samples[0])
-        return torch.cat([diffuse(self.process, x, noise, s) for x in samples]), s.repeat(len(samples)).to(
-            noise.device
-        )
-
-    def consistency(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], w: Tensor) -> Tensor:
-        """f(x_t, t) = c_skip x_t + c_out x0, `(B, ...)`, as `LCMScheduler.step` computes it."""
-        if self.guidance_embedding_dim is not None:
-            cond = cond | {"timestep_cond": guidance_embedding(w, self.guidance_embedding_dim)}
-        x0 = as_denoiser(network, self.process, self.prediction_type)(x_t, t, cond).x0
-        c_skip, c_out = lcm_scalings(t, self.config.timestep_scaling_factor)
-        return append_dims(c_skip, x_t) * x_t + append_dims(c_out, x_t) * x0
+        renoised = torch.cat([diffuse(self.teaching.process, x, noise, s) for x in samples])
+        return renoised, s.repeat(len(samples)).to(noise.device)

@@ -18,6 +18,7 @@ FEW_STEP_SCHEDULERS = (
     "ConsistencyScheduler",
     "EDMConsistencyScheduler",
     "TrigFlowConsistencyScheduler",
+    "FlowConsistencyScheduler",
     "LCMScheduler",
     "TCDScheduler",
 )
@@ -42,6 +43,7 @@ GRID_FIELDS = (
     "sigma_data",
     "boundary_scalings",
     "network",
+    "shift",
 )
 TCD_GAMMA = 0.3  # TCDScheduler's own default (2402.19159)
 LCM_GUIDANCE_SCALE = 8.0  # the LCM paper's evaluations (2310.04378)

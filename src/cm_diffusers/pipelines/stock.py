@@ -1,12 +1,14 @@
 """Our schedulers and pipelines as diffusers alone loads them: stock classes, in whose configs our own fields ride."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConfigMixin,
     DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
     SCMScheduler,
@@ -15,6 +17,7 @@ from diffusers import (
 
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_trigflow_consistency import TrigFlowConsistencyScheduler
 
 
@@ -54,14 +57,56 @@ def stock_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     return _carrying(kind, scheduler, kind is TCDScheduler or not own.items() <= scheduler.config.items())
 
 
-def _carrying(kind: type[SchedulerMixin], scheduler: SchedulerMixin, whole: bool) -> SchedulerMixin:
+class StockEntry(NamedTuple):
+    """How diffusers alone samples a student of a flow-matching teacher.
+
+    Attributes:
+        scheduler: A stock one with all our fields in its config.
+        arguments: Of the stock pipeline's call.
+    """
+
+    scheduler: SchedulerMixin
+    arguments: dict[str, Any]
+
+
+def stock_entry(
+    scheduler: FlowConsistencyScheduler, steps: int, sigmas: Literal["passed", "accepted", "unknown"]
+) -> StockEntry:
+    """What samples nearest to ours in so many steps: with the right times, but noise of its own, all fresh at any gamma
+    above 0, and drawn at the last step, too.
+
+    Left to itself `FlowMatchEulerDiscreteScheduler` shifts twice and ends at a time near 0. Its grid is right where u's are
+    given; without, that of one step more is, to .003, with a last evaluation that changes next to nothing.
+    `FlowMapEulerDiscreteScheduler` shifts once, but adds no noise, and takes no `mu`.
+
+    Args:
+        sigmas: How the stock pipeline has the u's: it passes an even grid by itself, with a `mu` ("passed": Flux, Qwen-Image,
+            Z-Image, Chroma, Lumina 2), leaves them to its caller ("accepted": SD3, Sana), or takes none ("unknown": Wan, whose
+            students cannot keep `recommended_sigmas`).
+    """
+    recommended, stochastic = scheduler.config.recommended_sigmas or [], scheduler.config.gamma > 0
+    even_is_right = sigmas == "passed" or not stochastic
+    if sigmas == "passed" or stochastic:
+        stock = _carrying(FlowMatchEulerDiscreteScheduler, scheduler, True, stochastic_sampling=stochastic)
+    else:
+        stock = _carrying(FlowMapEulerDiscreteScheduler, scheduler, True)
+    if sigmas == "unknown":
+        return StockEntry(stock, {"num_inference_steps": steps + (not even_is_right)})
+    if len(recommended) == steps:
+        return StockEntry(stock, {"sigmas": recommended})
+    grid = {"num_inference_steps": steps} if even_is_right else {"sigmas": [1 - i / steps for i in range(steps)]}
+    return StockEntry(stock, grid)
+
+
+def _carrying(kind: type[SchedulerMixin], scheduler: SchedulerMixin, whole: bool, **settings: Any) -> SchedulerMixin:
     """
     Args:
         whole: Also the fields that `kind` does not know; diffusers warns of them.
+        settings: Of `kind`, beside the fields.
     """
     known, own = _parameters(kind), _parameters(type(scheduler))
     fields = {name: value for name, value in scheduler.config.items() if name in known or name in own}
-    stock = kind(**{name: value for name, value in fields.items() if name in known})
+    stock = kind(**{name: value for name, value in fields.items() if name in known}, **settings)
     if whole:
         stock.register_to_config(**fields)
     return stock

@@ -24,7 +24,12 @@ from torch import Tensor
 from cm_diffusers.diffusion.preconditioning import cm_scalings, lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP, Prediction, doubled, interpret
 from cm_diffusers.errors import UserError
-from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
+from cm_diffusers.schedulers import (
+    ConsistencyScheduler,
+    EDMConsistencyScheduler,
+    FlowConsistencyScheduler,
+    TrigFlowConsistencyScheduler,
+)
 from cm_diffusers.schedulers.stepping import SteppingScheduler
 
 
@@ -185,6 +190,7 @@ LAWS: dict[type[SchedulerMixin], Callable[..., Parts]] = {
     ConsistencyScheduler: _consistency,
     EDMConsistencyScheduler: _consistency,
     TrigFlowConsistencyScheduler: _consistency,
+    FlowConsistencyScheduler: _consistency,
     LCMScheduler: _lcm,
     CMStochasticIterativeScheduler: _cm,
     FlowMatchLCMScheduler: _flow_match_lcm,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cm_diffusers.models.adapters import adapter_layers
-from cm_diffusers.models.teachers import is_xl
+from cm_diffusers.models.families.unet import is_xl
 from cm_diffusers.pipelines.lora import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS
 

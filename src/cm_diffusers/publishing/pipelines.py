@@ -6,17 +6,18 @@ from pathlib import Path
 
 from diffusers import (
     DiffusionPipeline,
-    LatentConsistencyModelPipeline,
     LCMScheduler,
     MotionAdapter,
     SchedulerMixin,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.models.teachers import is_xl
+from cm_diffusers.models.families.base import family_of
+from cm_diffusers.models.families.unet import is_xl
+from cm_diffusers.models.teachers import stock_pipeline
 from cm_diffusers.pipelines.portable import make_portable
 from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import model_writer, write_result
@@ -24,6 +25,9 @@ from cm_diffusers.publishing.lora_export import Lora
 from cm_diffusers.publishing.other_cards import motion_card
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.record import Record
+
+
+HALVED = ("unet", "transformer", "vae")  # of a student that is stored in half precision
 
 
 @dataclass
@@ -40,22 +44,17 @@ def lcm_scheduler(teacher: DiffusionPipeline, original_inference_steps: int, tim
     )
 
 
-def lcm_pipeline(
-    teacher: DiffusionPipeline, student: UNet2DConditionModel, scheduler: LCMScheduler
-) -> DiffusionPipeline:
+def lcm_pipeline(teacher: DiffusionPipeline, student: nn.Module, scheduler: SchedulerMixin) -> DiffusionPipeline:
     """The stock pipeline a student samples in.
 
-    Stable Diffusion XL's takes students with and without embedded guidance. Of the earlier ones' only LCM's takes an
-    embedding; other students keep the teacher's class.
+    Stable Diffusion XL's, and those of flows, take students with and without embedded guidance. Of the earlier ones' only
+    LCM's takes an embedding; other students keep the teacher's class.
     """
-    parts = {**teacher.components, "unet": student, "scheduler": scheduler}
-    if is_xl(student):
-        pipe = StableDiffusionXLPipeline(
-            **parts, force_zeros_for_empty_prompt=teacher.config.force_zeros_for_empty_prompt
-        )
+    parts = {family_of(student).network: student, "scheduler": scheduler}
+    if isinstance(student, UNet2DConditionModel) and not (is_xl(student) or student.config.time_cond_proj_dim):
+        pipe = type(teacher)(**teacher.components | parts, requires_safety_checker=False)
     else:
-        pipeline_class = LatentConsistencyModelPipeline if student.config.time_cond_proj_dim else type(teacher)
-        pipe = pipeline_class(**parts, requires_safety_checker=False)
+        pipe = stock_pipeline(teacher, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -83,7 +82,7 @@ def save_pipeline(
     """A complete pipeline folder that plain `DiffusionPipeline.from_pretrained` loads without this package.
 
     Args:
-        fp16: Store UNet and VAE in half precision; diffusers loads them in float32 unless told otherwise.
+        fp16: Store network and VAE in half precision; diffusers loads them in float32 unless told otherwise.
             The text tower keeps its precision, for transformers computes in whatever it finds.
         record, provenance, card: As for `write_result`.
     """
@@ -91,14 +90,14 @@ def save_pipeline(
     def write_weights(aside: Path) -> None:
         pipe.save_pretrained(aside)
         make_portable(aside)
-        for weights in [*aside.glob("unet/*.safetensors"), *aside.glob("vae/*.safetensors")] if fp16 else ():
+        for weights in [path for name in HALVED for path in aside.glob(f"{name}/*.safetensors")] if fp16 else ():
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
 
     write_result(folder, [write_weights], record, provenance, card)
 
 
 def save_lora(
-    unet: UNet2DConditionModel,
+    network: nn.Module,
     folder: Path,
     record: Record,
     provenance: Provenance | None = None,
@@ -109,7 +108,7 @@ def save_lora(
     Args:
         fp16: As for `Lora.writer`.
     """
-    write_result(folder, [lora_writer(Lora.of(unet), record, fp16)], record, provenance)
+    write_result(folder, [lora_writer(Lora.of(network), record, fp16)], record, provenance)
 
 
 def lora_writer(lora: Lora, record: Record, fp16: bool) -> Callable[[Path], None]:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 import cm_diffusers
 from cm_diffusers.engine.launcher import DEFAULTS
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.teachers import is_xl
+from cm_diffusers.models.families.unet import is_xl
 from cm_diffusers.pipelines.recorded import PROVENANCE
 from cm_diffusers.places import LOCAL, public
 

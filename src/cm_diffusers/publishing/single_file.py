@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models import ldm_layout as ldm
+from cm_diffusers.models.families.unet import is_xl
 from cm_diffusers.models.single_file import V_PREDICTION, ZERO_SNR
-from cm_diffusers.models.teachers import is_xl
 from cm_diffusers.places import public
 from cm_diffusers.record import RECORD, Record
 

@@ -158,7 +158,7 @@ def at_places(grid: list[float], places: Sequence[int]) -> list[float]:
     return [grid[place] for place in chosen(places, range(len(grid)), len(grid), 1.0)[::-1]]
 
 
-def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
+def checked(sigmas: Sequence[float], low: float, high: float, name: str = "sigmas") -> list[float]:
     """
     Raises:
         ValueError: They are no numbers from high down to low.
@@ -166,7 +166,7 @@ def checked(sigmas: Sequence[float], low: float, high: float) -> list[float]:
     values = list(sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas)
     known = all(isinstance(value, Real) and low <= value <= high for value in values)
     if not values or not known or any(a <= b for a, b in pairwise(values)):
-        raise UserError(f"sigmas must be numbers that descend, from at most {high} to at least {low}; got {values}.")
+        raise UserError(f"{name} must be numbers that descend, from at most {high} to at least {low}; got {values}.")
     return [float(value) for value in values]
 
 

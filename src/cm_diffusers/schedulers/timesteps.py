@@ -35,7 +35,7 @@ def spread(grid: Sequence[int], count: int, strength: float) -> list[int]:
     Raises:
         ValueError: The count is no whole number from 1 to the points that remain, or strength is outside (0, 1].
     """
-    _check_strength(strength)
+    check_strength(strength)
     remaining = grid[: _share(len(grid), strength)]
     if not _is_whole(count) or count < 1:
         raise UserError(f"num_inference_steps must be a whole number of at least 1, got {count!r}.")
@@ -56,7 +56,7 @@ def chosen(timesteps: Sequence[int], grid: Sequence[int], limit: int, strength: 
     Raises:
         ValueError: They are not whole, not in [0, limit), not descending, none remains, or strength is outside (0, 1].
     """
-    _check_strength(strength)
+    check_strength(strength)
     timesteps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     if not isinstance(timesteps, Sequence) or not all(_is_whole(t) for t in timesteps):
         raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}.")
@@ -85,6 +85,10 @@ def _is_whole(value: object) -> bool:
         return False
 
 
-def _check_strength(strength: float) -> None:
+def check_strength(strength: float) -> None:
+    """
+    Raises:
+        ValueError: It is not above 0 and at most 1.
+    """
     if not isinstance(strength, Real) or not 0 < strength <= 1:
         raise UserError(f"strength must be above 0 and at most 1, got {strength!r}.")

@@ -21,10 +21,12 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.video import single_frames
 from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.diffusion.teaching import Teaching, vp_teaching
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS, WithoutAdapters, add_lora
+from cm_diffusers.models.adapters import WithoutAdapters, add_lora
 from cm_diffusers.models.conditioned_unet import ConditionedUNet
+from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.models.motion import check_same_schedule, inflate, motion_adapter_of, train_motion, video_pipeline
 from cm_diffusers.models.students import frozen_copy
@@ -87,13 +89,12 @@ class Parts:
     adapter: MotionAdapter | None
     scheduler: LCMScheduler
 
-    @property
-    def process(self) -> DiscreteVP:
-        return DiscreteVP.from_scheduler(self.scheduler)
-
-    @property
-    def prediction_type(self) -> str:
-        return self.scheduler.config.prediction_type
+    def teaching(self, method: LCMConfig) -> Teaching:
+        process, grid = (
+            DiscreteVP.from_scheduler(self.scheduler),
+            (method.num_ddim_timesteps, method.timestep_scaling_factor),
+        )
+        return vp_teaching(process, self.scheduler.config.prediction_type, None, *grid)
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ def idle_settings(stage: str) -> list[str]:
 def image_lora(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
     """An LCM-LoRA of the image model: `LCMObjective` on single frames."""
     unet = parts.image.unet
-    student = add_lora(unet, config.lora_rank, config.lora_alpha, 0.0, list(LCM_LORA_TARGETS))
+    student = add_lora(unet, config.lora_rank, config.lora_alpha, 0.0)
 
     return Stage(
         Networks(student, teacher=WithoutAdapters(student)),
-        LCMObjective(method, parts.process, parts.prediction_type, None),
+        LCMObjective(method, parts.teaching(method)),
         lambda network: lcm_pipeline(parts.image, network, parts.scheduler),
         lambda network, *where: save_lora(network, *where, fp16=config.save_fp16),
         "lora",
@@ -167,7 +168,7 @@ def motion(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
     target = frozen_copy(teacher if config.target_init == "teacher" else student).train()
     return Stage(
         Networks(student, target=target, teacher=_cast(teacher, config)),
-        LCMObjective(method, parts.process, parts.prediction_type, None),
+        LCMObjective(method, parts.teaching(method)),
         lambda network: video_pipeline(parts.image, network, parts.adapter, parts.scheduler),
         lambda network, *where: _save_student(config, parts, network, lora, *where),
         "student",
@@ -182,7 +183,7 @@ def joint(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
     student = train_motion(student, also="lora_")
     return Stage(
         Networks(student, target=frozen_copy(student), teacher=_cast(teacher, config)),
-        LCMObjective(method, parts.process, parts.prediction_type, None),
+        LCMObjective(method, parts.teaching(method)),
         lambda network: video_pipeline(parts.image, network, parts.adapter, parts.scheduler),
         lambda network, *where: _save_student(config, parts, network, Lora.of(network), *where),
         "student",
@@ -196,19 +197,20 @@ def adapter(config: StageConfig, method: LCMConfig, parts: Parts) -> Stage:
     """
     refuse_changed(method, "w_min w_max solver", "in stage adapter: it has no teacher")
     unet, _, record = _fused_alike(parts, config)
-    grid = method.num_ddim_timesteps, method.timestep_scaling_factor
     if record is not None:
         refuse_changed(
             method, "num_ddim_timesteps timestep_scaling_factor", "in stage adapter: they are the student's"
         )
-        grid = record.scheduler.get("original_inference_steps", 50), record.scheduler.get("timestep_scaling", 10.0)
+        told = record.scheduler
+        grid = told.get("original_inference_steps", 50), told.get("timestep_scaling", 10.0)
+        method = replace(method, num_ddim_timesteps=grid[0], timestep_scaling_factor=grid[1])
     student = inflate(unet, parts.adapter).requires_grad_(False)
     edges = config.condition == "edges"
     result = "controlnet" if edges else "image_adapter"
     condition = _new_controlnet(parts, unet) if edges else ImageToVideoAdapter.from_unet(unet)
     return Stage(
         Networks(ConditionedUNet(student, condition.train().requires_grad_(True))),
-        LCFObjective(LCFConfig(loss_type=method.loss_type), parts.process, parts.prediction_type, None, *grid),
+        LCFObjective(LCFConfig(loss_type=method.loss_type), parts.teaching(method)),
         None,
         lambda network, folder, record, provenance: write_result(
             folder,

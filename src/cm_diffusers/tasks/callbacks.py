@@ -21,6 +21,7 @@ from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.report import replace_file
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
+from cm_diffusers.models.families.base import network_of
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.schedulers.stepping import ToldScheduler
 from cm_diffusers.types import Loss
@@ -104,8 +105,9 @@ def sample_grid(
     rows: list[Tensor] = []
 
     def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> Tensor:
-        others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.unet]
-        with placed(tuple(others), pipe.unet.device):
+        network = network_of(pipe)
+        others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not network]
+        with placed(tuple(others), network.device):
             return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
 
     def draw(trainer: Trainer) -> Image.Image:
@@ -113,12 +115,15 @@ def sample_grid(
         if teacher is not None:
             names.insert(0, f"teacher, {config.validation_teacher_steps}")
             if not rows:
-                with adapters_off(adapter_layers(teacher.unet)), trainer.accelerator.autocast():  # it may be cast
+                with (
+                    adapters_off(adapter_layers(network_of(teacher))),
+                    trainer.accelerator.autocast(),
+                ):  # it may be cast
                     rows.append(sample(teacher, config.validation_teacher_steps, config.validation_guidance_scale))
         scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
         with trainer.export_weights() as student:
             pipe = make_pipeline(student)
-            cast = pipe.unet.dtype != torch.float32  # below a LoRA
+            cast = network_of(pipe).dtype != torch.float32  # below a LoRA
             with trainer.accelerator.autocast() if cast else nullcontext():
                 samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
         return image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])

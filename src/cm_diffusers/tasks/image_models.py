@@ -31,12 +31,12 @@ from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
 from cm_diffusers.models.double_norm import add_double_norm
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
+from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import (
     LOADING,
     SINGLE_FILE_CONFIG,
     TeacherConfig,
-    check_vae,
     load_stock,
     load_teacher,
     stored_vae,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from cm_diffusers.engine.trainer import Trainer
@@ -53,9 +53,9 @@ def publish(
 
 def save_student(
     config: Any,
-    make_pipeline: Callable[[UNet2DConditionModel], DiffusionPipeline],
+    make_pipeline: Callable[[nn.Module], DiffusionPipeline],
     record: Record,
-    unet: UNet2DConditionModel,
+    network: nn.Module,
     folder: Path,
     provenance: Provenance,
 ) -> None:
@@ -65,6 +65,6 @@ def save_student(
         config: Says which, by `lora`, and how it is stored, by `save_fp16`.
     """
     if config.lora:
-        save_lora(unet, folder, record, provenance, config.save_fp16)
+        save_lora(network, folder, record, provenance, config.save_fp16)
     else:
-        save_pipeline(make_pipeline(unet), folder, config.save_fp16, record, provenance)
+        save_pipeline(make_pipeline(network), folder, config.save_fp16, record, provenance)

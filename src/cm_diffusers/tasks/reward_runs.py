@@ -15,7 +15,6 @@ from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
 from cm_diffusers.diffusion.guidance import guidance_embedding
-from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
 from cm_diffusers.models.decoding import in_chunks
@@ -29,6 +28,7 @@ from cm_diffusers.ranges import check_ranges
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.rewards import Reward
 from cm_diffusers.rewards.base import Metadata
+from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
 from cm_diffusers.types import Networks
 
@@ -212,8 +212,7 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
         nets.target = frozen_copy(nets.student)
     grid = {"num_ddim_timesteps": config.original_inference_steps, "timestep_scaling_factor": config.timestep_scaling}
     method = LCMConfig(w_min=record.w_min, w_max=record.w_max, **grid)
-    process = DiscreteVP.from_scheduler(pipe.scheduler)
-    return LCMObjective(method, process, pipe.scheduler.config.prediction_type, tuned.unet.config.time_cond_proj_dim)
+    return LCMObjective(method, teaching_of(pipe, tuned.unet.config.time_cond_proj_dim, method))
 
 
 def _diffusion_model_of(record: Record, student: str) -> str:

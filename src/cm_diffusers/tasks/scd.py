@@ -3,6 +3,8 @@
 import copy
 from dataclasses import fields
 
+from torch import nn
+
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.errors import UserError
@@ -65,9 +67,9 @@ def check_model(model: ImageModel, student: StudentNetworkConfig, taught: SCDCon
     refuse_changed(student, " ".join(field.name for field in fields(student)), "for a teacher that reads no text")
 
 
-def guidance_embedding_dim(student: StudentNetworkConfig, taught: SCDConfig) -> int | None:
+def guidance_embedding_dim(student: StudentNetworkConfig, taught: SCDConfig, teacher: nn.Module) -> int | None:
     """Of a student that is told its guidance; None where that goes into the weights."""
-    return None if taught.w_min == taught.w_max else student.guidance_embedding_dim
+    return None if taught.w_min == taught.w_max else student.guidance_embedding_dim(teacher)
 
 
 def student_and_teacher(

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.generated import GenerationConfig, training_batches
@@ -13,31 +14,32 @@ from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.adapters import LCM_LORA_TARGETS, add_lora
+from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.critics import CriticConfig
+from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.students import StudentConfig, frozen_copy
 from cm_diffusers.models.teachers import (
     SINGLE_FILE_CONFIG,
     TeacherConfig,
-    as_text_to_image,
     check_finite,
-    check_vae,
     frozen,
     load_stock,
     release_encoders,
+    stock_pipeline,
 )
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.objectives.lcm import LCMObjective
 from cm_diffusers.objectives.scott import SCottObjective
 from cm_diffusers.pipelines.lora import load_lora
 from cm_diffusers.pipelines.manners import Manners, refuse_contradiction
-from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler
+from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record
 from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
+from cm_diffusers.tasks.teachings import student_scheduler
 from cm_diffusers.types import Networks
 
 
@@ -68,8 +70,8 @@ class FinetuneConfig:
     lora_rank: int = HfArg(default=64, help="Rank of the adapters.")
     lora_alpha: float = HfArg(default=64.0, help="Scale of the adapters, times 1 / rank.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapters.")
-    lora_target_modules: list[str] = HfArg(
-        default_factory=lambda: list(LCM_LORA_TARGETS), help="Names of the layers that get adapters."
+    lora_target_modules: list[str] | None = HfArg(
+        default=None, help="Names of the layers that get adapters; those of the student's family if not given."
     )
     save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE, or its LoRA, in half precision.")
     single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
@@ -98,12 +100,12 @@ def distill(
     """
     given, method = {type(config): config for config in configs}, objective.config
     source, student, data, generation, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
-    scheduler = lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
+    scheduler = student_scheduler(teacher, method)
 
-    def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
-        return lcm_pipeline(teacher, unet, scheduler)
+    def make_pipeline(network: nn.Module) -> DiffusionPipeline:
+        return lcm_pipeline(teacher, network, scheduler)
 
-    guidance = "distilled" if student.guidance_embedding_dim is None else "embedded"
+    guidance = "distilled" if objective.teaching.told is None else "embedded"
     scale = 1.0 if guidance == "distilled" else validation.validation_guidance_scale
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
@@ -152,7 +154,7 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     record = record or _inferred(path, pipe)
     refuse_contradiction(path, record, pipe.unet)
     check_finite(f"The student {path}", pipe)
-    pipe = as_text_to_image(pipe)
+    pipe = stock_pipeline(pipe)
     pipe.scheduler = LCMScheduler.from_config({k: v for k, v in record.scheduler.items() if k != "_class_name"})
     return frozen(pipe), record
 
@@ -224,13 +226,13 @@ def with_guidance_of(record: Record, method: LCFConfig, config: FinetuneConfig) 
     return replace(method, **bounds), replace(made_from, **bounds, recommended_guidance_scale=scale)
 
 
-def finetune_networks(unet: UNet2DConditionModel, config: FinetuneConfig) -> Networks:
+def finetune_networks(network: nn.Module, config: FinetuneConfig) -> Networks:
     """The student with its EMA target, or with adapters and then its own target."""
     if config.lora:
         return Networks(
-            add_lora(unet, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+            add_lora(network, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
         )
-    student = unet.requires_grad_(True).train()
+    student = network.requires_grad_(True).train()
     return Networks(student, target=frozen_copy(student))
 
 

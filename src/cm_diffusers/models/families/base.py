@@ -4,20 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from cm_diffusers.diffusion.guidance import Conditions, combine_linear
-from cm_diffusers.diffusion.process import Prediction, Process
+from cm_diffusers.diffusion.denoisers import Call
+from cm_diffusers.diffusion.guidance import Combine, Conditions, combine_linear
+from cm_diffusers.diffusion.process import Process, RectifiedFlow
+from cm_diffusers.diffusion.teaching import Guidance, Told
 from cm_diffusers.errors import UserError
 
 
 FAMILIES = {  # class of the network -> module here, whose FAMILY it is; imported when asked for
     "UNet2DConditionModel": "unet",
+    "UNetMotionModel": "unet",
     "SD3Transformer2DModel": "sd3",
     "SanaTransformer2DModel": "sana",
     "FluxTransformer2DModel": "flux",
@@ -69,56 +71,69 @@ class Family:
     """All that is known of one architecture.
 
     Attributes:
-        pipeline: Name of the stock pipeline in diffusers that samples teacher and students.
-        network: What that calls its network.
-        prediction_type: See `interpret`.
+        pipeline: Name of the stock pipeline in diffusers that samples a network of this class.
         lora_targets: Ends of the names of the layers that get adapters.
         guidance: How a network of this class is guided: by a second, unconditional pass ("cfg"), by a number that it is
             told ("embedded"), or not at all ("none").
-        process: The noising process of a pipeline, in whose times and coordinates `call` is given x_t and t.
-        call: (network, x_t `(B, ...)`, t `(B,)`, conditions) -> output of `prediction_type`, `(B, ...)`.
+        call: (network, x_t `(B, ...)`, t `(B,)`, conditions) -> output of the prediction type, `(B, ...)`.
         encode: (pipeline, prompts) -> conditions of its text towers, each `(N, ...)`, masks included; the empty prompt
             becomes the unconditional branch.
         latents: Of a pipeline's VAE.
-        told: (conditions, w `(B,)`) -> conditions of a network that is told its guidance, with it in its own units;
+        network: What the pipeline calls its network.
+        prediction_type: Of a pipeline, see `interpret`.
+        process: The noising process of a pipeline, in whose times and coordinates `call` is given x_t and t.
+        told: Of a network that is told its guidance: conditions and w `(B,)` -> conditions with it in its own units;
             w = guidance_scale - 1.
         combine: Of conditional and unconditional prediction, w `(B,)` and t `(B,)`: classifier-free guidance as the stock
             pipeline does it.
         guided: Arguments of the stock pipeline's call for a guidance scale; 1 is none.
-        student: (teacher's network, size of an embedding) -> a copy that is told its guidance and at first ignores it; None
-            where guidance can only go into the weights.
-        told_pipeline: Name of the stock pipeline of such students, where it is another.
+        student: (teacher's network, size of an embedding) -> a copy that is told its guidance and at first ignores it,
+            or with size None a plain one; None where guidance can only go into the weights.
+        check: (name, pipeline): raises a ValueError if it is no text-to-image teacher.
     """
 
-    pipeline: str
-    network: str
-    prediction_type: str
+    pipeline: Callable[[nn.Module], str]
     lora_targets: tuple[str, ...]
-    guidance: Callable[[nn.Module], Literal["cfg", "embedded", "none"]]
-    process: Callable[[DiffusionPipeline], Process]
-    call: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
+    guidance: Callable[[nn.Module], Guidance]
+    call: Call
     encode: Callable[[DiffusionPipeline, list[str]], Conditions]
     latents: Callable[[nn.Module], Latents]
-    told: Callable[[Conditions, Tensor], Conditions] | None = None
-    combine: Callable[[Prediction, Prediction, Tensor, Tensor], Prediction] = combine_linear
+    network: str = "transformer"
+    prediction_type: Callable[[DiffusionPipeline], str] = lambda pipe: "flow_prediction"
+    process: Callable[[DiffusionPipeline], Process] = lambda pipe: RectifiedFlow()
+    told: Callable[[nn.Module], Told] | None = None
+    combine: Combine = combine_linear
     guided: Callable[[float], dict[str, float]] = lambda scale: {"guidance_scale": scale}
-    student: Callable[[nn.Module, int], nn.Module] | None = None
-    told_pipeline: str | None = None
+    student: Callable[[nn.Module, int | None], nn.Module] | None = None
+    check: Callable[[str, DiffusionPipeline], None] = lambda path, pipe: None
 
 
-def network_of(pipe: DiffusionPipeline) -> nn.Module:
+def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module:
     """The part of a pipeline that is of a known family; the first of two.
+
+    Args:
+        path: Where it came from.
 
     Raises:
         ValueError: There is none.
     """
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    if known := [part for part in parts if type(part).__name__ in FAMILIES]:
+    if known := _known(pipe):
         return known[0]
-    found = ", ".join(type(part).__name__ for part in parts) or "no network at all"
+    networks = [type(part).__name__ for part in pipe.components.values() if isinstance(part, nn.Module)]
     raise UserError(
-        f"{type(pipe).__name__} has no network of a known family, but {found}; one of {', '.join(FAMILIES)}."
+        f"{path} is a {type(pipe).__name__} without a network of a known family, but with "
+        f"{', '.join(networks) or 'no network at all'}; give a text-to-image pipeline of {', '.join(FAMILIES)}."
     )
+
+
+def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float]:
+    """Arguments of a pipeline's call, whatever its family; see `Family.guided`."""
+    known = _known(pipe)
+    return family_of(known[0]).guided(guidance_scale) if known else {"guidance_scale": guidance_scale}
+
+
+def _known(pipe: DiffusionPipeline) -> list[nn.Module]:
+    return [part for part in pipe.components.values() if type(part).__name__ in FAMILIES]
 
 
 def family_of(network: nn.Module) -> Family:
@@ -133,10 +148,12 @@ def family_of(network: nn.Module) -> Family:
 
 
 def config_of(network: nn.Module) -> FrozenDict:
-    """The configuration of a network, whatever accelerate has put around it."""
-    return extract_model_from_parallel(network).config
+    """The configuration of a network, whatever is around it for training on several devices."""
+    while not hasattr(network, "config"):
+        network = network.module
+    return network.config
 
 
-def default_of(pipeline: DiffusionPipeline, argument: str) -> Any:
+def default_of(pipe: DiffusionPipeline, argument: str) -> Any:
     """What the pipeline's call takes for an argument that is not given: its `encode_prompt` often takes another."""
-    return signature(type(pipeline).__call__).parameters[argument].default
+    return signature(type(pipe).__call__).parameters[argument].default

@@ -1,0 +1,76 @@
+"""What objectives of latent consistency are told of a teacher or a student, whatever its family."""
+
+from typing import Protocol
+
+from diffusers import DiffusionPipeline, SchedulerMixin
+
+from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.diffusion.teaching import Teaching, flow_teaching, vp_teaching
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
+from cm_diffusers.models.families.base import family_of, network_of
+from cm_diffusers.publishing.pipelines import lcm_scheduler
+from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
+
+
+class OnGrid(Protocol):
+    """The config of a method that is sampled on a grid of times."""
+
+    num_ddim_timesteps: int
+    timestep_scaling_factor: float
+    shift: float | None
+
+
+def teaching_of(teacher: DiffusionPipeline, guidance_embedding_dim: int | None, method: OnGrid) -> Teaching:
+    """
+    Args:
+        guidance_embedding_dim: Of the student's own embedding; None where it has none, or has the teacher's.
+
+    Raises:
+        ValueError: A flag is for teachers of another kind, or a shift is missing.
+    """
+    network = network_of(teacher)
+    family = family_of(network)
+    process, points = family.process(teacher), method.num_ddim_timesteps
+    if isinstance(process, DiscreteVP):
+        refuse_changed(method, "shift", "for a teacher that is no flow")
+        prediction_type = family.prediction_type(teacher)
+        return vp_teaching(process, prediction_type, guidance_embedding_dim, points, method.timestep_scaling_factor)
+    refuse_changed(method, "timestep_scaling_factor", "for a teacher of a flow, whose jump needs no scalings")
+    shift, kind = method.shift or shift_of(teacher.scheduler), family.guidance(network)
+    is_told = kind == "embedded" or guidance_embedding_dim is not None
+    return flow_teaching(family.call, shift, points, kind, family.told(network) if is_told else None, family.combine)
+
+
+def teaching_of_student(student: DiffusionPipeline) -> Teaching:
+    """Of a student on the grid of its scheduler."""
+    network, config = network_of(student), student.scheduler.config
+    family = family_of(network)
+    told = family.told(network) if family.guidance(network) == "embedded" else None
+    process = family.process(student)
+    if isinstance(process, DiscreteVP):
+        grid = config.original_inference_steps, config.timestep_scaling
+        return vp_teaching(process, family.prediction_type(student), network.config.time_cond_proj_dim, *grid)
+    return flow_teaching(family.call, config.shift, guidance="none", told=told)
+
+
+def student_scheduler(teacher: DiffusionPipeline, method: OnGrid) -> SchedulerMixin:
+    """What samples a student as it is trained, on the teacher's times."""
+    if isinstance(family_of(network_of(teacher)).process(teacher), DiscreteVP):
+        return lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
+    return FlowConsistencyScheduler(method.shift or shift_of(teacher.scheduler))
+
+
+def shift_of(scheduler: SchedulerMixin) -> float:
+    """Of a teacher's time grid, as its scheduler has it.
+
+    Raises:
+        ValueError: It depends on the size of the image.
+    """
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        raise UserError(
+            "The teacher shifts its times by the size of the image (use_dynamic_shifting of its scheduler), but a student has "
+            "one grid: give --shift, e.g. 3.16 for 1024 pixels of Flux."
+        )
+    return config.get("flow_shift") or config.get("shift") or 1.0
