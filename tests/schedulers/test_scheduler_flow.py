@@ -443,6 +443,40 @@ class TestStockPipelines:
 SIGMAS = {flux: "passed", sd3: "accepted", wan: "unknown"}
 
 
+def test_a_saved_pipeline_keeps_it(tmp_path):
+    pipe = sd3()
+    pipe.scheduler = FlowConsistencyScheduler(shift=5.0, gamma=0.5)
+    pipe.save_pretrained(tmp_path)
+    towers = {name: None for name, part in pipe.components.items() if part is None}
+    again = quiet(StableDiffusion3Pipeline.from_pretrained(tmp_path, **towers))
+    assert type(again.scheduler) is FlowConsistencyScheduler
+    assert torch.equal(ask(again, seeds(1)[0]), ask(pipe, seeds(1)[0]))
+
+
+@pytest.mark.parametrize("make", [sd3, flux])
+def test_in_half_precision_no_time_is_rounded(make):
+    """833.3 would be 832; latents of bfloat16 stay such."""
+    pipe, seen = make().to(torch.bfloat16), []
+    pipe.scheduler = FlowConsistencyScheduler(shift=5.0)
+    embeds = {"prompt_embeds": normal(5, (1, 5, 16)).bfloat16(), "pooled_prompt_embeds": normal(6, (1, 16)).bfloat16()}
+    first, again = (
+        pipe(
+            **embeds,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            height=8,
+            width=8,
+            generator=seeds(1)[0],
+            output_type="latent",
+            callback_on_step_end=lambda pipe, i, t, kept: seen.append(float(t)) or kept,
+        ).images
+        for _ in range(2)
+    )
+    assert seen == pytest.approx(2 * [1000.0, 937.5, 2500 / 3, 625.0], rel=1e-7)
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(first, again)
+
+
 def test_stock_noise_does_not_follow_the_generator_of_flux():
     """The defect that `TestOwnNoise` is about."""
     pipe = flux()
