@@ -114,7 +114,7 @@ def save_lora(
 def lora_writer(lora: Lora, record: Record, fp16: bool) -> Callable[[Path], None]:
     """Writes both forms of a student's LoRA, named after method and base model."""
     title = f"{record.method}_lora_{public(record.base_model).rstrip('/').rpartition('/')[2]}"
-    return lora.writer(title, record.scheduler["prediction_type"], fp16)
+    return lora.writer(title, record.scheduler.get("prediction_type"), fp16)
 
 
 def save_motion_adapter(
