@@ -50,7 +50,9 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             ValueError: As `RecordedMixin`, or the record does not fit the network.
         """
         kwargs.setdefault("use_safetensors", True)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        index = cls.load_config(pretrained_model_name_or_path, **of_hub(kwargs))
+        absent = {name: None for name, entry in index.items() if entry == [None, None]}  # which diffusers asks for
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **absent | kwargs)
         if record := read_record(pretrained_model_name_or_path, **of_hub(kwargs)):
             pipe._take_record(pretrained_model_name_or_path, record, kwargs)
         if kwargs.get("scheduler") is None and not isinstance(pipe.scheduler, FlowConsistencyScheduler):

@@ -1,0 +1,85 @@
+"""What holds of every family of flow networks: their calls in a loop of our own, as a function, and under adapters."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cm_diffusers.diffusion.guidance import Conditions, guide
+from cm_diffusers.diffusion.process import Prediction, RectifiedFlow, interpret
+from cm_diffusers.diffusion.solvers import ddim_step
+from cm_diffusers.models.adapters import add_lora
+from cm_diffusers.models.families.base import Family
+
+
+FLOW = RectifiedFlow()
+
+
+def predict(family: Family, network: nn.Module) -> Callable[[Tensor, Tensor, Conditions], Prediction]:
+    def denoise(x_t: Tensor, t: Tensor, cond: Conditions) -> Prediction:
+        return interpret(FLOW, family.call(network, x_t, t, cond), x_t, t, "flow_prediction")
+
+    return denoise
+
+
+@torch.no_grad()
+def euler(
+    family: Family, network: nn.Module, x: Tensor, sigmas: Tensor, cond: Conditions, uncond: Conditions, scale: float
+) -> Tensor:
+    """Samples `(B, ...)` from noise x by Euler's method with classifier-free guidance; with scale 1 without."""
+    denoise = predict(family, network)
+    guided = guide(denoise, cond, uncond, torch.full((len(x),), scale - 1), family.combine)
+    for t, s in pairwise(sigmas):
+        step = guided if scale != 1 else lambda x_t, t: denoise(x_t, t, cond)
+        x = ddim_step(step, FLOW, x, t.expand(len(x)), s.expand(len(x)))
+    return x
+
+
+def first(cond: Conditions, rows: int) -> Conditions:
+    return {name: value[:rows] for name, value in cond.items()}
+
+
+def jvp_error(family: Family, network: nn.Module, x: Tensor, cond: Conditions) -> float:
+    """Of the derivative along a direction in x, relative to central differences; parts of a network compute in float32."""
+    network, x = network.double(), x.double()
+    cond = {name: value.double() for name, value in cond.items()}
+    t, along, h = torch.full((len(x),), 0.7), torch.randn_like(x), 3e-4
+
+    def call(x_t: Tensor) -> Tensor:
+        return family.call(network, x_t, t, cond)
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        tangent = jvp(call, (x,), (along,))[1]
+        difference = (call(x + h * along) - call(x - h * along)) / (2 * h)
+    return ((tangent - difference).norm() / difference.norm()).item()
+
+
+@torch.no_grad()
+def distinct_times(family: Family, network: nn.Module, x: Tensor, cond: Conditions) -> int:
+    """How many of 100 times from 0.9 to 0.999 the network tells apart under autocast, of one x and one prompt."""
+    times = torch.linspace(0.9, 0.999, 100)
+    rows = {name: value[:1].expand(100, *value.shape[1:]) for name, value in cond.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = family.call(network, x[:1].expand(100, *x.shape[1:]), times, rows)
+    return len(outputs.float().flatten(1).unique(dim=0))
+
+
+def adapted(family: Family, network: nn.Module, x: Tensor, cond: Conditions) -> tuple[set[str], set[str]]:
+    """The names of parameters with a gradient, and of those of adapters, after adding them changed no output.
+
+    Adapter B starts at zero and passes none to A, so it is drawn first.
+    """
+    t = torch.full((len(x),), 0.6)
+    before = family.call(network, x, t, cond)
+    add_lora(network, 4, 4.0, 0.0, list(family.lora_targets))
+    assert torch.equal(family.call(network, x, t, cond), before)
+    parameters = dict(network.named_parameters())
+    for name, value in parameters.items():
+        if "lora_B" in name:
+            nn.init.normal_(value, std=0.1)
+    family.call(network, x, t, cond).square().mean().backward()
+    moved = {name for name, value in parameters.items() if value.grad is not None and value.grad.any()}
+    return moved, {name for name in parameters if "lora_" in name}
