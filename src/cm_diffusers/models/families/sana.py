@@ -95,4 +95,5 @@ FAMILY = Family(
     latents=dc_latents,
     told=_told,
     student=_student,
+    sigmas="accepted",
 )

@@ -1,5 +1,7 @@
 """Wan 2.1 and the dense one of Wan 2.2 (2503.20314): clips `(B, C, F, h, w)`, and images as clips of one frame."""
 
+import re
+
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -11,6 +13,8 @@ from cm_diffusers.models.families.latents import per_channel_latents
 
 # Those that other programs have names for, too: self_attn, cross_attn and ffn of every block.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+ORIGINAL_PARTS = {"attn1": "self_attn", "attn2": "cross_attn", "ffn": "ffn"}
+ORIGINAL_LAYERS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "net.0.proj": "0", "net.2": "2"}
 
 
 def _call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
@@ -49,6 +53,14 @@ def _check(path: str, pipeline: DiffusionPipeline) -> None:
         )
 
 
+def _lora_name(path: str, network: nn.Module) -> str | None:
+    """That of the original code; diffusers takes no alphas outside the blocks."""
+    found = re.fullmatch(r"(blocks\.\d+)\.(attn1|attn2|ffn)\.(.+)", path)
+    if found is None or found[3] not in ORIGINAL_LAYERS:
+        return None
+    return f"diffusion_model.{found[1]}.{ORIGINAL_PARTS[found[2]]}.{ORIGINAL_LAYERS[found[3]]}"
+
+
 FAMILY = Family(
     pipeline=lambda network: "WanPipeline",
     lora_targets=LORA_TARGETS,
@@ -57,4 +69,8 @@ FAMILY = Family(
     encode=_encode,
     latents=per_channel_latents,
     check=_check,
+    lora_name=_lora_name,
+    comfyui=True,
+    sigmas="unknown",
+    clips=True,
 )
