@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
 from cm_diffusers.models.merged_text import merge_zero_text
-from cm_diffusers.models.teachers import LOADING, frozen, load_stock
+from cm_diffusers.models.teachers import frozen, load_stock
 
 
 @dataclass
@@ -46,7 +46,9 @@ def new_flow_pipeline(config: SmallFlowConfig) -> StableDiffusion3Pipeline:
     base = load_stock(config.pretrained_pipeline)
     vae, tower = getattr(base, "vae", None), getattr(base, "text_encoder", None)
     if not isinstance(vae, AutoencoderKL) or not isinstance(tower, CLIPTextModel):
-        raise UserError(f"{config.pretrained_pipeline} lacks an AutoencoderKL or a CLIP text tower; give a pipeline with both.")
+        raise UserError(
+            f"{config.pretrained_pipeline} lacks an AutoencoderKL or a CLIP text tower; give a pipeline with both."
+        )
     vae.register_to_config(shift_factor=vae.config.get("shift_factor") or 0.0)  # which the pipeline adds as it is
     towers = [projecting(tower, layers) for layers in (tower.config.num_hidden_layers, 1)]
     pipe = StableDiffusion3Pipeline(
@@ -82,7 +84,9 @@ def _shorter(base: DiffusionPipeline, length: int) -> object:
         ValueError: The text tower has fewer positions.
     """
     if not 2 < length <= (most := base.text_encoder.config.max_position_embeddings):
-        raise UserError(f"--text_length is {length}; give at least 3, and at most the {most} that the text tower reads.")
+        raise UserError(
+            f"--text_length is {length}; give at least 3, and at most the {most} that the text tower reads."
+        )
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.model_max_length = length
     return tokenizer
@@ -94,7 +98,10 @@ def _new_transformer(name: str, vae: AutoencoderKL, text_width: int) -> SD3Trans
         settings = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"--transformer_config {path} cannot be read as JSON: {error}") from error
-    side, channels = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1), vae.config.latent_channels
+    side, channels = (
+        vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
+        vae.config.latent_channels,
+    )
     derived = {
         "sample_size": side,
         "in_channels": channels,
@@ -103,7 +110,9 @@ def _new_transformer(name: str, vae: AutoencoderKL, text_width: int) -> SD3Trans
         "pooled_projection_dim": text_width,
     }
     if clash := sorted(settings.keys() & {*derived, "caption_projection_dim"}):
-        raise UserError(f"--transformer_config {path} sets {', '.join(clash)}, which follow from the pipeline: leave them out.")
+        raise UserError(
+            f"--transformer_config {path} sets {', '.join(clash)}, which follow from the pipeline: leave them out."
+        )
     try:
         width = settings["num_attention_heads"] * settings["attention_head_dim"]
         return SD3Transformer2DModel(**settings, **derived, caption_projection_dim=width)

@@ -29,7 +29,8 @@ class FlowConfig:
     logit_mean: float = HfArg(default=0.0, help="Mean of log(t / (1 - t)), for logit_normal; more is more noise.")
     logit_std: float = HfArg(default=1.0, help="Standard deviation of log(t / (1 - t)), for logit_normal.")
     shift: float = HfArg(
-        default=1.0, help="Of the times, t -> k t / (1 + (k - 1) t): above 1 for large images; 1 leaves them as they are."
+        default=1.0,
+        help="Of the times, t -> k t / (1 + (k - 1) t): above 1 for large images; 1 leaves them as they are.",
     )
     condition_dropout: float = HfArg(default=0.1, help="Share of conditions replaced by the unconditional ones.")
 
