@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
 from cm_diffusers.models.merged_text import merge_zero_text
-from cm_diffusers.models.teachers import LOADING, frozen, load_stock
+from cm_diffusers.models.teachers import frozen, load_stock
 
 
 @dataclass
