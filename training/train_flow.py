@@ -33,7 +33,7 @@ CONFIGS = (SmallFlowConfig, DataConfig, FlowConfig, OptimConfig, TrainConfig, Va
 def main() -> None:
     shape, data, method, optim, train, validation, result = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
-    pipe = new_flow_pipeline(shape)
+    pipe = new_flow_pipeline(shape, data.resolution, method.shift)
     objective = FlowObjective(method, family_of(pipe.transformer).call)
     grid = sample_grid(validation, lambda _: pipe, resolution=data.resolution)
     trainer = Trainer(train, Networks(pipe.transformer), objective, optim, settings=[data, shape], callbacks=[grid])
