@@ -106,10 +106,6 @@ class WithoutAdapters(nn.Module):
     def config(self) -> FrozenDict:
         return self._student[0].config
 
-    @property
-    def config(self) -> FrozenDict:
-        return self._student[0].config
-
     @contextmanager
     def _bare(self) -> Iterator[None]:
         """Adapters are off, and layers that act otherwise in training do as in evaluation."""
