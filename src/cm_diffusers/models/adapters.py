@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -100,6 +101,14 @@ class WithoutAdapters(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         with self._bare(), recomputed_with(self._blocks, self._bare):
             return self._student[0](*args, **kwargs)
+
+    @property
+    def config(self) -> FrozenDict:
+        return self._student[0].config
+
+    @property
+    def config(self) -> FrozenDict:
+        return self._student[0].config
 
     @contextmanager
     def _bare(self) -> Iterator[None]:

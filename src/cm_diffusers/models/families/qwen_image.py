@@ -75,4 +75,6 @@ FAMILY = Family(
     latents=partial(per_channel_latents, patch=2),
     combine=combine_rescaled,
     guided=_guided,
+    lora_name=lambda path, network: path,
+    comfyui=True,
 )

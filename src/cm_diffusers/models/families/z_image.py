@@ -43,4 +43,6 @@ FAMILY = Family(
     encode=_encode,
     latents=partial(kl_latents, patch=2),
     guided=lambda scale: {"guidance_scale": scale - 1},
+    lora_name=lambda path, network: f"diffusion_model.{path}",
+    comfyui=True,
 )
