@@ -264,13 +264,10 @@ class _Source:
         places = [(tensors_of(self.shards[i // GENERATED_ROWS]), i % GENERATED_ROWS) for i in rows]
         x0 = torch.stack([tensors["x0"][place] for tensors, place in places]).float()
         dropped = batch_generator(k, self.position).random(size) < self.config.proportion_empty_prompts
-        cond = self._conditions(np.where(dropped, 0, self.numbers[rows]))
-        empty = self._conditions(np.zeros(1, dtype=int))
+        cond = self.table[np.where(dropped, 0, self.numbers[rows])]
+        empty = self.table[np.zeros(1, dtype=int)]
         uncond = {name: empty[name].expand_as(value) for name, value in cond.items()}
         ids = {}
         if self.micro_conditioning:  # what the pipeline tells the network when nothing else is asked for
             ids["time_ids"] = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * size).float()
         return x0, cond | ids, uncond | ids
-
-    def _conditions(self, numbers: np.ndarray) -> Tensors:
-        return {name: value.float() for name, value in self.table[numbers].items()}

@@ -103,7 +103,7 @@ class Family:
     process: Callable[[DiffusionPipeline], Process] = lambda pipe: RectifiedFlow()
     told: Callable[[nn.Module], Told] | None = None
     combine: Combine = combine_linear
-    guided: Callable[[float], dict[str, float]] = lambda scale: {"guidance_scale": scale}
+    guided: Callable[[float], dict[str, float | str]] = lambda scale: {"guidance_scale": scale}
     student: Callable[[nn.Module, int | None], nn.Module] | None = None
     check: Callable[[str, DiffusionPipeline], None] = lambda path, pipe: None
 
@@ -126,7 +126,7 @@ def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module
     )
 
 
-def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float]:
+def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float | str]:
     """Arguments of a pipeline's call, whatever its family; see `Family.guided`."""
     known = _known(pipe)
     return family_of(known[0]).guided(guidance_scale) if known else {"guidance_scale": guidance_scale}
