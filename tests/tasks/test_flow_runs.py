@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from family_checks import adapters
 from scripts import CAPTIONS, data_flags, image_folder, run_script
 from tiny_flow import tiny_sd3
 from tiny_flow_a import tiny_sana
@@ -15,6 +14,7 @@ from tiny_flow_b import tiny_flux, tiny_klein, tiny_qwen_image, tiny_z_image
 
 from cm_diffusers import ConsistencyPipeline
 from cm_diffusers.evaluation.sampling import generate
+from cm_diffusers.models.adapters import adapter_layers
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.pipelines.stock import stock_entry
 from cm_diffusers.record import read_record
@@ -58,7 +58,7 @@ def test_a_lora_of_every_family(home: Path, family: str) -> None:
     assert record.guidance == ("embedded" if family == TOLD else "distilled")
     assert isinstance(pipe.scheduler, FlowConsistencyScheduler)
     assert pipe.scheduler.config.shift == 3.0
-    learnt = [layer.lora_B for _, layer in adapters(network_of(pipe))]
+    learnt = [layer.lora_B for layer in adapter_layers(network_of(pipe))]
     assert learnt
     assert any(next(iter(b.values())).weight.abs().max() > 0 for b in learnt)
     ours = sampled(pipe, steps=2)
