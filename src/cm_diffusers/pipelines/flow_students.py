@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,7 @@ from cm_diffusers.pipelines.lora import Source, check_weights, folder_of, free_n
 from cm_diffusers.pipelines.lora_roles import Told, acting, why_off
 from cm_diffusers.pipelines.manners import Manners, contradiction, mismatches
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
-from cm_diffusers.pipelines.stock import CarriedSchedulerMixin
+from cm_diffusers.pipelines.stock import PRIVATE_RECORD, CarriedSchedulerMixin
 from cm_diffusers.record import is_of_flow, read_record
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 
@@ -30,7 +29,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
     from them. A pipeline without a record, as of a base model, is in all but its LoRAs the stock one.
     """
 
-    _network = "transformer"
+    _network, _record = "transformer", PRIVATE_RECORD
     _stock: type[DiffusionPipeline]
     _before_lora: tuple[str, Told] | None = None  # a student's LoRA, and what was known before it
 
@@ -108,7 +107,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         self._adopt_scheduler()
 
     def _tell(self, told: Told) -> None:
-        self.register_to_config(record=told.record and asdict(told.record))
+        self.record = told.record
         self.training = told.training
         self.scheduler = told.scheduler or self.scheduler
 
