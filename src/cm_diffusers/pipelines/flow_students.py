@@ -129,6 +129,9 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             self._before_lora = None
             self._tell(before)
 
+    def _run(self, asked: Mapping[str, Any]) -> Any:
+        return self._stock.__call__(self, **self._asked(asked))
+
     def _asked(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call with what the record recommends in the place of those left out.
 
@@ -148,12 +151,13 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
 
     def _check(self, manners: Manners, scale: float, name: str, given: Mapping[str, Any]) -> None:
         negative = any(key.startswith("negative_") and not _is_empty(value) for key, value in given.items())
-        manners.check(scale, negative)
-        if negative and scale <= 1:
+        if negative and scale <= 1 and manners.guidance == "distilled":
+            shown = family_of(self.student).guided(scale)[name]
             raise UserError(
-                f"A negative prompt has no branch to act in at {name} {given.get(name, 'of this student')}, which is no "
-                f"guidance; leave it out, or give a {name} a little higher."
+                f"At {name} {shown:g} there is no guidance, so a negative prompt has no branch to act in; leave it out, or "
+                f"give a {name} a little higher."
             )
+        manners.check(scale, negative)
         if found := mismatches(self.scheduler, self.record):
             warnings.warn(f"The scheduler does not fit this student: {'; '.join(found)}.", stacklevel=5)
         lora = self._before_lora[0] if self._before_lora else None
@@ -188,8 +192,7 @@ def student_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     @wraps(stock.__call__)
     def call(self: FlowStudentMixin, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
-        given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        return stock.__call__(self, **self._asked(given))
+        return self._run({name: value for name, value in bound.arguments.items() if name != "self"})
 
     own = {"_stock": stock, "__call__": call, "__doc__": stock.__doc__, "__module__": __name__}
     return type(stock.__name__, (FlowStudentMixin, stock), own)
