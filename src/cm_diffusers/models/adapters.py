@@ -107,10 +107,6 @@ class WithoutAdapters(nn.Module):
         with self._bare(), recomputed_with(self._blocks, self._bare):
             return self._student[0](*args, **kwargs)
 
-    @property
-    def config(self) -> FrozenDict:
-        return self._student[0].config
-
     @contextmanager
     def _bare(self) -> Iterator[None]:
         """Adapters are off, and layers that act otherwise in training do as in evaluation."""
