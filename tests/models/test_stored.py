@@ -81,7 +81,7 @@ def test_a_record_that_contradicts_its_network(models, tmp_path, loader: str) ->
     shutil.copytree(models / "student", tmp_path / "student")
     write_record(replace(read_record(tmp_path / "student"), guidance="embedded"), tmp_path / "student")
     assert refusal(LOADERS[loader], tmp_path / "student") == (
-        f"{tmp_path / 'student'} is not as it was published: the record says that guidance is 'embedded', but this UNet takes "
+        f"{tmp_path / 'student'} is not as it was published: the record says that guidance is 'embedded', but this network takes "
         "no embedding of guidance; get it anew."
     )
 

@@ -3,6 +3,8 @@
 A student of dev is told the same guidance as its teacher: there is no second pass, and no embedding to add.
 """
 
+from functools import partial
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -54,7 +56,9 @@ FAMILY = Family(
     guidance=_guidance,
     call=_call,
     encode=_encode,
-    latents=lambda vae: kl_latents(vae, patch=2),
+    latents=partial(kl_latents, patch=2),
     told=lambda transformer: told_scale,
     check=_check,
+    lora_name=lambda path, network: f"lora_transformer_{path.replace('.', '_')}",
+    comfyui=True,
 )

@@ -1,5 +1,7 @@
 """Qwen-Image: guided by a second pass, after which each token's velocity gets back the length that it had before."""
 
+from functools import partial
+
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -68,8 +70,10 @@ FAMILY = Family(
     guidance=lambda transformer: "cfg",
     call=_call,
     encode=_encode,
-    latents=lambda vae: per_channel_latents(vae, patch=2),
+    latents=partial(per_channel_latents, patch=2),
     combine=combine_rescaled,
     guided=_guided,
     check=_check,
+    lora_name=lambda path, network: path,
+    comfyui=True,
 )
