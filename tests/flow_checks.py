@@ -67,8 +67,7 @@ def jvp_error(family: Family, network: nn.Module, x: Tensor, cond: Conditions) -
     """
     network, h = network.double(), 3e-4
     x, along = torch.randn(2, 8, *x.shape[1:], dtype=torch.float64)
-    cond = {name: value.repeat(4, *[1] * (value.ndim - 1)) for name, value in cond.items()}
-    cond = {name: value.double() if value.is_floating_point() else value for name, value in cond.items()}
+    cond = {name: _doubled(value).repeat(4, *[1] * (value.ndim - 1)) for name, value in cond.items()}
     t = torch.linspace(0.2, 0.9, 8)
 
     def call(x_t: Tensor) -> Tensor:
@@ -116,3 +115,7 @@ def without_adapters(network: nn.Module, *starts: str) -> set[str]:
     inside = tuple(f"{name}." for name, layer in modules.items() if isinstance(layer, BaseTunerLayer))
     linear = {name for name, layer in modules.items() if isinstance(layer, nn.Linear) and name.startswith(starts)}
     return {name for name in linear if not name.startswith(inside)}
+
+
+def _doubled(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value

@@ -3,8 +3,6 @@
 A student of dev is told the same guidance as its teacher: there is no second pass, and no embedding to add.
 """
 
-from functools import partial
-
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -56,7 +54,7 @@ FAMILY = Family(
     guidance=_guidance,
     call=_call,
     encode=_encode,
-    latents=partial(kl_latents, patch=2),
+    latents=lambda vae: kl_latents(vae, patch=2),
     told=lambda transformer: told_scale,
     check=_check,
     lora_name=lambda path, network: f"lora_transformer_{path.replace('.', '_')}",

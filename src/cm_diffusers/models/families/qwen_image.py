@@ -1,7 +1,5 @@
 """Qwen-Image: guided by a second pass, after which each token's velocity gets back the length that it had before."""
 
-from functools import partial
-
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -70,7 +68,7 @@ FAMILY = Family(
     guidance=lambda transformer: "cfg",
     call=_call,
     encode=_encode,
-    latents=partial(per_channel_latents, patch=2),
+    latents=lambda vae: per_channel_latents(vae, patch=2),
     combine=combine_rescaled,
     guided=_guided,
     check=_check,

@@ -4,8 +4,6 @@ Its pipeline guides v_c + g (v_c - v_u): its `guidance_scale` g is our w, one le
 The pipeline's optional cap on the length of a guided velocity is off, as it is there by default.
 """
 
-from functools import partial
-
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -39,7 +37,7 @@ FAMILY = Family(
     guidance=lambda transformer: "cfg",
     call=_call,
     encode=_encode,
-    latents=partial(kl_latents, patch=2),
+    latents=lambda vae: kl_latents(vae, patch=2),
     guided=lambda scale: {"guidance_scale": scale - 1},
     lora_name=lambda path, network: f"diffusion_model.{path}",
     comfyui=True,
