@@ -67,6 +67,5 @@ FAMILY = Family(
     encode=_encode,
     latents=partial(kl_latents, patch=2),
     told=lambda transformer: told_scale,
-    lora_name=lambda path, network: f"lora_transformer_{path.replace('.', '_')}",
     comfyui=True,
 )
