@@ -100,7 +100,7 @@ def stock_entry(scheduler: FlowConsistencyScheduler, steps: int, sigmas: Sigmas)
     above 0, and drawn at the last step, too.
 
     Left to itself `FlowMatchEulerDiscreteScheduler` shifts twice and ends at a time near 0. Its grid is right where u's are
-    given; without, that of one step more is, to .003, with a last evaluation that changes next to nothing.
+    given; without, that of one step more is, to about .01, with a last evaluation that changes next to nothing.
     `FlowMapEulerDiscreteScheduler` shifts once, but adds no noise, and takes no `mu`.
 
     Args:

@@ -6,7 +6,6 @@ from importlib import import_module
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
-from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
@@ -174,8 +173,10 @@ def family_tagged(tag: str) -> Family | None:
 
 
 def config_of(network: nn.Module) -> FrozenDict:
-    """The configuration of a network, whatever accelerate has put around it."""
-    return extract_model_from_parallel(network).config
+    """The configuration of a network, whatever is around it for training on several devices."""
+    while not hasattr(network, "config"):
+        network = network.module
+    return network.config
 
 
 def default_of(pipeline: DiffusionPipeline, argument: str) -> Any:

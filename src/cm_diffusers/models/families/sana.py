@@ -14,6 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.guidance import Conditions
+from cm_diffusers.diffusion.teaching import Told
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import Family, config_of, default_of
 from cm_diffusers.models.families.latents import dc_latents
@@ -32,35 +33,37 @@ def _call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tenso
     """The velocity `(B, C, h, w)`.
 
     Args:
-        cond: `prompt_embeds` `(B, L, D)`, `prompt_attention_mask` `(B, L)`, and `guidance` `(B,)`, in the units of the pipeline's
-            `guidance_scale`, of a network that is told it.
+        cond: `encoder_hidden_states` `(B, L, D)`, `encoder_attention_mask` `(B, L)`, and `guidance` `(B,)` of a network that is
+            told it.
     """
-    config = config_of(network)
-    guidance = config.guidance_embeds_scale * cond["guidance"] if config.guidance_embeds else None
-    return network(
-        x_t,
-        encoder_hidden_states=cond["prompt_embeds"],
-        timestep=_time_unit(config) * t,
-        guidance=guidance,
-        encoder_attention_mask=cond["prompt_attention_mask"],
-        return_dict=False,
-    )[0]
+    return network(x_t, timestep=_time_unit(config_of(network)) * t, **cond, return_dict=False)[0]
+
+
+def _told(network: nn.Module) -> Told:
+    """Guidance as Sprint's network knows it, 0.1 of the pipeline's `guidance_scale`."""
+    unit = config_of(network).guidance_embeds_scale
+    return lambda cond, w: cond | {"guidance": unit * (w + 1)}
 
 
 def _encode(pipeline: DiffusionPipeline, prompts: list[str]) -> Conditions:
     """As the pipeline's call does: prompts follow its instruction to enhance them, the empty one of guidance does not."""
-    alone = {"do_classifier_free_guidance": False} if isinstance(pipeline, SanaPipeline) else {}
+    options = {"device": pipeline.text_encoder.device}
+    if isinstance(pipeline, SanaPipeline):
+        options["do_classifier_free_guidance"] = False
     instruction = default_of(pipeline, "complex_human_instruction")
-    embeds, mask, *_ = pipeline.encode_prompt(prompts, complex_human_instruction=instruction, **alone)
+    states, mask, *_ = pipeline.encode_prompt(prompts, complex_human_instruction=instruction, **options)
     if "" in prompts:
-        empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
-        no_embeds, no_mask, *_ = pipeline.encode_prompt([""], **alone)
-        embeds, mask = torch.where(empty[:, None, None], no_embeds, embeds), torch.where(empty[:, None], no_mask, mask)
-    return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        empty = torch.tensor([prompt == "" for prompt in prompts], device=states.device)
+        no_states, no_mask, *_ = pipeline.encode_prompt([""], **options)
+        states, mask = torch.where(empty[:, None, None], no_states, states), torch.where(empty[:, None], no_mask, mask)
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
 def _student(teacher: nn.Module, guidance_embedding_dim: int | None) -> nn.Module:
     """A network for Sprint's pipeline, the only one that tells guidance: it tells times from 0 to 1.
+
+    Args:
+        guidance_embedding_dim: None for none; the class knows one size only.
 
     Raises:
         ValueError: The teacher was taught another unit of time.
@@ -70,27 +73,28 @@ def _student(teacher: nn.Module, guidance_embedding_dim: int | None) -> nn.Modul
     if not isclose(unit := _time_unit(teacher.config), 1.0):
         raise UserError(
             f"A Sana student is told its guidance by SanaSprintPipeline, with times from 0 to 1, but this teacher knows times "
-            f"from 0 to {unit:g}: put guidance into the student's weights by --unet_time_cond_proj_dim 0, or give a teacher whose "
+            f"from 0 to {unit:g}: put guidance into the student's weights (--unet_time_cond_proj_dim 0), or give a teacher whose "
             "timestep_scale is 0.001."
         )
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
-    student = SanaTransformer2DModel.from_config({**config, "guidance_embeds": True})
+    student = SanaTransformer2DModel.from_config({**config, "guidance_embeds": True}).to(teacher.device)
     weights = {name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()}
     student.load_state_dict({**student.state_dict(), **weights})
     last = student.time_embed.guidance_embedder.linear_2
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return student.to(teacher.device)
+    return student
 
 
 FAMILY = Family(
-    pipeline=lambda network: "SanaSprintPipeline" if config_of(network).guidance_embeds else "SanaPipeline",
+    pipeline=lambda network: "SanaSprintPipeline" if network.config.guidance_embeds else "SanaPipeline",
     lora_targets=LORA_TARGETS,
-    guidance=lambda network: "embedded" if config_of(network).guidance_embeds else "cfg",
+    guidance=lambda network: "embedded" if network.config.guidance_embeds else "cfg",
     call=_call,
     encode=_encode,
     latents=dc_latents,
-    told=lambda network: lambda cond, w: {**cond, "guidance": w + 1},
+    told=_told,
+    guided=lambda scale: {"guidance_scale": scale, "use_resolution_binning": False},  # the size that is asked for
     student=_student,
     sigmas="accepted",
 )

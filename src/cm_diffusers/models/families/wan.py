@@ -17,31 +17,40 @@ ORIGINAL_PARTS = {"attn1": "self_attn", "attn2": "cross_attn", "ffn": "ffn"}
 ORIGINAL_LAYERS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "net.0.proj": "0", "net.2": "2"}
 
 
-def _check(path: str, pipeline: DiffusionPipeline) -> None:
-    if getattr(pipeline, "transformer_2", None) is not None:
-        raise UserError(
-            f"{path} has two experts, transformer and below boundary_ratio {pipeline.config.boundary_ratio} transformer_2, and "
-            "each would need a student of its own; give Wan 2.1 or the 5B of Wan 2.2, which have one network."
-        )
-
-
 def _call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
     """The velocity, of the shape of x_t: clips `(B, C, F, h, w)` or images `(B, C, h, w)`.
 
     Where the pipeline tells a time for each token (`expand_timesteps`), all are the same: the network is told it once.
 
     Args:
-        cond: `prompt_embeds` `(B, L, D)`, zeros after the prompt: the network sees them, so L is part of the teacher.
+        cond: `encoder_hidden_states` `(B, L, D)`, zeros after the prompt: the network sees them, so that L matters.
     """
     if x_t.ndim == 4:
         return _call(network, x_t[:, :, None], t, cond)[:, :, 0]
-    return network(x_t, 1000 * t, cond["prompt_embeds"], return_dict=False)[0]
+    return network(x_t, 1000 * t, **cond, return_dict=False)[0]
 
 
 def _encode(pipeline: DiffusionPipeline, prompts: list[str]) -> Conditions:
-    length = default_of(pipeline, "max_sequence_length")
-    embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
-    return {"prompt_embeds": embeds}
+    """States `(N, 512, D)`."""
+    length, device = default_of(pipeline, "max_sequence_length"), pipeline.text_encoder.device
+    states, _ = pipeline.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=device
+    )
+    return {"encoder_hidden_states": states}
+
+
+def _check(path: str, pipeline: DiffusionPipeline) -> None:
+    config = pipeline.transformer.config
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise UserError(
+            f"{path} has two experts, transformer and, below boundary_ratio {pipeline.config.boundary_ratio}, transformer_2, and "
+            "each would need a student of its own; give Wan 2.1 or the 5B of Wan 2.2, which have one network."
+        )
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"The network of {path} takes {config.in_channels} channels and makes {config.out_channels}: it is told an image, too; "
+            "give a text-to-video pipeline."
+        )
 
 
 def _lora_name(path: str, network: nn.Module) -> str | None:
