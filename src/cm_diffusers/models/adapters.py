@@ -98,17 +98,14 @@ class WithoutAdapters(nn.Module):
         self._in_training = [module for module in student.modules() if isinstance(module, _DropoutNd | _NormBase)]
         self._blocks = [module for module in student.modules() if hasattr(module, "gradient_checkpointing")]
 
+    @property
+    def config(self) -> FrozenDict:
+        """A family's call may ask the network what it is told."""
+        return self._student[0].config
+
     def forward(self, *args: object, **kwargs: object) -> object:
         with self._bare(), recomputed_with(self._blocks, self._bare):
             return self._student[0](*args, **kwargs)
-
-    @property
-    def config(self) -> FrozenDict:
-        return self._student[0].config
-
-    @property
-    def config(self) -> FrozenDict:
-        return self._student[0].config
 
     @contextmanager
     def _bare(self) -> Iterator[None]:

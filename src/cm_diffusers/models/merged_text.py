@@ -69,7 +69,8 @@ def _out(attn: Attention, states: Tensor) -> Tensor:
 def _merge(network: SD3Transformer2DModel, args: tuple, told: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Before a forward pass: the zeros that end every text of the batch become one, and the processors know how many."""
     text = told["encoder_hidden_states"]
-    words = int(text.detach().any(dim=2).any(dim=0).nonzero().max()) + 1
+    numbers = torch.arange(1, text.shape[1] + 1, device=text.device)
+    words = int((text.detach().any(dim=2).any(dim=0) * numbers).max())
     zeros = text.shape[1] - words
     for processor in network.attn_processors.values():
         processor.count = max(zeros, 1)

@@ -140,7 +140,9 @@ def load_stock(
         here = Path(source).exists()
         folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
         cast = load_cast_networks(Path(folder), variant, dtype)
-        options = {"dtype": dtype, **where, **cast, **parts}
+        index = DiffusionPipeline.load_config(folder)
+        absent = {name: None for name, entry in index.items() if entry == [None, None]}  # which diffusers asks for
+        options = {"dtype": dtype, **where, **absent, **cast, **parts}
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except LOADING_ERRORS as error:
         trouble = (
