@@ -704,10 +704,20 @@ class DiscreteVP:
 
     @classmethod
     def from_scheduler(cls, scheduler: SchedulerMixin) -> "DiscreteVP":
-        """The process of any diffusers scheduler that has `alphas_cumprod`."""
+        """The process of any diffusers scheduler that has `alphas_cumprod`, but for those of flow matching.
+
+        Of these some have it all the same, and noise otherwise.
+        """
+        name, config = type(scheduler).__name__, scheduler.config
+        flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        if flows or name.startswith("Flow"):
+            raise UserError(
+                f"The scheduler {name} is one of flow matching and has no discrete variance-preserving schedule; see its "
+                "network as one of RectifiedFlow, or give a Stable Diffusion style teacher (DDIM, DDPM, DPM-Solver, Euler ...)."
+            )
         if not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(
-                f"The teacher's scheduler {type(scheduler).__name__} has no discrete variance-preserving schedule "
+                f"The teacher's scheduler {name} has no discrete variance-preserving schedule "
                 "(alphas_cumprod); give a Stable Diffusion style teacher (DDIM, DDPM, DPM-Solver, Euler ...)."
             )
         return cls(scheduler.alphas_cumprod.double().cpu())
@@ -758,7 +768,10 @@ PURE_NOISE = 1.57080  # as SCMScheduler has pi / 2
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """Linear interpolation (2209.03003), t in [0, 1]: alpha = 1 - t, sigma = t."""
+    """Linear interpolation (2209.03003), t in [0, 1]: alpha = 1 - t, sigma = t.
+
+    At t = 1, pure noise, half_log_snr is -inf and at t = 0 inf; `time_at` takes both.
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - exact(t)
@@ -789,12 +802,6 @@ def _epsilon(cos: Tensor, sin: Tensor, d: float) -> Conversion:
     return Conversion(_vp(cos, sin, d), -sin / (d * cos), 1 / cos)
 
 
-def _flow_prediction(cos: Tensor, sin: Tensor, d: float) -> Conversion:
-    """v = noise - x0 of rectified flow; for d = 1 the form of SANA-Sprint (2503.09641, Eq. 9)."""
-    c = 1 / (cos + d * sin)
-    return Conversion(c, c * (d * cos - sin) / d, c)
-
-
 def _sample(cos: Tensor, sin: Tensor, d: float) -> Conversion:
     return Conversion(_vp(cos, sin, d), cos / (d * sin), -1 / (d * sin))
 
@@ -804,6 +811,16 @@ def _v_prediction(cos: Tensor, sin: Tensor, d: float) -> Conversion:
     return Conversion(c, cos * sin * (d**2 - 1) / d * c**2, c)
 
 
+def flow_scalings(cos: Tensor, sin: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """c, on_x and on_output `(B,)`: of a sample x in TrigFlow's coordinates, rectified flow's network is shown c x.
+
+    Its answer v = noise - x0 (2209.03003) makes F = on_x x + on_output v, TrigFlow's F; EDM's is -F. For sigma_data = 1 this
+    is the form of SANA-Sprint (2503.09641, Eq. 9).
+    """
+    c = 1 / (cos + sigma_data * sin)
+    return c, c * (sigma_data * cos - sin) / sigma_data, c
+
+
 # What a network answers with, by (cos, sin, sigma_data): EDM's F, a variance-preserving or a flow network's prediction.
 OUTPUTS: dict[str, Callable[[Tensor, Tensor, float], Conversion]] = {
     "trigflow": lambda cos, sin, d: Conversion(cos.new_full(cos.shape, 1 / d), 0 * cos, cos.new_ones(cos.shape)),
@@ -811,7 +828,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor, float], Conversion]] = {
     "epsilon": _epsilon,
     "v_prediction": _v_prediction,
     "sample": _sample,
-    "flow_prediction": _flow_prediction,
+    "flow_prediction": lambda cos, sin, d: Conversion(*flow_scalings(cos, sin, d)),
 }
 
 
@@ -850,7 +867,8 @@ class TrigFlowNetwork:
     @property
     def difference_step(self) -> float:
         """By how much to move what the network is told for a difference: in float32 it errs by some 1e-3 then, or less."""
-        return {"trigflow": 3e-3, "edm": 2e-4}.get(self.conditioning, 0.05)
+        own = 5e-5 * self.time_scale if isinstance(self.process, RectifiedFlow) else 0.05
+        return {"trigflow": 3e-3, "edm": 2e-4}.get(self.conditioning, own)
 
     @property
     def sigma_range(self) -> tuple[float, float]:

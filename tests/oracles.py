@@ -124,7 +124,13 @@ def as_output(process, prediction, x_t, t, prediction_type):
     """The network output that means `prediction`."""
     alpha, sigma = rates(process, x_t, t)
     x0, noise = prediction
-    return {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}[prediction_type]
+    outputs = {
+        "epsilon": noise,
+        "sample": x0,
+        "v_prediction": alpha * noise - sigma * x0,
+        "flow_prediction": noise - x0,
+    }
+    return outputs[prediction_type]
 
 
 class OracleNet(nn.Module):

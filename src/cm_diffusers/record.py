@@ -24,6 +24,7 @@ from cm_diffusers.errors import UserError
 
 
 RECORD = "cm_diffusers.json"
+OF_FLOWS = "FlowConsistencyScheduler"  # of students of flow-matching teachers
 Guidance = Literal["embedded", "distilled", "none"]
 
 
@@ -34,7 +35,8 @@ class Record:
     Attributes:
         method: Objective it was trained with, e.g. "lcm".
         base_model: Folder or Hub id of the teacher; a LoRA is put on it. "" for a network trained from data alone.
-        guidance: "embedded": the pipeline's guidance_scale goes in as w = guidance_scale - 1, within [w_min, w_max].
+        guidance: "embedded": the pipeline's guidance_scale goes in as w = guidance_scale - 1, within [w_min, w_max]; of a
+            network that its own teacher told so, in the teacher's units.
             "distilled": guidance from w_min to w_max is in the weights, sample with guidance_scale 1; a little
             classifier-free guidance on top, and with it a negative prompt, is possible.
             "none": the student cannot be guided.
@@ -42,7 +44,8 @@ class Record:
         w_max: Greatest.
         recommended_guidance_scale: In diffusers' convention.
         recommended_num_inference_steps: Steps its samples look best at.
-        scheduler: Class (`_class_name`) and config of the scheduler to sample with.
+        scheduler: Class (`_class_name`) and config of the scheduler to sample with; of a student of a flow
+            `FlowConsistencyScheduler` with the shift of its training, its gamma and `recommended_sigmas`.
         resolution: Side in pixels of the square images or frames it was trained on; older records do not tell.
         num_frames: Frames of the clips it was trained on; None for images.
     """
@@ -68,6 +71,11 @@ class Record:
         needed = {field.name: entry[field.name] for field in fields(cls) if field.default is MISSING}
         known = {field.name for field in fields(cls)}
         return cls(**needed | {name: value for name, value in entry.items() if name in known})
+
+
+def is_of_flow(record: Record) -> bool:
+    """Whether its teacher was a rectified flow."""
+    return record.scheduler.get("_class_name") == OF_FLOWS
 
 
 def write_record(record: Record, folder: Path) -> None:
@@ -175,4 +183,9 @@ def _fault(record: Record) -> str | None:
     for name in ("resolution", "num_frames"):
         if (value := getattr(record, name)) is not None and not (isinstance(value, Integral) and value > 0):
             return f"{name} must be a whole number of at least 1 or null, got {value!r}"
-    return None if isinstance(record.scheduler, dict) else f"scheduler must be a dict, got {record.scheduler!r}"
+    if not isinstance(record.scheduler, dict):
+        return f"scheduler must be a dict, got {record.scheduler!r}"
+    shift = record.scheduler.get("shift")
+    if is_of_flow(record) and not (isinstance(shift, Real) and 0 < shift < math.inf):
+        return f"shift of a {OF_FLOWS} must be above 0 and finite, got {shift!r}"
+    return None

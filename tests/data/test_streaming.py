@@ -25,6 +25,8 @@ from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tars import tar_rows, tar_shards
 from cm_diffusers.data.text_image import text_image_batches
+from cm_diffusers.models.families.base import Latents
+from cm_diffusers.models.families.latents import posterior
 
 
 FILES, ROWS = 4, 5  # 20 samples in all
@@ -211,7 +213,7 @@ def test_crops_and_flips_are_drawn_for_every_batch(tmp_path, config, encoders):
     config = replace(config, train_shards_path_or_url=str(path), train_batch_size=1)
 
     class Pixels:  # a VAE that shows what it is given
-        dtype = torch.float32
+        dtype, device = torch.float32, torch.device("cpu")
 
         def eval(self):
             return self
@@ -223,7 +225,7 @@ def test_crops_and_flips_are_drawn_for_every_batch(tmp_path, config, encoders):
             distribution = type("D", (), {"mean": pixels, "std": torch.zeros_like(pixels)})
             return type("E", (), {"latent_dist": distribution})
 
-    shown = replace(encoders, vae=Vae(Pixels, "pixels", 1.0))
+    shown = replace(encoders, vae=Vae(Pixels, "pixels", Latents(posterior, None, 0.0, 1.0, 1)))
     rows = [batch.x0[0, 0, 0] for batch in take(config, shown, 60)]
     lows = {round((min(row[0], row[-1]).item() + 1) * 127.5 / 15) for row in rows}
     assert lows == set(range(9)), "the crop's left end, every place"

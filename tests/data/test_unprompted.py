@@ -22,6 +22,8 @@ from cm_diffusers.data.cache import Vae
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.unprompted import measure_statistics, unprompted_batches
+from cm_diffusers.models.families.base import Latents
+from cm_diffusers.models.families.latents import posterior
 
 
 LEVELS = [0, 25, 50, 75, 100, 125, 150, 175, 200, 225]  # grey of row i, whose class is i
@@ -41,7 +43,7 @@ class AffineVae(nn.Module):
 
 
 def vae_of(model: nn.Module, fingerprint: str = "affine") -> Vae:
-    return Vae(lambda: model, fingerprint, SCALE, SHIFT, downscale=2)
+    return Vae(lambda: model, fingerprint, Latents(posterior, None, SHIFT, SCALE, 2))
 
 
 def encoded(pixels: np.ndarray) -> bytes:

@@ -26,6 +26,8 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.moving_articles import MovingArticles
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.video import VideoDataConfig, video_batches
+from cm_diffusers.models.families.base import Latents
+from cm_diffusers.models.families.latents import posterior
 
 
 CLIPS, FRAMES = 6, 10
@@ -50,7 +52,7 @@ class Echo(torch.nn.Module):
 
 def echo(model: Echo | None = None, **changes) -> Vae:
     model = model or Echo()
-    return replace(Vae(lambda: model, f"echo {model.std}", SCALE, SHIFT, 2), **changes)
+    return replace(Vae(lambda: model, f"echo {model.std}", Latents(posterior, None, SHIFT, SCALE, 2)), **changes)
 
 
 def encode_prompts(texts: list[str]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SCMScheduler,
+    UniPCMultistepScheduler,
+)
 from oracles import Gaussian, Mixture, as_output
 from tiny import tiny_scheduler
 
@@ -91,11 +97,31 @@ def test_rectified_flow_and_edm_rates():
     assert EDM().alpha(t).tolist() == [1.0, 1.0, 1.0]
 
 
-def test_a_flow_scheduler_has_no_discrete_process():
-    with pytest.raises(
-        ValueError, match="FlowMatchEulerDiscreteScheduler has no discrete variance-preserving schedule"
-    ):
-        DiscreteVP.from_scheduler(FlowMatchEulerDiscreteScheduler())
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        UniPCMultistepScheduler(use_flow_sigmas=True),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=False),
+    ],
+)
+def test_a_flow_scheduler_has_no_discrete_process(scheduler):
+    """Some have `alphas_cumprod`, of a schedule that they do not sample by."""
+    with pytest.raises(ValueError, match="is one of flow matching") as error:
+        DiscreteVP.from_scheduler(scheduler)
+    assert str(error.value) == (
+        f"The scheduler {type(scheduler).__name__} is one of flow matching and has no discrete variance-preserving schedule; "
+        "see its network as one of RectifiedFlow, or give a Stable Diffusion style teacher (DDIM, DDPM, DPM-Solver, Euler "
+        "...)."
+    )
+
+
+def test_the_same_scheduler_without_flow_has_one():
+    table = DiscreteVP.from_scheduler(DPMSolverMultistepScheduler()).alphas_cumprod
+    assert table.float().equal(DPMSolverMultistepScheduler().alphas_cumprod)
+    with pytest.raises(ValueError, match="The teacher's scheduler SCMScheduler has no discrete variance-preserving"):
+        DiscreteVP.from_scheduler(SCMScheduler())
 
 
 def test_append_dims_takes_shape_and_dtype():

@@ -9,12 +9,18 @@ from oracles import Gaussian, Mixture
 from tiny import tiny_scheduler
 
 from cm_diffusers.diffusion.denoisers import as_denoiser
-from cm_diffusers.diffusion.process import EDM, DiscreteVP, Prediction, TrigFlow
+from cm_diffusers.diffusion.process import EDM, DiscreteVP, Prediction, RectifiedFlow, TrigFlow
 from cm_diffusers.diffusion.solvers import NOISE_SCALES, ddim_noise, ddim_sde, ddim_step, er_sde, sub_times
 
 
 VP = DiscreteVP.from_scheduler(tiny_scheduler())
 SPREAD = torch.tensor([999, 500, 100, 24, 3, 1])
+RANGES = {  # a process, t and s
+    "vp": (VP, SPREAD, (SPREAD - 24).clamp(min=0)),
+    "edm": (EDM(), *torch.tensor([[80.0, 1.0], [3.0, 0.5]], dtype=torch.float64)),
+    "trig": (TrigFlow(0.5), *torch.tensor([[1.5, 0.9], [1.2, 0.1]], dtype=torch.float64)),
+    "flow": (RectifiedFlow(), *torch.tensor([[1.0, 0.8], [0.9, 0.1]], dtype=torch.float64)),
+}
 
 
 def seeded(seed=7):
@@ -128,9 +134,12 @@ def test_without_noise_both_are_the_ode(solve):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_er_with_the_square_is_ddim_with_full_noise(steps):
-    x, s, denoise = normal(6, 3), below(SPREAD, 24), denoiser(Gaussian(0.3, 0.5))
-    one, two = (f(denoise, VP, x, SPREAD, s, seeded()) for f in (ddim(1.0, steps), er("sde", 1, steps)))
+@pytest.mark.parametrize("name", RANGES)
+def test_er_with_the_square_is_ddim_with_full_noise(name, steps):
+    """The posterior of a process, which the paper of DDIM has for alpha^2 + sigma^2 = 1 alone."""
+    process, t, s = RANGES[name]
+    x, denoise = normal(len(t), 3), denoiser(Gaussian(0.3, 0.5), process)
+    one, two = (f(denoise, process, x, t, s, seeded()) for f in (ddim(1.0, steps), er("sde", 1, steps)))
     torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
 
 

@@ -146,6 +146,6 @@ def test_the_network_of_a_pipeline_is_found_by_its_class():
     assert network_of(pipe) is pipe.unet
     other = StableDiffusionPipeline(**pipe.components | {"unet": None}, requires_safety_checker=False)
     with pytest.raises(
-        UserError, match="has no network of a known family, but AutoencoderKL, CLIPTextModel; one of UNet2D"
+        UserError, match="without a network of a known family, but with AutoencoderKL, CLIPTextModel; "
     ):
         network_of(other)

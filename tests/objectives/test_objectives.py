@@ -9,16 +9,19 @@ import torch
 from diffusers import LCMScheduler
 from latent_objectives import lcf_of, lcm_of, scott_of
 from tiny import tiny_scheduler, tiny_unet, tiny_vae
+from tiny_flow import tiny_sd3_transformer
 
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.trigflow import TrigFlowView
 from cm_diffusers.diffusion.views import VPView
 from cm_diffusers.models.critics import CriticConfig, make_critic
+from cm_diffusers.models.families import sd3
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
+from cm_diffusers.objectives.flow import FlowConfig, FlowObjective
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
@@ -106,6 +109,26 @@ def diffusion(prediction_type):
     return Case(objective, lambda: Networks(tiny_unet()), latents)
 
 
+def flow(**settings):
+    def texts(size):
+        cond, uncond = (
+            {"encoder_hidden_states": torch.randn(size, 5, 48), "pooled_projections": torch.randn(size, 40)}
+            for _ in range(2)
+        )
+        return Batch(torch.randn(size, 4, 8, 8), cond, uncond)
+
+    return Case(FlowObjective(FlowConfig(**settings), sd3.FAMILY.call), unread_frozen, texts)
+
+
+def unread_frozen():
+    """Of the last block, nothing reads what the text attends to."""
+    network = tiny_sd3_transformer()
+    unread = network.transformer_blocks[-1].attn
+    for layer in (unread.add_q_proj, unread.norm_added_q):
+        layer.requires_grad_(False)
+    return Networks(network)
+
+
 def direct(through):
     """The reward is negative, so that the loss is not."""
     distillation = lcm_of(LCMConfig(), VP, "epsilon", None) if through == "single_step" else None
@@ -152,6 +175,8 @@ CASES = {
     "diffusion-epsilon": diffusion("epsilon"),
     "diffusion-v": diffusion("v_prediction"),
     "diffusion-sample": diffusion("sample"),
+    "flow": flow(),
+    "flow-uniform-shifted": flow(time_sampling="uniform", shift=3.0, condition_dropout=0.5),
     "autoencoder": Case(
         AutoencoderObjective(AutoencoderConfig()), lambda: Networks(AutoencoderWithPosterior(tiny_vae())), pixels
     ),

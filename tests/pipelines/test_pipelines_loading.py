@@ -258,7 +258,7 @@ def test_a_lora_that_contradicts_the_unet_about_guidance(width, wrong: str, guid
     pipe = ConsistencyPipeline.from_pipe(tiny_pipeline(unet=tiny_unet(time_cond_proj_dim=width)))
     pipe.register_to_config(record=asdict(record(guidance=guidance)))
     before, manners = pipe.record, pipe.manners
-    with pytest.warns(UserWarning, match=f"The record says that guidance is '{wrong}', but this UNet takes"):
+    with pytest.warns(UserWarning, match=f"The record says that guidance is '{wrong}', but this network takes"):
         pipe.load_lora_weights(lora_folder(tmp_path, pipe, record(guidance=wrong)))
     assert (pipe.record, pipe.manners) == (before, manners)
     pipe.register_to_config(record=asdict(record(guidance=wrong)))

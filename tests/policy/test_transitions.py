@@ -18,7 +18,12 @@ from oracles import as_output
 
 from cm_diffusers.diffusion.process import DiscreteVP, Prediction, diffuse
 from cm_diffusers.policy.transitions import LAWS, LAWS_WITH_ETA, Transition, draw, kl_divergence, log_prob, transition
-from cm_diffusers.schedulers import ConsistencyScheduler, EDMConsistencyScheduler, TrigFlowConsistencyScheduler
+from cm_diffusers.schedulers import (
+    ConsistencyScheduler,
+    EDMConsistencyScheduler,
+    FlowConsistencyScheduler,
+    TrigFlowConsistencyScheduler,
+)
 
 
 SHAPE = (2, 3, 4, 4)
@@ -58,6 +63,7 @@ def sigma_cases():
     yield EDMConsistencyScheduler, {"boundary_scalings": "edm", "prediction_type": "v_prediction", "gamma": 0.5}, 0.0
     for config in ({}, {"network": "edm", "sigma_max": 80.0, "clip_denoised": True}, TRIGFLOW_VP):
         yield from ((TrigFlowConsistencyScheduler, {**config, "gamma": gamma}, 0.0) for gamma in (0.3, 1.0))
+    yield from ((FlowConsistencyScheduler, {"shift": 3.0, "gamma": gamma}, 0.0) for gamma in (0.3, 1.0))
     yield from ((FlowMatchLCMScheduler, config, 0.0) for config in ({}, {"shift": 3.0}))
     yield from ((SCMScheduler, config, 0.0) for config in ({}, {"sigma_data": 1.0}))
 
@@ -73,6 +79,7 @@ ONE_OF_EACH = [
     (FlowMatchLCMScheduler, {}, 0.0),
     (SCMScheduler, {}, 0.0),
     (TrigFlowConsistencyScheduler, {"gamma": 0.3}, 0.0),
+    (FlowConsistencyScheduler, {"shift": 3.0, "gamma": 0.3}, 0.0),
 ]
 
 

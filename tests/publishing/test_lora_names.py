@@ -11,8 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
-from cm_diffusers.publishing.lora_export import kohya_name
+from cm_diffusers.models.families.unet import LCM_LORA_TARGETS, kohya_name
 
 
 SD = {"cross_attention_dim": 768, "sample_size": 64}

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.preprocessing import PIXELS, Size, decode_image, preprocess
+from cm_diffusers.data.ragged import joined, packed, row_of
 from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.families.base import Latents
+from cm_diffusers.models.families.latents import kl_latents
 
 
 VOLATILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # of a config: what saving it may change
@@ -32,22 +35,18 @@ class Vae:
 
     Attributes:
         load: returns the model; it may be moved and cast.
-        fingerprint: names its configuration and weights.
-        scaling_factor: the network's latents are `(latents - shift_factor) * scaling_factor`.
-        shift_factor: see `scaling_factor`.
-        downscale: pixels per latent, along each side.
+        fingerprint: names its class, configuration and weights.
+        latents: how it encodes, and what the network sees of that.
     """
 
-    load: Callable[[], AutoencoderKL]
+    load: Callable[[], nn.Module]
     fingerprint: str
-    scaling_factor: float
-    shift_factor: float = 0.0
-    downscale: int = 1
+    latents: Latents
 
     @classmethod
-    def from_model(cls, vae: AutoencoderKL) -> "Vae":
-        """Wraps a loaded model; encoding works on a copy of it."""
-        return cls(lambda: copy.deepcopy(vae), module_fingerprint(vae), *_factors(vae.config))
+    def from_model(cls, vae: nn.Module, latents: Callable[[nn.Module], Latents] = kl_latents) -> "Vae":
+        """Wraps a loaded model, whose latents are those of its family; encoding works on a copy of it."""
+        return cls(lambda: copy.deepcopy(vae), module_fingerprint(vae), latents(vae))
 
     @classmethod
     def from_pretrained(cls, path: str, subfolder: str | None = "vae", revision: str | None = None) -> "Vae":
@@ -64,13 +63,15 @@ class Vae:
             raise UserError(
                 f"The VAE in {folder} is {kind}, whose latents training cannot draw; give an AutoencoderKL."
             )
-        factors = _factors(config)
-        return cls(lambda: AutoencoderKL.from_pretrained(folder, use_safetensors=True), fingerprint, *factors)
+        with torch.device("meta"):
+            latents = kl_latents(AutoencoderKL.from_config(config))
+        return cls(lambda: AutoencoderKL.from_pretrained(folder, use_safetensors=True), fingerprint, latents)
 
-
-def _factors(config: dict[str, Any]) -> tuple[float, float, int]:
-    downscale = 2 ** (len(config["block_out_channels"]) - 1)
-    return config.get("scaling_factor") or 0.18215, config.get("shift_factor") or 0.0, downscale
+    def encoder(self, config: DataConfig, device: torch.device | str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Pixels `(B, 3, ...)` in [-1, 1] to mean and standard deviation, each `(B, C, ...)`; loads the model at once."""
+        model, dtype = self.load().eval().to(device), getattr(torch, config.vae_dtype)
+        model = model if model.dtype == dtype else model.to(dtype)
+        return lambda pixels: self.latents.encode(model, pixels.to(model.device, dtype))
 
 
 def module_fingerprint(module: nn.Module) -> str:
@@ -126,14 +127,29 @@ class Posteriors:
 
 
 class Embeddings:
-    """Conditions by caption number: `embeddings[numbers]` holds (B, ...) float16 of each kind."""
+    """Conditions by caption number: `embeddings[numbers]` holds (B, ...) of each, float32; masks as they were encoded."""
 
     def __init__(self, shards: list[Shard]) -> None:
         self.shards = shards
 
     def __getitem__(self, numbers: np.ndarray) -> Tensors:
-        rows = [(tensors_of(self.shards[i // SHARD_ROWS]), i % SHARD_ROWS) for i in numbers]
-        return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
+        rows = [row_of(tensors_of(self.shards[i // SHARD_ROWS]), i % SHARD_ROWS) for i in numbers]
+        return in_float32(joined(rows))
+
+    def with_empty(self, numbers: np.ndarray, empty: int) -> tuple[Tensors, Tensors]:
+        """Of both branches, each (B, ...) and as long as each other: `numbers` and as often `empty`."""
+        return both_branches(self[np.array([*numbers, empty])])
+
+
+def in_float32(conditions: Tensors) -> Tensors:
+    """Floats only: masks and ids stay what they are."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in conditions.items()}
+
+
+def both_branches(rows: Tensors) -> tuple[Tensors, Tensors]:
+    """All (B + 1, ...) but the last, and the last B times."""
+    cond = {name: value[:-1] for name, value in rows.items()}
+    return cond, {name: rows[name][-1:].expand_as(value) for name, value in cond.items()}
 
 
 def cached_posteriors(
@@ -151,16 +167,16 @@ def cached_posteriors(
         ValueError: the VAE overflows, or cannot encode images of this size.
     """
     config = framing.config
-    check_sides(config, vae.downscale)
+    check_sides(config, vae.latents)
     records = dataset.select_columns(config.image_column)
-    model = cache(lambda: ready_vae(vae.load(), config, device))
+    encoder = cache(lambda: vae.encoder(config, device))
 
     def encode(job: Job) -> Iterator[Tensors]:
         target = framing.targets[framing.assigned[job.rows[0]]]
         for part in row_ranges(len(job.rows), config.encode_batch_size):
             rows = [job.rows[i] for i in part]
             images = [_image(records[i][config.image_column], framing, i, job.variant) for i in rows]
-            yield encode_images(images, target, model(), config)
+            yield encode_images(images, target, encoder(), config)
 
     parts = _parts_of_one_size(framing.assigned)
     jobs = [
@@ -172,25 +188,24 @@ def cached_posteriors(
     return Posteriors(parts, [shards[i : i + len(parts)] for i in range(0, len(shards), len(parts))])
 
 
-def check_sides(config: DataConfig, factor: int) -> None:
-    name = "bucket_step" if config.aspect_ratio_buckets else "resolution"
+def check_sides(config: DataConfig, latents: Latents) -> None:
+    """
+    Raises:
+        ValueError: The sides of the images are not whole numbers of what the network sees as one.
+    """
+    name, factor = "bucket_step" if config.aspect_ratio_buckets else "resolution", latents.multiple
     side = getattr(config, name)
     if side % factor:
         below = side // factor * factor
         sizes = " or ".join(str(size) for size in (below, below + factor) if size)
-        raise UserError(f"--{name} {side} is not a multiple of {factor}, as the VAE needs: take {sizes}.")
+        who = "the VAE needs" if latents.patch == 1 else f"the VAE and patches of {latents.patch} latents need"
+        raise UserError(f"--{name} {side} is not a multiple of {factor}, as {who}: take {sizes}.")
 
 
 def _parts_of_one_size(assigned: np.ndarray) -> list[list[int]]:
     """The rows of each shard: rows of one target size, in order."""
     groups = [np.flatnonzero(assigned == number) for number in np.unique(assigned)]
     return [rows[list(part)].tolist() for rows in groups for part in row_ranges(len(rows))]
-
-
-def ready_vae(model: AutoencoderKL, config: DataConfig, device: torch.device | str) -> AutoencoderKL:
-    dtype = getattr(torch, config.vae_dtype)
-    model = model.eval().to(device)
-    return model if model.dtype == dtype else model.to(dtype)
 
 
 def _image_key(framing: Framing, rows: list[int], variant: int, vae: Vae) -> str:
@@ -206,14 +221,20 @@ def _image(record: dict[str, Any], framing: Framing, row: int, variant: int) -> 
 
 
 @torch.no_grad()
-def encode_images(images: list[Tensor | None], target: Size, model: AutoencoderKL, config: DataConfig) -> Tensors:
+def encode_images(
+    images: list[Tensor | None], target: Size, encode: Callable[[Tensor], tuple[Tensor, Tensor]], config: DataConfig
+) -> Tensors:
+    """Posteriors of images (3, *target) by a VAE's `encoder`, each (B, C, h, w), and which images there are, (B,)."""
     blank = torch.zeros(3, *target)  # holds the place of an unreadable image
-    pixels = torch.stack([blank if image is None else image for image in images])
-    posterior = model.encode(pixels.to(model.device, model.dtype)).latent_dist
-    tensors = {"mean": posterior.mean.half().cpu(), "std": posterior.std.half().cpu()}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"The VAE's latents are not finite in {config.vae_dtype}: pass --vae_dtype float32.")
+    mean, std = encode(torch.stack([blank if image is None else image for image in images]))
+    tensors = {"mean": mean.half().cpu(), "std": std.half().cpu()}
+    check_finite_latents(config, *tensors.values())
     return {**tensors, "valid": torch.tensor([image is not None for image in images])}
+
+
+def check_finite_latents(config: DataConfig, *tensors: Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise UserError(f"The VAE's latents are not finite in {config.vae_dtype}: pass --vae_dtype float32.")
 
 
 def cached_embeddings(
@@ -223,23 +244,30 @@ def cached_embeddings(
 
     Args:
         captions: distinct texts.
-        encode: texts to conditions, each (N, ...) and of one shape for every call; called only when a shard is missing.
+        encode: texts to conditions, each (N, ...) and of one shape for every call, but for the length of what has a
+            mask, see `packed`; called only when a shard is missing.
         fingerprint: names the text tower and tokenizer behind `encode`.
         config: where the shards are kept.
 
     Raises:
-        ValueError: the embeddings overflow float16.
+        ValueError: the embeddings are not finite.
     """
 
     def encode_parts(job: Job) -> Iterator[Tensors]:
         for part in row_ranges(len(job.rows), config.encode_batch_size):
             with torch.no_grad():
                 encoded = encode([captions[job.rows[i]] for i in part])
-            tensors = {name: value.half().cpu() for name, value in encoded.items()}
-            if not all(value.isfinite().all() for value in tensors.values()):
-                raise UserError("The text embeddings are not finite in float16: encode prompts in float32.")
-            yield tensors
+            yield {name: _in_half(value) for name, value in packed(encoded).items()}
 
     ranges = row_ranges(len(captions))
     jobs = [Job(shard_key("conditions", fingerprint, *(captions[i] for i in rows)), rows) for rows in ranges]
     return Embeddings(build(jobs, encode_parts, config, "Encoding captions"))
+
+
+def _in_half(values: Tensor) -> Tensor:
+    """Floats in float16, or in bfloat16 where a value is beyond its range, as those of large language models may be."""
+    if not values.is_floating_point():
+        return values.cpu()
+    if not (half := values.half()).isfinite().all() and not (half := values.bfloat16()).isfinite().all():
+        raise UserError("The text embeddings are not finite: encode prompts in float32.")
+    return half.cpu()

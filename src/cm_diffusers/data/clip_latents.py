@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm_diffusers.data.cache import Posteriors, Vae, check_sides, encode_images, ready_vae
+from cm_diffusers.data.cache import Posteriors, Vae, check_sides, encode_images
 from cm_diffusers.data.clip_sources import FileClips
 from cm_diffusers.data.moving_articles import MovingArticles
 from cm_diffusers.data.preprocessing import PIXELS, View, preprocess, square
@@ -85,14 +85,14 @@ def cached_clips(views: ClipViews, vae: Vae, device: torch.device | str = "cpu")
         ValueError: The VAE overflows or cannot encode frames of this size, or a clip's frames differ in size.
     """
     images = views.images
-    check_sides(images, vae.downscale)
-    model = cache(lambda: ready_vae(vae.load(), images, device))
+    check_sides(images, vae.latents)
+    encoder = cache(lambda: vae.encoder(images, device))
 
     def encode(job: Job) -> Iterator[Tensors]:
         for part in row_ranges(len(job.rows), max(1, images.encode_batch_size // views.num_frames)):
             frames = [frame for i in part for frame in views.frames(job.rows[i], job.variant)]
             encoded = [
-                encode_images(frames[chunk.start : chunk.stop], square(images.resolution), model(), images)
+                encode_images(frames[chunk.start : chunk.stop], square(images.resolution), encoder(), images)
                 for chunk in row_ranges(len(frames), images.encode_batch_size)
             ]
             clips = {

@@ -5,16 +5,18 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from cm_diffusers.data.cache import Vae, module_fingerprint
 from cm_diffusers.data.found import Found
+from cm_diffusers.data.ragged import trimmed
 from cm_diffusers.data.shards import shard_key
+from cm_diffusers.models.families.base import family_of, network_of
 
 
 Conditions = dict[str, Tensor]
@@ -26,8 +28,8 @@ class Encoders:
 
     Attributes:
         vae: Loaded only when an image has to be encoded.
-        encode_prompts: Prompts to conditions, each (N, ...): `encoder_hidden_states` (N, L, D), and for Stable Diffusion
-            XL `text_embeds` (N, P). The empty prompt becomes the teacher's unconditional branch.
+        encode_prompts: Prompts to conditions, each (N, ...), without the tokens that a mask among them hides at the
+            end of all. The empty prompt becomes the teacher's unconditional branch.
         fingerprint: Names what `encode_prompts` computes.
         micro_conditioning: Whether the network is also told sizes and crop, as `time_ids` (B, 6).
         towers: The modules that `encode_prompts` runs where they are.
@@ -43,16 +45,38 @@ class Encoders:
 
     @classmethod
     def from_pipeline(cls, pipe: DiffusionPipeline) -> "Encoders":
-        """The encoders of a Stable Diffusion or Stable Diffusion XL pipeline."""
-        vae, first, second = Vae.from_model(pipe.vae), pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
-        text = [module_fingerprint(first), _tokenizer_state(pipe.tokenizer)]
-        tokenizers = copy.deepcopy((pipe.tokenizer,) if second is None else (pipe.tokenizer, pipe.tokenizer_2))
-        if second is None:
-            return cls(vae, lambda prompts: _encode(pipe, prompts), shard_key(*text), False, (first,), tokenizers)
-        zeros = bool(pipe.config.force_zeros_for_empty_prompt)
-        fingerprint = shard_key(*text, module_fingerprint(second), _tokenizer_state(pipe.tokenizer_2), zeros)
-        encode = partial(_encode_xl, pipe, zeros=zeros)
-        return cls(vae, encode, fingerprint, True, (first, second), tokenizers)
+        """The encoders of a pipeline whose network is of a known family."""
+        network = network_of(pipe)
+        family, towers, tokenizers = family_of(network), _numbered(pipe, "text_encoder"), _numbered(pipe, "tokenizer")
+        return cls(
+            Vae.from_model(pipe.vae, family.latents),
+            lambda prompts: trimmed(family.encode(pipe, prompts)),
+            _fingerprint(pipe, family.network == "unet", towers, tokenizers),
+            network.config.get("addition_embed_type") == "text_time",
+            tuple(towers.values()),
+            tuple(copy.deepcopy([*tokenizers.values()])),
+        )
+
+
+def _numbered(pipe: DiffusionPipeline, kind: str) -> dict[str, Any]:
+    """Those of a kind that the pipeline has, by what follows in their names: nothing, "_2" and so on."""
+    parts = {name.removeprefix(kind): part for name, part in pipe.components.items() if name.startswith(kind)}
+    return {number: _reader(parts[number]) for number in sorted(parts) if parts[number] is not None}
+
+
+def _reader(part: Any) -> Any:
+    """The tokenizer in a processor, which reads images too; anything else as it is."""
+    return part.tokenizer if isinstance(part, ProcessorMixin) else part
+
+
+def _fingerprint(pipe: DiffusionPipeline, is_unet: bool, towers: dict[str, Any], tokenizers: dict[str, Any]) -> str:
+    text = []
+    for number in sorted(towers.keys() | tokenizers.keys()):
+        text += [module_fingerprint(towers[number])] if number in towers else []
+        text += [_tokenizer_state(tokenizers[number])] if number in tokenizers else []
+    if is_unet:  # the names of what earlier versions have cached
+        return shard_key(*text, *([bool(pipe.config.force_zeros_for_empty_prompt)] if len(towers) > 1 else []))
+    return shard_key(type(pipe).__name__, *text)
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
@@ -60,7 +84,8 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     for last_call in ("truncation", "padding"):
         rules.pop(last_call)
-    return [rules, tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
+    template = [tokenizer.chat_template] if tokenizer.chat_template else []
+    return [rules, tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side, *template]
 
 
 def too_long(prompts: list[str], tokenizers: tuple[PreTrainedTokenizerBase, ...], found: Found) -> None:
@@ -82,18 +107,3 @@ def placed(modules: tuple[nn.Module, ...], device: torch.device | str) -> Iterat
     finally:
         for module, place in zip(modules, before, strict=True):
             module.to(place)
-
-
-def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
-    return {"encoder_hidden_states": pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0]}
-
-
-def _encode_xl(pipe: DiffusionPipeline, prompts: list[str], zeros: bool) -> Conditions:
-    device = pipe.text_encoder_2.device
-    states, _, pooled, _ = pipe.encode_prompt(
-        prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    if zeros:  # the unconditional branch SDXL was trained and is sampled with
-        empty = torch.tensor([prompt == "" for prompt in prompts], device=states.device)
-        states, pooled = states.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
-    return {"encoder_hidden_states": states, "text_embeds": pooled}

@@ -21,7 +21,7 @@ from cm_diffusers.data.shards import Job, Shard, Tensors, build, row_ranges, sha
 from cm_diffusers.data.sources import DataConfig, captions_of, check_values
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tables import TABLE_SUFFIXES, read_lines, read_table
-from cm_diffusers.data.text_image import text_image_batches
+from cm_diffusers.data.text_image import EMPTY, text_image_batches
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError, readable
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
@@ -264,13 +264,8 @@ class _Source:
         places = [(tensors_of(self.shards[i // GENERATED_ROWS]), i % GENERATED_ROWS) for i in rows]
         x0 = torch.stack([tensors["x0"][place] for tensors, place in places]).float()
         dropped = batch_generator(k, self.position).random(size) < self.config.proportion_empty_prompts
-        cond = self._conditions(np.where(dropped, 0, self.numbers[rows]))
-        empty = self._conditions(np.zeros(1, dtype=int))
-        uncond = {name: empty[name].expand_as(value) for name, value in cond.items()}
+        cond, uncond = self.table.with_empty(np.where(dropped, EMPTY, self.numbers[rows]), EMPTY)
         ids = {}
         if self.micro_conditioning:  # what the pipeline tells the network when nothing else is asked for
             ids["time_ids"] = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * size).float()
         return x0, cond | ids, uncond | ids
-
-    def _conditions(self, numbers: np.ndarray) -> Tensors:
-        return {name: value.float() for name, value in self.table[numbers].items()}

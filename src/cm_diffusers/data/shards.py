@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cm_diffusers.data.ragged import Tensors, is_by_row
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.errors import UserError
 
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 SHARD_ROWS = 1024
 SAMPLED = 2**16  # bytes, at each of three places of a file
 ABANDONED = 3600  # seconds after which nobody is still writing a file
-Tensors = dict[str, Tensor]
 Shard = Path | Tensors  # on disk or in memory
 
 
@@ -77,7 +77,7 @@ def build(
 
     Args:
         jobs: one for each shard.
-        encode: yields a shard's tensors part by part, each tensor with a first dimension of rows.
+        encode: yields a shard's tensors part by part, each tensor with a first dimension of rows, or `packed`.
         config: says whether and where shards are kept.
         description: title of the progress bar.
 
@@ -130,7 +130,7 @@ def _fault(path: Path, job: Job) -> str | None:
     try:
         with safe_open(path, framework="pt") as file:
             key = (file.metadata() or {}).get("key")
-            rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}
+            rows = {file.get_slice(name).get_shape()[0] for name in file.keys() if is_by_row(name)}
     except (OSError, SafetensorError, IndexError) as error:
         return f"is damaged ({error})"
     if key != job.key:
@@ -189,7 +189,14 @@ def _collect(parts: Iterator[Tensors], bar: tqdm) -> Tensors:
     for part in parts:
         collected.append(part)
         bar.update(len(next(iter(part.values()))))
-    return {name: torch.cat([part[name] for part in collected]).contiguous() for name in collected[0]}
+    return {name: _joined([part[name] for part in collected]) for name in collected[0]}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One after the other; in bfloat16 where the values of some parts have no place in float16."""
+    if {part.dtype for part in parts} == {torch.float16, torch.bfloat16}:
+        parts = [part.bfloat16() for part in parts]
+    return torch.cat(parts).contiguous()
 
 
 def _first_process() -> AbstractContextManager[None]:

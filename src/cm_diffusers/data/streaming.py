@@ -1,7 +1,7 @@
 """Latents with captions of data sets too large to cache: read, encoded and forgotten while training."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,16 +12,17 @@ import datasets
 import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cm_diffusers.data.cache import both_branches, check_finite_latents, check_sides, in_float32
 from cm_diffusers.data.encoders import Encoders, too_long
 from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.folders import checked_tables
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
+from cm_diffusers.data.ragged import joined
 from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, batch_generator
 from cm_diffusers.data.shards import files_fingerprint
 from cm_diffusers.data.sources import (
@@ -103,10 +104,7 @@ def _check(config: DataConfig, encoders: Encoders) -> None:
             f"--streaming reads in the training process, for an exact resume: --dataloader_num_workers is "
             f"{config.dataloader_num_workers}; leave it out."
         )
-    if config.resolution % encoders.vae.downscale:
-        raise UserError(
-            f"--resolution {config.resolution} is not a multiple of {encoders.vae.downscale}, as the VAE needs."
-        )
+    check_sides(config, encoders.vae.latents)
 
 
 def _files(config: DataConfig, found: Found) -> list[str]:
@@ -251,11 +249,10 @@ class _Encoder:
     found: Found
 
     @cached_property
-    def vae(self) -> AutoencoderKL:
+    def posterior(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         for tower in self.encoders.towers:
             tower.to(self.device)
-        model, dtype = self.encoders.vae.load().eval().to(self.device), getattr(torch, self.config.vae_dtype)
-        return model if model.dtype == dtype else model.to(dtype)
+        return self.encoders.vae.encoder(self.config, self.device)
 
     @cached_property
     def empty(self) -> dict[str, Tensor]:
@@ -270,8 +267,7 @@ class _Encoder:
         dropped = generator.random(len(samples)) < config.proportion_empty_prompts
         texts = ["" if drop else prompt for drop, prompt in zip(dropped, prompts, strict=True)]
         too_long(texts, self.encoders.tokenizers, self.found)
-        cond = self._encode_prompts(texts)
-        uncond = {name: self.empty[name].expand_as(value) for name, value in cond.items()}
+        cond, uncond = both_branches(joined([self._encode_prompts(texts), self.empty]))
         ids = {}
         if self.encoders.micro_conditioning:
             sizes = [Size(sample.image.height, sample.image.width) for sample in samples]
@@ -281,16 +277,13 @@ class _Encoder:
         return Batch(x0, cond | ids, uncond | ids, texts)
 
     def _latents(self, images: list[Tensor], generator: np.random.Generator) -> Tensor:
-        model, parts = self.vae, torch.stack(images).split(self.config.encode_batch_size)
-        posteriors = [model.encode(part.to(self.device, model.dtype)).latent_dist for part in parts]
-        mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std"))
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            raise UserError(f"The VAE's latents are not finite in {self.config.vae_dtype}: pass --vae_dtype float32.")
+        parts = torch.stack(images).split(self.config.encode_batch_size)
+        mean, std = (torch.cat(values).float() for values in zip(*map(self.posterior, parts), strict=True))
+        check_finite_latents(self.config, mean, std)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(generator.integers(2**63))))
-        vae = self.encoders.vae
-        return (mean + std * noise.to(mean.device) - vae.shift_factor) * vae.scaling_factor
+        return self.encoders.vae.latents.of_network(mean + std * noise.to(mean.device))
 
     def _encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         size = self.config.encode_batch_size
         parts = [self.encoders.encode_prompts(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+        return in_float32(joined(parts))

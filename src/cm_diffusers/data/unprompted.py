@@ -47,7 +47,7 @@ def unprompted_batches(
 ) -> Stream:
     """A data source of pixels (B, 3, R, R) in [-1, 1], or of a VAE's latents (B, C, h, w).
 
-    Latents are drawn from the cached posteriors and scaled as Stable Diffusion does; with statistics then
+    Latents are drawn from the cached posteriors and scaled as the VAE's config says; with statistics then
     (latents - mean) / std * sigma_data, of each channel (2502.01441).
 
     Args:
@@ -103,13 +103,14 @@ def measure_statistics(config: DataConfig, vae: Vae, device: torch.device | str 
         first += mean.sum((0, 2, 3))
         second += (mean.square() + std.square()).sum((0, 2, 3))
     mean = first / count
-    std = (second / count - mean.square()).clamp(min=0).sqrt() * vae.scaling_factor
+    scale = torch.as_tensor(vae.latents.scale, dtype=torch.float64).flatten()
+    std = (second / count - mean.square()).clamp(min=0).sqrt() * scale
     if constant := (std < LEAST_STD).nonzero().flatten().tolist():
         raise UserError(
             f"Channels {constant} of the latents do not vary over the {len(latents.rows)} images: give more images, or "
             "another VAE."
         )
-    return LatentStatistics(((mean - vae.shift_factor) * vae.scaling_factor).tolist(), std.tolist())
+    return LatentStatistics(vae.latents.of_network(mean.view(-1, 1, 1)).flatten().tolist(), std.tolist())
 
 
 @dataclass(frozen=True)

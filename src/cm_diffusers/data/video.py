@@ -194,20 +194,15 @@ class _Source:
         x0 = drawn_latents(self.vae, (mean, std), generator).transpose(1, 2).contiguous()
         captions = [self.rows.captions[i][generator.integers(len(self.rows.captions[i]))] for i in indices]
         dropped = generator.random(len(clips)) < images.proportion_empty_prompts
-        cond = self._conditions(np.where(dropped, EMPTY, captions))
-        empty = self._conditions(np.array([EMPTY]))
-        uncond = {name: empty[name].expand_as(value) for name, value in cond.items()}
+        cond, uncond = self.table.with_empty(np.where(dropped, EMPTY, captions), EMPTY)
         seen = {}
         if self.first_frame:
-            seen["image_latents"] = (mean[:, 0].float() - self.vae.shift_factor) * self.vae.scaling_factor
+            seen["image_latents"] = self.vae.latents.of_network(mean[:, 0].float())
         if self.edges:
             frames = [self.rows.views.frames(*clip) for clip in zip(clips.tolist(), variants.tolist(), strict=True)]
             pixels = torch.stack([torch.stack(clip) for clip in frames]) / 2 + 0.5
             seen["control"] = edges(pixels).transpose(1, 2).contiguous()
         return x0, cond | seen, uncond | seen
-
-    def _conditions(self, numbers: np.ndarray) -> Tensors:
-        return {name: value.float() for name, value in self.table[numbers].items()}
 
 
 def _load(config: VideoDataConfig, encoders: Encoders, device: torch.device | str) -> tuple[_Rows, list[str]]:

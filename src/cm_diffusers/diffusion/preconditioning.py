@@ -71,6 +71,16 @@ def noise_condition(sigma: Tensor, kind: str, sigma_data: float = 0.5) -> Tensor
     return NOISE_CONDITIONINGS[kind](exact(sigma), sigma_data)
 
 
+def flow_scalings(cos: Tensor, sin: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """c, on_x and on_output `(B,)`: of a sample x in TrigFlow's coordinates, rectified flow's network is shown c x.
+
+    Its answer v = noise - x0 (2209.03003) makes F = on_x x + on_output v, TrigFlow's F; EDM's is -F. For sigma_data = 1 this
+    is the form of SANA-Sprint (2503.09641, Eq. 9).
+    """
+    c = 1 / (cos + sigma_data * sin)
+    return c, c * (sigma_data * cos - sin) / sigma_data, c
+
+
 def vp_scalings(sigma: Tensor, sigma_data: float, prediction_type: str) -> tuple[Tensor, Tensor]:
     """on_x and on_output `(B,)` with F = on_x x + on_output output, for the output of a variance-preserving network.
 

@@ -46,10 +46,20 @@ class DiscreteVP:
 
     @classmethod
     def from_scheduler(cls, scheduler: SchedulerMixin) -> "DiscreteVP":
-        """The process of any diffusers scheduler that has `alphas_cumprod`."""
+        """The process of any diffusers scheduler that has `alphas_cumprod`, but for those of flow matching.
+
+        Of these some have it all the same, and noise otherwise.
+        """
+        name, config = type(scheduler).__name__, scheduler.config
+        flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        if flows or name.startswith("Flow"):
+            raise UserError(
+                f"The scheduler {name} is one of flow matching and has no discrete variance-preserving schedule; see its "
+                "network as one of RectifiedFlow, or give a Stable Diffusion style teacher (DDIM, DDPM, DPM-Solver, Euler ...)."
+            )
         if not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(
-                f"The teacher's scheduler {type(scheduler).__name__} has no discrete variance-preserving schedule "
+                f"The teacher's scheduler {name} has no discrete variance-preserving schedule "
                 "(alphas_cumprod); give a Stable Diffusion style teacher (DDIM, DDPM, DPM-Solver, Euler ...)."
             )
         return cls(scheduler.alphas_cumprod.double().cpu())
@@ -128,7 +138,10 @@ class TrigFlow:
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """Linear interpolation (2209.03003), t in [0, 1]: alpha = 1 - t, sigma = t."""
+    """Linear interpolation (2209.03003), t in [0, 1]: alpha = 1 - t, sigma = t.
+
+    At t = 1, pure noise, half_log_snr is -inf and at t = 0 inf; `time_at` takes both.
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - exact(t)

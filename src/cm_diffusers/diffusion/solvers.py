@@ -3,8 +3,12 @@
 `SOLVERS` are steps of the probability-flow ODE: `step(denoise, process, x_t, t, s) -> x_s` with x `(B, ...)` and times
 `(B,)`. `ddim_sde` and `er_sde` cross the same interval in several steps that may add noise. All of them make
 distillation targets; sampling is the schedulers' work.
+
+All of them start at pure noise, t = 1 of `RectifiedFlow`, too, and end at s = 0. At the end of other processes, where alpha
+is 0 as well, `heun` and `dpm_2s` have no step.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -12,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from cm_diffusers.diffusion.guidance import Denoiser
-from cm_diffusers.diffusion.process import Process, append_dims, exact
+from cm_diffusers.diffusion.process import DiscreteVP, Process, RectifiedFlow, append_dims, exact
 from cm_diffusers.errors import UserError
 
 
@@ -23,11 +27,17 @@ def ddim_step(denoise: Denoiser, process: Process, x_t: Tensor, t: Tensor, s: Te
 
 
 def heun_step(denoise: Denoiser, process: Process, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Heun's method (2206.00364, Alg. 1) on d(x / alpha) = noise d(sigma / alpha). Second order, two evaluations."""
+    """Heun's method (2206.00364, Alg. 1) on d(x / alpha) = noise d(sigma / alpha). Second order, two evaluations.
+
+    For rectified flow on dx = (noise - x0) dt, as sigma / alpha ends nowhere at t = 1: beside it the other loses its order.
+    """
     alpha_t, alpha_s = process.alpha(t), process.alpha(s)
     x0, noise = denoise(x_t, t)
     euler = append_dims(alpha_s, x_t) * x0 + append_dims(process.sigma(s), x_t) * noise
-    slope = (noise + denoise(euler, s).noise) / 2
+    x0_s, noise_s = denoise(euler, s)
+    slope = (noise + noise_s) / 2
+    if isinstance(process, RectifiedFlow):
+        return x_t + append_dims(exact(s) - exact(t), x_t) * (slope - (x0 + x0_s) / 2)
     step = process.sigma(s) - alpha_s * process.sigma(t) / alpha_t
     return append_dims(alpha_s / alpha_t, x_t) * x_t + append_dims(step, x_t) * slope
 
@@ -35,7 +45,7 @@ def heun_step(denoise: Denoiser, process: Process, x_t: Tensor, t: Tensor, s: Te
 def dpm_2s_step(denoise: Denoiser, process: Process, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """DPM-Solver++ 2S (2211.01095, Alg. 1, midpoint in half log-SNR). Second order, two evaluations."""
     half_t, half_s = process.half_log_snr(t), process.half_log_snr(s)
-    m = process.time_at((half_t + half_s) / 2)
+    m = process.time_at(torch.nan_to_num((half_t + half_s) / 2, 0.0, math.inf, -math.inf))  # from inf to -inf: 0
     h = half_s - half_t
 
     def exponential_step(x0: Tensor, end: Tensor, span: Tensor) -> Tensor:
@@ -57,9 +67,13 @@ def sub_times(t: Tensor, s: Tensor, steps: int) -> Tensor:
 
 
 def ddim_noise(process: Process, t: Tensor, s: Tensor, eta: float) -> Tensor:
-    """The standard deviation `(B,)` of the noise in a step of DDIM(eta) (2010.02502, Eq. 16)."""
+    """The standard deviation `(B,)` of the noise in a step of DDIM(eta) (2010.02502, Eq. 16), for any process."""
     kept = (process.alpha(t) / process.alpha(s)) ** 2
-    return eta * process.sigma(s) / process.sigma(t) * (1 - kept).clamp(min=0).sqrt()
+    if isinstance(process, DiscreteVP):
+        fresh = 1 - kept
+    else:  # the variance of x_t, given x_s; the paper's alpha^2 + sigma^2 is 1
+        fresh = process.sigma(t) ** 2 - kept * process.sigma(s) ** 2
+    return eta * process.sigma(s) / process.sigma(t) * fresh.clamp(min=0).sqrt()
 
 
 def ddim_sde(
@@ -120,7 +134,6 @@ def er_sde(
 
     Args:
         noise_scale: One of `NOISE_SCALES`; "ode" draws no noise.
-        s: Where there is noise left: the order-2 term has no value at sigma = 0.
         order: 2 follows the change of x0 over the last step, from the second step on; 1 does not.
         generator: Where noise is drawn from; torch's own if None.
 
@@ -134,12 +147,15 @@ def er_sde(
     for now, end in pairwise(sub_times(t, s, steps)):
         x0, alpha = denoise(x, now).x0, process.alpha(end)
         lam, lam_end = process.sigma(now) / process.alpha(now), process.sigma(end) / alpha
+        all_noise = process.sigma(end) / process.sigma(now) if noise_scale == "ode" else 0.0  # what is kept of x then
         shrink = phi(lam_end) / phi(lam)
-        y = append_dims(alpha / process.alpha(now) * shrink, x) * x + append_dims(alpha * (1 - shrink), x) * x0
+        kept = torch.where(lam.isinf(), all_noise, alpha / process.alpha(now) * shrink)
+        y = append_dims(kept, x) * x + append_dims(alpha * (1 - shrink), x) * x0
         if order == 2 and last is not None:
             y = y + append_dims(alpha * _slope_weight(phi, lam, lam_end, last[1]), x) * (x0 - last[0])
         if noise_scale != "ode":
-            std = alpha * (lam_end**2 - (lam * shrink) ** 2).clamp(min=0).sqrt()
+            old = torch.where(lam.isinf(), 0, lam * shrink)
+            std = alpha * (lam_end**2 - old**2).clamp(min=0).sqrt()
             y = y + append_dims(std, x) * _normal(x, generator)
         x, last = _moved(now, end, x, y), _latest(now, end, (x0, lam), last)
     return x
@@ -154,7 +170,8 @@ def _slope_weight(phi: Callable[[Tensor], Tensor], lam: Tensor, lam_end: Tensor,
     """What the last change of x0 counts `(B,)`: the integral of the slope's term over its denominator, or 0 over 0."""
     share = torch.linspace(0, 1, QUADRATURE_POINTS, dtype=lam.dtype)[:, None]
     grid = torch.lerp(lam_end, lam, share)
-    term = lam_end - lam + phi(lam_end) * torch.trapezoid(1 / phi(grid), grid, dim=0)
+    decay = torch.where(lam_end == 0, 0, phi(lam_end) * torch.trapezoid(1 / phi(grid), grid, dim=0))
+    term = lam_end - lam + decay
     change = lam - lam_before
     return torch.where(change == 0, 0, term / change)
 

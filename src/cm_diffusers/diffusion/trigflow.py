@@ -17,11 +17,11 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from cm_diffusers.diffusion.denoisers import unet_arguments
+from cm_diffusers.diffusion.denoisers import Call, call_unet
 from cm_diffusers.diffusion.guidance import ConditionalDenoiser, Conditions
-from cm_diffusers.diffusion.preconditioning import NOISE_CONDITIONINGS, noise_condition
-from cm_diffusers.diffusion.process import DiscreteVP, Prediction, Process, append_dims, as_like, exact
-from cm_diffusers.diffusion.views import EDMView, VPView
+from cm_diffusers.diffusion.preconditioning import NOISE_CONDITIONINGS, flow_scalings, noise_condition
+from cm_diffusers.diffusion.process import DiscreteVP, Prediction, Process, RectifiedFlow, append_dims, as_like, exact
+from cm_diffusers.diffusion.views import EDMView, FlowView, VPView
 from cm_diffusers.errors import UserError
 
 
@@ -46,12 +46,6 @@ def _sample(cos: Tensor, sin: Tensor, d: float) -> Conversion:
     return Conversion(_vp(cos, sin, d), cos / (d * sin), -1 / (d * sin))
 
 
-def _flow_prediction(cos: Tensor, sin: Tensor, d: float) -> Conversion:
-    """v = noise - x0 of rectified flow; for d = 1 the form of SANA-Sprint (2503.09641, Eq. 9)."""
-    c = 1 / (cos + d * sin)
-    return Conversion(c, c * (d * cos - sin) / d, c)
-
-
 def _vp(cos: Tensor, sin: Tensor, d: float) -> Tensor:
     return 1 / (cos**2 + (d * sin) ** 2).sqrt()
 
@@ -63,7 +57,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor, float], Conversion]] = {
     "epsilon": _epsilon,
     "v_prediction": _v_prediction,
     "sample": _sample,
-    "flow_prediction": _flow_prediction,
+    "flow_prediction": lambda cos, sin, d: Conversion(*flow_scalings(cos, sin, d)),
 }
 
 
@@ -95,7 +89,8 @@ class TrigFlowNetwork:
     @property
     def difference_step(self) -> float:
         """By how much to move what the network is told for a difference: in float32 it errs by some 1e-3 then, or less."""
-        return {"trigflow": 3e-3, "edm": 2e-4}.get(self.conditioning, 0.05)
+        own = 5e-5 * self.time_scale if isinstance(self.process, RectifiedFlow) else 0.05
+        return {"trigflow": 3e-3, "edm": 2e-4}.get(self.conditioning, own)
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -136,19 +131,27 @@ class TrigFlowNetwork:
 
 @dataclass(frozen=True, eq=False)
 class TrigFlowView(TrigFlowNetwork):
-    """How training calls a network."""
+    """How training calls a network.
+
+    Attributes:
+        call: Of its architecture, see `as_denoiser`.
+    """
+
+    call: Call = call_unet
 
     @classmethod
-    def of(cls, view: EDMView | VPView) -> Self:
+    def of(cls, view: EDMView | VPView | FlowView) -> Self:
         """The same network, seen so."""
         if isinstance(view, EDMView):
             return cls(view.sigma_data, "edm", view.noise_conditioning)
+        if isinstance(view, FlowView):
+            return cls(view.sigma_data, "flow_prediction", "own", RectifiedFlow(), call=view.call)
         return cls(view.sigma_data, view.prediction_type, view.noise_conditioning, view.with_signal)
 
     def __call__(self, network: Callable, x: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """F `(B, ...)`, at least float32."""
         shown, on_x, on_output = (append_dims(factor, x) for factor in self.conversion(t))
-        output = network(shown * x, as_like(self.told(t), x), **unet_arguments(cond), return_dict=False)[0]
+        output = self.call(network, shown * x, as_like(self.told(t), x), cond)
         return on_x * x + on_output * output.to(torch.promote_types(output.dtype, torch.float32))
 
 

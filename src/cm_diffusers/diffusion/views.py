@@ -12,10 +12,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cm_diffusers.diffusion.denoisers import unet_arguments
+from cm_diffusers.diffusion.denoisers import Call, call_unet
 from cm_diffusers.diffusion.guidance import ConditionalDenoiser, Conditions
-from cm_diffusers.diffusion.preconditioning import edm_scalings, input_scaling, noise_condition, vp_scalings
-from cm_diffusers.diffusion.process import PREDICTION_TYPES, DiscreteVP, Prediction, append_dims, as_like, exact
+from cm_diffusers.diffusion.preconditioning import (
+    edm_scalings,
+    flow_scalings,
+    input_scaling,
+    noise_condition,
+    vp_scalings,
+)
+from cm_diffusers.diffusion.process import (
+    PREDICTION_TYPES,
+    DiscreteVP,
+    Prediction,
+    RectifiedFlow,
+    append_dims,
+    as_like,
+    exact,
+)
 from cm_diffusers.errors import UserError
 
 
@@ -57,7 +71,7 @@ class EDMView:
     def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
         """F `(B, ...)`, float32."""
         shown = append_dims(input_scaling(sigma, self.sigma_data), x) * x
-        return network(shown, as_like(self.told(sigma), x), **unet_arguments(cond), return_dict=False)[0].float()
+        return call_unet(network, shown, as_like(self.told(sigma), x), cond).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +121,43 @@ class VPView:
         """F `(B, ...)`, float32."""
         sigma = exact(sigma)
         shown = append_dims(1 / (1 + sigma**2).sqrt(), x) * x
-        told = as_like(self.told(sigma), x)
-        output = network(shown, told, **unet_arguments(cond), return_dict=False)[0].float()
+        output = call_unet(network, shown, as_like(self.told(sigma), x), cond).float()
         on_x, on_output = vp_scalings(sigma, self.sigma_data, self.prediction_type)
         return append_dims(on_x, x) * x + append_dims(on_output, x) * output
+
+
+@dataclass(frozen=True, eq=False)
+class FlowView:
+    """A network of rectified flow, which answers noise - x0: F is what EDM's F would have to be for the same denoiser.
+
+    x is 1 + sigma times the sample as it knows it, at its time sigma / (1 + sigma): 1, pure noise, is never reached.
+
+    Attributes:
+        sigma_data: Standard deviation of the data; of latents that are normalised, as theirs are, about 1.
+        call: Of its architecture, with times of `RectifiedFlow`; see `as_denoiser`.
+    """
+
+    sigma_data: float
+    call: Call
+
+    def __post_init__(self) -> None:
+        _check_sigma_data(self.sigma_data)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return 0.0, math.inf
+
+    def told(self, sigma: Tensor) -> Tensor:
+        """Its times t `(B,)` of noise levels, in float64; `call` makes of them what it is told."""
+        return RectifiedFlow().time_at(-exact(sigma).log())
+
+    def __call__(self, network: Callable, x: Tensor, sigma: Tensor, cond: Conditions) -> Tensor:
+        """F `(B, ...)`, float32."""
+        sigma, d = exact(sigma), self.sigma_data
+        cos, sin = d * input_scaling(sigma, d), sigma * input_scaling(sigma, d)
+        c, on_x, on_output = flow_scalings(cos, sin, d)
+        output = self.call(network, append_dims(c * cos, x) * x, as_like(self.told(sigma), x), cond).float()
+        return append_dims(-on_x * cos, x) * x - append_dims(on_output, x) * output
 
 
 def edm_denoiser(view: View, network: Callable) -> ConditionalDenoiser:

@@ -89,8 +89,7 @@ class Trainer:
 
     Args:
         config: See `TrainConfig`.
-        nets: Those to train, or what makes them of `place` when the run's folder is known to be free; what trains are the
-            players' parameters that require gradients.
+        nets: Of which those players' parameters train that require gradients; or what makes them of `place`, called last.
         objective: The method.
         optim: How the players learn: one config for all, or one per player.
         settings: Dataclasses with whatever else a resumed run must share, such as the data's.

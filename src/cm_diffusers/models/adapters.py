@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -96,6 +97,11 @@ class WithoutAdapters(nn.Module):
         self._layers = adapter_layers(student)  # found once: a large network has thousands of modules
         self._in_training = [module for module in student.modules() if isinstance(module, _DropoutNd | _NormBase)]
         self._blocks = [module for module in student.modules() if hasattr(module, "gradient_checkpointing")]
+
+    @property
+    def config(self) -> FrozenDict:
+        """A family's call may ask the network what it is told."""
+        return self._student[0].config
 
     def forward(self, *args: object, **kwargs: object) -> object:
         with self._bare(), recomputed_with(self._blocks, self._bare):

@@ -1,6 +1,5 @@
 """Teachers: loaded whole, checked, frozen."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,9 +181,10 @@ def load_stock(
         where = {"revision": revision, "variant": variant}
         here = Path(source).exists()
         folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
-        made = {**_left_out(Path(folder)), **parts}
+        index = DiffusionPipeline.load_config(folder)
+        made = {name: None for name, entry in index.items() if entry == [None, None]} | parts  # diffusers asks for all
         if quantization is None:
-            made = load_cast_networks(Path(folder), variant, dtype, given=parts) | made
+            made |= load_cast_networks(Path(folder), variant, dtype, given=parts)
         dtypes = {name: of for name, of in dtype.items() if of} if isinstance(dtype, dict) else dtype
         options = {"dtype": dtypes, "quantization_config": quantization, **where, **made}
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
@@ -195,12 +195,6 @@ def load_stock(
         raise UserError(f"{source} {trouble}: {first_line(error)}") from error
     check_stored(pipe, source, variant, revision, given=parts)
     return pipe
-
-
-def _left_out(folder: Path) -> dict[str, None]:
-    """Parts that a pipeline was stored without, as Stable Diffusion 3 may be without T5; diffusers wants to be told."""
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def _load_vae(path: str, variant: str | None) -> AutoencoderKL:

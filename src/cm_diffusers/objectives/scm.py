@@ -212,13 +212,8 @@ class SCMObjective:
     def weighted(self, student: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """F `(B, ...)` and w_phi `(B,)`, which is 0 where it is not learned."""
         answers = [x.new_zeros(len(x))]
-
-        def network(*args: Tensor, **arguments: object) -> tuple[Tensor, ...]:
-            output, *w = student(*args, **arguments)
-            answers.extend(w)
-            return (output,)
-
-        return self.view(network, x, t, cond), answers[-1]
+        with student.register_forward_hook(lambda network, given, output: answers.extend(output[1:])):
+            return self.view(student, x, t, cond), answers[-1]
 
     def times(self, batch_size: int) -> Tensor:
         """t `(B,)` (Alg. 1): ln(sigma_data tan(t)) is normal."""

@@ -1,12 +1,12 @@
 """Loading students, published LCMs, base models and LoRAs, and keeping what their records say."""
 
-from dataclasses import asdict
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.single_file import is_single_file
+from cm_diffusers.pipelines.flow_students import stock_class_of, student_class
 from cm_diffusers.pipelines.layouts import check_index, for_base, is_pipeline, refuse_part
 from cm_diffusers.pipelines.lora import Source
 from cm_diffusers.pipelines.lora_loading import LoraLoaderMixin
@@ -15,7 +15,6 @@ from cm_diffusers.pipelines.manners import (
     IN_SIGMA,
     Manners,
     consistency_scheduler,
-    refuse_contradiction,
 )
 from cm_diffusers.pipelines.pipeline_consistency_images import ConsistencyImagesPipeline
 from cm_diffusers.pipelines.recorded import of_hub, read_training, refuse_base_model
@@ -48,7 +47,8 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
         That is: a student of this package; a published LCM, Stable Diffusion or SDXL; a base model on which
         `load_lora_weights` puts an LCM-LoRA; or the folder or repository of a LoRA of this package, which is put on
         the base model that its record names. `ConsistencyPipeline` answers with a `ConsistencyImagesPipeline` for a
-        student that takes no prompts.
+        student that takes no prompts, and for a student of a flow-matching teacher with the stock pipeline of its family,
+        see `FlowStudentMixin`.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id, or file, as for `from_single_file`.
@@ -73,14 +73,17 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             if cls.__name__ != "ConsistencyPipeline":
                 raise UserError(f"{str(source)!r} is a {kind}, without prompts; load it with ConsistencyPipeline.")
             return ConsistencyImagesPipeline.from_pretrained(source, **kwargs)
+        if stock := stock_class_of(index):
+            if cls.__name__ != "ConsistencyPipeline":
+                raise UserError(
+                    f"{str(source)!r} is a {kind}; load it with ConsistencyPipeline, and for image to image give what that "
+                    "answers to AutoPipelineForImage2Image.from_pipe."
+                )
+            return student_class(stock).from_pretrained(source, **kwargs)
         check_index(cls, source, index, kwargs)
         pipe = super().from_pretrained(source, **kwargs)
         if record is not None:
-            if kwargs.get("unet") is None:
-                refuse_contradiction(source, record, pipe.unet)
-            pipe.register_to_config(record=asdict(record))
-            if kwargs.get("unet") is None:
-                pipe.training = read_training(source, **of_hub(kwargs))
+            pipe._take_record(source, record, kwargs)
         if kwargs.get("scheduler") is None:
             pipe._adopt_scheduler(own=True)
         return pipe
@@ -135,8 +138,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             self._merged_adapters = set(stock.fused_loras)
         source = self.config.get("_name_or_path")
         if "record" not in given and self.record is None and source:
-            record = read_record(source, local_files_only=True)
-            self.register_to_config(record=record and asdict(record))
+            self.record = record = read_record(source, local_files_only=True)
             if record and "unet" not in given:
                 self.training = read_training(source, local_files_only=True)
         if "scheduler" not in given and not isinstance(self.scheduler, ConsistencyScheduler):

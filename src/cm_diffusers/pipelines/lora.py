@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.teachers import network_name
 from cm_diffusers.pipelines.lora_keys import Layers, lora_layers
 from cm_diffusers.record import read_record
 
 
 Source = str | os.PathLike
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "text_encoder", "text_encoder_2")  # of Stable Diffusion
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # PEFT's own names
 PEFT_WEIGHTS, PEFT_CONFIG = (f"peft/{name}" for name in PEFT_FILES)
 PEFT_PREFIX = "base_model.model."  # of PEFT's names of layers
@@ -62,17 +63,18 @@ class LoraFile(NamedTuple):
     metadata: dict[str, Any] | None
 
 
-def read_lora(source: Source | dict[str, Tensor], **kwargs: Any) -> LoraFile:
+def read_lora(source: Source | dict[str, Tensor], network: str = "unet", **kwargs: Any) -> LoraFile:
     """A LoRA as it is stored; of one of this package the exact form, unless a `weight_name` says otherwise.
 
     Args:
         source: Folder, file, Hub id, or the tensors.
+        network: What the pipeline calls its network.
         kwargs: Of `load_lora_weights`.
     """
     hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
     subfolder, name = kwargs.get("subfolder"), kwargs.get("weight_name")
     if not isinstance(source, dict) and name is None:
-        if exact := read_exact(source, subfolder, **hub):
+        if exact := read_exact(source, subfolder, network, **hub):
             return exact
         if not Path(source).exists() and read_record(source, **hub):
             name = LORA_WEIGHT_NAME_SAFE  # which diffusers must be told where it may not ask the Hub
@@ -91,12 +93,13 @@ def read_lora(source: Source | dict[str, Tensor], **kwargs: Any) -> LoraFile:
     return LoraFile(*fetched)
 
 
-def read_exact(source: Source, subfolder: str | None = None, **hub: Any) -> LoraFile | None:
+def read_exact(source: Source, subfolder: str | None = None, network: str = "unet", **hub: Any) -> LoraFile | None:
     """PEFT's exact form: beside a LoRA of this package, or what PEFT's own `save_pretrained` made; None where there is none.
 
     Args:
         source: Folder or Hub id.
         subfolder: Of it.
+        network: What the pipeline calls its network.
         hub: As for `hf_hub_download`.
     """
     root = Path(source, subfolder or "")
@@ -112,7 +115,8 @@ def read_exact(source: Source, subfolder: str | None = None, **hub: Any) -> Lora
     fields = json.loads(config.read_text("utf-8"))
     left_out = ("peft_type", "inference_mode")
     return LoraFile(
-        load_file(weights), {f"unet.{name}": value for name, value in fields.items() if name not in left_out}
+        {f"{network}.{name}": value for name, value in load_file(weights).items()},
+        {f"{network}.{name}": value for name, value in fields.items() if name not in left_out},
     )
 
 
@@ -129,12 +133,16 @@ def load_lora(pipe: DiffusionPipeline, source: Source, **hub: Any) -> None:
         source: Folder or Hub id.
         hub: As for `hf_hub_download`.
     """
-    put_on(pipe, layers_of(pipe, read_lora(source, use_safetensors=True, **hub)), free_name(pipe))
+    network = network_name(pipe)
+    if network != "unet" and not read_exact(source, network=network, **hub):
+        pipe.load_lora_weights(source, use_safetensors=True, **hub)
+        return
+    put_on(pipe, layers_of(pipe, read_lora(source, network, use_safetensors=True, **hub)), free_name(pipe))
 
 
 def layers_of(pipe: DiffusionPipeline, file: LoraFile) -> dict[str, Layers]:
     """What a LoRA has for each network of a pipeline; see `lora_layers`."""
-    return lora_layers(*file, {part: getattr(pipe, part, None) for part in PARTS})
+    return lora_layers(*file, {part: getattr(pipe, part, None) for part in (*PARTS, "transformer")})
 
 
 def put_on(
@@ -155,6 +163,8 @@ def put_on(
         options["metadata"] = {f"{part}.{name}": value for name, value in config.items()}
         if part == "unet":
             pipe.load_lora_into_unet(named, None, pipe.unet, hotswap=hotswap, **options)
+        elif part == "transformer":
+            pipe.transformer.load_lora_adapter(named, prefix=part, hotswap=hotswap, **options)
         else:
             for half, other in (
                 ("A", "down"),

@@ -20,6 +20,7 @@ KEY = re.compile(
 PART_OF = (  # what a name begins with -> the part of a pipeline it is for
     (re.compile(r"(lora_te2|text_encoder_2)[._]"), "text_encoder_2"),
     (re.compile(r"(lora_te1?|text_encoder)[._]"), "text_encoder"),
+    (re.compile(r"transformer\."), "transformer"),
     (re.compile(r"(lora_unet|unet|(model[._])?diffusion_model)[._]"), "unet"),
 )
 WRAPPED = re.compile(r"base_model[._]model[._]")  # what `get_peft_model` puts before every name
@@ -106,7 +107,7 @@ def _names(part: str, network: nn.Module) -> dict[str, str]:
     for path in adaptable(network):
         names[path.replace(".", "_")] = path
     for path in list(names.values()):
-        for other in _stability(path, network) if part == "unet" else _of_text(path):
+        for other in _stability(path, network) if part == "unet" else _of_text(path) if part != "transformer" else ():
             names.setdefault(other.replace(".", "_"), path)
     return names
 

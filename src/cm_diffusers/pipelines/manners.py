@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin
+from torch import nn
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.families.base import family_of
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
@@ -68,12 +70,11 @@ class Manners:
     num_inference_steps: int
 
     @classmethod
-    def of(cls, record: Record | None, unet: UNet2DConditionModel) -> "Manners":
-        embeds = unet.config.time_cond_proj_dim is not None
-        if record is not None and contradiction(record, unet) is None:
+    def of(cls, record: Record | None, network: nn.Module) -> "Manners":
+        if record is not None and contradiction(record, network) is None:
             scales = (record.w_min + 1, record.w_max + 1, record.recommended_guidance_scale)
             return cls(record.guidance, *scales, record.recommended_num_inference_steps)
-        if embeds:
+        if _embeds(network):
             return cls("embedded", None, None, LCM_GUIDANCE_SCALE, LCM_STEPS)
         return cls("distilled", None, None, 1.0, LCM_STEPS)
 
@@ -125,21 +126,26 @@ class Manners:
             )
 
 
-def contradiction(record: Record, unet: UNet2DConditionModel) -> str | None:
-    """How the record contradicts the UNet about guidance, which the UNet decides; None if it does not."""
-    embeds = unet.config.time_cond_proj_dim is not None
+def _embeds(network: nn.Module) -> bool:
+    network = getattr(network, "_orig_mod", network)  # of a compiled one
+    return family_of(network).guidance(network) == "embedded"
+
+
+def contradiction(record: Record, network: nn.Module) -> str | None:
+    """How the record contradicts the network about guidance, which the network decides; None if it does not."""
+    embeds = _embeds(network)
     if embeds == (record.guidance == "embedded"):
         return None
     takes = "takes guidance as an embedding" if embeds else "takes no embedding of guidance"
-    return f"The record says that guidance is {record.guidance!r}, but this UNet {takes}"
+    return f"The record says that guidance is {record.guidance!r}, but this network {takes}"
 
 
-def refuse_contradiction(source: object, record: Record, unet: UNet2DConditionModel) -> None:
+def refuse_contradiction(source: object, record: Record, network: nn.Module) -> None:
     """
     Raises:
-        ValueError: The record that lies beside the UNet does not fit it.
+        ValueError: The record that lies beside the network does not fit it.
     """
-    if reason := contradiction(record, unet):
+    if reason := contradiction(record, network):
         raise UserError(f"{source} is not as it was published: {reason[0].lower()}{reason[1:]}; get it anew.")
 
 

@@ -1,21 +1,23 @@
 """The record of a student in a pipeline: part of its config, and beside its weights wherever it is saved."""
 
 import json
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from torch import nn
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.stored import check_stored
 from cm_diffusers.models.teachers import check_finite
 from cm_diffusers.pipelines.layouts import check_weight_files
+from cm_diffusers.pipelines.manners import refuse_contradiction
 from cm_diffusers.pipelines.portable import make_portable
-from cm_diffusers.pipelines.stock import stock_index, stock_scheduler
+from cm_diffusers.pipelines.stock import saved_stock, stock_index
 from cm_diffusers.places import public
 from cm_diffusers.record import RECORD, Record, write_record
 
@@ -29,21 +31,46 @@ class RecordedMixin:
     A pipeline is saved as publishing saves it: diffusers alone loads it where one of its classes samples the student.
     """
 
+    _network, _record = "unet", "record"  # names of a part and of a config's field
+
     @property
     def record(self) -> Record | None:
         """How the student was made; None where the checkpoint does not tell."""
-        entry = self.config.get("record")
+        entry = self.config.get(self._record)
         return entry and Record.of(entry)
+
+    @record.setter
+    def record(self, value: Record | None) -> None:
+        self.register_to_config(**{self._record: value and asdict(value)})
+
+    @property
+    def student(self) -> nn.Module | None:
+        """The network that was trained."""
+        return getattr(self, self._network, None)
 
     @property
     def training(self) -> dict[str, Any] | None:
         """The content of `training.json`; kept with the network, so every pipeline that shares it knows."""
-        return getattr(self.unet, "_training", None)
+        return getattr(self.student, "_training", None)
 
     @training.setter
     def training(self, value: dict[str, Any] | None) -> None:
-        if self.unet is not None:
-            self.unet._training = value
+        if self.student is not None:
+            self.student._training = value
+
+    def _take_record(self, source: str | Path, record: Record, given: Mapping[str, Any]) -> None:
+        """
+        Args:
+            source: Where the record lies.
+            given: Arguments of `from_pretrained`; a network among them is not the one that the record is of.
+
+        Raises:
+            ValueError: The record does not fit the network.
+        """
+        self.record = record
+        if given.get(self._network) is None:
+            refuse_contradiction(source, record, self.student)
+            self.training = read_training(source, **of_hub(given))
 
     def stock_class(self) -> type[DiffusionPipeline] | None:
         """The class of diffusers that loads and samples it; None where there is none."""
@@ -82,15 +109,11 @@ class RecordedMixin:
         scheduler of ours is saved as the stock one nearest to it, which carries its fields.
 
         Raises:
-            ValueError: A LoRA is on the UNet, and not in its weights; text encoders save theirs.
+            ValueError: A LoRA is on the network, and not in its weights; text encoders save theirs.
         """
         self.check_saveable()
-        scheduler = self.scheduler
-        self.scheduler = stock_scheduler(scheduler)
-        try:
+        with saved_stock(self):
             super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.scheduler = scheduler
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
         """As in diffusers; what cannot be saved is refused before a repository is made."""
@@ -130,7 +153,7 @@ def read_training(source: str | Path, **hub: Any) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+def of_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that say where on the Hub and in the cache a file is."""
     names = ("token", "revision", "cache_dir", "local_files_only")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}

@@ -1,7 +1,9 @@
 """Our schedulers and pipelines as diffusers alone loads them: stock classes, in whose configs our own fields ride."""
 
 import inspect
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from diffusers import (
     CMStochasticIterativeScheduler,
@@ -15,6 +17,7 @@ from diffusers import (
     TCDScheduler,
 )
 
+from cm_diffusers.models.families.base import Sigmas, family_of, network_of
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
@@ -29,6 +32,8 @@ CARRIERS = {  # of all our fields
     EDMConsistencyScheduler: CMStochasticIterativeScheduler,
     TrigFlowConsistencyScheduler: SCMScheduler,
 }
+PRIVATE_RECORD = "_record"  # field of a config of a class that does not know it, which diffusers passes over
+CARRIERS_OF_FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMapEulerDiscreteScheduler)  # see `stock_entry`
 
 
 class CarriedSchedulerMixin:
@@ -36,12 +41,33 @@ class CarriedSchedulerMixin:
 
     def register_modules(self, **modules: Any) -> None:
         """As in diffusers; a stock scheduler that carries our fields would sample by its own alone, and becomes ours."""
-        scheduler = modules.get("scheduler")
-        for ours, stock in CARRIERS.items():
-            carried = set(_parameters(ours)) - set(_parameters(stock))
-            if isinstance(scheduler, stock) and set(scheduler.config) & carried:
-                modules["scheduler"] = ours.from_config(scheduler.config)
+        if (scheduler := modules.get("scheduler")) is not None:
+            modules["scheduler"] = carried(scheduler)
         super().register_modules(**modules)
+
+
+def carried(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler of ours whose fields a stock one carries; another one as it is."""
+    for ours, stock in (*CARRIERS.items(), *((FlowConsistencyScheduler, kind) for kind in CARRIERS_OF_FLOWS)):
+        own = set(_parameters(ours)) - set(_parameters(stock))
+        if isinstance(scheduler, stock) and set(scheduler.config) & own:
+            return ours.from_config(scheduler.config)
+    return scheduler
+
+
+@contextmanager
+def saved_stock(pipe: DiffusionPipeline) -> Iterator[None]:
+    """The pipeline with the stock scheduler that its folder names."""
+    scheduler = pipe.scheduler
+    if isinstance(scheduler, FlowConsistencyScheduler):
+        steps = len(scheduler.config.recommended_sigmas or [1.0])
+        pipe.scheduler = stock_entry(scheduler, steps, family_of(network_of(pipe)).sigmas).scheduler
+    else:
+        pipe.scheduler = stock_scheduler(scheduler)
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
 
 
 def stock_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -69,14 +95,12 @@ class StockEntry(NamedTuple):
     arguments: dict[str, Any]
 
 
-def stock_entry(
-    scheduler: FlowConsistencyScheduler, steps: int, sigmas: Literal["passed", "accepted", "unknown"]
-) -> StockEntry:
+def stock_entry(scheduler: FlowConsistencyScheduler, steps: int, sigmas: Sigmas) -> StockEntry:
     """What samples nearest to ours in so many steps: with the right times, but noise of its own, all fresh at any gamma
     above 0, and drawn at the last step, too.
 
     Left to itself `FlowMatchEulerDiscreteScheduler` shifts twice and ends at a time near 0. Its grid is right where u's are
-    given; without, that of one step more is, to .003, with a last evaluation that changes next to nothing.
+    given; without, that of one step more is, to about .01, with a last evaluation that changes next to nothing.
     `FlowMapEulerDiscreteScheduler` shifts once, but adds no noise, and takes no `mu`.
 
     Args:
@@ -105,8 +129,8 @@ def _carrying(kind: type[SchedulerMixin], scheduler: SchedulerMixin, whole: bool
         settings: Of `kind`, beside the fields.
     """
     known, own = _parameters(kind), _parameters(type(scheduler))
-    fields = {name: value for name, value in scheduler.config.items() if name in known or name in own}
-    stock = kind(**{name: value for name, value in fields.items() if name in known}, **settings)
+    fields = {name: value for name, value in scheduler.config.items() if name in known or name in own} | settings
+    stock = kind(**{name: value for name, value in fields.items() if name in known})
     if whole:
         stock.register_to_config(**fields)
     return stock
@@ -115,5 +139,6 @@ def _carrying(kind: type[SchedulerMixin], scheduler: SchedulerMixin, whole: bool
 def stock_index(index: dict[str, Any], kind: type[DiffusionPipeline]) -> dict[str, Any]:
     """The content of `model_index.json` as a stock class writes it."""
     modules, options = kind._get_signature_keys(kind)
-    known = {name: value for name, value in index.items() if name in modules or name in options or name[0] == "_"}
+    private = {name for name in index if name[0] == "_"} - {PRIVATE_RECORD}
+    known = {name: value for name, value in index.items() if name in {*modules, *options, *private}}
     return known | {"_class_name": kind.__name__}

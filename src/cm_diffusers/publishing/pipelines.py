@@ -19,6 +19,7 @@ from cm_diffusers.models.families.base import family_of
 from cm_diffusers.models.families.unet import is_xl
 from cm_diffusers.models.teachers import stock_pipeline
 from cm_diffusers.pipelines.portable import make_portable
+from cm_diffusers.pipelines.stock import saved_stock
 from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import model_writer, write_result
 from cm_diffusers.publishing.lora_export import Lora
@@ -88,7 +89,8 @@ def save_pipeline(
     """
 
     def write_weights(aside: Path) -> None:
-        pipe.save_pretrained(aside)
+        with saved_stock(pipe):
+            pipe.save_pretrained(aside)
         make_portable(aside)
         for weights in [path for name in HALVED for path in aside.glob(f"{name}/*.safetensors")] if fp16 else ():
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
@@ -114,7 +116,7 @@ def save_lora(
 def lora_writer(lora: Lora, record: Record, fp16: bool) -> Callable[[Path], None]:
     """Writes both forms of a student's LoRA, named after method and base model."""
     title = f"{record.method}_lora_{public(record.base_model).rstrip('/').rpartition('/')[2]}"
-    return lora.writer(title, record.scheduler["prediction_type"], fp16)
+    return lora.writer(title, record.scheduler.get("prediction_type"), fp16)
 
 
 def save_motion_adapter(

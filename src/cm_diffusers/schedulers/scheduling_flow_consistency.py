@@ -61,6 +61,7 @@ class FlowConsistencyScheduler(ToldScheduler):
     @register_to_config
     def __init__(
         self,
+        *,  # what is given by position diffusers takes for a default, which from_config forgets
         shift: float,
         gamma: float = 1.0,
         num_train_timesteps: int = 1000,
@@ -141,9 +142,9 @@ class FlowConsistencyScheduler(ToldScheduler):
         Raises:
             ValueError: The timesteps are integers.
         """
-        t = self._levels_at(timesteps).to(self._precision(original_samples)).to(original_samples.device)
-        t = t.reshape(-1, *[1] * (noise.ndim - 1))
-        return ((1 - t) * original_samples + t * noise).to(original_samples.dtype)
+        t, dtype = self._levels_at(timesteps).reshape(-1, *[1] * (noise.ndim - 1)), self._precision(original_samples)
+        alpha, sigma = (factor.to(dtype).to(noise.device) for factor in (1 - t, t))
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise`, as image-to-image pipelines of flow-matching networks call it."""

@@ -153,7 +153,7 @@ class ImageModel:
         options, downscale = {"label_column": classes.label_column, "num_classes": known}, 1
         if self.vae is not None:
             vae = Vae.from_model(self.vae)
-            options, downscale = options | {"vae": vae, "statistics": self.statistics}, vae.downscale
+            options, downscale = options | {"vae": vae, "statistics": self.statistics}, vae.latents.downscale
         if (side := self.unet.config.sample_size * downscale) != data.resolution:
             raise UserError(f"The network is made for images of {side} pixels: give --resolution {side}.")
         return unprompted_batches(data, seed, rank, world_size, device, **options, sigma_data=self.view.sigma_data)
@@ -223,7 +223,7 @@ def new_image_model(
         vae = load_vae(config.pretrained_vae)
         encoder = Vae.from_model(vae)
         statistics = measure_statistics(data, encoder, device)
-        size, channels = size // encoder.downscale, vae.config.latent_channels
+        size, channels = size // encoder.latents.downscale, vae.config.latent_channels
     unet = _new_unet(config.unet_config, size, channels, classes.num_classes)
     if config.double_norm:
         add_double_norm(unet)

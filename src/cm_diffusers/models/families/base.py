@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, Literal, NamedTuple
 
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.denoisers import Call
@@ -26,6 +28,7 @@ FAMILIES = {  # class of the network -> module here, whose FAMILY it is; importe
     "ZImageTransformer2DModel": "z_image",
     "WanTransformer3DModel": "wan",
 }
+Sigmas = Literal["passed", "accepted", "unknown"]
 
 
 class Latents(NamedTuple):
@@ -88,6 +91,13 @@ class Family:
         student: (teacher's network, size of an embedding) -> a copy that is told its guidance and at first ignores it,
             or with size None a plain one; None where guidance can only go into the weights.
         check: (name, pipeline): raises a ValueError if it is no text-to-image teacher.
+        lora_name: (path of a layer, network) -> its name in a file of `lora_down`, `lora_up` and `alpha` that diffusers and
+            ComfyUI read, or None. Where a layer has none, files have `transformer.<path>.lora_A`, and no alphas.
+        comfyui: Whether ComfyUI's table of names has those of such a file.
+        sigmas: How the stock pipeline's scheduler gets its noise levels: the pipeline passes an even grid, or passes those
+            that its caller gives, or knows nothing of them.
+        clips: Whether the stock pipeline answers with `frames`.
+        tag: What the Hub lists such networks under; by default the name of the family's file, by which model cards find it.
     """
 
     pipeline: Callable[[nn.Module], str]
@@ -101,9 +111,14 @@ class Family:
     process: Callable[[DiffusionPipeline], Process] = lambda pipe: RectifiedFlow()
     told: Callable[[nn.Module], Told] | None = None
     combine: Combine = combine_linear
-    guided: Callable[[float], dict[str, float]] = lambda scale: {"guidance_scale": scale}
+    guided: Callable[[float], dict[str, float | str]] = lambda scale: {"guidance_scale": scale}
     student: Callable[[nn.Module, int | None], nn.Module] | None = None
     check: Callable[[str, DiffusionPipeline], None] = lambda path, pipe: None
+    lora_name: Callable[[str, nn.Module], str | None] = lambda path, network: None
+    comfyui: bool = False
+    sigmas: Sigmas = "passed"
+    clips: bool = False
+    tag: Callable[[nn.Module], str] | None = None
 
 
 def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module:
@@ -124,7 +139,7 @@ def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module
     )
 
 
-def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float]:
+def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float | str]:
     """Arguments of a pipeline's call, whatever its family; see `Family.guided`."""
     known = _known(pipe)
     return family_of(known[0]).guided(guidance_scale) if known else {"guidance_scale": guidance_scale}
@@ -143,3 +158,27 @@ def family_of(network: nn.Module) -> Family:
     if kind not in FAMILIES:
         raise UserError(f"{kind} is no network of a known family; one of {', '.join(FAMILIES)}.")
     return import_module(f"{__package__}.{FAMILIES[kind]}").FAMILY
+
+
+def tag_of(network: nn.Module) -> str:
+    """What the Hub lists models with this network under."""
+    tag = family_of(network).tag
+    return FAMILIES[type(network).__name__].replace("_", "-") if tag is None else tag(network)
+
+
+def family_tagged(tag: str) -> Family | None:
+    """The family whose tag is the name of its file."""
+    module = tag.replace("-", "_")
+    return import_module(f"{__package__}.{module}").FAMILY if module in FAMILIES.values() else None
+
+
+def config_of(network: nn.Module) -> FrozenDict:
+    """The configuration of a network, whatever is around it for training on several devices."""
+    while not hasattr(network, "config"):
+        network = network.module
+    return network.config
+
+
+def default_of(pipeline: DiffusionPipeline, argument: str) -> Any:
+    """What the pipeline's call takes for an argument that is not given: its `encode_prompt` often takes another."""
+    return signature(type(pipeline).__call__).parameters[argument].default

@@ -2,30 +2,29 @@
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm_diffusers.models.families.base import Latents
-
-
-KL_SCALE = 0.18215  # of Stable Diffusion 1, where a config does not say it
 
 
 def kl_latents(vae: AutoencoderKL, patch: int = 1) -> Latents:
     """One shift and scale for all channels, or those of each where the config has statistics."""
     config = vae.config
-    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or KL_SCALE
+    shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
     if config.get("latents_mean") and config.get("latents_std"):
         shift, scale = _each(config.latents_mean), scale / _each(config.latents_std)
-
-    def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(pixels).latent_dist
-        return posterior.mean, posterior.std
 
     def decode(vae: AutoencoderKL, x: Tensor) -> Tensor:
         return vae.decode(latents.of_vae(x)).sample
 
-    latents = Latents(encode, decode, shift, scale, 2 ** (len(config.block_out_channels) - 1), patch)
+    latents = Latents(posterior, decode, shift, scale, 2 ** (len(config.block_out_channels) - 1), patch)
     return latents
+
+
+def posterior(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each `(B, C, ...)`."""
+    found = vae.encode(pixels).latent_dist
+    return found.mean, found.std
 
 
 def per_channel_latents(vae: AutoencoderKLWan | AutoencoderKLQwenImage, patch: int = 1) -> Latents:
@@ -35,8 +34,8 @@ def per_channel_latents(vae: AutoencoderKLWan | AutoencoderKLQwenImage, patch: i
     """
 
     def encode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(_as_clips(pixels)).latent_dist
-        return _as_before(posterior.mean, pixels), _as_before(posterior.std, pixels)
+        mean, std = posterior(vae, _as_clips(pixels))
+        return _as_before(mean, pixels), _as_before(std, pixels)
 
     def decode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, x: Tensor) -> Tensor:
         frames = latents.of_vae(_as_clips(x).transpose(1, 2))

@@ -36,4 +36,6 @@ FAMILY = Family(
     call=_call,
     encode=_encode,
     latents=kl_latents,
+    comfyui=True,
+    sigmas="accepted",
 )

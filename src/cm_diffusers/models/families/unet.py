@@ -1,7 +1,9 @@
 """Stable Diffusion 1.x, 2.x and XL: UNets of the variance-preserving process, guided by a second pass."""
 
+import re
+
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.denoisers import call_unet
@@ -20,6 +22,26 @@ LCM_LORA_TARGETS = tuple(
         "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
     ).split()
 )
+
+LORA_ENDS = {  # outside the blocks: diffusers' name -> Stability's
+    "conv_in": "input_blocks_0_0",
+    "conv_out": "out_2",
+    "time_embedding.linear_1": "time_embed_0",
+    "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
+LORA_INSIDE = {  # the blocks
+    ("resnets", "conv1"): "in_layers_2",
+    ("resnets", "conv2"): "out_layers_3",
+    ("resnets", "time_emb_proj"): "emb_layers_1",
+    ("resnets", "conv_shortcut"): "skip_connection",
+    ("downsamplers", "conv"): "op",
+}
+LORA_BLOCK = re.compile(
+    r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+MOST_LORA_BLOCKS = 9  # on a side of Stability's UNet: diffusers takes input_blocks_10 for input_blocks_1
 
 
 def is_xl(unet: UNet2DConditionModel) -> bool:
@@ -103,6 +125,41 @@ def check_vae(path: str, vae: nn.Module) -> None:
         )
 
 
+def kohya_name(path: str, unet: UNet2DConditionModel | UNetMotionModel) -> str:
+    """A layer's name in kohya's form: for Stable Diffusion XL after Stability's UNet, otherwise after diffusers'.
+
+    So sd-scripts trains them. ComfyUI and diffusers read both; A1111 reads diffusers' names as if only the first block
+    upwards had no attention, as it is in Stable Diffusion 1 and 2, and misses a layer of XL's.
+    """
+    return f"lora_unet_{_stability_name(path, unet) or path.replace('.', '_')}"
+
+
+def _stability_name(path: str, unet: UNet2DConditionModel | UNetMotionModel) -> str | None:
+    """None where there is no such name, or diffusers would not find the way back."""
+    if not (is_xl(unet) and _is_regular(unet)):
+        return None
+    if path in LORA_ENDS:
+        return LORA_ENDS[path]
+    if (found := LORA_BLOCK.fullmatch(path)) is None:
+        return None
+    side, block, kind, number, rest = found.groups()
+    rest = LORA_INSIDE.get((kind, rest), rest.replace(".", "_"))
+    if side == "mid":
+        return f"middle_block_{1 if kind == 'attentions' else 2 * int(number)}_{rest}"
+    layers = unet.config.layers_per_block
+    index = int(block) * (layers + 1) + (layers if kind.endswith("samplers") else int(number))
+    place = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}[kind]
+    return f"{'input' if side == 'down' else 'output'}_blocks_{index + (side == 'down')}_{place}_{rest}"
+
+
+def _is_regular(unet: UNet2DConditionModel | UNetMotionModel) -> bool:
+    """Whether its blocks can be counted through as diffusers does: alike, few, and none without attention grows."""
+    layers, grows = unet.config.layers_per_block, unet.config.up_block_types[:-1]
+    if not isinstance(layers, int) or len(unet.config.block_out_channels) * (layers + 1) > MOST_LORA_BLOCKS:
+        return False
+    return all("CrossAttn" in block for block in grows)
+
+
 FAMILY = Family(
     pipeline=_pipeline,
     network="unet",
@@ -116,4 +173,7 @@ FAMILY = Family(
     told=_told,
     student=_student,
     check=_check,
+    lora_name=kohya_name,
+    comfyui=True,
+    tag=lambda unet: "stable-diffusion-xl" if is_xl(unet) else "stable-diffusion",
 )
