@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from cm_diffusers.data.cache import cached_embeddings
-from cm_diffusers.data.ragged import blanked, packed, row_of
+from cm_diffusers.data.ragged import joined, packed, row_of, trimmed
 from cm_diffusers.data.sources import DataConfig
 
 
-MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]])  # also holes, and nothing at all
+MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 0]])  # also holes, and nothing at all
+LENGTHS = [2, 1, 4, 3]
 
 
 def conditions(mask: torch.Tensor = MASK) -> dict[str, torch.Tensor]:
@@ -27,47 +28,63 @@ def conditions(mask: torch.Tensor = MASK) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
-def test_only_what_the_mask_shows_is_stored(dtype):
+def test_a_row_ends_with_the_last_token_that_its_mask_shows(dtype):
     told = conditions(MASK.to(dtype))
     stored = packed(told)
     shapes = {name: tuple(value.shape) for name, value in stored.items()}
     assert shapes == {
-        "prompt_mask": (4, 4), "prompt_embeds of prompt_mask": (8, 3), "layers of prompt_mask": (8, 2, 3),
-        "pooled": (4, 4), "other": (4, 5, 3),
+        "prompt_mask": (4,), "prompt_embeds of prompt_mask": (10, 3), "layers of prompt_mask": (10, 2, 3),
+        "pooled": (4, 4), "other": (4, 5, 3), "prompt_mask of prompt_mask": (10,),
     }  # fmt: skip
-    assert torch.equal(stored["prompt_embeds of prompt_mask"][2:4], told["prompt_embeds"][2, [1, 3]])
-    rows = [row_of(stored, row) for row in range(4)]
-    back = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    assert back.keys() == told.keys()
-    assert back["prompt_mask"].dtype == dtype
-    for name, value in blanked(told).items():
-        assert torch.equal(back[name], value), name
+    assert stored["prompt_mask"].tolist() == LENGTHS
+    for row, length in enumerate(LENGTHS):
+        found = row_of(stored, row)
+        assert found.keys() == told.keys()
+        for name, value in told.items():
+            kept = value[row : row + 1] if name in ("pooled", "other") else value[row : row + 1, :length]
+            assert torch.equal(found[name], kept)
+            assert found[name].dtype == value.dtype
+
+
+def test_rows_are_as_long_as_the_longest_of_their_batch():
+    told = trimmed(conditions())
+    stored = packed(told)
+    for rows, length in (([0, 1], 2), ([3, 0], 3), ([1], 1), ([0, 1, 2, 3], 4)):
+        found = joined([row_of(stored, row) for row in rows])
+        assert found["prompt_mask"].shape == (len(rows), length)
+        for name, value in trimmed({name: value[rows] for name, value in told.items()}).items():
+            assert torch.equal(found[name], value), name
+
+
+def test_what_is_hidden_becomes_zero_whatever_it_was():
+    told = conditions()
+    told["prompt_embeds"][0, 3] = torch.nan
     hidden = (MASK == 0)[:, :, None].expand_as(told["prompt_embeds"])
-    assert back["prompt_embeds"][hidden].count_nonzero() == 0
-    assert torch.equal(back["prompt_embeds"][~hidden], told["prompt_embeds"][~hidden])
+    found = trimmed(told)["prompt_embeds"]
+    assert found[hidden].count_nonzero() == 0
+    assert torch.equal(found[~hidden], told["prompt_embeds"][~hidden])
 
 
 def test_a_value_that_two_masks_may_mean_is_stored_whole():
     told = conditions() | {"second_mask": MASK.flip(0)}
     assert packed(told).keys() == told.keys()
-    assert all(torch.equal(value, told[name]) for name, value in blanked(told).items())
+    assert all(torch.equal(value, told[name]) for name, value in trimmed(told).items())
 
 
-def test_what_is_hidden_may_be_no_number():
-    told = conditions()
-    told["prompt_embeds"][0, 3] = torch.nan
-    assert blanked(told)["prompt_embeds"].isfinite().all()
+def test_without_a_mask_lengths_must_agree():
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        joined([{"states": torch.ones(1, 4, 3)}, {"states": torch.ones(1, 5, 3)}])
 
 
 LENGTH, WIDTH = 64, 32
 CAPTIONS = ["", *(f"{'word ' * (n % 5)}number {n}" for n in range(40))]
 
 
-def encode(texts: list[str], scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """As many tokens as words, one more for the empty prompt; the first value of a token is its word's length."""
+def encode(texts: list[str], scale: float = 1.0, length: int | None = LENGTH) -> dict[str, torch.Tensor]:
+    """A token more than words, whose first value is the word's length; padded with sevens, or to the longest."""
     counts = torch.tensor([1 + len(text.split()) for text in texts])
-    mask = torch.arange(LENGTH) < counts[:, None]
-    states = torch.full((len(texts), LENGTH, WIDTH), 7.0)
+    mask = torch.arange(length or int(counts.max())) < counts[:, None]
+    states = torch.full((*mask.shape, WIDTH), 7.0)
     for row, text in enumerate(texts):
         for place, word in enumerate(text.split()):
             states[row, 1 + place, 0] = len(word) * scale
@@ -79,24 +96,31 @@ def config(tmp_path) -> DataConfig:
     return DataConfig(encode_batch_size=7, latent_cache_dir=str(tmp_path / "cache"))
 
 
-def shard_in(config: DataConfig) -> dict[str, torch.Tensor]:
-    (file,) = Path(config.latent_cache_dir).glob("*.safetensors")
-    return load_file(file)
-
-
-def test_a_shard_is_as_large_as_its_captions_are_long(config):
-    table = cached_embeddings(CAPTIONS, encode, "fake", config)
+@pytest.mark.parametrize("length", [LENGTH, None])
+def test_a_shard_is_as_large_as_its_captions_are_long(config, length):
+    table = cached_embeddings(CAPTIONS, lambda texts: encode(texts, length=length), "fake", config)
     tokens = sum(1 + len(text.split()) for text in CAPTIONS)
     (file,) = Path(config.latent_cache_dir).glob("*.safetensors")
-    content = tokens * WIDTH * 2 + len(CAPTIONS) * (LENGTH + 2)
+    content = tokens * (WIDTH * 2 + 1) + len(CAPTIONS) * (
+        2 + 8
+    )  # in float16, with a mask, a pooled value and a length
     assert content < file.stat().st_size < content + 700  # bytes of names and shapes
     assert content < 0.1 * len(CAPTIONS) * LENGTH * WIDTH * 2
-    for numbers in (np.array([0, 17, 40, 3]), np.arange(41)):
-        found, expected = table[numbers], blanked(encode([CAPTIONS[i] for i in numbers]))
+    for numbers in (np.array([0, 17, 40, 3]), np.arange(41), np.array([0])):
+        found, expected = table[numbers], trimmed(encode([CAPTIONS[i] for i in numbers]))
         assert found["mask"].dtype == torch.bool
         assert found["states"].dtype == torch.float32
         assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected if name != "states")
+        assert torch.equal(found["states"] * found["mask"][:, :, None], expected["states"])
+
+
+def test_both_branches_are_as_long_as_each_other(config):
+    table = cached_embeddings(CAPTIONS, encode, "fake", config)
+    cond, uncond = table.with_empty(np.array([1, 5]), 0)
+    assert cond["mask"].sum(1).tolist() == [3, 7]
+    assert uncond["mask"].sum(1).tolist() == [1, 1]
+    assert cond["states"].shape == uncond["states"].shape == (2, 7, WIDTH)
 
 
 def test_a_ragged_shard_is_read_again_and_one_of_other_rows_is_not(config):
@@ -104,9 +128,8 @@ def test_a_ragged_shard_is_read_again_and_one_of_other_rows_is_not(config):
         raise AssertionError("must not be called")
 
     cached_embeddings(CAPTIONS, encode, "fake", config)
-    assert (
-        cached_embeddings(CAPTIONS, refuse, "fake", config)[np.array([40])]["pooled"].item() == 1 + 4 + 2
-    )  # words "word" and of the end
+    again = cached_embeddings(CAPTIONS, refuse, "fake", config)
+    assert again[np.array([40])]["pooled"].item() == 1 + 4 + 2  # four times "word", "number" and 39
     (file,) = Path(config.latent_cache_dir).glob("*.safetensors")
     other = DataConfig(latent_cache_dir=str(file.parent / "other"))
     cached_embeddings(CAPTIONS[:9], encode, "fake", other)
@@ -120,7 +143,8 @@ def test_a_tensor_is_in_bfloat16_only_where_float16_overflows(config, scale, dty
     """The longest word has 6 letters: 48000 fits and 120000 does not, though it is not in the first part encoded."""
     captions = ["a", "of", *["a"] * 7, "number", "a"]
     table = cached_embeddings(captions, lambda texts: encode(texts, scale), "fake", config)
-    stored = shard_in(config)
+    (file,) = Path(config.latent_cache_dir).glob("*.safetensors")
+    stored = load_file(file)
     assert stored["states of mask"].dtype == dtype
     assert stored["pooled"].dtype == torch.float16
     found = table[np.array([0, 9])]["states"]

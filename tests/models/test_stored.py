@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from scripts import models_folder
 from tiny import tiny_pipeline
+from tiny_flow_a import tiny_umt5
 
 from cm_diffusers import ConsistencyPipeline
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.sampling import load_pipeline
-from cm_diffusers.models.stored import check_stored, header
+from cm_diffusers.models.stored import check_stored, check_weights, header
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.record import read_record, write_record
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
@@ -114,3 +116,13 @@ def test_a_header_that_is_none_is_one_sentence(tmp_path, content: bytes) -> None
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.safetensors is no whole safetensors file \(.+\); get it anew\.$"):
         header(tmp_path / "a.safetensors")
+
+
+def test_a_tensor_of_two_names_is_stored_once() -> None:
+    tower = tiny_umt5()
+    dtypes = dict.fromkeys(tower.state_dict(), "F32")
+    for name in ("encoder.embed_tokens.weight", "shared.weight"):
+        check_weights("T5", tower, {other: dtype for other, dtype in dtypes.items() if other != name})
+    del dtypes["encoder.embed_tokens.weight"], dtypes["shared.weight"]
+    with pytest.raises(UserError, match=r"T5 lacks weights \(1, such as encoder\.embed_tokens\.weight\)"):
+        check_weights("T5", tower, dtypes)

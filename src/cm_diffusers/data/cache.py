@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.preprocessing import PIXELS, Size, decode_image, preprocess
-from cm_diffusers.data.ragged import packed, row_of
+from cm_diffusers.data.ragged import joined, packed, row_of
 from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.errors import UserError
@@ -134,12 +134,22 @@ class Embeddings:
 
     def __getitem__(self, numbers: np.ndarray) -> Tensors:
         rows = [row_of(tensors_of(self.shards[i // SHARD_ROWS]), i % SHARD_ROWS) for i in numbers]
-        return {name: in_float32(torch.stack([row[name] for row in rows])) for name in rows[0]}
+        return in_float32(joined(rows))
+
+    def with_empty(self, numbers: np.ndarray, empty: int) -> tuple[Tensors, Tensors]:
+        """Of both branches, each (B, ...) and as long as each other: `numbers` and as often `empty`."""
+        return both_branches(self[np.array([*numbers, empty])])
 
 
-def in_float32(values: Tensor) -> Tensor:
+def in_float32(conditions: Tensors) -> Tensors:
     """Floats only: masks and ids stay what they are."""
-    return values.float() if values.is_floating_point() else values
+    return {name: value.float() if value.is_floating_point() else value for name, value in conditions.items()}
+
+
+def both_branches(rows: Tensors) -> tuple[Tensors, Tensors]:
+    """All (B + 1, ...) but the last, and the last B times."""
+    cond = {name: value[:-1] for name, value in rows.items()}
+    return cond, {name: rows[name][-1:].expand_as(value) for name, value in cond.items()}
 
 
 def cached_posteriors(
@@ -234,8 +244,8 @@ def cached_embeddings(
 
     Args:
         captions: distinct texts.
-        encode: texts to conditions, each (N, ...) and of one shape for every call; called only when a shard is missing.
-            What a mask among them hides comes back as zeros; see `packed`.
+        encode: texts to conditions, each (N, ...) and of one shape for every call, but for the length of what has a
+            mask, see `packed`; called only when a shard is missing.
         fingerprint: names the text tower and tokenizer behind `encode`.
         config: where the shards are kept.
 

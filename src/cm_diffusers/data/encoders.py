@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from cm_diffusers.data.cache import Vae, module_fingerprint
 from cm_diffusers.data.found import Found
-from cm_diffusers.data.ragged import blanked
+from cm_diffusers.data.ragged import trimmed
 from cm_diffusers.data.shards import shard_key
 from cm_diffusers.models.families.base import family_of, network_of
 
@@ -28,8 +28,8 @@ class Encoders:
 
     Attributes:
         vae: Loaded only when an image has to be encoded.
-        encode_prompts: Prompts to conditions, each (N, ...), with zeros for the tokens that a mask among them hides. The
-            empty prompt becomes the teacher's unconditional branch.
+        encode_prompts: Prompts to conditions, each (N, ...), without the tokens that a mask among them hides at the
+            end of all. The empty prompt becomes the teacher's unconditional branch.
         fingerprint: Names what `encode_prompts` computes.
         micro_conditioning: Whether the network is also told sizes and crop, as `time_ids` (B, 6).
         towers: The modules that `encode_prompts` runs where they are.
@@ -50,7 +50,7 @@ class Encoders:
         family, towers, tokenizers = family_of(network), _numbered(pipe, "text_encoder"), _numbered(pipe, "tokenizer")
         return cls(
             Vae.from_model(pipe.vae, family.latents),
-            lambda prompts: blanked(family.encode(pipe, prompts)),
+            lambda prompts: trimmed(family.encode(pipe, prompts)),
             _fingerprint(pipe, family.network == "unet", towers, tokenizers),
             network.config.get("addition_embed_type") == "text_time",
             tuple(towers.values()),

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cm_diffusers.data.cache import check_finite_latents, check_sides, in_float32
+from cm_diffusers.data.cache import both_branches, check_finite_latents, check_sides, in_float32
 from cm_diffusers.data.encoders import Encoders, too_long
 from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.folders import checked_tables
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.preprocessing import Size, decode_image, drawn_view, micro_conditions, preprocess, square
+from cm_diffusers.data.ragged import joined
 from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, batch_generator
 from cm_diffusers.data.shards import files_fingerprint
 from cm_diffusers.data.sources import (
@@ -266,8 +267,7 @@ class _Encoder:
         dropped = generator.random(len(samples)) < config.proportion_empty_prompts
         texts = ["" if drop else prompt for drop, prompt in zip(dropped, prompts, strict=True)]
         too_long(texts, self.encoders.tokenizers, self.found)
-        cond = self._encode_prompts(texts)
-        uncond = {name: self.empty[name].expand_as(value) for name, value in cond.items()}
+        cond, uncond = both_branches(joined([self._encode_prompts(texts), self.empty]))
         ids = {}
         if self.encoders.micro_conditioning:
             sizes = [Size(sample.image.height, sample.image.width) for sample in samples]
@@ -286,4 +286,4 @@ class _Encoder:
     def _encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         size = self.config.encode_batch_size
         parts = [self.encoders.encode_prompts(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        return {name: in_float32(torch.cat([part[name] for part in parts])) for name in parts[0]}
+        return in_float32(joined(parts))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cm_diffusers.data.buckets import BucketBatches
-from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, cached_embeddings, cached_posteriors
+from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, both_branches, cached_embeddings, cached_posteriors
 from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.framing import Framing
@@ -78,8 +78,8 @@ def token_batches(
 class _Tokens(NamedTuple):
     ids: Tensor  # (N, L) int64
 
-    def __getitem__(self, numbers: np.ndarray) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[numbers]}
+    def with_empty(self, numbers: np.ndarray, empty: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return both_branches({"input_ids": self.ids[[*numbers, empty]]})
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ class _Source:
         captions = [self.rows.captions[i][generator.integers(len(self.rows.captions[i]))] for i in indices]
         dropped = generator.random(len(indices)) < self.config.proportion_empty_prompts
         told = np.where(dropped, EMPTY, captions)
-        cond, empty = self.table[told], self.table[np.array([EMPTY])]
-        uncond = {name: empty[name].expand_as(value) for name, value in cond.items()}
+        cond, uncond = self.table.with_empty(told, EMPTY)
         ids = {"time_ids": self.rows.framing.time_ids(numbers, variants)} if self.micro_conditioning else {}
         return x0, cond | ids, uncond | ids, [self.texts[number] for number in told]
 

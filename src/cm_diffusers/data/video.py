@@ -194,9 +194,7 @@ class _Source:
         x0 = drawn_latents(self.vae, (mean, std), generator).transpose(1, 2).contiguous()
         captions = [self.rows.captions[i][generator.integers(len(self.rows.captions[i]))] for i in indices]
         dropped = generator.random(len(clips)) < images.proportion_empty_prompts
-        cond = self.table[np.where(dropped, EMPTY, captions)]
-        empty = self.table[np.array([EMPTY])]
-        uncond = {name: empty[name].expand_as(value) for name, value in cond.items()}
+        cond, uncond = self.table.with_empty(np.where(dropped, EMPTY, captions), EMPTY)
         seen = {}
         if self.first_frame:
             seen["image_latents"] = self.vae.latents.of_network(mean[:, 0].float())

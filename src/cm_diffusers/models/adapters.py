@@ -27,13 +27,13 @@ def add_lora(
         target_modules: Ends of layers' names; those of its family if not given.
     """
     network.requires_grad_(False)
-    names = _targets(network, target_modules)
+    names = target_names(network, target_modules)
     network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names))
     cast_training_params(network, torch.float32)
     return network.train()
 
 
-def _targets(network: nn.Module, names: list[str] | None) -> list[str]:
+def target_names(network: nn.Module, names: list[str] | None) -> list[str]:
     """The names, each of which ends that of some layer; of those of the family the ones that do: small networks lack some.
 
     Raises:
@@ -98,17 +98,14 @@ class WithoutAdapters(nn.Module):
         self._in_training = [module for module in student.modules() if isinstance(module, _DropoutNd | _NormBase)]
         self._blocks = [module for module in student.modules() if hasattr(module, "gradient_checkpointing")]
 
+    @property
+    def config(self) -> FrozenDict:
+        """A family's call may ask the network what it is told."""
+        return self._student[0].config
+
     def forward(self, *args: object, **kwargs: object) -> object:
         with self._bare(), recomputed_with(self._blocks, self._bare):
             return self._student[0](*args, **kwargs)
-
-    @property
-    def config(self) -> FrozenDict:
-        return self._student[0].config
-
-    @property
-    def config(self) -> FrozenDict:
-        return self._student[0].config
 
     @contextmanager
     def _bare(self) -> Iterator[None]:

@@ -82,11 +82,14 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
     Raises:
         ValueError: As `check_stored`.
     """
-    wanted = {_plain(name) for name, value in network.state_dict().items() if value.is_floating_point()}
-    found = {_plain(name) for name in dtypes}
+    tied: dict[int, set[str]] = {}  # a tensor of several names, as the words of T5, is stored once
+    for name, value in network.state_dict(keep_vars=True).items():
+        if value.is_floating_point():
+            tied.setdefault(id(value), set()).add(_plain(name))
+    wanted, found = set().union(*tied.values()), {_plain(name) for name in dtypes}
     integers = sorted(name for name, dtype in dtypes.items() if dtype not in FLOATS)
     faults = {
-        "lacks": sorted(wanted - found),
+        "lacks": sorted(min(names) for names in tied.values() if not names & found),
         "has unknown": sorted(name for name in found - wanted if not UNUSED.search(name)),
         "has quantized": [name for name in integers if _plain(name) in wanted],
     }

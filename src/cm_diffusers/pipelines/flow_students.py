@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,7 @@ from cm_diffusers.pipelines.lora import Source, check_weights, folder_of, free_n
 from cm_diffusers.pipelines.lora_roles import Told, acting, why_off
 from cm_diffusers.pipelines.manners import Manners, contradiction, mismatches
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
-from cm_diffusers.pipelines.stock import CarriedSchedulerMixin
+from cm_diffusers.pipelines.stock import PRIVATE_RECORD, CarriedSchedulerMixin
 from cm_diffusers.record import is_of_flow, read_record
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 
@@ -30,7 +29,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
     from them. A pipeline without a record, as of a base model, is in all but its LoRAs the stock one.
     """
 
-    _network = "transformer"
+    _network, _record = "transformer", PRIVATE_RECORD
     _stock: type[DiffusionPipeline]
     _before_lora: tuple[str, Told] | None = None  # a student's LoRA, and what was known before it
 
@@ -108,7 +107,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         self._adopt_scheduler()
 
     def _tell(self, told: Told) -> None:
-        self.register_to_config(record=told.record and asdict(told.record))
+        self.record = told.record
         self.training = told.training
         self.scheduler = told.scheduler or self.scheduler
 
@@ -130,6 +129,9 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             self._before_lora = None
             self._tell(before)
 
+    def _run(self, asked: Mapping[str, Any]) -> Any:
+        return self._stock.__call__(self, **self._asked(asked))
+
     def _asked(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call with what the record recommends in the place of those left out.
 
@@ -149,12 +151,13 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
 
     def _check(self, manners: Manners, scale: float, name: str, given: Mapping[str, Any]) -> None:
         negative = any(key.startswith("negative_") and not _is_empty(value) for key, value in given.items())
-        manners.check(scale, negative)
-        if negative and scale <= 1:
+        if negative and scale <= 1 and manners.guidance == "distilled":
+            shown = family_of(self.student).guided(scale)[name]
             raise UserError(
-                f"A negative prompt has no branch to act in at {name} {given.get(name, 'of this student')}, which is no "
-                f"guidance; leave it out, or give a {name} a little higher."
+                f"At {name} {shown:g} there is no guidance, so a negative prompt has no branch to act in; leave it out, or "
+                f"give a {name} a little higher."
             )
+        manners.check(scale, negative)
         if found := mismatches(self.scheduler, self.record):
             warnings.warn(f"The scheduler does not fit this student: {'; '.join(found)}.", stacklevel=5)
         lora = self._before_lora[0] if self._before_lora else None
@@ -189,8 +192,7 @@ def student_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     @wraps(stock.__call__)
     def call(self: FlowStudentMixin, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
-        given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        return stock.__call__(self, **self._asked(given))
+        return self._run({name: value for name, value in bound.arguments.items() if name != "self"})
 
     own = {"_stock": stock, "__call__": call, "__doc__": stock.__doc__, "__module__": __name__}
     return type(stock.__name__, (FlowStudentMixin, stock), own)

@@ -1,6 +1,5 @@
 """Loading students, published LCMs, base models and LoRAs, and keeping what their records say."""
 
-from dataclasses import asdict
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
@@ -139,8 +138,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             self._merged_adapters = set(stock.fused_loras)
         source = self.config.get("_name_or_path")
         if "record" not in given and self.record is None and source:
-            record = read_record(source, local_files_only=True)
-            self.register_to_config(record=record and asdict(record))
+            self.record = record = read_record(source, local_files_only=True)
             if record and "unet" not in given:
                 self.training = read_training(source, local_files_only=True)
         if "scheduler" not in given and not isinstance(self.scheduler, ConsistencyScheduler):

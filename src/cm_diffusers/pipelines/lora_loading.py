@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
@@ -127,7 +126,7 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
         return Told(self.record, self.training, self.scheduler)
 
     def _tell(self, told: Told) -> None:
-        self.register_to_config(record=told.record and asdict(told.record))
+        self.record = told.record
         self.training = told.training
         if adopted_from(self.scheduler):
             if told.scheduler is None:

@@ -31,13 +31,17 @@ class RecordedMixin:
     A pipeline is saved as publishing saves it: diffusers alone loads it where one of its classes samples the student.
     """
 
-    _network = "unet"
+    _network, _record = "unet", "record"  # names of a part and of a config's field
 
     @property
     def record(self) -> Record | None:
         """How the student was made; None where the checkpoint does not tell."""
-        entry = self.config.get("record")
+        entry = self.config.get(self._record)
         return entry and Record.of(entry)
+
+    @record.setter
+    def record(self, value: Record | None) -> None:
+        self.register_to_config(**{self._record: value and asdict(value)})
 
     @property
     def student(self) -> nn.Module | None:
@@ -63,7 +67,7 @@ class RecordedMixin:
         Raises:
             ValueError: The record does not fit the network.
         """
-        self.register_to_config(record=asdict(record))
+        self.record = record
         if given.get(self._network) is None:
             refuse_contradiction(source, record, self.student)
             self.training = read_training(source, **of_hub(given))

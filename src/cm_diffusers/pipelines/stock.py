@@ -32,6 +32,7 @@ CARRIERS = {  # of all our fields
     EDMConsistencyScheduler: CMStochasticIterativeScheduler,
     TrigFlowConsistencyScheduler: SCMScheduler,
 }
+PRIVATE_RECORD = "_record"  # field of a config of a class that does not know it, which diffusers passes over
 CARRIERS_OF_FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMapEulerDiscreteScheduler)  # see `stock_entry`
 
 
@@ -128,8 +129,8 @@ def _carrying(kind: type[SchedulerMixin], scheduler: SchedulerMixin, whole: bool
         settings: Of `kind`, beside the fields.
     """
     known, own = _parameters(kind), _parameters(type(scheduler))
-    fields = {name: value for name, value in scheduler.config.items() if name in known or name in own}
-    stock = kind(**{name: value for name, value in fields.items() if name in known}, **settings)
+    fields = {name: value for name, value in scheduler.config.items() if name in known or name in own} | settings
+    stock = kind(**{name: value for name, value in fields.items() if name in known})
     if whole:
         stock.register_to_config(**fields)
     return stock
@@ -138,5 +139,6 @@ def _carrying(kind: type[SchedulerMixin], scheduler: SchedulerMixin, whole: bool
 def stock_index(index: dict[str, Any], kind: type[DiffusionPipeline]) -> dict[str, Any]:
     """The content of `model_index.json` as a stock class writes it."""
     modules, options = kind._get_signature_keys(kind)
-    known = {name: value for name, value in index.items() if name in modules or name in options or name[0] == "_"}
+    private = {name for name in index if name[0] == "_"} - {PRIVATE_RECORD}
+    known = {name: value for name, value in index.items() if name in {*modules, *options, *private}}
     return known | {"_class_name": kind.__name__}

@@ -7,8 +7,10 @@ from huggingface_hub import ModelCardData
 
 from cm_diffusers.markdown import cell
 from cm_diffusers.measured import TEACHER, Measured, distance_name
+from cm_diffusers.pipelines.manners import BURNS_ABOVE
 from cm_diffusers.places import public
 from cm_diffusers.publishing.card import EDM_METHODS, MATCHING, METHODS, TAGS, card, made_by
+from cm_diffusers.publishing.flow_kinds import guidance_of
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.publishing.student_kinds import Kind, count, is_lora, usage
 from cm_diffusers.record import Record
@@ -46,7 +48,7 @@ def model_card(
     steps = count(record.recommended_num_inference_steps)
     sections = [
         f"Makes {kind.makes} in about {steps}. It was {origin if base else alone}.",
-        *([_guidance(record)] if text else _classes(provenance)),
+        *([_guidance(record, provenance)] if text else _classes(provenance)),
         *([FUSED] if provenance.fused else []),
         _license(provenance, bool(base)),
         "## Use",
@@ -107,26 +109,28 @@ def _license(provenance: Provenance, made_from_model: bool) -> str:
     return f"Licence: {f'[{name}]({link})' if link else name}, that of the {source}."
 
 
-def _guidance(record: Record) -> str:
-    low, high = record.w_min + 1, record.w_max + 1
-    best = record.recommended_guidance_scale
+def _guidance(record: Record, provenance: Provenance) -> str:
+    guided = guidance_of(provenance.family)
+    name = next(iter(guided(1.0)))
+    scales = (record.w_min + 1, record.w_max + 1, record.recommended_guidance_scale, BURNS_ABOVE)
+    low, high, best, most = (guided(scale)[name] for scale in scales)
     if record.guidance == "embedded":
         return (
-            f"Guidance is an input of the network, trained on `guidance_scale` {low:g} to {high:g} ({best:g} is a good "
+            f"Guidance is an input of the network, trained on `{name}` {low:g} to {high:g} ({best:g} is a good "
             "value): it costs no second pass, and there is no negative prompt."
         )
     if record.guidance == "distilled" and record.w_max == 0:
         return (
-            f"Trained without guidance: sample with `guidance_scale` {best:g}. Up to about 2 is possible, at two passes a "
+            f"Trained without guidance: sample with `{name}` {best:g}. Up to about {most:g} is possible, at two passes a "
             "step, and makes a negative prompt work."
         )
     if record.guidance == "distilled":
         trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         return (
-            f"Guidance (`guidance_scale` {trained}) is in the weights: sample with `guidance_scale` {best:g}. Up to "
-            "about 2 on top is possible, at two passes a step, and makes a negative prompt work."
+            f"Guidance (`{name}` {trained}) is in the weights: sample with `{name}` {best:g}. Up to "
+            f"about {most:g} on top is possible, at two passes a step, and makes a negative prompt work."
         )
-    return "This student cannot be guided: `guidance_scale` has no effect, and there is no negative prompt."
+    return f"This student cannot be guided: `{name}` has no effect, and there is no negative prompt."
 
 
 def _classes(provenance: Provenance) -> list[str]:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 import cm_diffusers
 from cm_diffusers.engine.launcher import DEFAULTS
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.unet import is_xl
+from cm_diffusers.models.families.base import network_of, tag_of
 from cm_diffusers.pipelines.recorded import PROVENANCE
 from cm_diffusers.places import LOCAL, public
 
@@ -38,7 +38,7 @@ class Provenance:
     Attributes:
         name: Hub id or folder the card's examples load.
         base_id: Hub id of the teacher; None if it was a folder of the machine.
-        family: "stable-diffusion" or "stable-diffusion-xl"; None for a network without text.
+        family: Under what the Hub lists such networks, as "stable-diffusion-xl" or "sd3"; None for one without text.
         data: What the student was trained on, in words or as a Hub id.
         license: The `license` of the teacher, or of the data where there is none, and `license_name` and
             `license_link` where it has them; empty if unknown.
@@ -98,7 +98,7 @@ def describe_run(
 def _family(teacher: DiffusionPipeline | None) -> str | None:
     if getattr(teacher, "text_encoder", None) is None:
         return None
-    return "stable-diffusion-xl" if is_xl(teacher.unet) else "stable-diffusion"
+    return tag_of(network_of(teacher))
 
 
 def is_path(source: str) -> bool:

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from cm_diffusers.models.families.base import family_tagged
 from cm_diffusers.publishing.card import code_block
+from cm_diffusers.publishing.flow_kinds import flow_values
 from cm_diffusers.publishing.provenance import Provenance
-from cm_diffusers.record import Record
+from cm_diffusers.record import Record, is_of_flow
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -46,6 +48,9 @@ class Kind(NamedTuple):
             return KINDS["fused clips" if provenance.fused else "clips"]
         if provenance.family is None:
             return KINDS["images"]
+        if is_of_flow(record):
+            clips = family_tagged(provenance.family).clips
+            return KINDS[f"flow{' clips' if clips else ''}{' lora' if is_lora(provenance) else ''}"]
         return KINDS["lora" if is_lora(provenance) else "text"]
 
 
@@ -76,16 +81,23 @@ def usage(record: Record, provenance: Provenance, base: str, single_file: bool) 
     kind, values, stock = Kind.of(record, provenance), _values(record, provenance, base), is_stock(record)
     parts = [kind.package[0], code_block(kind.package[1], values)]
     if stock:
-        parts += [kind.alone[0], code_block(kind.alone[1], values)]
+        parts += [kind.alone[0].format(**values), code_block(kind.alone[1], values)]
     elif not single_file:
         parts.append(_needed(provenance))
-    if kind in (KINDS["lora"], KINDS["clips"]) and not provenance.base_id:
+    if kind in (*LORAS, KINDS["clips"]) and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
-    if kind == KINDS["lora"]:
-        parts += [(NOT_ELSEWHERE if record.guidance == "embedded" else ELSEWHERE).format(**values), EXACT]
+    if kind in LORAS:
+        parts += [*(text.format(**values) for text in _elsewhere(record, provenance)), EXACT]
     if single_file:
         parts += [SINGLE_FILE, code_block(BESIDE + kind.beside[not stock], values)]
     return parts
+
+
+def _elsewhere(record: Record, provenance: Provenance) -> list[str]:
+    """How other programs sample a LoRA."""
+    if is_of_flow(record):
+        return [FLOW_ELSEWHERE] if family_tagged(provenance.family).comfyui else []
+    return [NOT_ELSEWHERE if record.guidance == "embedded" else ELSEWHERE]
 
 
 def _values(record: Record, provenance: Provenance, base: str) -> dict[str, object]:
@@ -103,6 +115,7 @@ def _values(record: Record, provenance: Provenance, base: str) -> dict[str, obje
         "scaling": record.scheduler.get("timestep_scaling", 10.0),
         "asked": f"batch_size=2, {asked}" if provenance.num_classes else asked,
         "calls": "\n".join(_image_calls(record, asked)),
+        **(flow_values(record, family_tagged(provenance.family)) if is_of_flow(record) else {}),
     }
 
 
@@ -131,6 +144,10 @@ def _needed(provenance: Provenance) -> str:
 ELSEWHERE = (
     "For ComfyUI, A1111 and kohya's tools: the same file, `{weights}`, with the sampler `lcm`, {steps} steps, CFG {scale:g} "
     "and strength 1."
+)
+FLOW_ELSEWHERE = (
+    "For ComfyUI, whose table has the names in it (this was read, not tried): the same file, `{weights}`, with the sampler "
+    "`{sampler}`, the scheduler `simple`, shift {shift:g}, {steps} steps, {cfg} and strength 1."
 )
 NOT_ELSEWHERE = (
     "ComfyUI and A1111 cannot sample this one: the network that it belongs on takes guidance as an input, which they do not "
@@ -161,6 +178,15 @@ pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.scheduler = LCMScheduler.from_config(
     pipe.scheduler.config, original_inference_steps={original}, timestep_scaling={scaling}
 )
+pipe.load_lora_weights("{name}", weight_name="{weights}")
+"""
+FLOW_CALL = 'image = pipe("your prompt", {asked}).images[0]'
+FLOW_CLIP_CALL = 'frames = pipe("your prompt", {asked}).frames[0]'
+FLOW_LORA_ALONE = """
+from diffusers import DiffusionPipeline, {scheduler}
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.scheduler = {scheduler}({told})
 pipe.load_lora_weights("{name}", weight_name="{weights}")
 """
 CLIPS_WITH_PACKAGE = """
@@ -201,6 +227,15 @@ OF_CLIPS = Kind(
     ("With diffusers alone:", CLIPS_ALONE),
     (CALL, AS_RECOMMENDED),
 )
+FLOW_ALONE = "With diffusers alone{noise}:"
+OF_FLOW = OF_TEXT._replace(alone=(FLOW_ALONE, ALONE + FLOW_CALL), beside=(FLOW_CALL, FLOW_CALL))
+OF_FLOW_CLIPS = Kind(
+    "text-to-video",
+    "clips",
+    (FROM_THE_RECORD, WITH_PACKAGE + 'frames = pipe("your prompt", num_frames={frames}).frames[0]'),
+    (FLOW_ALONE, ALONE + FLOW_CLIP_CALL),
+    (FLOW_CLIP_CALL, FLOW_CLIP_CALL),
+)
 FRAMES_CALL = """
 frames = pipe(
     "your prompt", num_frames={frames}, num_inference_steps={steps}, guidance_scale={scale}
@@ -220,4 +255,9 @@ KINDS = {
     "fused clips": OF_CLIPS._replace(
         package=(FROM_THE_RECORD, CLIPS_WITH_PACKAGE), alone=("With diffusers alone:", ALONE + FRAMES_CALL.lstrip())
     ),
+    "flow": OF_FLOW,
+    "flow lora": OF_FLOW._replace(alone=(FLOW_ALONE, FLOW_LORA_ALONE + FLOW_CALL)),
+    "flow clips": OF_FLOW_CLIPS,
+    "flow clips lora": OF_FLOW_CLIPS._replace(alone=(FLOW_ALONE, FLOW_LORA_ALONE + FLOW_CLIP_CALL)),
 }
+LORAS = [KINDS[name] for name in ("lora", "flow lora", "flow clips lora")]

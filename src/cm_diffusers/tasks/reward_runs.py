@@ -14,10 +14,12 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
+from cm_diffusers.data.ragged import joined
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
 from cm_diffusers.models.decoding import in_chunks
+from cm_diffusers.models.families.base import latents_of
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
@@ -245,7 +247,7 @@ class PromptConditions:
         if encoders.micro_conditioning:
             height, width = tuned.size(resolution)
             constant["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-        return cls({name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, constant)
+        return cls({name: value.cpu() for name, value in joined(parts).items()}, constant)
 
     def __call__(self, numbers: Tensor) -> tuple[Conditions, Conditions]:
         return self._of(numbers), self._of(torch.full_like(numbers, -1))
@@ -284,12 +286,9 @@ class ImageScore:
         return torch.cat(in_chunks(self._decoded, latents))
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        config = self.pipe.vae.config
         with torch.autocast(latents.device.type, enabled=False):
-            decoded = self.pipe.vae.decode(
-                latents.float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
-            )
-        return (decoded.sample / 2 + 0.5).clamp(0, 1)
+            decoded = latents_of(self.pipe).decode(self.pipe.vae, latents.float())
+        return (decoded / 2 + 0.5).clamp(0, 1)
 
 
 def told(prompts: list[Prompt], numbers: Tensor) -> tuple[list[str], Metadata]:

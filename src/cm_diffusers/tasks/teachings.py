@@ -58,7 +58,7 @@ def student_scheduler(teacher: DiffusionPipeline, method: OnGrid) -> SchedulerMi
     """What samples a student as it is trained, on the teacher's times."""
     if isinstance(family_of(network_of(teacher)).process(teacher), DiscreteVP):
         return lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
-    return FlowConsistencyScheduler(method.shift or shift_of(teacher.scheduler))
+    return FlowConsistencyScheduler(shift=method.shift or shift_of(teacher.scheduler))
 
 
 def shift_of(scheduler: SchedulerMixin) -> float:

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from family_checks import PROMPTS, branches, check_jvp, check_latents, check_lora, euler
+from flow_checks import PROMPTS, adapted, branches, check_latents, euler, jvp_error, without_adapters
 from tiny_flow_b import tiny_qwen_image
 
 from cm_diffusers.diffusion.process import Prediction
@@ -40,7 +40,7 @@ def test_steps_along_its_velocity_are_those_of_the_stock_pipeline(
 ) -> None:
     sizes = {"height": 32, "width": 48, "num_inference_steps": 3}
     stock = pipe(PROMPTS, **sizes, latents=packed(noise), output_type="latent", **FAMILY.guided(scale)).images
-    ours = euler(FAMILY, pipe, noise, branches(FAMILY, pipe)[0], scale)
+    ours = euler(FAMILY, pipe.transformer, noise, pipe.scheduler.sigmas, *branches(FAMILY, pipe), scale)
     torch.testing.assert_close(packed(ours), stock, rtol=0, atol=1e-5)
 
 
@@ -71,23 +71,22 @@ def test_packing_is_the_pipelines(noise: torch.Tensor) -> None:
 def test_text_is_encoded_as_by_a_call_of_the_pipeline(pipe: QwenImagePipeline) -> None:
     states, mask = pipe.encode_prompt(PROMPTS, max_sequence_length=512)
     encoded = FAMILY.encode(pipe, PROMPTS)
-    assert torch.equal(encoded["prompt_embeds"], states)
-    assert torch.equal(encoded["prompt_embeds_mask"], mask.bool())
+    assert encoded["prompt_embeds"].shape == (2, 512, 16)  # the same for any prompts, as caches need
+    assert torch.equal(encoded["prompt_embeds"][:, : states.shape[1]], states)
+    assert torch.equal(encoded["prompt_embeds_mask"][:, : states.shape[1]], mask.bool())
+    assert not encoded["prompt_embeds"][:, states.shape[1] :].any()
+    assert not encoded["prompt_embeds_mask"][:, states.shape[1] :].any()
     assert mask.sum(1).diff().item() == len(PROMPTS[1]) - len(PROMPTS[0])
-    assert FAMILY.encode(pipe, PROMPTS[:1])["prompt_embeds_mask"].all()  # where the pipeline says None
-    assert FAMILY.encode(pipe, ["a" * 600])["prompt_embeds"].shape[1] == 512
+    alone = FAMILY.encode(pipe, PROMPTS[:1])  # where the pipeline says no mask
+    assert torch.equal(alone["prompt_embeds_mask"], encoded["prompt_embeds_mask"][:1])
+    assert FAMILY.encode(pipe, ["a" * 600])["prompt_embeds_mask"].all()
 
 
 @torch.no_grad()
-def test_masked_padding_changes_nothing(pipe: QwenImagePipeline, noise: torch.Tensor) -> None:
-    cond, t = branches(FAMILY, pipe)[0], torch.tensor([0.3, 0.8])
-    longer = {name: torch.cat([value, torch.zeros_like(value[:, :5])], 1) for name, value in cond.items()}
-    outputs = [FAMILY.call(pipe.transformer, noise, t, texts) for texts in (cond, longer)]
-    torch.testing.assert_close(*outputs)
-    assert (
-        FAMILY.call(pipe.transformer, noise, t, cond | {"prompt_embeds_mask": ~cond["prompt_embeds_mask"]})
-        - outputs[0]
-    ).any()
+def test_a_row_is_the_same_alone_and_beside_a_longer_prompt(pipe: QwenImagePipeline, noise: torch.Tensor) -> None:
+    both, t = FAMILY.encode(pipe, ["a", "a photo of an ankle boot and a bag and a coat"]), torch.tensor([0.3, 0.8])
+    alone = FAMILY.call(pipe.transformer, noise[:1], t[:1], FAMILY.encode(pipe, ["a"]))
+    torch.testing.assert_close(FAMILY.call(pipe.transformer, noise, t, both)[:1], alone)
 
 
 @torch.no_grad()
@@ -105,18 +104,20 @@ def test_latents_are_the_pipelines(pipe: QwenImagePipeline, noise: torch.Tensor)
 
 
 def test_adapters_are_on_attention_and_feed_forward_layers(pipe: QwenImagePipeline, noise: torch.Tensor) -> None:
-    rest = check_lora(FAMILY, pipe.transformer, noise, branches(FAMILY, pipe)[0])
+    """Nothing reads the text after the last block: what only makes that gets no gradient."""
+    moved, adapters = adapted(FAMILY, pipe.transformer, noise, branches(FAMILY, pipe)[0])
     modulations = {f"transformer_blocks.{block}.{kind}_mod.1" for block in (0, 1) for kind in ("img", "txt")}
-    assert {name for name in rest if name.startswith("transformer_blocks")} == modulations
-    text_after_the_last = "attn.add_q_proj attn.to_add_out txt_mlp.net.0.proj txt_mlp.net.2".split()
-    idle = {f"idle transformer_blocks.1.{name}" for name in text_after_the_last}
-    assert {name for name in rest if name.startswith("idle")} == idle  # the last block's text is not read
+    assert without_adapters(pipe.transformer, "transformer_blocks") == modulations
+    idle = {name.partition(".lora_")[0] for name in adapters - moved}
+    last = "attn.add_q_proj attn.to_add_out txt_mlp.net.0.proj txt_mlp.net.2".split()
+    assert idle == {f"transformer_blocks.1.{name}" for name in last}
 
 
 def test_forward_mode_derivatives_are_those_of_differences(pipe: QwenImagePipeline, noise: torch.Tensor) -> None:
-    check_jvp(FAMILY, pipe.transformer, noise, branches(FAMILY, pipe)[0])
+    assert jvp_error(FAMILY, pipe.transformer, noise, branches(FAMILY, pipe)[0]) < 1e-3
 
 
-def test_guidance_embeds_are_refused_for_no_layer_reads_them() -> None:
-    with pytest.raises(UserError, match="has guidance_embeds"):
-        FAMILY.guidance(tiny_qwen_image(guidance_embeds=True).transformer)
+def test_guidance_embeds_are_refused_for_no_layer_reads_them(pipe: QwenImagePipeline) -> None:
+    FAMILY.check("qwen", pipe)
+    with pytest.raises(UserError, match="The transformer of qwen has guidance_embeds"):
+        FAMILY.check("qwen", tiny_qwen_image(guidance_embeds=True))

@@ -1,5 +1,7 @@
 """Wan: calls, text and latents of clips and images are those of the stock pipeline."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -11,6 +13,7 @@ from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import family_of
 from cm_diffusers.models.families.wan import FAMILY
+from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 
 
 PROMPTS = ["a photo of a bag", "an ankle boot"]
@@ -51,6 +54,15 @@ def test_pipeline_is_our_loop(scale: float, channels: int, frames: int) -> None:
     wanted = sampled(pipeline, x, **as_prompts(cond, uncond), num_inference_steps=4, guidance_scale=scale)
     found = euler(FAMILY, pipeline.transformer, x, pipeline.scheduler.sigmas, cond, uncond, scale)
     assert (found - wanted).abs().max() < 1e-5
+
+
+def test_teacher_is_loaded_whole(tmp_path: Path) -> None:
+    pipeline, x, t, cond = tiny_wan(), clips(), torch.tensor([0.3, 0.9]), conditions()
+    pipeline.save_pretrained(tmp_path)
+    teacher = load_teacher(TeacherConfig(str(tmp_path)))
+    assert type(teacher) is WanPipeline
+    found, wanted = (FAMILY.call(pipe.transformer, x, t, cond) for pipe in (teacher, pipeline))
+    assert torch.equal(found, wanted)
 
 
 @torch.no_grad()

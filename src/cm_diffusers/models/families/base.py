@@ -97,7 +97,7 @@ class Family:
         sigmas: How the stock pipeline's scheduler gets its noise levels: the pipeline passes an even grid, or passes those
             that its caller gives, or knows nothing of them.
         clips: Whether the stock pipeline answers with `frames`.
-        tag: What models of this kind are listed under; by default the name of the family's file.
+        tag: What the Hub lists such networks under; by default the name of the family's file, by which model cards find it.
     """
 
     pipeline: Callable[[nn.Module], str]
@@ -139,6 +139,11 @@ def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module
     )
 
 
+def latents_of(pipe: DiffusionPipeline) -> Latents:
+    """What the network of a pipeline sees of its VAE."""
+    return family_of(network_of(pipe)).latents(pipe.vae)
+
+
 def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float | str]:
     """Arguments of a pipeline's call, whatever its family; see `Family.guided`."""
     known = _known(pipe)
@@ -161,7 +166,7 @@ def family_of(network: nn.Module) -> Family:
 
 
 def tag_of(network: nn.Module) -> str:
-    """What models with this network are listed under."""
+    """What the Hub lists models with this network under."""
     tag = family_of(network).tag
     return FAMILIES[type(network).__name__].replace("_", "-") if tag is None else tag(network)
 

@@ -5,19 +5,17 @@ norm. klein's class could have a guidance embedding, but its stock pipeline neve
 into the weights.
 """
 
-from typing import Literal
-
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from cm_diffusers.diffusion.guidance import Conditions
-from cm_diffusers.diffusion.process import as_like
-from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import Family, Latents
+from cm_diffusers.diffusion.teaching import Guidance
+from cm_diffusers.models.families.base import Family, Latents, config_of
 from cm_diffusers.models.families.shared import (
     JOINT_ATTENTION,
+    places,
+    refuse_distilled,
     tokens,
     told_scale,
     untokened,
@@ -29,50 +27,38 @@ SINGLE_BLOCKS = (
 )
 
 
-def _check(path: str, pipe: DiffusionPipeline) -> None:
-    if pipe.config.get("is_distilled"):
-        raise UserError(
-            f"{path} is distilled to few steps already (is_distilled of its {type(pipe).__name__}); give the base model."
-        )
-
-
 def _pipeline(transformer: nn.Module) -> str:
     return "Flux2Pipeline" if transformer.config.guidance_embeds else "Flux2KleinPipeline"
 
 
-def _guidance(transformer: nn.Module) -> Literal["embedded", "cfg"]:
-    return "embedded" if transformer.config.guidance_embeds else "cfg"
+def _guidance(transformer: nn.Module) -> Guidance:
+    return "embedded" if config_of(transformer).guidance_embeds else "cfg"
 
 
 def _call(transformer: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-    """Velocity of latents `(B, 4 C, h, w)`; `guidance` is a condition of dev alone."""
+    """Velocity of latents `(B, 4 C, h, w)`; `guidance` is a condition of dev alone.
+
+    Places are (image, row, column, place in the text).
+    """
     text, (height, width) = cond["prompt_embeds"], x_t.shape[-2:]
     output = transformer(
         hidden_states=tokens(x_t),
         encoder_hidden_states=text,
-        timestep=as_like(t, x_t),
-        img_ids=_places(1, height, width, 1, like=x_t),
-        txt_ids=_places(1, 1, 1, text.shape[1], like=x_t),
+        timestep=t,
+        img_ids=places(1, height, width, 1, like=x_t),
+        txt_ids=places(1, 1, 1, text.shape[1], like=x_t),
         guidance=cond.get("guidance"),
         return_dict=False,
     )[0]
     return untokened(output, height, width)
 
 
-def _places(*sizes: int, like: Tensor) -> Tensor:
-    """(image, row, column, place in the text) of each token, `(L, 4)`."""
-    return torch.cartesian_prod(*(torch.arange(size, device=like.device) for size in sizes))
-
-
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
     """States `(N, 512, 3 D)` of three layers of a language model; the padding is not masked, so its length matters."""
-    return {"prompt_embeds": pipe.encode_prompt(prompts)[0]}
+    return {"prompt_embeds": pipe.encode_prompt(prompts, pipe.text_encoder.device)[0]}
 
 
 def _latents(vae: nn.Module) -> Latents:
-    mean, variance = (values[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
-    std = (variance + vae.config.batch_norm_eps).sqrt()
-
     def encode(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(pixels).latent_dist
         return pixel_unshuffle(posterior.mean, 2), pixel_unshuffle(posterior.std, 2)
@@ -80,8 +66,15 @@ def _latents(vae: nn.Module) -> Latents:
     def decode(vae: nn.Module, x: Tensor) -> Tensor:
         return vae.decode(pixel_shuffle(latents.of_vae(x), 2)).sample
 
-    latents = Latents(encode, decode, mean, 1 / std, 2 ** len(vae.config.block_out_channels))
+    mean, variance = (values.detach().clone()[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
+    scale = (variance + vae.config.batch_norm_eps).rsqrt()
+    latents = Latents(encode, decode, mean, scale, 2 ** len(vae.config.block_out_channels))
     return latents
+
+
+def _check(path: str, pipe: DiffusionPipeline) -> None:
+    if pipe.config.get("is_distilled"):
+        refuse_distilled(path, pipe, "is_distilled")
 
 
 FAMILY = Family(
@@ -96,6 +89,6 @@ FAMILY = Family(
     call=_call,
     encode=_encode,
     latents=_latents,
-    check=_check,
     told=lambda transformer: told_scale,
+    check=_check,
 )

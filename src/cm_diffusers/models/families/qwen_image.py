@@ -1,37 +1,25 @@
 """Qwen-Image: guided by a second pass, after which each token's velocity gets back the length that it had before."""
 
-from functools import partial
-from typing import Literal
-
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.guidance import Conditions, combine_linear
-from cm_diffusers.diffusion.process import Prediction, RectifiedFlow, as_like, diffuse, interpret
+from cm_diffusers.diffusion.process import Prediction, RectifiedFlow, diffuse, interpret
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import Family
+from cm_diffusers.models.families.base import Family, default_of
 from cm_diffusers.models.families.latents import per_channel_latents
-from cm_diffusers.models.families.shared import JOINT_ATTENTION, pack, unpack
-
-
-def _guidance(transformer: nn.Module) -> Literal["cfg"]:
-    if transformer.config.guidance_embeds:
-        raise UserError(
-            "This Qwen-Image has guidance_embeds, but its class in diffusers has no layer for them and fails when it is told "
-            "a guidance; give one without."
-        )
-    return "cfg"
+from cm_diffusers.models.families.shared import JOINT_ATTENTION, pack, padded, unpack
 
 
 def _call(transformer: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-    """Velocity of latents `(B, C, h, w)`, h and w even."""
+    """Velocity of latents `(B, C, h, w)`, h and w even. The end of the text that no prompt of the batch has is cut."""
     batch, _, height, width = x_t.shape
+    longest = int(cond["prompt_embeds_mask"].sum(1).max())
     output = transformer(
         hidden_states=pack(x_t),
-        encoder_hidden_states=cond["prompt_embeds"],
-        encoder_hidden_states_mask=cond["prompt_embeds_mask"],
-        timestep=as_like(t, x_t),
+        encoder_hidden_states=cond["prompt_embeds"][:, :longest],
+        encoder_hidden_states_mask=cond["prompt_embeds_mask"][:, :longest],
+        timestep=t,
         img_shapes=[[(1, height // 2, width // 2)]] * batch,
         return_dict=False,
     )[0]
@@ -57,10 +45,18 @@ def _guided(scale: float) -> dict[str, float | str]:
 
 
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
-    """States `(N, L, D)` and which of them are text `(N, L)`; L is that of the longest, at most 512."""
-    states, mask = pipe.encode_prompt(prompts, max_sequence_length=512)
-    mask = torch.ones(states.shape[:2], device=states.device) if mask is None else mask
-    return {"prompt_embeds": states, "prompt_embeds_mask": mask.bool()}
+    length = default_of(pipe, "max_sequence_length")
+    states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
+    lengths = [states.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
+    return padded([text[:end] for text, end in zip(states, lengths, strict=True)], length)
+
+
+def _check(path: str, pipe: DiffusionPipeline) -> None:
+    if pipe.transformer.config.guidance_embeds:
+        raise UserError(
+            f"The transformer of {path} has guidance_embeds, but its class in diffusers has no layer that reads them and fails "
+            "when it is told a guidance; give a Qwen-Image without."
+        )
 
 
 FAMILY = Family(
@@ -69,12 +65,13 @@ FAMILY = Family(
         *JOINT_ATTENTION,
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     ),
-    guidance=_guidance,
+    guidance=lambda transformer: "cfg",
     call=_call,
     encode=_encode,
-    latents=partial(per_channel_latents, patch=2),
+    latents=lambda vae: per_channel_latents(vae, patch=2),
     combine=combine_rescaled,
     guided=_guided,
+    check=_check,
     lora_name=lambda path, network: path,
     comfyui=True,
 )

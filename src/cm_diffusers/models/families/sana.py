@@ -94,6 +94,7 @@ FAMILY = Family(
     encode=_encode,
     latents=dc_latents,
     told=_told,
+    guided=lambda scale: {"guidance_scale": scale, "use_resolution_binning": False},  # the size that is asked for
     student=_student,
     sigmas="accepted",
 )

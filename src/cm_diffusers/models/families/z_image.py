@@ -4,32 +4,28 @@ Its pipeline guides v_c + g (v_c - v_u): its `guidance_scale` g is our w, one le
 The pipeline's optional cap on the length of a guided velocity is off, as it is there by default.
 """
 
-from functools import partial
-
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from cm_diffusers.diffusion.guidance import Conditions
-from cm_diffusers.diffusion.process import as_like
-from cm_diffusers.models.families.base import Family
+from cm_diffusers.models.families.base import Family, default_of
 from cm_diffusers.models.families.latents import kl_latents
+from cm_diffusers.models.families.shared import padded
 
 
 def _call(transformer: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
     """Velocity of latents `(B, C, h, w)`, h and w even."""
     prompts = zip(cond["prompt_embeds"], cond["prompt_embeds_mask"], strict=True)
     frames, texts = list(x_t[:, :, None]), [states[mask] for states, mask in prompts]
-    output = transformer(frames, 1 - as_like(t, x_t), texts, return_dict=False)[0]
+    output = transformer(frames, 1 - t, texts, return_dict=False)[0]
     return -torch.stack(output)[:, :, 0]
 
 
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
-    """States `(N, L, D)`, zeros after each prompt's end, and which of them are text `(N, L)`; L is that of the longest."""
-    texts, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)  # which writes into its list
-    mask = [torch.ones(len(states), dtype=torch.bool, device=states.device) for states in texts]
-    return {"prompt_embeds": pad_sequence(texts, True), "prompt_embeds_mask": pad_sequence(mask, True)}
+    length, own = default_of(pipe, "max_sequence_length"), list(prompts)  # for the pipeline writes into it
+    texts, _ = pipe.encode_prompt(own, do_classifier_free_guidance=False, max_sequence_length=length)
+    return padded(texts, length)
 
 
 FAMILY = Family(
@@ -41,7 +37,7 @@ FAMILY = Family(
     guidance=lambda transformer: "cfg",
     call=_call,
     encode=_encode,
-    latents=partial(kl_latents, patch=2),
+    latents=lambda vae: kl_latents(vae, patch=2),
     guided=lambda scale: {"guidance_scale": scale - 1},
     lora_name=lambda path, network: f"diffusion_model.{path}",
     comfyui=True,
