@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.models.families.sd3 import FAMILY
 from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros
-from cm_diffusers.models.small_flow import silent_t5, silent_tokenizer
+from cm_diffusers.tasks.flow_models import silent_t5, silent_tokenizer
 
 
 T = torch.tensor([0.3, 0.9])

@@ -12,13 +12,19 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 
 def merge_zero_text(pipe: StableDiffusion3Pipeline) -> None:
     """The network of a pipeline without T5 computes the same, but faster; for one with T5 nothing changes."""
-    tower = pipe.text_encoder_3
-    if tower is None or not tower.encoder.final_layer_norm.weight.any():
+    if pipe.text_encoder_3 is None or _is_silent(pipe.text_encoder_3):
         merge_zeros(pipe.transformer)
+
+
+def _is_silent(tower: T5EncoderModel) -> bool:
+    """Whether all its states are zero."""
+    gain = tower.encoder.final_layer_norm.weight
+    return not gain.is_meta and not gain.any()
 
 
 def merge_zeros(network: SD3Transformer2DModel) -> None:
