@@ -3,17 +3,24 @@
 import json
 import re
 import struct
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cm_diffusers.errors import UserError
 
+
+try:
+    from transformers.core_model_loading import revert_weight_conversion
+except ImportError:  # of the first releases of transformers 5
+    revert_weight_conversion = None
 
 NETWORKS = ("unet", "transformer", "transformer_2", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Counted instead of learnt, or of the other tower of a whole CLIP model, which the text tower may be stored with.
@@ -61,6 +68,15 @@ def check_stored(
             check_weights(f"The {name} of {source}", network, dtypes)
 
 
+def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
+    """Parts that a pipeline's index says are None, of which diffusers asks some of whoever loads it.
+
+    Args:
+        index: The content of model_index.json.
+    """
+    return {name: None for name, entry in index.items() if entry == [None, None]}
+
+
 def _check_tokenizers(pipe: DiffusionPipeline, source: str | Path) -> None:
     """transformers makes one of two words where there is no file of it."""
     for suffix in ("", "_2", "_3"):
@@ -83,7 +99,7 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
         ValueError: As `check_stored`.
     """
     tied: dict[int, set[str]] = {}  # a tensor of several names, as the words of T5, is stored once
-    for name, value in network.state_dict(keep_vars=True).items():
+    for name, value in _named(network):
         if value.is_floating_point():
             tied.setdefault(id(value), set()).add(_plain(name))
     wanted, found = set().union(*tied.values()), {_plain(name) for name in dtypes}
@@ -99,6 +115,14 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
                 f"{what} {fault} weights ({len(names)}, such as {names[0]}); get a whole checkpoint in float32, float16 or "
                 "bfloat16."
             )
+
+
+def _named(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Its tensors by their names, and by those under which transformers stores them, which are others for some towers."""
+    state = network.state_dict(keep_vars=True)
+    yield from state.items()
+    if isinstance(network, PreTrainedModel) and revert_weight_conversion is not None:
+        yield from revert_weight_conversion(network, state).items()
 
 
 def weights_by_variant(folder: Path) -> dict[str | None, list[str]]:

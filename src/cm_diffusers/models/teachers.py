@@ -14,7 +14,7 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import load_cast_networks
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.single_file import is_single_file, load_single_file
-from cm_diffusers.models.stored import check_stored, only_variant, weights_by_variant
+from cm_diffusers.models.stored import absent_parts, check_stored, only_variant, weights_by_variant
 
 
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
@@ -140,8 +140,7 @@ def load_stock(
         here = Path(source).exists()
         folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
         cast = load_cast_networks(Path(folder), variant, dtype)
-        index = DiffusionPipeline.load_config(folder)
-        absent = {name: None for name, entry in index.items() if entry == [None, None]}  # which diffusers asks for
+        absent = absent_parts(DiffusionPipeline.load_config(folder))
         options = {"dtype": dtype, **where, **absent, **cast, **parts}
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except LOADING_ERRORS as error:
