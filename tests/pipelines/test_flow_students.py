@@ -139,6 +139,15 @@ def test_students_of_other_families(make: Make, tmp_path: Path) -> None:
         draw(pipe, negative_prompt="a coat", **size)
 
 
+def test_images_are_as_large_as_in_training(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
+    record = replace(record_of(FlowConsistencyScheduler(shift=SHIFT)), resolution=16)
+    published(tiny_sd3, tmp_path / "student", record=record)
+    pipe = ConsistencyPipeline.from_pretrained(tmp_path / "student")
+    assert draw(pipe).shape[-2:] == (16, 16)
+    assert draw(pipe, height=32).shape[-2:] == (32, 32)
+    assert draw(pipe, latents=torch.ones(1, 4, 8, 8)).shape[-2:] == (32, 32)
+
+
 def test_a_saved_student_is_the_same_folder(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
     pipe = ConsistencyPipeline.from_pretrained(student[1])
     pipe.save_pretrained(tmp_path / "again")

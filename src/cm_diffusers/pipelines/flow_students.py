@@ -147,7 +147,15 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         name, none = next(iter(guided(1.0).items()))
         scale = given[name] - none + 1 if name in given else manners.guidance_scale  # in the convention of records
         self._check(manners, scale, name, given)
-        return dict(asked) | {"num_inference_steps": steps, **guided(scale), **given}
+        return dict(asked) | {"num_inference_steps": steps, **guided(scale), **self._size(given), **given}
+
+    def _size(self, given: Mapping[str, Any]) -> dict[str, int]:
+        """That of training, where it is known and the call says nothing of it."""
+        known, side = inspect.signature(self._stock.__call__).parameters, self.record.resolution
+        size = {"height": side, "width": side, "num_frames": self.record.num_frames}
+        if {*size, "latents"} & given.keys():
+            return {}
+        return {name: value for name, value in size.items() if value is not None and name in known}
 
     def _check(self, manners: Manners, scale: float, name: str, given: Mapping[str, Any]) -> None:
         negative = any(key.startswith("negative_") and not _is_empty(value) for key, value in given.items())
