@@ -1,4 +1,4 @@
-"""Distil a Stable Diffusion teacher into a 1-4 step student: LCM (full network) or LCM-LoRA (--lora)."""
+"""Distil a text-to-image teacher into a 1-4 step student: LCM (full network) or LCM-LoRA (--lora)."""
 
 import cm_diffusers.engine.early
 
@@ -9,14 +9,14 @@ from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.models.families.base import network_of
-from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import distill
-from cm_diffusers.tasks.text_to_image_checks import check_student
+from cm_diffusers.tasks.text_to_image_checks import check_distilled
 
 
 CONFIGS = (
@@ -27,13 +27,12 @@ CONFIGS = (
 def main() -> None:
     source, student, _, _, method, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
-    check_student(student, train.mixed_precision)
+    check_distilled(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    teacher = load_teacher(source, student.loaded_dtype)
-    network = network_of(teacher)
-    objective = LCMObjective(method, teaching_of(teacher, student.guidance_embedding_dim(network), method))
-    nets = make_networks(network, student)
-    if address := distill("lcm", teacher, nets, objective, optim, configs, repo_id):
+    teacher = load_teacher(source, student.loaded_dtype, late=True)
+    dim = student.guidance_embedding_dim(network_of(teacher))
+    objective = LCMObjective(method, teaching_of(teacher, dim, method))
+    if address := distill("lcm", teacher, None, objective, optim, configs, repo_id):
         print(address)
 
 

@@ -1,4 +1,4 @@
-"""Distil a Stable Diffusion teacher into a 1-4 step student with stochastic teacher steps and a critic: SCott."""
+"""Distil a text-to-image teacher into a 1-4 step student with stochastic teacher steps and a critic: SCott."""
 
 import cm_diffusers.engine.early
 
@@ -17,7 +17,7 @@ from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import critic_optim, distill
-from cm_diffusers.tasks.text_to_image_checks import check_scott, check_student
+from cm_diffusers.tasks.text_to_image_checks import check_distilled, check_scott
 
 
 CONFIGS = (
@@ -30,14 +30,16 @@ def main() -> None:
     source, student, _, _, method, judge, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
     check_scott(method, judge, train.max_train_steps)
     seed_everything(train.seed)
-    check_student(student, train.mixed_precision)
+    check_distilled(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    teacher = load_teacher(source, student.loaded_dtype)
+    judged = judge.critic != "none"
+    teacher = load_teacher(source, student.loaded_dtype, late=not judged)
     network = network_of(teacher)
     teaching = teaching_of(teacher, student.guidance_embedding_dim(network), method)
-    objective = SCottObjective(method, teaching, judge.critic != "none")
-    nets = make_networks(network, student)
-    nets.critic = make_critic(nets, judge, teacher.vae)
+    objective = SCottObjective(method, teaching, judged)
+    nets = make_networks(network, student) if judged else None
+    if judged:
+        nets.critic = make_critic(nets, judge, teacher.vae)
     optims = {"student": optim, "critic": critic_optim(judge, optim)}
     if address := distill("scott", teacher, nets, objective, optims, configs, repo_id):
         print(address)

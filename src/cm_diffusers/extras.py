@@ -17,6 +17,7 @@ class Need(NamedTuple):
 
 
 BITSANDBYTES = Need("bitsandbytes", "bitsandbytes", "bnb")
+TORCHAO = Need("torchao", "torchao", "torchao")
 TIMM = Need("timm", "timm", "timm")
 LPIPS = Need("lpips", "lpips", "metrics")
 FIDELITY = Need("torch_fidelity", "torch-fidelity", "metrics")
@@ -35,6 +36,7 @@ OF_TRAINING = [
 ]
 NEEDS = {  # flag -> how its value begins -> what it needs; what depends on the data or a checkpoint is found there
     "optimizer": {"adamw_8bit": BITSANDBYTES, "adamp": TIMM},
+    "quantize_teacher": {"bnb": BITSANDBYTES, "torchao": TORCHAO},
     "loss_type": {"lpips": LPIPS},
     "coupling": {"ot": POT},
     "feature_extractor": {"inception": FIDELITY},

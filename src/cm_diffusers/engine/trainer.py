@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
@@ -26,6 +25,7 @@ from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.run_folder import RunFolder
 from cm_diffusers.engine.state import load_state, write_state
 from cm_diffusers.errors import UserError, optional, writable
+from cm_diffusers.models.recomputation import recompute_activations
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
@@ -89,7 +89,7 @@ class Trainer:
 
     Args:
         config: See `TrainConfig`.
-        nets: The networks; what trains are the players' parameters that require gradients.
+        nets: Of which those players' parameters train that require gradients; or what makes them of `place`, called last.
         objective: The method.
         optim: How the players learn: one config for all, or one per player.
         settings: Dataclasses with whatever else a resumed run must share, such as the data's.
@@ -105,13 +105,13 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        nets: Networks,
+        nets: Networks | Callable[..., Networks],
         objective: Objective,
         optim: OptimConfig | dict[str, OptimConfig],
         settings: Iterable[object] = (),
         callbacks: Iterable[Callable[["Trainer", Loss], None]] = (),
     ) -> None:
-        self.config, self.nets, self.objective, self.callbacks = config, nets, objective, list(callbacks)
+        self.config, self.objective, self.callbacks = config, objective, list(callbacks)
         self.steering: list[Callable[[Trainer, Loss], None]] = []
         self.output_dir, self.step, self.stopping = Path(config.output_dir), 0, ""
         self.source, self.source_state = None, {}
@@ -124,12 +124,13 @@ class Trainer:
             self.identity["max_train_steps"] = config.max_train_steps
         defaults = run_defaults(*settings, **optims)
         self.folder = RunFolder(config, self.identity, defaults, settings[1:], self.accelerator)
+        self.nets = nets(*self.place) if callable(nets) else nets
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        for _, module in nets.items():
+        for _, module in self.nets.items():
             module.to(self.device)
             if config.compile:
                 module.compile()
-        self.averages = Averages(nets.student, config.export_ema_decay, config.ema_sigma_rels)
+        self.averages = Averages(self.nets.student, config.export_ema_decay, config.ema_sigma_rels)
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
         self._resume()
 
@@ -286,8 +287,7 @@ class Trainer:
 
     def _make_player(self, name: str, optim: OptimConfig) -> Player:
         if self.config.gradient_checkpointing:
-            for model in [m for m in getattr(self.nets, name).modules() if isinstance(m, ModelMixin)]:
-                model.enable_gradient_checkpointing()
+            recompute_activations(getattr(self.nets, name))
         return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
 
     def _log(self, loss: Loss, images_per_second: float, bar: tqdm) -> None:

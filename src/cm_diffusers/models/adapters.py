@@ -27,13 +27,13 @@ def add_lora(
         target_modules: Ends of layers' names; those of its family if not given.
     """
     network.requires_grad_(False)
-    names = _targets(network, target_modules)
+    names = target_names(network, target_modules)
     network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names))
     cast_training_params(network, torch.float32)
     return network.train()
 
 
-def _targets(network: nn.Module, names: list[str] | None) -> list[str]:
+def target_names(network: nn.Module, names: list[str] | None) -> list[str]:
     """The names, each of which ends that of some layer; of those of the family the ones that do: small networks lack some.
 
     Raises:

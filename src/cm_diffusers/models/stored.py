@@ -3,7 +3,7 @@
 import json
 import re
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,16 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
 from cm_diffusers.errors import UserError
 
 
-try:
-    from transformers.core_model_loading import revert_weight_conversion
-except ImportError:  # of the first releases of transformers 5
-    revert_weight_conversion = None
-
 NETWORKS = ("unet", "transformer", "transformer_2", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Counted instead of learnt, or of the other tower of a whole CLIP model, which the text tower may be stored with.
-UNUSED = re.compile(r"position_ids$|^logit_scale$|^vision_model\.|^visual_projection\.|^text_projection\.")
+UNUSED = re.compile(
+    r"position_ids$|num_batches_tracked$|^logit_scale$|^vision_model\.|^visual_projection\.|^text_projection\."
+)
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of VAEs
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 FLOATS = ("F64", *TORCH_DTYPES, "F8_E4M3", "F8_E5M2")
@@ -32,7 +28,7 @@ WEIGHTS = re.compile(  # of diffusers and transformers; a variant stands before 
     r"(?:(?:diffusion_)?pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+(?:\.(?P<after>[\w-]+))?)?"
     r"(?P<suffix>\.safetensors|\.bin)"
 )
-OPTIONAL_PREFIX = "text_model."  # transformers from 5.6 on leaves it out
+OPTIONAL = ("model", "language_model", "text_model")  # first parts of names, which releases of transformers leave out
 
 
 def check_stored(
@@ -99,7 +95,7 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
         ValueError: As `check_stored`.
     """
     tied: dict[int, set[str]] = {}  # a tensor of several names, as the words of T5, is stored once
-    for name, value in _named(network):
+    for name, value in network.state_dict(keep_vars=True).items():
         if value.is_floating_point():
             tied.setdefault(id(value), set()).add(_plain(name))
     wanted, found = set().union(*tied.values()), {_plain(name) for name in dtypes}
@@ -115,14 +111,6 @@ def check_weights(what: str, network: nn.Module, dtypes: dict[str, str]) -> None
                 f"{what} {fault} weights ({len(names)}, such as {names[0]}); get a whole checkpoint in float32, float16 or "
                 "bfloat16."
             )
-
-
-def _named(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Its tensors by their names, and by those under which transformers stores them, which are others for some towers."""
-    state = network.state_dict(keep_vars=True)
-    yield from state.items()
-    if isinstance(network, PreTrainedModel) and revert_weight_conversion is not None:
-        yield from revert_weight_conversion(network, state).items()
 
 
 def weights_by_variant(folder: Path) -> dict[str | None, list[str]]:
@@ -194,4 +182,6 @@ def _plain(name: str) -> str:
     for former, present in FORMER_NAMES.items():
         if ".attentions." in name:
             name = name.replace(former, present)
-    return name.removeprefix(OPTIONAL_PREFIX)
+    while name.partition(".")[0] in OPTIONAL:
+        name = name.partition(".")[2]
+    return name

@@ -11,7 +11,9 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters, add_lora
+from cm_diffusers.models.casting import cast
 from cm_diffusers.models.families.base import family_of
+from cm_diffusers.models.quantization import QUANTIZATIONS
 from cm_diffusers.types import Networks
 
 
@@ -38,6 +40,7 @@ class StudentNetworkConfig:
         default="no",
         help="Keep what does not train in half precision, the full student's teacher or the network below a LoRA (with "
         "--mixed_precision of the same kind).",
+        aliases=["--cast_teacher"],
     )
 
     @property
@@ -59,6 +62,11 @@ class StudentConfig(StudentNetworkConfig):
     save_fp16: bool = HfArg(
         default=False, help="Store the full student's UNet and VAE, or the LoRA, in half precision."
     )
+    quantize_teacher: Literal["no", *QUANTIZATIONS] = HfArg(
+        default="no",
+        help="Keep the linear layers below a LoRA in fewer bits, and what else does not train as --cast_teacher_unet says: "
+        "bitsandbytes' LLM.int8 or NF4 (on a GPU), or torchao's int8 weights.",
+    )
 
 
 def require_autocast(config: StudentNetworkConfig, mixed_precision: str) -> None:
@@ -71,12 +79,12 @@ def require_autocast(config: StudentNetworkConfig, mixed_precision: str) -> None
 def make_networks(teacher: nn.Module, config: StudentNetworkConfig) -> Networks:
     """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
     if config.lora:
-        teacher.to(config.loaded_dtype)
+        cast(teacher, config.loaded_dtype)
         names = config.lora_target_modules
         student = add_lora(teacher, config.lora_rank, config.lora_alpha, config.lora_dropout, names)
         return Networks(student, teacher=WithoutAdapters(student))
     student = make_student(teacher, config.guidance_embedding_dim(teacher))
-    teacher.to(DTYPES[config.cast_teacher_unet])
+    cast(teacher, DTYPES[config.cast_teacher_unet])
     return Networks(student, target=frozen_copy(student), teacher=teacher)
 
 

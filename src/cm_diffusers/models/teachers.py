@@ -5,13 +5,13 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, PipelineQuantizationConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.casting import load_cast_networks
+from cm_diffusers.models.casting import Dtypes, load_cast_networks
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import absent_parts, check_stored, only_variant, weights_by_variant
@@ -20,6 +20,7 @@ from cm_diffusers.models.stored import absent_parts, check_stored, only_variant,
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
 # What diffusers and transformers raise about files: also of shapes, of names in configs, and of missing packages.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+NETWORK_NAMES = ("unet", "transformer", "transformer_2")  # of a pipeline's networks
 SINGLE_FILE_CONFIG = (
     "Folder or Hub id of a pipeline of the same architecture, for configs and tokenizers of a .safetensors file; by default "
     "the original Stable Diffusion's, from the Hub."
@@ -42,11 +43,15 @@ class TeacherConfig:
     single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
 
 
-def load_teacher(config: TeacherConfig, network_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_teacher(
+    config: TeacherConfig, network_dtype: torch.dtype = torch.float32, late: bool = False
+) -> DiffusionPipeline:
     """The teacher's pipeline in float32 whatever its files hold, frozen.
 
     Args:
         network_dtype: Of its network, if another.
+        late: Leave its network on "meta" until `load_network`, so that VAE and text towers can be used up before; not of a
+            single file, which is read at once.
 
     Raises:
         ValueError: Not a text-to-image pipeline of a known family, out of reach, or with missing or non-finite weights.
@@ -54,14 +59,49 @@ def load_teacher(config: TeacherConfig, network_dtype: torch.dtype = torch.float
     path, parts = config.pretrained_teacher_model, {}
     if config.pretrained_vae_model_name_or_path:
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, config.teacher_variant)
-    names = dict.fromkeys(("unet", "transformer"), network_dtype)
-    dtype = names | {"default": torch.float32}
-    hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
-    pipe = load_stock(path, dtype, config.single_file_config, **hub, **parts)
+    waits = late and not is_single_file(path)
+    dtype = dict.fromkeys(NETWORK_NAMES, None if waits else network_dtype) | {"default": torch.float32}
+    pipe = load_stock(path, dtype, config.single_file_config, **_hub(config), **parts)
     _check_teacher(path, pipe)
     pipe = stock_pipeline(pipe)
     pipe.set_progress_bar_config(disable=True)
     return frozen(pipe)
+
+
+def load_network(
+    pipe: DiffusionPipeline,
+    config: TeacherConfig,
+    dtype: torch.dtype = torch.float32,
+    quantization: PipelineQuantizationConfig | None = None,
+) -> None:
+    """The network of a teacher that was loaded late, into its pipeline; nothing where it is there already.
+
+    Args:
+        config: As `load_teacher` was given it.
+        dtype: Of its weights.
+        quantization: Of its linear layers.
+
+    Raises:
+        ValueError: It does not load, or has non-finite weights.
+    """
+    if not is_late(network_of(pipe)):
+        return
+    name, path = network_name(pipe), config.pretrained_teacher_model
+    others = {other: part for other, part in pipe.components.items() if other != name}
+    dtypes = {name: dtype, "default": torch.float32}
+    loaded = getattr(load_stock(path, dtypes, quantization=quantization, **_hub(config), **others), name)
+    pipe.register_modules(**{name: loaded})
+    frozen(pipe)
+    check_finite(f"The teacher {path}", pipe)
+
+
+def is_late(network: nn.Module) -> bool:
+    """Whether it is only known, and not loaded."""
+    return any(p.is_meta for p in network.parameters())
+
+
+def _hub(config: TeacherConfig) -> dict[str, str | None]:
+    return {"revision": config.teacher_revision, "variant": config.teacher_variant}
 
 
 def frozen(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -105,19 +145,21 @@ def release_encoders(pipe: DiffusionPipeline) -> None:
 
 def load_stock(
     source: str | Path,
-    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
+    dtype: Dtypes = torch.float32,
     single_file_config: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
-    **parts: nn.Module,
+    quantization: PipelineQuantizationConfig | None = None,
+    **parts: object,
 ) -> DiffusionPipeline:
     """Any pipeline that diffusers has a class for, with all of its weights.
 
     Args:
         source: Folder, Hub id, or `.safetensors` file of Stable Diffusion.
-        dtype: Of the weights, or by name of the network, with one for the "default".
+        dtype: Of the weights, or by name of the network, with one for the "default"; None leaves it on "meta".
         single_file_config: As `load_single_file`'s `config`.
         revision, variant: Of a Hub id, and of the weights.
+        quantization: Of networks among those that are loaded here.
         parts: In place of its own.
 
     Raises:
@@ -139,9 +181,11 @@ def load_stock(
         where = {"revision": revision, "variant": variant}
         here = Path(source).exists()
         folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
-        cast = load_cast_networks(Path(folder), variant, dtype)
-        absent = absent_parts(DiffusionPipeline.load_config(folder))
-        options = {"dtype": dtype, **where, **absent, **cast, **parts}
+        made = absent_parts(DiffusionPipeline.load_config(folder)) | parts
+        if quantization is None:
+            made |= load_cast_networks(Path(folder), variant, dtype, given=parts)
+        dtypes = {name: of for name, of in dtype.items() if of} if isinstance(dtype, dict) else dtype
+        options = {"dtype": dtypes, "quantization_config": quantization, **where, **made}
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except LOADING_ERRORS as error:
         trouble = (
@@ -212,6 +256,6 @@ def check_finite(what: str, pipe: DiffusionPipeline) -> None:
 
 def _is_broken(values: Tensor) -> bool:
     """Not where weights lie elsewhere, or are packed."""
-    if values.is_meta or not values.is_floating_point():
+    if values.is_meta or not values.is_floating_point() or type(values.data) is not Tensor:
         return False
     return not (values.float() if values.itemsize == 1 else values).isfinite().all()

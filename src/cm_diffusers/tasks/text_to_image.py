@@ -12,19 +12,24 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.critics import CriticConfig
+from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.families.unet import check_vae
+from cm_diffusers.models.quantization import quantization_config
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.students import StudentConfig, frozen_copy
+from cm_diffusers.models.students import StudentConfig, frozen_copy, make_networks
 from cm_diffusers.models.teachers import (
     SINGLE_FILE_CONFIG,
     TeacherConfig,
     check_finite,
     frozen,
+    load_network,
     load_stock,
+    network_name,
     release_encoders,
     stock_pipeline,
 )
@@ -40,6 +45,7 @@ from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.teachings import student_scheduler
+from cm_diffusers.tasks.text_to_image_checks import check_late
 from cm_diffusers.types import Networks
 
 
@@ -80,7 +86,7 @@ class FinetuneConfig:
 def distill(
     name: str,
     teacher: DiffusionPipeline,
-    nets: Networks,
+    nets: Networks | None,
     objective: LCMObjective | SCottObjective,
     optim: OptimConfig | dict[str, OptimConfig],
     configs: Sequence[object],
@@ -90,7 +96,8 @@ def distill(
 
     Args:
         name: Of the method, in the record.
-        nets: To train.
+        teacher: Whole, or without its network (`load_teacher`'s `late`).
+        nets: To train; None to make them of the teacher once VAE and text towers have done their work.
         optim: As for `Trainer`.
         configs: The script's, for its flags and for the card; those of `OF_A_DISTILLATION` among them.
         repo_id: On the Hub; None to save alone.
@@ -109,10 +116,23 @@ def distill(
     scale = 1.0 if guidance == "distilled" else validation.validation_guidance_scale
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
-    trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grid])
-    batches = training_batches(data, generation, teacher, train.seed, *trainer.place)
-    if not needs_encoders(student, data, validation, given.get(CriticConfig)):
-        release_encoders(teacher)
+    quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
+    check_late(teacher, student, bool(generation.prompts_file))
+    complete = partial(load_network, teacher, source, student.loaded_dtype, quantization)
+    batches = None
+
+    def after_the_data(*place: object) -> Networks:
+        nonlocal batches
+        if generation.prompts_file:  # the teacher draws the data
+            complete()
+        batches = training_batches(data, generation, teacher, train.seed, *place)
+        if not needs_encoders(student, data, validation, given.get(CriticConfig)):
+            release_encoders(teacher)
+        complete()
+        seed_everything(train.seed)  # adapters start alike, whatever the cache held
+        return nets or make_networks(network_of(teacher), student)
+
+    trainer = Trainer(train, after_the_data, objective, optim, settings, callbacks=[grid])
     result = "lora" if student.lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, result))
     base = source.pretrained_teacher_model

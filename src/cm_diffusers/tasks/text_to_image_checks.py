@@ -3,10 +3,16 @@
 from dataclasses import fields
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.critics import CriticConfig, unused_flags
-from cm_diffusers.models.students import StudentNetworkConfig, require_autocast
+from cm_diffusers.models.families.base import network_of
+from cm_diffusers.models.quantization import check_quantization
+from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, require_autocast
+from cm_diffusers.models.teachers import is_late
 from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
 
@@ -24,6 +30,34 @@ def check_student(config: StudentNetworkConfig, mixed_precision: str) -> None:
     dim = config.unet_time_cond_proj_dim
     if dim != 0 and (dim < 4 or dim % 2):
         raise UserError(f"--unet_time_cond_proj_dim must be 0 (none) or an even number from 4 on, but it is {dim}.")
+
+
+def check_distilled(config: StudentConfig, mixed_precision: str) -> None:
+    """As `check_student`, of a latent consistency distillation."""
+    check_student(config, mixed_precision)
+    check_quantization(config.quantize_teacher, config.lora, config.cast_teacher_unet)
+
+
+def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -> None:
+    """What would be found only when the network is loaded, after the data.
+
+    Args:
+        draws: Whether the teacher draws the data itself.
+
+    Raises:
+        ValueError: A layer to adapt is none, or the network is here already or may not be quantized.
+    """
+    network = network_of(teacher)
+    if config.lora:
+        target_names(network, config.lora_target_modules)
+    flag = f"--quantize_teacher {config.quantize_teacher}"
+    if config.quantize_teacher != "no" and draws:
+        raise UserError(f"{flag} would draw the data of --prompts_file with rounded weights: leave one of them out.")
+    if config.quantize_teacher != "no" and not is_late(network):
+        raise UserError(
+            f"{flag} acts while a network is read from a pipeline's folder, not from a "
+            "single file and not where a critic is made of it: leave it out."
+        )
 
 
 def check_adapters(config: Any) -> None:
