@@ -22,6 +22,7 @@ from tiny_flow_b import tiny_flux, tiny_qwen_image, tiny_z_image
 from torch import Tensor
 
 from cm_diffusers import ConsistencyImg2ImgPipeline, ConsistencyPipeline, FlowConsistencyScheduler
+from cm_diffusers.evaluation.sampling import load_pipeline
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, save_lora, save_pipeline
 from cm_diffusers.record import RECORD, Record, read_record
@@ -98,6 +99,8 @@ def test_the_student_is_sampled_as_it_was_trained(student: tuple[DiffusionPipeli
     assert torch.equal(draw(pipe), wanted)  # the noise between the steps comes from the start
     assert not torch.equal(draw(pipe, num_inference_steps=2), wanted)
     assert torch.equal(draw(pipe, sigmas=[1.0, 0.75, 0.5, 0.25]), wanted)
+    measured = load_pipeline(str(folder))
+    assert torch.equal(draw(measured, num_inference_steps=4, guidance_scale=1.0), wanted)
     assert not torch.equal(draw(pipe, guidance_scale=1.5), wanted)
 
 
@@ -221,6 +224,8 @@ def test_the_folder_of_a_lora_is_a_student(make: Make, tmp_path: Path) -> None:
     wanted = draw(trained, **asked)
     pipe = ConsistencyPipeline.from_pretrained(tmp_path / "lora")
     assert torch.equal(draw(pipe, **SMALL), wanted)
+    measured = load_pipeline(str(tmp_path / "lora"))
+    assert torch.equal(draw(measured, **asked), wanted)
     stock = make()
     stock.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     stock.scheduler = FlowConsistencyScheduler(shift=SHIFT)
