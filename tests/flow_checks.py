@@ -60,10 +60,6 @@ def check_latents(latents: Latents, vae: nn.Module) -> None:
     assert 32 % latents.multiple == 0
 
 
-def first(cond: Conditions, rows: int) -> Conditions:
-    return {name: value[:rows] for name, value in cond.items()}
-
-
 def jvp_error(family: Family, network: nn.Module, x: Tensor, cond: Conditions) -> float:
     """Of derivatives in x, relative to central differences: the median of eight, for a kink (ReLU) may spoil some.
 

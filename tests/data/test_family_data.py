@@ -35,8 +35,13 @@ from cm_diffusers.types import Batch
 
 CAPTIONS = ["a coat", "a photo of a bag", "a photo of a t-shirt and an ankle boot", "a dress"]
 MASKED = {"sana": tiny_sana, "qwen image": tiny_qwen_image, "z image": tiny_z_image}
-SD3 = {"transformer": tiny_sd3_transformer(pos_embed_max_size=16)}
-FAMILIES = {"sd3": lambda: tiny_sd3(**SD3), "flux": tiny_flux, "flux.2": tiny_klein, "wan": tiny_wan, **MASKED}
+FAMILIES = {
+    "sd3": lambda: tiny_sd3(transformer=tiny_sd3_transformer(pos_embed_max_size=16)),
+    "flux": tiny_flux,
+    "flux.2": tiny_klein,
+    "wan": tiny_wan,
+    **MASKED,
+}
 
 
 @pytest.fixture
@@ -199,3 +204,16 @@ def test_latents_that_overflow_name_the_flag(config):
     pipe.vae.encoder.conv_out.weight.data.mul_(1e8)
     with pytest.raises(ValueError, match="latents are not finite in bfloat16: pass --vae_dtype float32"):
         text_image_batches(replace(config, vae_dtype="bfloat16"), Encoders.from_pipeline(pipe), 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_towers_encode_where_they_are(name):
+    """`placed` moves them alone; a pipeline's own device is that of its first part, which may be the VAE."""
+    pipe = FAMILIES[name]()
+    expected = Encoders.from_pipeline(pipe).encode_prompts(CAPTIONS)
+    encoders = Encoders.from_pipeline(pipe)
+    pipe.vae.to("meta")
+    network_of(pipe).to("meta")
+    found = encoders.encode_prompts(CAPTIONS)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())

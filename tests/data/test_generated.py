@@ -9,12 +9,17 @@ import pytest
 import torch
 from pyarrow import parquet
 from tiny import tiny_pipeline
+from tiny_flow import tiny_sd3
+from tiny_flow_a import tiny_sana, tiny_wan
+from tiny_flow_b import tiny_flux, tiny_flux2, tiny_klein, tiny_qwen_image, tiny_z_image
 from tiny_xl import tiny_xl_pipeline
 
 from cm_diffusers.data import generated
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.generated import GenerationConfig, generated_batches, read_prompts, training_batches
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.data.teacher_latents import teacher_latents
+from cm_diffusers.models.families.base import family_of, guided, latents_of
 from cm_diffusers.models.students import StudentConfig, make_networks
 
 
@@ -244,3 +249,46 @@ def test_samples_must_be_finite(data, ask):
     teacher.unet.conv_out.weight.data.mul_(1e9)
     with pytest.raises(ValueError, match="samples are not finite in float16"):
         batches(data, ask, teacher)
+
+
+FAMILIES = [
+    tiny_pipeline,
+    tiny_sd3,
+    tiny_sana,
+    tiny_flux,
+    tiny_flux2,
+    tiny_klein,
+    tiny_qwen_image,
+    tiny_z_image,
+    tiny_wan,
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", FAMILIES)
+def test_latents_of_any_family_are_decoded_to_its_pipelines_images(make):
+    pipe, side = make(), 64 if make is tiny_wan else 32
+    found = teacher_latents(pipe, PROMPTS[:2], [3, 4], side, 2, 3.0)
+    call = {"height": side, "width": side, "num_inference_steps": 2, "output_type": "pt", **guided(pipe, 3.0)}
+    one = {"num_frames": 1} if make is tiny_wan else {"use_resolution_binning": False} if make is tiny_sana else {}
+    out = pipe(prompt=PROMPTS[:2], generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], **call, **one)
+    expected = out.frames[:, 0] if make is tiny_wan else out.images
+    decoded = (latents_of(pipe).decode(pipe.vae, found) / 2 + 0.5).clamp(0, 1)
+    assert found.ndim == 4
+    assert decoded.shape == (2, 3, side, side)
+    torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_qwen_image])
+def test_a_teacher_of_tokens_gives_images_and_their_text(data, ask, make):
+    pipe = make()
+    (batch,) = batches(data, ask, pipe, 1)
+    latents, family = latents_of(pipe), family_of(pipe.transformer)
+    assert batch.x0.shape == (4, 4, 32 // latents.downscale, 32 // latents.downscale)
+    states = family.encode(pipe, PROMPTS)["prompt_embeds"]
+    for row in batch.cond["prompt_embeds"]:
+        kept = row[row.abs().sum(1) > 0]
+        assert min((kept - other[: len(kept)]).abs().max() for other in states) < 2e-3
+    with pytest.raises(ValueError, match="--resolution 36 is not a multiple of 8, as the teacher's pipeline needs"):
+        batches(replace(data, resolution=36), ask, pipe)

@@ -21,11 +21,12 @@ from cm_diffusers.data.shards import Job, Shard, Tensors, build, row_ranges, sha
 from cm_diffusers.data.sources import DataConfig, captions_of, check_values
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tables import TABLE_SUFFIXES, read_lines, read_table
+from cm_diffusers.data.teacher_latents import check_side, teacher_latents
 from cm_diffusers.data.text_image import EMPTY, text_image_batches
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError, readable
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
-from cm_diffusers.models.families.base import guided, network_of
+from cm_diffusers.models.families.base import network_of
 
 
 GENERATED_ROWS = 256  # samples in a shard: what an interruption may cost
@@ -174,8 +175,7 @@ def _check(config: DataConfig, generation: GenerationConfig, teacher: DiffusionP
         raise UserError(f"--generation_guidance_scale must be at least 0, but it is {scale}.")
     if generation.generation_steps > (most := teacher.scheduler.config.num_train_timesteps):
         raise UserError(f"--generation_steps is {generation.generation_steps}, but the teacher has {most} timesteps.")
-    if config.resolution % 8:
-        raise UserError(f"--resolution {config.resolution} is not a multiple of 8, as the teacher's pipeline needs.")
+    check_side(teacher, config.resolution)
 
 
 @dataclass(frozen=True)
@@ -208,15 +208,14 @@ class _Sampler:
 
     def draw(self, numbers: list[int]) -> Tensor:
         seeds = [int(np.random.SeedSequence([self.seed, GENERATE, i]).generate_state(1)[0]) for i in numbers]
-        latents = self.teacher(
-            prompt=[self.prompts[i] for i in numbers],
-            height=self.config.resolution,
-            width=self.config.resolution,
-            num_inference_steps=self.generation.generation_steps,
-            **guided(self.teacher, self.generation.generation_guidance_scale),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="latent",
-        ).images
+        latents = teacher_latents(
+            self.teacher,
+            [self.prompts[i] for i in numbers],
+            seeds,
+            self.config.resolution,
+            self.generation.generation_steps,
+            self.generation.generation_guidance_scale,
+        )
         latents = latents.half().cpu()
         if not latents.isfinite().all():
             raise UserError("The teacher's samples are not finite in float16: check its weights and --resolution.")

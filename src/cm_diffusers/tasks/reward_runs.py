@@ -19,7 +19,7 @@ from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
 from cm_diffusers.models.decoding import in_chunks
-from cm_diffusers.models.families.base import family_of, network_of
+from cm_diffusers.models.families.base import latents_of
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
@@ -286,9 +286,8 @@ class ImageScore:
         return torch.cat(in_chunks(self._decoded, latents))
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        vae = self.pipe.vae
         with torch.autocast(latents.device.type, enabled=False):
-            decoded = family_of(network_of(self.pipe)).latents(vae).decode(vae, latents.float())
+            decoded = latents_of(self.pipe).decode(self.pipe.vae, latents.float())
         return (decoded / 2 + 0.5).clamp(0, 1)
 
 

@@ -139,6 +139,11 @@ def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module
     )
 
 
+def latents_of(pipe: DiffusionPipeline) -> Latents:
+    """What the network of a pipeline sees of its VAE."""
+    return family_of(network_of(pipe)).latents(pipe.vae)
+
+
 def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float | str]:
     """Arguments of a pipeline's call, whatever its family; see `Family.guided`."""
     known = _known(pipe)

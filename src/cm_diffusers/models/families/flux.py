@@ -57,6 +57,5 @@ FAMILY = Family(
     latents=lambda vae: kl_latents(vae, patch=2),
     told=lambda transformer: told_scale,
     check=_check,
-    lora_name=lambda path, network: f"lora_transformer_{path.replace('.', '_')}",
     comfyui=True,
 )

@@ -55,7 +55,7 @@ def _call(transformer: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> T
 
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
     """States `(N, 512, 3 D)` of three layers of a language model; the padding is not masked, so its length matters."""
-    return {"prompt_embeds": pipe.encode_prompt(prompts)[0]}
+    return {"prompt_embeds": pipe.encode_prompt(prompts, pipe.text_encoder.device)[0]}
 
 
 def _latents(vae: nn.Module) -> Latents:

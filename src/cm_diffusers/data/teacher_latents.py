@@ -1,0 +1,55 @@
+"""Samples of a teacher as its network sees them, by the stock pipeline of any family."""
+
+from inspect import signature
+from math import isqrt, lcm
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle
+
+from cm_diffusers.errors import UserError
+from cm_diffusers.models.families.base import guided, latents_of
+from cm_diffusers.models.families.shared import untokened
+
+
+AS_ASKED = {"use_resolution_binning": False, "num_frames": 1}  # of the calls that know it: this size, and an image
+
+
+def check_side(teacher: DiffusionPipeline, resolution: int) -> None:
+    """
+    Raises:
+        ValueError: Its pipeline would not make images of this size.
+    """
+    if resolution % (factor := lcm(8, latents_of(teacher).multiple)):
+        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, as the teacher's pipeline needs.")
+
+
+def teacher_latents(
+    teacher: DiffusionPipeline, prompts: list[str], seeds: list[int], side: int, steps: int, guidance_scale: float
+) -> Tensor:
+    """One sample `(B, C, h, w)` of each prompt, square images of `side` pixels, by the pipeline's own scheduler."""
+    known, last = signature(type(teacher).__call__).parameters, {}
+    teacher(
+        prompt=prompts,
+        height=side,
+        width=side,
+        num_inference_steps=steps,
+        **guided(teacher, guidance_scale),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, t, tensors: last.update(tensors) or {},
+        callback_on_step_end_tensor_inputs=["latents"],
+        **{name: value for name, value in AS_ASKED.items() if name in known},
+    )
+    return _as_images(last["latents"], side // latents_of(teacher).downscale)
+
+
+def _as_images(latents: Tensor, side: int) -> Tensor:
+    """Of those of a pipeline's loop: some are tokens of p x p latents, `(B, L, C p p)`, and some clips of one frame."""
+    if latents.ndim == 5:
+        return latents[:, :, 0]
+    if latents.ndim == 3:
+        tokens = isqrt(latents.shape[1])
+        return pixel_shuffle(untokened(latents, tokens, tokens), side // tokens)
+    return latents

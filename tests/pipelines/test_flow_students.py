@@ -1,0 +1,250 @@
+"""Students of flows: stock pipelines with the manners of a student, and folders that need no package."""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+)
+from tiny_flow import tiny_sd3
+from tiny_flow_a import tiny_sana, tiny_wan
+from tiny_flow_b import tiny_flux, tiny_qwen_image, tiny_z_image
+from torch import Tensor
+
+from cm_diffusers import ConsistencyImg2ImgPipeline, ConsistencyPipeline, FlowConsistencyScheduler
+from cm_diffusers.models.adapters import add_lora
+from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, save_lora, save_pipeline
+from cm_diffusers.record import RECORD, Record, read_record
+
+
+SHIFT = 3.0
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # which diffusers wants to be told
+SMALL = {"height": 32, "width": 32}
+Make = Callable[[], DiffusionPipeline]
+
+
+def record_of(scheduler: FlowConsistencyScheduler, guidance: str = "distilled", scale: float = 1.0) -> Record:
+    return lcm_record("somebody/base", guidance, 1.0, 4.0, scale, scheduler)
+
+
+def published(make: Make, folder: Path, gamma: float = 1.0, record: Record | None = None) -> DiffusionPipeline:
+    """The pipeline that a training samples its student in, saved."""
+    scheduler = FlowConsistencyScheduler(SHIFT, gamma)
+    teacher = make()
+    pipe = lcm_pipeline(teacher, make(seed=5).transformer, scheduler)
+    save_pipeline(pipe, folder, False, record or record_of(scheduler))
+    return pipe
+
+
+def adapter(make: Make, folder: Path, base: Path) -> DiffusionPipeline:
+    """The same with a LoRA, with its base model beside it."""
+    teacher, scheduler = make(), FlowConsistencyScheduler(SHIFT)
+    teacher.save_pretrained(base)
+    network = add_lora(teacher.transformer, 4, 8.0, 0.0).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for name, value in network.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.2)
+    save_lora(network, folder, replace(record_of(scheduler), base_model=str(base)))
+    return lcm_pipeline(teacher, network, scheduler)
+
+
+def draw(pipe: DiffusionPipeline, seed: int = 0, **asked: object) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a bag", generator=torch.Generator().manual_seed(seed), output_type="pt", **asked)[0]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionPipeline, Path]:
+    folder = tmp_path_factory.mktemp("sd3") / "student"
+    return published(tiny_sd3, folder), folder
+
+
+def test_a_folder_names_nothing_of_this_package(student: tuple[DiffusionPipeline, Path]) -> None:
+    index = json.loads((student[1] / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusion3Pipeline"
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    stock = DiffusionPipeline.from_pretrained(student[1], **WITHOUT_T5)
+    assert type(stock) is StableDiffusion3Pipeline
+    assert (stock.scheduler.config.shift, stock.scheduler.config.stochastic_sampling) == (SHIFT, True)
+    stock.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(stock.scheduler.sigmas, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
+
+
+def test_the_student_is_sampled_as_it_was_trained(student: tuple[DiffusionPipeline, Path]) -> None:
+    trained, folder = student
+    pipe = ConsistencyPipeline.from_pretrained(folder)
+    assert isinstance(pipe, StableDiffusion3Pipeline)
+    assert type(pipe.scheduler) is FlowConsistencyScheduler
+    assert (pipe.scheduler.config.shift, pipe.scheduler.config.gamma) == (SHIFT, 1.0)
+    assert pipe.record == read_record(folder)
+    wanted = draw(trained, num_inference_steps=4, guidance_scale=1.0)
+    assert torch.equal(draw(pipe), wanted)
+    assert torch.equal(draw(pipe), wanted)  # the noise between the steps comes from the start
+    assert not torch.equal(draw(pipe, num_inference_steps=2), wanted)
+    assert torch.equal(draw(pipe, sigmas=[1.0, 0.75, 0.5, 0.25]), wanted)
+    assert not torch.equal(draw(pipe, guidance_scale=1.5), wanted)
+
+
+def test_one_step_needs_no_package(student: tuple[DiffusionPipeline, Path]) -> None:
+    stock = DiffusionPipeline.from_pretrained(student[1], **WITHOUT_T5)
+    ours = ConsistencyPipeline.from_pretrained(student[1])
+    plain = draw(stock, sigmas=[1.0], guidance_scale=1.0)
+    assert torch.equal(draw(ours, num_inference_steps=1), plain)
+
+
+@pytest.mark.parametrize("make", [tiny_sd3, tiny_flux, tiny_z_image], ids=lambda make: make.__name__)
+def test_without_fresh_noise_the_stock_scheduler_draws_the_same(make: Make, tmp_path: Path) -> None:
+    trained = published(make, tmp_path / "student", gamma=0.0)
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "student", **(WITHOUT_T5 if make is tiny_sd3 else {}))
+    kind = FlowMapEulerDiscreteScheduler if make is tiny_sd3 else FlowMatchEulerDiscreteScheduler
+    assert type(stock.scheduler) is kind
+    ours = ConsistencyPipeline.from_pretrained(tmp_path / "student")
+    none = {"guidance_scale": 0.0 if make is tiny_z_image else 1.0, **SMALL}
+    for steps in (1, 2, 4):
+        plain = draw(stock, num_inference_steps=steps, **none)
+        torch.testing.assert_close(draw(ours, num_inference_steps=steps, **none), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(draw(trained, num_inference_steps=4, **none), plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_sana, tiny_qwen_image, tiny_wan, tiny_flux], ids=lambda make: make.__name__)
+def test_students_of_other_families(make: Make, tmp_path: Path) -> None:
+    guidance = ("embedded", 3.0) if make is tiny_flux else ("distilled", 1.0)
+    record = record_of(FlowConsistencyScheduler(SHIFT), *guidance)
+    trained = published(make, tmp_path / "student", record=record)
+    pipe = ConsistencyPipeline.from_pretrained(tmp_path / "student")
+    size = {"height": 64, "width": 64, "num_frames": 5} if make is tiny_wan else SMALL
+    name = "true_cfg_scale" if make is tiny_qwen_image else "guidance_scale"
+    wanted = draw(trained, num_inference_steps=4, **{name: guidance[1]}, **size)
+    assert torch.equal(draw(pipe, **size), wanted)
+    assert pipe.stock_class() is type(trained)
+    with pytest.raises(ValueError, match="negative prompt"):
+        draw(pipe, negative_prompt="a coat", **size)
+
+
+def test_a_saved_student_is_the_same_folder(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
+    pipe = ConsistencyPipeline.from_pretrained(student[1])
+    pipe.save_pretrained(tmp_path / "again")
+    files = {path.relative_to(student[1]) for path in student[1].rglob("*") if path.is_file()}
+    assert files == {
+        path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
+    }
+    assert all((student[1] / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
+    assert type(pipe.scheduler) is FlowConsistencyScheduler
+
+
+def test_image_to_image_goes_on_with_the_scheduler(student: tuple[DiffusionPipeline, Path]) -> None:
+    pipe = ConsistencyPipeline.from_pretrained(student[1])
+    image = draw(pipe)
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    assert type(other) is StableDiffusion3Img2ImgPipeline
+    assert type(other.scheduler) is FlowConsistencyScheduler
+    weak, strong = (
+        draw(other, image=image, strength=share, num_inference_steps=4, guidance_scale=1.0) for share in (0.25, 1.0)
+    )
+    assert weak.shape == image.shape
+    assert not torch.equal(weak, strong)
+    with pytest.raises(ValueError, match="AutoPipelineForImage2Image"):
+        ConsistencyImg2ImgPipeline.from_pretrained(student[1])
+
+
+def test_negative_prompts_need_a_branch(student: tuple[DiffusionPipeline, Path]) -> None:
+    pipe = ConsistencyPipeline.from_pretrained(student[1])
+    with pytest.raises(
+        ValueError, match="At guidance_scale 1 there is no guidance, so a negative prompt has no branch"
+    ):
+        draw(pipe, negative_prompt="a coat")
+    plain = draw(pipe, guidance_scale=1.5)
+    assert not torch.equal(draw(pipe, guidance_scale=1.5, negative_prompt="a coat"), plain)
+    with pytest.warns(UserWarning, match="burns the images") as told:
+        draw(pipe, guidance_scale=5.0)
+    assert told[0].filename == __file__
+
+
+def test_another_shift_is_told(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
+    pipe = published(tiny_sd3, tmp_path / "student")
+    file = tmp_path / "student/scheduler/scheduler_config.json"
+    file.write_text(file.read_text().replace('"shift": 3.0', '"shift": 5.0'))
+    with pytest.warns(UserWarning, match=r"shift is 5\.0, in training it was 3\.0"):
+        draw(ConsistencyPipeline.from_pretrained(tmp_path / "student"))
+    FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(tmp_path / "student/scheduler")  # with nothing of ours
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mended = draw(ConsistencyPipeline.from_pretrained(tmp_path / "student"))
+    assert torch.equal(mended, draw(pipe, num_inference_steps=4, guidance_scale=1.0))
+
+
+def test_a_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    published(tiny_sd3, tmp_path / "student", record=record_of(FlowConsistencyScheduler(SHIFT), "embedded", 3.0))
+    with pytest.raises(ValueError, match="guidance is 'embedded', but this network takes no embedding"):
+        ConsistencyPipeline.from_pretrained(tmp_path / "student")
+    file = tmp_path / "student" / RECORD
+    file.write_text(file.read_text().replace('"shift": 3.0', '"shift": null'))
+    with pytest.raises(ValueError, match="shift of a FlowConsistencyScheduler must be above 0"):
+        ConsistencyPipeline.from_pretrained(tmp_path / "student")
+
+
+@pytest.mark.parametrize("make", [tiny_sd3, tiny_flux], ids=lambda make: make.__name__)
+def test_the_folder_of_a_lora_is_a_student(make: Make, tmp_path: Path) -> None:
+    trained = adapter(make, tmp_path / "lora", tmp_path / "base")
+    if make is tiny_flux:
+        record = read_record(tmp_path / "lora")
+        content = json.dumps(vars(record) | {"guidance": "embedded", "recommended_guidance_scale": 3.0})
+        (tmp_path / "lora" / RECORD).write_text(content)
+    asked = {"num_inference_steps": 4, "guidance_scale": 3.0 if make is tiny_flux else 1.0, **SMALL}
+    wanted = draw(trained, **asked)
+    pipe = ConsistencyPipeline.from_pretrained(tmp_path / "lora")
+    assert torch.equal(draw(pipe, **SMALL), wanted)
+    stock = make()
+    stock.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
+    stock.scheduler = FlowConsistencyScheduler(SHIFT)
+    torch.testing.assert_close(draw(stock, **asked), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_comes_and_goes_with_its_record(tmp_path: Path) -> None:
+    adapter(tiny_sd3, tmp_path / "lora", tmp_path / "base")
+    pipe = ConsistencyPipeline.from_pretrained(tmp_path / "base")
+    assert (pipe.record, type(pipe.scheduler)) == (None, FlowMatchEulerDiscreteScheduler)
+    plain = draw(pipe, num_inference_steps=2)
+    pipe.load_lora_weights(tmp_path / "lora", adapter_name="student")
+    assert pipe.record == read_record(tmp_path / "lora")
+    student = draw(pipe)
+    with pytest.raises(ValueError, match="A LoRA is on the network"):
+        pipe.save_pretrained(tmp_path / "no")
+    pipe.disable_lora()
+    with pytest.warns(UserWarning, match=r"does not act.*call enable_lora\(\)"):
+        draw(pipe)
+    pipe.enable_lora()
+    pipe.unload_lora_weights()
+    assert (pipe.record, type(pipe.scheduler)) == (None, FlowMatchEulerDiscreteScheduler)
+    assert torch.equal(draw(pipe, num_inference_steps=2), plain)
+    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "fused")
+    fused = ConsistencyPipeline.from_pretrained(tmp_path / "fused")
+    torch.testing.assert_close(draw(fused), student, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_of_another_network_is_refused(tmp_path: Path) -> None:
+    adapter(tiny_flux, tmp_path / "lora", tmp_path / "base")
+    pipe = ConsistencyPipeline.from_pretrained(published_folder(tmp_path))
+    with pytest.raises(ValueError, match="another architecture"):
+        pipe.load_lora_weights(tmp_path / "lora")
+    assert not pipe.get_list_adapters()
+
+
+def published_folder(place: Path) -> Path:
+    published(tiny_sd3, place / "student")
+    return place / "student"
