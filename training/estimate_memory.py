@@ -2,8 +2,8 @@
 
 import cm_diffusers.engine.early
 import json
-import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers.hf_argparser import HfArg
 
@@ -25,6 +25,8 @@ from cm_diffusers.tasks.memory import Shape, as_table, estimate
 class ShapeConfig:
     """The teacher's sizes."""
 
+    is_run: ClassVar[bool] = False
+
     shape: str = HfArg(
         help="JSON of a teacher's sizes, by its path or its name in the folder recipes: shape_flux_dev ..."
     )
@@ -37,7 +39,7 @@ CONFIGS = (
 
 
 def main() -> None:
-    given, _, student, data, _, _, optim, train, _ = parse_words(CONFIGS, __doc__, sys.argv[1:])
+    given, _, student, data, _, _, optim, train, _ = parse_words(CONFIGS, __doc__)
     shape = Shape.from_config(json.loads(read_text(shipped("--shape", given.shape, ".json"))))
     print(as_table(estimate(shape, student, optim, train, data)))
 
