@@ -187,6 +187,11 @@ def load_stock(
         dtypes = {name: of for name, of in dtype.items() if of} if isinstance(dtype, dict) else dtype
         options = {"dtype": dtypes, "quantization_config": quantization, **where, **made}
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+        for name in (
+            made.keys() & pipe.components.keys()
+        ):  # diffusers reads optional ones, as Wan's are, though they are given
+            if getattr(pipe, name) is not made[name]:
+                pipe.register_modules(**{name: made[name]})
     except LOADING_ERRORS as error:
         trouble = (
             "does not load" if Path(source).exists() else "is neither a pipeline folder here nor a Hub id within reach"
