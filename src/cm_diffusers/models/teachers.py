@@ -5,7 +5,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, PipelineQuantizationConfig
+from diffusers import AutoencoderKL, DiffusionPipeline, PipelineQuantizationConfig, StableDiffusion3Pipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import Dtypes, load_cast_networks
 from cm_diffusers.models.families.base import family_of, network_of
+from cm_diffusers.models.merged_text import merge_zero_text
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import absent_parts, check_stored, only_variant, weights_by_variant
 
@@ -198,6 +199,8 @@ def load_stock(
         )
         raise UserError(f"{source} {trouble}: {first_line(error)}") from error
     check_stored(pipe, source, variant, revision, given=parts)
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        merge_zero_text(pipe)
     return pipe
 
 
