@@ -100,8 +100,8 @@ def activation_bytes(shape: Shape, data: DataConfig, train: TrainConfig) -> floa
     """
     blocks = [block for part in shape.network.children() if isinstance(part, nn.ModuleList) for block in part]
     config = shape.network.config
-    width = config.get("dim") or config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
-    if not blocks or not width or hasattr(shape.network, "down_blocks"):
+    width = config.get("dim") or (config.get("num_attention_heads") or 0) * config.attention_head_dim
+    if not blocks or not width:
         raise UserError(
             f"Activations are estimated for transformers of equal blocks, not for {type(shape.network).__name__}."
         )
