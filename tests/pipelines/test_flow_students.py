@@ -100,7 +100,8 @@ def test_the_student_is_sampled_as_it_was_trained(student: tuple[DiffusionPipeli
     assert not torch.equal(draw(pipe, num_inference_steps=2), wanted)
     assert torch.equal(draw(pipe, sigmas=[1.0, 0.75, 0.5, 0.25]), wanted)
     measured = load_pipeline(str(folder))
-    assert torch.equal(draw(measured, num_inference_steps=4, guidance_scale=1.0), wanted)
+    found = draw(measured, num_inference_steps=4, guidance_scale=1.0)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)  # equal zeros of the text are one there
     assert not torch.equal(draw(pipe, guidance_scale=1.5), wanted)
 
 
@@ -225,7 +226,7 @@ def test_the_folder_of_a_lora_is_a_student(make: Make, tmp_path: Path) -> None:
     pipe = ConsistencyPipeline.from_pretrained(tmp_path / "lora")
     assert torch.equal(draw(pipe, **SMALL), wanted)
     measured = load_pipeline(str(tmp_path / "lora"))
-    assert torch.equal(draw(measured, **asked), wanted)
+    torch.testing.assert_close(draw(measured, **asked), wanted, atol=1e-5, rtol=1e-5)
     stock = make()
     stock.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     stock.scheduler = FlowConsistencyScheduler(shift=SHIFT)
