@@ -71,17 +71,16 @@ class CDObjective:
         x0, device = batch.x0, batch.x0.device
         t, s = sample_neighbours(len(x0), self.grid)
         x_t = x0 + append_dims(t, x0) * torch.randn_like(x0)
-        w = x0.new_full((len(x0),), self.config.w)
-        cond = self.guiding.student(batch.cond, w)
+        cond = self.guiding.student(batch.cond, self.w(batch))
         with torch.no_grad():  # first, so that its activations are gone before the student's are kept
-            x_s = heun_step(self.teacher(nets, batch, w), EDM(), x_t, t, s)
+            x_s = heun_step(self.teacher(nets, batch), EDM(), x_t, t, s)
             with rewind_rng(device):  # the student draws the same dropout masks
                 target = self.consistency(nets.target or nets.student, x_s, s, cond)
         online = self.consistency(nets.student, x_t, t, cond)
         return Loss(self.distance(online, target).mean(), {})  # Eq. 7 with weight 1
 
-    def teacher(self, nets: Networks, batch: Batch, w: Tensor) -> Denoiser:
-        """The denoiser that is distilled, with guidance w `(B,)`."""
+    def teacher(self, nets: Networks, batch: Batch) -> Denoiser:
+        """The denoiser that is distilled; of a guided one that needs two, both branches are one batch."""
         denoise = edm_denoiser(self.view, nets.teacher)
         if self.guiding.kind == "cfg" and self.config.w == 0:
             return lambda x, t: denoise(x, t, batch.cond)
@@ -89,7 +88,11 @@ class CDObjective:
             raise UserError(
                 f"--w {self.config.w} guides the teacher, but the data has no unconditional branch; give --w 0."
             )
-        return self.guiding.teacher(denoise, batch, w)
+        return self.guiding.teacher(denoise, batch, self.w(batch))
+
+    def w(self, batch: Batch) -> Tensor:
+        """Guidance `(B,)`, the same for all."""
+        return batch.x0.new_full((len(batch.x0),), self.config.w)
 
     def consistency(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """f(x, sigma) = c_skip x + c_out F (Eq. 5), `(B, ...)`."""
