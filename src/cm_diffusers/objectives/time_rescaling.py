@@ -49,8 +49,7 @@ class TimeRescalingObjective:
     def __init__(self, config: TimeRescalingConfig, view: View) -> None:
         if isinstance(view, FlowView):
             raise UserError(
-                "Time rescaling is for UNets, but this model is a flow's: distil it as it is, with --tangent central if its "
-                "time changes too fast."
+                "Time rescaling is for UNets, but this is the network of a flow-matching teacher: distil it as it is."
             )
         if view.noise_conditioning == "trigflow":
             raise UserError("This model is told TrigFlow's time already: it needs no rescaling, distil it as it is.")
