@@ -32,6 +32,32 @@ Told = Callable[
 
 
 @dataclass(frozen=True, eq=False)
+class Guiding:
+    """How guidance reaches teacher and student.
+
+    Attributes:
+        kind: How the teacher is guided: by a second pass, by a number that it is told, or not at all.
+        told: Of a student, and of a teacher with embedded guidance; None where guidance goes into the weights.
+        combine: Of the teacher's two branches.
+    """
+
+    kind: Guidance = "cfg"
+    told: Told | None = None
+    combine: Combine = combine_linear
+
+    def student(self, cond: Conditions, w: Tensor) -> Conditions:
+        """What a student is told with guidance w `(B,)`."""
+        return cond if self.told is None else self.told(cond, w)
+
+    def teacher(self, denoise: ConditionalDenoiser, batch: Batch, w: Tensor) -> Denoiser:
+        """The teacher with guidance w `(B,)`; without a second pass where it is told, or takes none."""
+        if self.kind == "cfg":
+            return guide(denoise, batch.cond, batch.uncond, w, self.combine)
+        cond = self.told(batch.cond, w) if self.kind == "embedded" else batch.cond
+        return lambda x_t, t: denoise(x_t, t, cond)
+
+
+@dataclass(frozen=True, eq=False)
 class Teaching:
     """One process, in which teacher and student are called, noised and guided alike.
 
@@ -89,12 +115,8 @@ class Teaching:
         return as_denoiser(network, self.process, self.prediction_type, self.call)
 
     def guided(self, teacher: nn.Module, batch: Batch, w: Tensor) -> Denoiser:
-        """The teacher with guidance w `(B,)`; without a second pass where it is told, or takes none."""
-        denoise = self.denoiser(teacher)
-        if self.guidance == "cfg":
-            return guide(denoise, batch.cond, batch.uncond, w, self.combine)
-        cond = self.told(batch.cond, w) if self.guidance == "embedded" else batch.cond
-        return lambda x_t, t: denoise(x_t, t, cond)
+        """The teacher with guidance w `(B,)`, see `Guiding`."""
+        return Guiding(self.guidance, self.told, self.combine).teacher(self.denoiser(teacher), batch, w)
 
     def jump(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions, w: Tensor | None) -> Tensor:
         """f(x_t, t) = c_skip x_t + c_out x0 (2310.04378, Sec. 4.1), `(B, ...)`, as the scheduler's step computes it.

@@ -21,7 +21,9 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.pipelines.lora import load_lora
 from cm_diffusers.pipelines.manners import refuse_contradiction
+from cm_diffusers.pipelines.stock import carried
 from cm_diffusers.record import RECORD, base_model_of, read_record
+from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -92,7 +94,9 @@ def _starts_from_image(pipe: DiffusionPipeline) -> bool:
 
 
 def _as_recorded(pipe: DiffusionPipeline, source: str) -> None:
-    """With the scheduler of the record, where the file is a single one, which holds no other."""
+    """With the scheduler of the training: that which the folder's carries of a flow, or of the record of a single file."""
+    if isinstance(scheduler := carried(pipe.scheduler), FlowConsistencyScheduler):
+        pipe.scheduler = scheduler
     record = read_record(source) if isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) else None
     if record is None:
         return

@@ -1,16 +1,20 @@
 """What objectives of latent consistency are told of a teacher or a student, whatever its family."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
 
 from cm_diffusers.diffusion.process import DiscreteVP
-from cm_diffusers.diffusion.teaching import Teaching, flow_teaching, vp_teaching
+from cm_diffusers.diffusion.teaching import Guiding, Teaching, embedded_in_time, flow_teaching, vp_teaching
+from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.publishing.pipelines import lcm_scheduler
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
+from cm_diffusers.tasks.image_models import ImageModel
 
 
 class OnGrid(Protocol):
@@ -40,6 +44,24 @@ def teaching_of(teacher: DiffusionPipeline, guidance_embedding_dim: int | None, 
     shift, kind = method.shift or shift_of(teacher.scheduler), family.guidance(network)
     is_told = kind == "embedded" or guidance_embedding_dim is not None
     return flow_teaching(family.call, shift, points, kind, family.told(network) if is_told else None, family.combine)
+
+
+def guiding_of(
+    model: ImageModel, flow_time: Callable[[Tensor], Tensor], guidance_embedding_dim: int | None = None
+) -> Guiding:
+    """How guidance reaches a teacher that is seen in other coordinates, and its student.
+
+    Args:
+        model: The teacher.
+        flow_time: Times of these coordinates -> those of a flow, as its view tells them to the network.
+        guidance_embedding_dim: As for `teaching_of`.
+    """
+    if not isinstance(model.view, FlowView):
+        return Guiding(told=None if guidance_embedding_dim is None else embedded_in_time(guidance_embedding_dim))
+    family = family_of(model.network)
+    kind = family.guidance(model.network)
+    told = family.told(model.network) if kind == "embedded" else None
+    return Guiding(kind, told, lambda text, without, w, t: family.combine(text, without, w, flow_time(t)))
 
 
 def teaching_of_student(student: DiffusionPipeline) -> Teaching:
