@@ -12,7 +12,12 @@ from cm_diffusers.record import read_record
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "model_cards/teacher-fashion.md", ROOT / "assets/fashion_teacher/README.md"]
+TEACHERS = {"fashion_teacher": "teacher-fashion", "fashion_flow_teacher": "flow-teacher-fashion"}  # folder in assets -> card
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / f"model_cards/{card}.md" for card in TEACHERS.values()),
+    *(ROOT / f"assets/{folder}/README.md" for folder in TEACHERS),
+]
 LOCK = ROOT / "assets.lock"
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STUDENTS = {  # folder in assets -> card, and the evaluation and name it was measured under
@@ -25,6 +30,7 @@ STUDENTS = {  # folder in assets -> card, and the evaluation and name it was mea
     "fashion_animatelcm": ("animatelcm-fashion", "video", "AnimateLCM"),
 }
 REMADE = {  # folder in assets that has no weights -> where the commands of assets/README.md write them
+    "fashion_flow_teacher": "runs/flow_fashion/pipeline",
     "fashion_scott": "runs/scott_fashion/pipeline",
     "fashion_edm_latents": "runs/edm_fashion_latents/pipeline",
     "fashion_cd": "runs/cd_fashion_latents/pipeline",
