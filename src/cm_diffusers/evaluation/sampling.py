@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import guided
+from cm_diffusers.models.families.base import guided, in_steps
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import check_finite, first_line, load_stock, stock_pipeline
 from cm_diffusers.pipelines import ConsistencyPipeline
@@ -197,7 +197,7 @@ def generate_unprompted(
 
 def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
     recommended = pipe.scheduler.config.get("recommended_sigmas") or []
-    return {"sigmas": recommended} if len(recommended) == steps else {"num_inference_steps": steps}
+    return {"sigmas": recommended} if len(recommended) == steps else in_steps(pipe, steps)
 
 
 @torch.no_grad()

@@ -2,15 +2,17 @@
 
 from typing import Protocol
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SanaSprintPipeline, SchedulerMixin
+from torch import nn
 
 from cm_diffusers.diffusion.process import DiscreteVP
-from cm_diffusers.diffusion.teaching import Teaching, flow_teaching, vp_teaching
+from cm_diffusers.diffusion.teaching import Teaching, Told, flow_teaching, vp_teaching
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.publishing.pipelines import lcm_scheduler
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_trigflow_consistency import TrigFlowConsistencyScheduler
 
 
 class OnGrid(Protocol):
@@ -46,12 +48,26 @@ def teaching_of_student(student: DiffusionPipeline) -> Teaching:
     """Of a student on the grid of its scheduler."""
     network, config = network_of(student), student.scheduler.config
     family = family_of(network)
-    told = family.told(network) if family.guidance(network) == "embedded" else None
     process = family.process(student)
     if isinstance(process, DiscreteVP):
         grid = config.original_inference_steps, config.timestep_scaling
         return vp_teaching(process, family.prediction_type(student), network.config.time_cond_proj_dim, *grid)
-    return flow_teaching(family.call, config.shift, guidance="none", told=told)
+    return flow_teaching(family.call, config.get("shift", 1.0), guidance="none", told=told_of(network))
+
+
+def told_of(network: nn.Module) -> Told | None:
+    """How a network is told its guidance; None where it is not."""
+    family = family_of(network)
+    return family.told(network) if family.guidance(network) == "embedded" else None
+
+
+def loop_scheduler(student: DiffusionPipeline) -> SchedulerMixin:
+    """What samples a student in a loop that only calls network and scheduler: some pipelines convert between them."""
+    if not isinstance(student, SanaSprintPipeline):
+        return student.scheduler
+    sigma_data = student.scheduler.config.sigma_data
+    flow = {"network": "flow", "prediction_type": "flow_prediction", "time_scale": 1.0}
+    return TrigFlowConsistencyScheduler(sigma_data=sigma_data, **flow)
 
 
 def student_scheduler(teacher: DiffusionPipeline, method: OnGrid) -> SchedulerMixin:
