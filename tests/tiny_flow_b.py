@@ -189,7 +189,7 @@ def qwen_vae() -> AutoencoderKLQwenImage:
 
 def tiny_t5() -> T5EncoderModel:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    return T5EncoderModel(T5Config(**sizes, vocab_size=64))
+    return T5EncoderModel(T5Config(**sizes, vocab_size=48))
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:

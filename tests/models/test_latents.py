@@ -12,6 +12,7 @@ from tiny import tiny_pipeline, tiny_vae
 from torch import nn
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models import decoding
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.families.latents import dc_latents, kl_latents, per_channel_latents
 
@@ -149,3 +150,9 @@ def test_the_network_of_a_pipeline_is_found_by_its_class():
         UserError, match="without a network of a known family, but with AutoencoderKL, CLIPTextModel; "
     ):
         network_of(other)
+
+
+@pytest.mark.parametrize(("downscale", "parts"), [(4, [2, 2, 1]), (8, [2, 2, 1]), (16, [1] * 5), (32, [1] * 5)])
+def test_fewer_latents_are_decoded_at_once_where_each_makes_more_pixels(monkeypatch, downscale, parts):
+    monkeypatch.setattr(decoding, "CHUNK", 128)
+    assert decoding.in_chunks(len, torch.zeros(5, 4, 8, 8), downscale) == parts

@@ -62,7 +62,7 @@ def test_a_lora_of_every_family(home: Path, family: str) -> None:
     assert learnt
     assert any(next(iter(b.values())).weight.abs().max() > 0 for b in learnt)
     ours = sampled(pipe, steps=2)
-    stock = DiffusionPipeline.from_pretrained(home / family)
+    stock = alone(home / family)
     stock.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     stock.scheduler = pipe.scheduler
     np.testing.assert_allclose(sampled(stock, steps=2), ours, atol=1e-4)
@@ -73,12 +73,9 @@ def test_a_whole_student(home: Path, family: str) -> None:
     flags = {"unet_time_cond_proj_dim": 0} if family == "sana" else {}
     validation = {"validation_prompts": [CAPTIONS[0]], "validation_steps": 2, "validation_nfe": [1, 2]}
     run = distil(home, family, "full", **flags, **validation, validation_teacher_steps=2)
-    pipe, stock = (
-        ConsistencyPipeline.from_pretrained(run / "pipeline"),
-        DiffusionPipeline.from_pretrained(run / "pipeline"),
-    )
-    assert (run / "samples" / "step-2.png").is_file()
-    before = network_of(DiffusionPipeline.from_pretrained(home / family)).state_dict()
+    pipe, stock = ConsistencyPipeline.from_pretrained(run / "pipeline"), alone(run / "pipeline")
+    assert list((run / "samples").glob("step-*2.png"))
+    before = network_of(alone(home / family)).state_dict()
     after = network_of(stock).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     sigmas = "passed" if family == "flux" else "accepted"
@@ -89,6 +86,12 @@ def test_a_whole_student(home: Path, family: str) -> None:
         for each in (pipe, stock)
     ]
     np.testing.assert_allclose(*images, atol=1e-4)
+
+
+def alone(folder: Path) -> DiffusionPipeline:
+    """By diffusers, which wants to be told of a Stable Diffusion 3 without T5."""
+    index = DiffusionPipeline.load_config(folder)
+    return DiffusionPipeline.from_pretrained(folder, **{k: None for k, v in index.items() if v == [None, None]})
 
 
 def sampled(pipe: DiffusionPipeline, steps: int) -> np.ndarray:

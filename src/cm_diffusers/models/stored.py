@@ -17,7 +17,9 @@ from cm_diffusers.errors import UserError
 
 NETWORKS = ("unet", "transformer", "transformer_2", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Counted instead of learnt, or of the other tower of a whole CLIP model, which the text tower may be stored with.
-UNUSED = re.compile(r"position_ids$|^logit_scale$|^vision_model\.|^visual_projection\.|^text_projection\.")
+UNUSED = re.compile(
+    r"position_ids$|num_batches_tracked$|^logit_scale$|^vision_model\.|^visual_projection\.|^text_projection\."
+)
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of VAEs
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 FLOATS = ("F64", *TORCH_DTYPES, "F8_E4M3", "F8_E5M2")
@@ -25,7 +27,7 @@ WEIGHTS = re.compile(  # of diffusers and transformers; a variant stands before 
     r"(?:(?:diffusion_)?pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+(?:\.(?P<after>[\w-]+))?)?"
     r"(?P<suffix>\.safetensors|\.bin)"
 )
-OPTIONAL_PREFIX = "text_model."  # transformers from 5.6 on leaves it out
+OPTIONAL = ("model", "language_model", "text_model")  # first parts of names, which releases of transformers leave out
 
 
 def check_stored(
@@ -170,4 +172,6 @@ def _plain(name: str) -> str:
     for former, present in FORMER_NAMES.items():
         if ".attentions." in name:
             name = name.replace(former, present)
-    return name.removeprefix(OPTIONAL_PREFIX)
+    while name.partition(".")[0] in OPTIONAL:
+        name = name.partition(".")[2]
+    return name

@@ -299,7 +299,7 @@ class ImageScore:
 
     def images(self, latents: Tensor) -> Tensor:
         """`(B, 3, H, W)` in [0, 1]."""
-        return torch.cat(in_chunks(self._decoded, latents))
+        return torch.cat(in_chunks(self._decoded, latents, latents_of(self.pipe).downscale))
 
     def _decoded(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, enabled=False):
