@@ -98,9 +98,12 @@ class Teaching:
             chosen: What was chosen instead.
 
         Raises:
-            ValueError: The last time holds no signal, and the network's prediction or the teacher's steps need some.
+            ValueError: The last time holds no signal, and the network's prediction or the teacher's steps need some; of a
+                rectified flow neither does.
         """
-        if self.starts_from_noise and (self.prediction_type == "epsilon" or not bears_noise):
+        if isinstance(self.process, RectifiedFlow) or not self.starts_from_noise:
+            return
+        if self.prediction_type == "epsilon" or not bears_noise:
             raise UserError(
                 "The teacher has zero terminal SNR: its last timestep holds no signal, which needs a v-prediction or sample "
                 f"teacher and {cure}; this is {self.prediction_type} with {chosen}."
