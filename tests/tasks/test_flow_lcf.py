@@ -135,7 +135,7 @@ def test_what_is_no_student(home: Path) -> None:
         UserError, match="is a StableDiffusion3Pipeline with FlowMatchEuler.* and no record: nothing says"
     ):
         load_student(FinetuneConfig(str(home / "sd3" / "teacher")))
-    with pytest.raises(UserError, match="is a FluxPipeline with FlowMatchEuler.* and no record: nothing says"):
+    with pytest.raises(UserError, match=r"is a FluxPipeline with FlowMatchEuler.* and no record: nothing says"):
         load_student(FinetuneConfig(str(home / "flux" / "teacher")))
 
 
