@@ -67,6 +67,7 @@ def new_flow_pipeline(config: SmallFlowConfig, resolution: int, shift: float) ->
         )
     vae.register_to_config(shift_factor=vae.config.get("shift_factor") or 0.0)  # which the pipeline adds as it is
     towers = [projecting(tower, layers) for layers in (tower.config.num_hidden_layers, 1)]
+    transformer = _new_transformer(config.transformer_config, vae, resolution, 2 * tower.config.hidden_size)
     pipe = StableDiffusion3Pipeline(
         vae=vae,
         text_encoder=towers[0],
@@ -75,7 +76,7 @@ def new_flow_pipeline(config: SmallFlowConfig, resolution: int, shift: float) ->
         tokenizer_2=_shorter(base, config.text_length),
         text_encoder_3=silent_t5(2 * tower.config.hidden_size),
         tokenizer_3=silent_tokenizer(),
-        transformer=_new_transformer(config.transformer_config, vae, resolution, 2 * tower.config.hidden_size),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
     pipe.set_progress_bar_config(disable=True)
@@ -89,7 +90,8 @@ def projecting(tower: CLIPTextModel, layers: int) -> CLIPTextModelWithProjection
     """The first layers of a text tower, and its pooled state as it is: the projection is the identity."""
     settings = tower.config.to_dict() | {"projection_dim": tower.config.hidden_size, "num_hidden_layers": layers}
     new = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
-    new.text_model.load_state_dict(getattr(tower, "text_model", tower).state_dict(), strict=False)
+    weights = getattr(tower, "text_model", tower).state_dict()
+    new.text_model.load_state_dict({name: weights[name] for name in new.text_model.state_dict()})
     new.text_projection.weight.data = new.text_projection.weight.new_ones(tower.config.hidden_size).diag()
     return new
 
