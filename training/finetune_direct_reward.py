@@ -47,7 +47,7 @@ def main() -> None:
     nets = tuned_networks(tuned.network, source, keeps_start=bool(method.kl_coef))
     distillation = distillation_of(tuned, nets, source, method.pretrained_teacher_model) if joined else None
     objective = DirectRewardObjective(method, tuned.policy, score.of_texts, shape, distillation)
-    if train.gradient_checkpointing:
+    if train.gradient_checkpointing and tuned.pipe.vae._supports_gradient_checkpointing:
         tuned.pipe.vae.enable_gradient_checkpointing()
     trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, data, watched.looks_alone()])
     rank, ranks, device = trainer.place

@@ -85,12 +85,11 @@ def told_of(network: nn.Module) -> Told | None:
 
 
 def loop_scheduler(student: DiffusionPipeline) -> SchedulerMixin:
-    """What samples a student in a loop that only calls network and scheduler: some pipelines convert between them."""
+    """What samples a student in a loop that only calls network and scheduler: SANA-Sprint's pipeline converts between them."""
     if not isinstance(student, SanaSprintPipeline):
         return student.scheduler
-    sigma_data = student.scheduler.config.sigma_data
     flow = {"network": "flow", "prediction_type": "flow_prediction", "time_scale": 1.0}
-    return TrigFlowConsistencyScheduler(sigma_data=sigma_data, **flow)
+    return TrigFlowConsistencyScheduler(sigma_data=1.0, **flow)
 
 
 def student_scheduler(teacher: DiffusionPipeline, method: OnGrid) -> SchedulerMixin:

@@ -54,7 +54,7 @@ def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
 def _silent(transformer: nn.Module) -> list[str]:
     """What its last block makes of the text."""
     last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}"
-    return [f"{last}.{layer}" for layer in ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")]
+    return [f"{last}.{name}" for name in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")]
 
 
 def _check(path: str, pipe: DiffusionPipeline) -> None:
