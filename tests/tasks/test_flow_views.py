@@ -268,7 +268,9 @@ def test_guidance_that_is_not_linear_is_the_pipeline_s_in_all_coordinates() -> N
     with torch.no_grad():
         batch = Batch(x, family.encode(pipe, [CAPTIONS[0], CAPTIONS[1]]), family.encode(pipe, ["", ""]))
         w, sigma = torch.full((2,), 3.0), torch.full((2,), 1.5, dtype=torch.float64)
-        expected = flow_teaching(family.call, 1.0, combine=family.combine).guided(network, batch, w)(x, t)
+        expected = flow_teaching(family.call, 1.0, guiding=Guiding(combine=family.combine)).guided(network, batch, w)(
+            x, t
+        )
         in_edm = guiding_of(model, model.view.told).teacher(edm_denoiser(model.view, network), batch, w)(
             2.5 * x, sigma
         )

@@ -43,8 +43,8 @@ def teaching_of(teacher: DiffusionPipeline, guidance_embedding_dim: int | None, 
         return vp_teaching(process, prediction_type, guidance_embedding_dim, points, method.timestep_scaling_factor)
     refuse_changed(method, "timestep_scaling_factor", "for a teacher of a flow, whose jump needs no scalings")
     shift, kind = method.shift or shift_of(teacher.scheduler), family.guidance(network)
-    is_told = kind == "embedded" or guidance_embedding_dim is not None
-    return flow_teaching(family.call, shift, points, kind, family.told(network) if is_told else None, family.combine)
+    told = family.told(network) if kind == "embedded" or guidance_embedding_dim is not None else None
+    return flow_teaching(family.call, shift, points, Guiding(kind, told, family.combine))
 
 
 def guiding_of(
@@ -75,7 +75,7 @@ def teaching_of_student(student: DiffusionPipeline) -> Teaching:
     if isinstance(process, DiscreteVP):
         grid = config.original_inference_steps, config.timestep_scaling
         return vp_teaching(process, family.prediction_type(student), network.config.time_cond_proj_dim, *grid)
-    return flow_teaching(family.call, config.get("shift", 1.0), guidance="none", told=told_of(network))
+    return flow_teaching(family.call, config.get("shift", 1.0), guiding=Guiding("none", told_of(network)))
 
 
 def told_of(network: nn.Module) -> Told | None:

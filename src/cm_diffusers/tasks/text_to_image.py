@@ -114,7 +114,7 @@ def distill(
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
         return lcm_pipeline(teacher, network, scheduler)
 
-    guidance = "distilled" if objective.teaching.told is None else "embedded"
+    guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
     scale = 1.0 if guidance == "distilled" else validation.validation_guidance_scale
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
