@@ -26,9 +26,7 @@ from cm_diffusers.types import Batch
 
 FLOW_POINTS = 1000  # times of a flow between 0 and 1 that methods draw from which are not bound to the sampler's grid
 Guidance = Literal["cfg", "embedded", "none"]
-Told = Callable[
-    [Conditions, Tensor], Conditions
-]  # (conditions, w (B,)) -> those of a network that is told its guidance
+Told = Callable[[Conditions, Tensor], Conditions]  # (conditions, w (B,)) -> of a network that is told its guidance
 
 
 @dataclass(frozen=True, eq=False)
