@@ -1,6 +1,7 @@
 """Equal zeros at the end of a text are computed once, and nothing changes but the time that takes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.models.families.sd3 import FAMILY
-from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros
+from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros
+from cm_diffusers.models.teachers import TeacherConfig, load_network, load_teacher, release_encoders
 from cm_diffusers.tasks.flow_models import silent_t5, silent_tokenizer
 
 
@@ -120,3 +122,13 @@ def test_forward_mode_derivatives_stay() -> None:
     wanted = derivative()
     merge_zeros(network)
     assert torch.allclose(derivative(), wanted, atol=1e-6)
+
+
+def test_a_network_that_is_loaded_late_merges_too(tmp_path: Path) -> None:
+    tiny_sd3(text_encoder_3=silent_t5(48), tokenizer_3=silent_tokenizer()).save_pretrained(tmp_path)
+    config = TeacherConfig(str(tmp_path))
+    teacher = load_teacher(config, late=True)
+    release_encoders(teacher)
+    load_network(teacher, config)
+    assert merges_zeros(teacher.transformer)
+    assert not next(teacher.transformer.parameters()).is_meta

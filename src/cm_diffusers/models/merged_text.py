@@ -29,10 +29,15 @@ def _is_silent(tower: T5EncoderModel) -> bool:
 
 def merge_zeros(network: SD3Transformer2DModel) -> None:
     """Text that ends with zeros is computed with one of them, wherever the network is called by names of arguments."""
-    if any(isinstance(processor, _CountingProcessor) for processor in network.attn_processors.values()):
+    if merges_zeros(network):
         return
     network.set_attn_processor(_CountingProcessor())
     network.register_forward_pre_hook(_merge, with_kwargs=True)
+
+
+def merges_zeros(network: nn.Module) -> bool:
+    processors = getattr(network, "attn_processors", {}).values()
+    return any(isinstance(processor, _CountingProcessor) for processor in processors)
 
 
 class _CountingProcessor:

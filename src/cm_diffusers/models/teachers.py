@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import Dtypes, load_cast_networks
 from cm_diffusers.models.families.base import family_of, network_of
-from cm_diffusers.models.merged_text import merge_zero_text
+from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import absent_parts, check_stored, only_variant, weights_by_variant
 
@@ -85,12 +85,14 @@ def load_network(
     Raises:
         ValueError: It does not load, or has non-finite weights.
     """
-    if not is_late(network_of(pipe)):
+    if not is_late(known := network_of(pipe)):
         return
     name, path = network_name(pipe), config.pretrained_teacher_model
     others = {other: part for other, part in pipe.components.items() if other != name}
     dtypes = {name: dtype, "default": torch.float32}
     loaded = getattr(load_stock(path, dtypes, quantization=quantization, **_hub(config), **others), name)
+    if merges_zeros(known):  # which the text towers told, that may be gone by now
+        merge_zeros(loaded)
     pipe.register_modules(**{name: loaded})
     frozen(pipe)
     check_finite(f"The teacher {path}", pipe)
