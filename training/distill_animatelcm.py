@@ -13,8 +13,9 @@ from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.motion import MotionConfig, check_frames, load_motion_adapter, motion_scheduler
+from cm_diffusers.models.motion_base import load_image_model
 from cm_diffusers.models.students import require_autocast
-from cm_diffusers.models.teachers import TeacherConfig, load_teacher
+from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.places import public
 from cm_diffusers.publishing.hub import HubConfig, check_hub
@@ -37,7 +38,7 @@ def main() -> None:
     seed_everything(train.seed)
     require_autocast(config, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    image = load_teacher(source)
+    image = load_image_model(source)
     ddim = motion_scheduler(motion, image.scheduler)
     grid = {"original_inference_steps": method.num_ddim_timesteps, "timestep_scaling": method.timestep_scaling_factor}
     scheduler = LCMScheduler.from_config(ddim.config, **grid)

@@ -44,10 +44,10 @@ def main() -> None:
     require_differentiable(reward, "finetune_direct_reward.py")
     tuned, joined = load_tuned(source, 0.0), method.through == "single_step"
     score, shape = ImageScore(tuned.pipe, prompts, reward), tuned.shape(data.resolution)
-    nets = tuned_networks(tuned.unet, source, keeps_start=bool(method.kl_coef))
+    nets = tuned_networks(tuned.network, source, keeps_start=bool(method.kl_coef))
     distillation = distillation_of(tuned, nets, source, method.pretrained_teacher_model) if joined else None
     objective = DirectRewardObjective(method, tuned.policy, score.of_texts, shape, distillation)
-    if train.gradient_checkpointing:
+    if train.gradient_checkpointing and tuned.pipe.vae._supports_gradient_checkpointing:
         tuned.pipe.vae.enable_gradient_checkpointing()
     trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, data, watched.looks_alone()])
     rank, ranks, device = trainer.place

@@ -40,7 +40,7 @@ def main() -> None:
     tuned = load_tuned(source, method.final_std if method.final_step == "stochastic" else 0.0)
     score = ImageScore(tuned.pipe, prompts, reward)
     objective = RLCMObjective(method, tuned.policy, score)
-    nets = tuned_networks(tuned.unet, source, keeps_start=bool(method.kl_coef or drawn.kl_in_advantage))
+    nets = tuned_networks(tuned.network, source, keeps_start=bool(method.kl_coef or drawn.kl_in_advantage))
     trainer = Trainer(train, nets, objective, optim, settings=[source, wanted, drawn, watched.looks_alone()])
     task, rewards = watched_task(tuned, score, watched, drawn.resolution, trainer.device)
     data = Rollouts(drawn, trainer, task)

@@ -21,7 +21,8 @@ from cm_diffusers.models.motion import (
     train_motion,
     video_pipeline,
 )
-from cm_diffusers.models.teachers import TeacherConfig, load_teacher
+from cm_diffusers.models.motion_base import load_image_model
+from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.pipelines import MotionResultConfig, save_motion_adapter
@@ -49,7 +50,7 @@ def main() -> None:
     refuse_changed(validation, "validation_teacher_steps", "without a teacher")
     if motion.pretrained_motion_adapter:
         refuse_changed(new, "motion_num_attention_heads motion_max_seq_length", "with --pretrained_motion_adapter")
-    image = load_teacher(source)
+    image = load_image_model(source)
     scheduler = motion_scheduler(motion, image.scheduler)
     adapter = starting_adapter(motion, new, image.unet, data.sample_n_frames)
     unet = train_motion(inflate(image.unet, adapter))

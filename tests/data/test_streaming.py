@@ -225,7 +225,7 @@ def test_crops_and_flips_are_drawn_for_every_batch(tmp_path, config, encoders):
             distribution = type("D", (), {"mean": pixels, "std": torch.zeros_like(pixels)})
             return type("E", (), {"latent_dist": distribution})
 
-    shown = replace(encoders, vae=Vae(Pixels, "pixels", Latents(posterior, None, 0.0, 1.0, 1)))
+    shown = replace(encoders, vae=Vae(Pixels, "pixels", Latents(posterior, None, 0.0, 1.0, 1, 3)))
     rows = [batch.x0[0, 0, 0] for batch in take(config, shown, 60)]
     lows = {round((min(row[0], row[-1]).item() + 1) * 127.5 / 15) for row in rows}
     assert lows == set(range(9)), "the crop's left end, every place"

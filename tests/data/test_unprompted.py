@@ -43,7 +43,7 @@ class AffineVae(nn.Module):
 
 
 def vae_of(model: nn.Module, fingerprint: str = "affine") -> Vae:
-    return Vae(lambda: model, fingerprint, Latents(posterior, None, SHIFT, SCALE, 2))
+    return Vae(lambda: model, fingerprint, Latents(posterior, None, SHIFT, SCALE, 2, 4))
 
 
 def encoded(pixels: np.ndarray) -> bytes:

@@ -52,7 +52,7 @@ class Echo(torch.nn.Module):
 
 def echo(model: Echo | None = None, **changes) -> Vae:
     model = model or Echo()
-    return replace(Vae(lambda: model, f"echo {model.std}", Latents(posterior, None, SHIFT, SCALE, 2)), **changes)
+    return replace(Vae(lambda: model, f"echo {model.std}", Latents(posterior, None, SHIFT, SCALE, 2, 3)), **changes)
 
 
 def encode_prompts(texts: list[str]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from oracles import Gaussian
+from safetensors.torch import load_file
 from scripts import CAPTIONS, data_flags, image_folder, run_script
 from tiny_flow import tiny_sd3
 from tiny_flow_a import tiny_sana, tiny_wan
@@ -23,10 +24,11 @@ from cm_diffusers.diffusion.views import FlowView, edm_denoiser
 from cm_diffusers.evaluation.sampling import generate
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.families.shared import pack, told_scale, unpack
+from cm_diffusers.models.time_weight import weights_without_head
 from cm_diffusers.objectives.cd import CDConfig, CDObjective
 from cm_diffusers.objectives.ect import ECTConfig, ECTObjective
 from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
-from cm_diffusers.pipelines.stock import stock_entry
+from cm_diffusers.pipelines.stock import carried, stock_entry
 from cm_diffusers.record import read_record
 from cm_diffusers.schedulers import FlowConsistencyScheduler
 from cm_diffusers.tasks.image_models import ImageModel, StartConfig, load_image_model
@@ -268,7 +270,9 @@ def test_guidance_that_is_not_linear_is_the_pipeline_s_in_all_coordinates() -> N
     with torch.no_grad():
         batch = Batch(x, family.encode(pipe, [CAPTIONS[0], CAPTIONS[1]]), family.encode(pipe, ["", ""]))
         w, sigma = torch.full((2,), 3.0), torch.full((2,), 1.5, dtype=torch.float64)
-        expected = flow_teaching(family.call, 1.0, combine=family.combine).guided(network, batch, w)(x, t)
+        expected = flow_teaching(family.call, 1.0, guiding=Guiding(combine=family.combine)).guided(network, batch, w)(
+            x, t
+        )
         in_edm = guiding_of(model, model.view.told).teacher(edm_denoiser(model.view, network), batch, w)(
             2.5 * x, sigma
         )
@@ -284,6 +288,17 @@ def test_guidance_that_is_not_linear_is_the_pipeline_s_in_all_coordinates() -> N
 def assert_alike(found: Prediction, expected: Prediction) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.float(), other.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_another_average_becomes_a_pipeline(home: Path) -> None:
+    folder = train(home, "distill_scd", "sd3", "averaged", **BAKED, ema_sigma_rels=[0.05, 0.1])
+    run_script("export_average", run_dir=folder.parent, sigma_rel=0.1, output_dir=home / "average")
+    kept = weights_without_head(load_file(folder.parent / "averages" / "step-2" / "0.1.safetensors"))
+    pipe = published(home / "average")
+    found = pipe.transformer.state_dict()
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in kept.items())
+    assert isinstance(pipe.scheduler, FlowConsistencyScheduler)
+    assert isinstance(carried(alone(home / "average").scheduler), FlowConsistencyScheduler)
 
 
 @pytest.mark.parametrize(

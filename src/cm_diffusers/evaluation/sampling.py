@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import guided
+from cm_diffusers.models.families.base import guided, in_steps
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import check_finite, first_line, load_stock, stock_pipeline
 from cm_diffusers.pipelines import ConsistencyPipeline
@@ -207,7 +207,7 @@ def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
     takes_sigmas = "sigmas" in inspect.signature(pipe.__call__).parameters
     if takes_sigmas and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         return {"sigmas": [1 - i / steps for i in range(steps)]}
-    return {"num_inference_steps": steps}
+    return in_steps(pipe, steps)
 
 
 @torch.no_grad()

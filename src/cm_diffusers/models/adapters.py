@@ -28,7 +28,9 @@ def add_lora(
     """
     network.requires_grad_(False)
     names = target_names(network, target_modules)
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names))
+    silent = [path for path in family_of(network).silent(network) if path.endswith(tuple(names))]
+    layers = {"target_modules": names, "exclude_modules": silent or None}
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **layers))
     cast_training_params(network, torch.float32)
     return network.train()
 

@@ -1,13 +1,11 @@
 """Critics: what tells real from generated, given text and time. They start without an opinion."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -15,15 +13,21 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.denoisers import unet_arguments
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.adapters import WithoutAdapters
+from cm_diffusers.models.block_outputs import block_outputs
+from cm_diffusers.models.families.base import family_of
 from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.models.heads import head_body, zeroed
 from cm_diffusers.models.students import frozen_copy
+from cm_diffusers.models.token_critic import TokenFeatureCritic
 from cm_diffusers.models.vision_critic import VisionCritic, load_backbone
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Networks
 
 
 logger = logging.getLogger(__name__)
+# What configs call the width of the text; Sana's last one is that of its blocks.
+TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "cap_feat_dim", "text_dim", "cross_attention_dim")
 
 
 @dataclass
@@ -32,8 +36,8 @@ class CriticConfig:
 
     critic: Literal["heads", "lora_decoder", "vision", "none"] = HfArg(
         default="heads",
-        help="heads: small heads on features of the frozen teacher. lora_decoder: a copy of the teacher with adapters in "
-        "its decoder (the paper's). vision: heads on features of the decoded images, by --critic_backbone; needs "
+        help="heads: small heads on features of the frozen teacher. lora_decoder: a copy of the teacher, a UNet, with adapters "
+        "in its decoder (the paper's). vision: heads on features of the decoded images, by --critic_backbone; needs "
         "--critic_inputs clean. none: no adversarial term.",
     )
     critic_channels: int = HfArg(default=128, help="Width of each head.")
@@ -64,7 +68,7 @@ def unused_flags(config: CriticConfig) -> str:
     return unused.get(config.critic, f"critic_channels critic_lora_rank critic_backbone {learning}")
 
 
-def make_critic(nets: Networks, config: CriticConfig, vae: AutoencoderKL | None = None) -> nn.Module | None:
+def make_critic(nets: Networks, config: CriticConfig, vae: nn.Module | None = None) -> nn.Module | None:
     """The critic of a distillation, from its teacher; None if there shall be none.
 
     Args:
@@ -72,12 +76,13 @@ def make_critic(nets: Networks, config: CriticConfig, vae: AutoencoderKL | None 
         vae: The teacher's, for the vision critic.
 
     Raises:
-        ValueError: The teacher's network does not read text where the critic looks at it, or the backbone does not load.
+        ValueError: The teacher's network does not read text where the critic looks at it, or has no decoder to copy, or the
+            backbone does not load.
     """
     if config.critic == "none":
         return None
-    own = isinstance(nets.teacher, UNet2DConditionModel)
-    critic = _critic(config, nets, nets.teacher if own else nets.student, vae)
+    network = nets.student if isinstance(nets.teacher, WithoutAdapters) else nets.teacher
+    critic = _critic(config, nets, network, vae)
     numbers = [p.numel() for p in critic.parameters()]
     training = sum(p.numel() for p in critic.parameters() if p.requires_grad)
     logger.info(
@@ -86,15 +91,26 @@ def make_critic(nets: Networks, config: CriticConfig, vae: AutoencoderKL | None 
     return critic
 
 
-def _critic(config: CriticConfig, nets: Networks, unet: UNet2DConditionModel, vae: AutoencoderKL | None) -> nn.Module:
+def _critic(config: CriticConfig, nets: Networks, network: nn.Module, vae: nn.Module | None) -> nn.Module:
+    is_unet = isinstance(network, UNet2DConditionModel)
     if config.critic == "heads":
-        return TeacherFeatureCritic(nets.teacher, unet, config.critic_channels)
+        kind = TeacherFeatureCritic if is_unet else TokenFeatureCritic
+        return kind(nets.teacher, network, config.critic_channels)
     if config.critic == "lora_decoder":
-        return LoRADecoderCritic(unet, config.critic_lora_rank)
+        if not is_unet:
+            raise UserError(
+                f"--critic lora_decoder trains the decoder of a UNet, but the teacher is a {type(network).__name__}: take "
+                "heads, vision or none."
+            )
+        return LoRADecoderCritic(network, config.critic_lora_rank)
     if config.critic == "vision":
-        backbone, text_width = load_backbone(config.critic_backbone), unet.config.cross_attention_dim
-        return VisionCritic(vae, backbone, config.critic_channels, text_width)
+        backbone, text_width = load_backbone(config.critic_backbone), _text_width(network)
+        return VisionCritic(vae, backbone, config.critic_channels, text_width, family_of(network).latents(vae).decode)
     raise UserError(f"Unknown --critic {config.critic!r}; one of heads, lora_decoder, vision, none.")
+
+
+def _text_width(network: nn.Module) -> int:
+    return next(network.config[name] for name in TEXT_WIDTHS if network.config.get(name))
 
 
 class TeacherFeatureCritic(nn.Module):
@@ -122,26 +138,14 @@ class TeacherFeatureCritic(nn.Module):
         logits = [head(feature).flatten(1) for head, feature in zip(self.heads, features, strict=True)]
         return torch.cat(logits, dim=1).float()
 
-    @torch.compiler.disable
     def features(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> list[Tensor]:
         """What the blocks answer `(B, C', H', W')` each, in float32. The teacher stops after the last of them."""
-        found: list[Tensor] = []
 
-        def look(block: nn.Module, _: object, output: Tensor | tuple) -> None:
-            found.append((output[0] if isinstance(output, tuple) else output).float())
-            if block is self._blocks[-1]:
-                raise _EnoughSeen
+        def run() -> None:
+            self._teacher[0](x, t, **unet_arguments(cond), return_dict=False)
 
-        hooks = [block.register_forward_hook(look) for block in self._blocks]
-        try:  # a compiled teacher would not see the hooks
-            with torch.compiler.set_stance("force_eager"), _activations_kept(self._unet[0]):
-                self._teacher[0](x, t, **unet_arguments(cond), return_dict=False)
-        except _EnoughSeen:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
+        found = block_outputs(self._unet[0], self._blocks, run)
+        return [(output[0] if isinstance(output, tuple) else output).float() for output in found]
 
 
 class LoRADecoderCritic(nn.Module):
@@ -170,10 +174,6 @@ class LoRADecoderCritic(nn.Module):
         return self.unet(x, t, **unet_arguments(cond), return_dict=False)[0].flatten(1).float()
 
 
-class _EnoughSeen(Exception):
-    """Ends a teacher's pass whose rest nobody needs."""
-
-
 def _head(width: int, channels: int) -> nn.Sequential:
     return nn.Sequential(*head_body(width, channels), zeroed(nn.Conv2d(channels, 1, 1)))
 
@@ -185,16 +185,3 @@ def _require_text(blocks: list[nn.Module | None], where: str) -> None:
             f"The critic would judge images without their text: the teacher's {where} have no cross-attention ({kinds}); "
             "take another teacher, or --critic none."
         )
-
-
-@contextmanager
-def _activations_kept(unet: nn.Module) -> Iterator[None]:
-    """No gradient checkpointing inside the block: recomputed later, the student's adapters would be on again."""
-    modules = [module for module in unet.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True

@@ -95,8 +95,15 @@ def make_student(teacher: nn.Module, guidance_embedding_dim: int | None) -> nn.M
         guidance_embedding_dim: Size of the embedding where its family has a choice, e.g. 256; None for none.
     """
     make = family_of(teacher).student
-    student = copy.deepcopy(teacher) if make is None else make(teacher, guidance_embedding_dim)
-    return student.requires_grad_(True).train()
+    return trainable(copy.deepcopy(teacher) if make is None else make(teacher, guidance_embedding_dim))
+
+
+def trainable(network: nn.Module) -> nn.Module:
+    """The network, of which all trains that has an effect: of the rest several processes would wait for a gradient."""
+    network.requires_grad_(True)
+    for path in family_of(network).silent(network):
+        network.get_submodule(path).requires_grad_(False)
+    return network.train()
 
 
 class TextConditionedUNet(nn.Module):

@@ -2,10 +2,10 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, PreTrainedConfig
@@ -16,10 +16,12 @@ from cm_diffusers.diffusion.feature_networks import in_float32, move
 from cm_diffusers.errors import UserError, readable
 from cm_diffusers.extras import TIMM, missing
 from cm_diffusers.models.decoding import in_chunks
+from cm_diffusers.models.families.latents import kl_latents
 from cm_diffusers.models.heads import head_body, zeroed
 
 
 LEVELS = 4
+STATES = {"encoder_hidden_states": "encoder_attention_mask", "prompt_embeds": "prompt_embeds_mask"}  # -> their mask
 ADDED_NORM = "hidden_states_norms."  # what some backbones put on their maps: the identity, and in no file
 
 
@@ -135,11 +137,20 @@ class VisionCritic(nn.Module):
         network: What sees the images; see `load_backbone`.
         channels: Width of the heads.
         text_width: Of the text embeddings.
+        decode: As that of `Latents`; that of an AutoencoderKL if not given.
     """
 
-    def __init__(self, vae: AutoencoderKL, network: FeatureNetwork, channels: int, text_width: int) -> None:
+    def __init__(
+        self,
+        vae: nn.Module,
+        network: FeatureNetwork,
+        channels: int,
+        text_width: int,
+        decode: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self._called, self.text_width = [vae, network], text_width  # a list: not registered
+        self._decode = decode or kl_latents(vae).decode
         self.heads = nn.ModuleList(TextHead(width, channels, text_width) for width in network.widths)
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -148,11 +159,11 @@ class VisionCritic(nn.Module):
         Raises:
             ValueError: The text embeddings are of another width.
         """
-        text = cond["encoder_hidden_states"].mean(dim=1)
+        text = mean_text(cond)
         if text.shape[1] != self.text_width:
             raise UserError(
-                f"The critic reads text embeddings of width {self.text_width}, as the teacher's UNet does "
-                f"(cross_attention_dim), but these are {text.shape[1]} wide; give a teacher whose parts fit."
+                f"The critic reads text embeddings of width {self.text_width}, as the teacher's network does by its config, "
+                f"but these are {text.shape[1]} wide; give a teacher whose parts fit."
             )
         logits = [head(m, text).flatten(1) for head, m in zip(self.heads, self.features(x), strict=True)]
         return torch.cat(logits, dim=1).float()
@@ -166,8 +177,18 @@ class VisionCritic(nn.Module):
         vae, network = self._called
         move(vae, x.device)
         with torch.autocast(x.device.type, enabled=False):
-            images = vae.decode(x / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+            images = self._decode(vae, x)
         return in_float32(network, (images + 1) / 2)
+
+
+def mean_text(cond: dict[str, Tensor]) -> Tensor:
+    """The mean `(B, D)` of a prompt's states, without those that a mask hides."""
+    name = next(name for name in STATES if name in cond)
+    states, mask = cond[name], cond.get(STATES[name])
+    if mask is None:
+        return states.mean(dim=1)
+    share = mask.to(states.dtype)[..., None]
+    return (states * share).sum(dim=1) / share.sum(dim=1).clamp(min=1)
 
 
 class TextHead(nn.Module):

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import FAMILIES, family_of
+from cm_diffusers.models.families.base import FAMILIES, family_of, in_steps
 from cm_diffusers.models.stored import absent_parts
 from cm_diffusers.pipelines.lora import Source, check_weights, folder_of, free_name, layers_of, put_on, read_exact
 from cm_diffusers.pipelines.lora_roles import Told, acting, why_off
@@ -147,7 +147,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         name, none = next(iter(guided(1.0).items()))
         scale = given[name] - none + 1 if name in given else manners.guidance_scale  # in the convention of records
         self._check(manners, scale, name, given)
-        return dict(asked) | {"num_inference_steps": steps, **guided(scale), **self._size(given), **given}
+        return dict(asked) | {**in_steps(self, steps), **guided(scale), **self._size(given), **given}
 
     def _size(self, given: Mapping[str, Any]) -> dict[str, int]:
         """That of training, where it is known and the call says nothing of it."""

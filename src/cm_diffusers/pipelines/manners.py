@@ -21,6 +21,7 @@ FEW_STEP_SCHEDULERS = (
     "EDMConsistencyScheduler",
     "TrigFlowConsistencyScheduler",
     "FlowConsistencyScheduler",
+    "SCMScheduler",
     "LCMScheduler",
     "TCDScheduler",
 )

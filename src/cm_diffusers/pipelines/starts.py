@@ -76,7 +76,7 @@ def native_size(unet: ModelMixin, factor: int, record: Record | None) -> tuple[i
     """
     if record is not None and record.resolution:
         return record.resolution, record.resolution
-    sample = unet.config.sample_size
+    sample = unet.config.get("sample_size")
     height, width = sample if isinstance(sample, list | tuple) else (sample, sample)
     return None if sample is None else (height * factor, width * factor)
 

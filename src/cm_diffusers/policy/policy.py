@@ -8,10 +8,12 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from cm_diffusers.diffusion.denoisers import unet_arguments
-from cm_diffusers.diffusion.process import home_of_float64
+from cm_diffusers.diffusion.denoisers import Call, call_unet
+from cm_diffusers.diffusion.guidance import Combine, combine_linear
+from cm_diffusers.diffusion.process import RectifiedFlow, home_of_float64, interpret
 from cm_diffusers.errors import UserError
 from cm_diffusers.policy.transitions import Transition, draw, transition
+from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 from cm_diffusers.types import Batch
 
 
@@ -67,6 +69,8 @@ class Policy:
         guidance_scale: Above 1, means are of classifier-free guidance, in diffusers' convention.
         final_std: Noise of the last step, which has none in sampling.
         eta: Of schedulers that take it (DDIM, TCD).
+        call: How networks are called: with the scheduler's timesteps, or with the times of a flow where they are shares of its.
+        combine: Of the two branches of guidance, as the pipeline does it; of flows one that is not linear, too.
 
     Attributes:
         ends_random: Whether the last step adds noise, too.
@@ -82,11 +86,14 @@ class Policy:
         guidance_scale: float = 1.0,
         final_std: float = 0.0,
         eta: float = 1.0,
+        call: Call = call_unet,
+        combine: Combine = combine_linear,
     ) -> None:
         scheduler = copy.deepcopy(scheduler)  # the pipeline's own follows whoever samples with it
         scheduler.set_timesteps(num_inference_steps)
         self.scheduler, self.num_steps = scheduler, scheduler.num_inference_steps
         self.guidance_scale, self.final_std, self.eta = guidance_scale, final_std, eta
+        self.call, self.combine = call, combine
         zero = torch.zeros(1, 1)
         *before, last = (float(transition(scheduler, i, zero, zero, eta=eta).std) for i in range(self.num_steps))
         if 0.0 in before:
@@ -116,7 +123,7 @@ class Policy:
         """The law of the next sample `(B, ...)`.
 
         Args:
-            network: Called as a UNet.
+            network: Called by `call`.
             index: Which step, from 0.
             cond, uncond: Arguments of the network; the second where there is guidance.
         """
@@ -150,12 +157,21 @@ class Policy:
     def _output(
         self, network: Callable, index: int, sample: Tensor, cond: Conditions, uncond: Conditions | None
     ) -> Tensor:
-        t = self.scheduler.timesteps[index].to(sample.device)
-        x = copy.copy(self.scheduler).scale_model_input(sample, t)  # some keep the step that they were asked for
-        if self.guidance_scale > 1:
-            x, cond = torch.cat([x, x]), {name: torch.cat([uncond[name], cond[name]]) for name in cond}
-        output = network(x, t.expand(len(x)), **unet_arguments(cond), return_dict=False)[0].float()
+        told = self.scheduler.timesteps[index].to(sample.device)
+        x = copy.copy(self.scheduler).scale_model_input(sample, told)  # some keep the step that they were asked for
+        if isinstance(self.scheduler, FlowConsistencyScheduler):
+            told = told / self.scheduler.config.num_train_timesteps
         if self.guidance_scale <= 1:
-            return output
-        negative, positive = output.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
+            return self.call(network, x, told.expand(len(x)), cond).float()
+        both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+        negative, positive = self.call(network, torch.cat([x, x]), told.expand(2 * len(x)), both).float().chunk(2)
+        if self.combine is combine_linear:
+            return negative + self.guidance_scale * (positive - negative)
+        return self._combined(positive, negative, x, told.expand(len(x)))
+
+    def _combined(self, positive: Tensor, negative: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity of a flow at x `(B, ...)` and t `(B,)`, of those of the two branches."""
+        flow, w = RectifiedFlow(), torch.full_like(t, self.guidance_scale - 1)
+        branches = (interpret(flow, output, x, t, "flow_prediction") for output in (positive, negative))
+        x0, noise = self.combine(*branches, w, t)
+        return noise - x0

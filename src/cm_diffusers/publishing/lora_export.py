@@ -108,7 +108,8 @@ def lora_config(network: nn.Module) -> dict[str, Any]:
     """
     (config,) = network.peft_config.values()
     defaults = type(config)().to_dict()
-    fields = {name: value for name, value in config.to_dict().items() if name in ALWAYS or value != defaults[name]}
+    differing = {name: value for name, value in config.to_dict().items() if name in ALWAYS or value != defaults[name]}
+    fields = {name: value for name, value in differing.items() if name != "exclude_modules"}
     layers = sorted(path for path, layer in network.named_modules() if isinstance(layer, BaseTunerLayer))
     return fields | {"lora_dropout": 0.0, "target_modules": layers}
 

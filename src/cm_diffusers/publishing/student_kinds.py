@@ -51,7 +51,8 @@ class Kind(NamedTuple):
         if is_of_flow(record):
             clips = family_tagged(provenance.family).clips
             return KINDS[f"flow{' clips' if clips else ''}{' lora' if is_lora(provenance) else ''}"]
-        return KINDS["lora" if is_lora(provenance) else "text"]
+        of_sprint = record.scheduler.get("_class_name") == "SCMScheduler"
+        return KINDS[f"{'sprint ' * of_sprint}lora" if is_lora(provenance) else "text"]
 
 
 def is_lora(provenance: Provenance) -> bool:
@@ -189,6 +190,12 @@ pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.scheduler = {scheduler}({told})
 pipe.load_lora_weights("{name}", weight_name="{weights}")
 """
+SPRINT_LORA_ALONE = """
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{name}", weight_name="{weights}")
+"""
 CLIPS_WITH_PACKAGE = """
 from cm_diffusers import ConsistencyVideoPipeline
 from diffusers.utils import export_to_gif
@@ -244,6 +251,7 @@ frames = pipe(
 KINDS = {
     "text": OF_TEXT,
     "lora": OF_TEXT._replace(alone=("With diffusers alone:", LORA_ALONE + CALL)),
+    "sprint lora": OF_TEXT._replace(alone=("With diffusers alone:", SPRINT_LORA_ALONE + CALL)),
     "images": Kind(
         "unconditional-image-generation",
         "images",
@@ -260,4 +268,4 @@ KINDS = {
     "flow clips": OF_FLOW_CLIPS,
     "flow clips lora": OF_FLOW_CLIPS._replace(alone=(FLOW_ALONE, FLOW_LORA_ALONE + FLOW_CLIP_CALL)),
 }
-LORAS = [KINDS[name] for name in ("lora", "flow lora", "flow clips lora")]
+LORAS = [KINDS[name] for name in ("lora", "sprint lora", "flow lora", "flow clips lora")]

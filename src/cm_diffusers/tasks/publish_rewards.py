@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
+from torch import nn
 
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.places import public
@@ -60,7 +60,7 @@ def publish_tuned(
     tuned: Tuned,
     config: RewardModelConfig,
     side: int | None,
-    network: UNet2DConditionModel,
+    network: nn.Module,
     folder: Path,
     provenance: Provenance,
 ) -> None:

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
@@ -15,12 +15,12 @@ from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
 from cm_diffusers.data.ragged import joined
-from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
 from cm_diffusers.models.decoding import in_chunks
-from cm_diffusers.models.families.base import latents_of
-from cm_diffusers.models.students import frozen_copy
+from cm_diffusers.models.families.base import family_of, latents_of, network_of
+from cm_diffusers.models.students import frozen_copy, trainable
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.pipelines.starts import native_size
@@ -30,7 +30,7 @@ from cm_diffusers.ranges import check_ranges
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.rewards import Reward
 from cm_diffusers.rewards.base import Metadata
-from cm_diffusers.tasks.teachings import teaching_of
+from cm_diffusers.tasks.teachings import loop_scheduler, teaching_of, told_of
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
 from cm_diffusers.types import Networks
 
@@ -106,21 +106,17 @@ class Tuned:
     def guidance_scale(self) -> float:
         return self.policy.guidance_scale if self.embedded is None else self.embedded
 
-    def pipeline(self, unet: UNet2DConditionModel) -> DiffusionPipeline:
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """The stock pipeline with this network."""
         if self.record is not None:
-            return lcm_pipeline(self.pipe, unet, self.pipe.scheduler)
-        pipe = type(self.pipe).from_pipe(self.pipe, unet=unet)
+            return lcm_pipeline(self.pipe, network, self.pipe.scheduler)
+        pipe = type(self.pipe).from_pipe(self.pipe, unet=network)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     @property
-    def unet(self) -> UNet2DConditionModel:
-        return self.pipe.unet
-
-    @property
-    def _factor(self) -> int:
-        return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+    def network(self) -> nn.Module:
+        return network_of(self.pipe)
 
     def size(self, resolution: int | None) -> tuple[int, int]:
         """Height and width of images in pixels, of what was trained at if no side is asked for.
@@ -128,9 +124,10 @@ class Tuned:
         Raises:
             ValueError: Nothing says what that is.
         """
-        size = (resolution, resolution) if resolution else native_size(self.unet, self._factor, self.record)
+        factor = latents_of(self.pipe).downscale
+        size = (resolution, resolution) if resolution else native_size(self.network, factor, self.record)
         if size is None:
-            raise UserError("--resolution is missing: the UNet's config does not say the size it was trained with.")
+            raise UserError("--resolution is missing: the network's config does not say the size it was trained with.")
         return size
 
     def side(self, resolution: int | None) -> int | None:
@@ -142,14 +139,14 @@ class Tuned:
         """Of latents.
 
         Raises:
-            ValueError: The VAE does not divide the resolution.
+            ValueError: VAE and network do not divide the resolution.
         """
-        factor, size = self._factor, self.size(resolution)
-        if resolution and resolution % factor:
+        latents, size = latents_of(self.pipe), self.size(resolution)
+        if resolution and resolution % latents.multiple:
             raise UserError(
-                f"--resolution {resolution} must be a multiple of {factor}, by which the VAE makes images smaller."
+                f"--resolution {resolution} must be a multiple of {latents.multiple}, by which the VAE makes images smaller."
             )
-        return self.unet.config.in_channels, size[0] // factor, size[1] // factor
+        return latents.channels, size[0] // latents.downscale, size[1] // latents.downscale
 
 
 def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
@@ -161,20 +158,33 @@ def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
         ValueError: It is out of reach or no such model, or cannot be sampled so.
     """
     if config.sampler == "ddim":
-        where = {"teacher_revision": config.student_revision, "teacher_variant": config.student_variant}
-        where["single_file_config"] = config.single_file_config
-        pipe = load_teacher(TeacherConfig(config.pretrained_student_model, **where))
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        pipe = _diffusion_model(config)
         scale = 1.0 if config.guidance_scale is None else config.guidance_scale
         return Tuned(pipe, None, Policy(pipe.scheduler, config.num_inference_steps, scale, final_std, config.eta))
     pipe, record = load_student(config)
+    family = family_of(network_of(pipe))
     scale = record.recommended_guidance_scale if config.guidance_scale is None else config.guidance_scale
     embeds = record.guidance == "embedded"
-    policy = Policy(pipe.scheduler, config.num_inference_steps, 1.0 if embeds else scale, final_std)
+    how = {"final_std": final_std, "call": family.call, "combine": family.combine}
+    policy = Policy(loop_scheduler(pipe), config.num_inference_steps, 1.0 if embeds else scale, **how)
     return Tuned(pipe, record, policy, scale if embeds else None)
 
 
-def tuned_networks(unet: UNet2DConditionModel, config: RewardModelConfig, keeps_start: bool) -> Networks:
+def _diffusion_model(config: RewardModelConfig) -> DiffusionPipeline:
+    where = {"teacher_revision": config.student_revision, "teacher_variant": config.student_variant}
+    where["single_file_config"] = config.single_file_config
+    pipe = load_teacher(TeacherConfig(config.pretrained_student_model, **where))
+    network = network_of(pipe)
+    if not isinstance(family_of(network).process(pipe), DiscreteVP):
+        raise UserError(
+            f"--sampler ddim is for models with alphas_cumprod, but {config.pretrained_student_model} is a flow with a "
+            f"{type(network).__name__}: distil it first, and tune the student."
+        )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    return pipe
+
+
+def tuned_networks(network: nn.Module, config: RewardModelConfig, keeps_start: bool) -> Networks:
     """The model that learns, and what it was before as `teacher`.
 
     Args:
@@ -182,10 +192,10 @@ def tuned_networks(unet: UNet2DConditionModel, config: RewardModelConfig, keeps_
     """
     if config.lora:
         sizes = config.lora_rank, config.lora_alpha, config.lora_dropout
-        student = add_lora(unet, *sizes, config.lora_target_modules)
+        student = add_lora(network, *sizes, config.lora_target_modules)
         return Networks(student, teacher=WithoutAdapters(student))
-    before = frozen_copy(unet) if keeps_start else None
-    return Networks(unet.requires_grad_(True).train(), teacher=before)
+    before = frozen_copy(network) if keeps_start else None
+    return Networks(trainable(network), teacher=before)
 
 
 def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, teacher: str | None) -> LCMObjective:
@@ -200,21 +210,27 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
     Raises:
         ValueError: The teacher cannot be loaded, or predicts something else.
     """
-    record, config = tuned.record, tuned.pipe.scheduler.config
+    record, config, family = tuned.record, tuned.pipe.scheduler.config, family_of(tuned.network)
     teacher = teacher or _diffusion_model_of(record, source.pretrained_student_model)
     pipe = load_teacher(TeacherConfig(teacher))
-    kinds = pipe.scheduler.config.prediction_type, config.prediction_type
+    kinds = [family_of(network_of(each)).prediction_type(each) for each in (pipe, tuned.pipe)]
     if kinds[0] != kinds[1]:
         raise UserError(
             f"The teacher {teacher} predicts {kinds[0]} and the student {kinds[1]}; give the diffusion model that the student "
             "came from as --pretrained_teacher_model."
         )
-    nets.teacher = pipe.unet
+    nets.teacher = network_of(pipe)
     if not adapter_layers(nets.student):
         nets.target = frozen_copy(nets.student)
-    grid = {"num_ddim_timesteps": config.original_inference_steps, "timestep_scaling_factor": config.timestep_scaling}
+    if isinstance(family.process(tuned.pipe), DiscreteVP):
+        grid = {
+            "num_ddim_timesteps": config.original_inference_steps,
+            "timestep_scaling_factor": config.timestep_scaling,
+        }
+    else:
+        grid = {"shift": config.get("shift", 1.0)}
     method = LCMConfig(w_min=record.w_min, w_max=record.w_max, **grid)
-    return LCMObjective(method, teaching_of(pipe, tuned.unet.config.time_cond_proj_dim, method))
+    return LCMObjective(method, replace(teaching_of(pipe, None, method), told=told_of(tuned.network)))
 
 
 def _diffusion_model_of(record: Record, student: str) -> str:
@@ -242,8 +258,7 @@ class PromptConditions:
             parts = [encoders.encode_prompts(texts[start : start + ENCODED_AT_ONCE]) for start in starts]
         constant = {}
         if tuned.embedded is not None:
-            w = torch.tensor([tuned.embedded - 1])
-            constant["timestep_cond"] = guidance_embedding(w, tuned.unet.config.time_cond_proj_dim)
+            constant |= told_of(tuned.network)({}, torch.tensor([tuned.embedded - 1]))
         if encoders.micro_conditioning:
             height, width = tuned.size(resolution)
             constant["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
@@ -255,7 +270,8 @@ class PromptConditions:
     def _of(self, numbers: Tensor) -> Conditions:
         rows = {name: value[numbers.cpu()].to(numbers.device) for name, value in self.table.items()}
         return rows | {
-            name: value.expand(len(numbers), -1).to(numbers.device) for name, value in self.constant.items()
+            name: value.expand(len(numbers), *value.shape[1:]).to(numbers.device)
+            for name, value in self.constant.items()
         }
 
 

@@ -3,17 +3,18 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from diffusers import DiffusionPipeline, SchedulerMixin
-from torch import Tensor
+from diffusers import DiffusionPipeline, SanaSprintPipeline, SchedulerMixin
+from torch import Tensor, nn
 
 from cm_diffusers.diffusion.process import DiscreteVP
-from cm_diffusers.diffusion.teaching import Guiding, Teaching, embedded_in_time, flow_teaching, vp_teaching
+from cm_diffusers.diffusion.teaching import Guiding, Teaching, Told, embedded_in_time, flow_teaching, vp_teaching
 from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.publishing.pipelines import lcm_scheduler
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_trigflow_consistency import TrigFlowConsistencyScheduler
 from cm_diffusers.tasks.image_models import ImageModel
 
 
@@ -42,8 +43,8 @@ def teaching_of(teacher: DiffusionPipeline, guidance_embedding_dim: int | None, 
         return vp_teaching(process, prediction_type, guidance_embedding_dim, points, method.timestep_scaling_factor)
     refuse_changed(method, "timestep_scaling_factor", "for a teacher of a flow, whose jump needs no scalings")
     shift, kind = method.shift or shift_of(teacher.scheduler), family.guidance(network)
-    is_told = kind == "embedded" or guidance_embedding_dim is not None
-    return flow_teaching(family.call, shift, points, kind, family.told(network) if is_told else None, family.combine)
+    told = family.told(network) if kind == "embedded" or guidance_embedding_dim is not None else None
+    return flow_teaching(family.call, shift, points, Guiding(kind, told, family.combine))
 
 
 def guiding_of(
@@ -59,21 +60,36 @@ def guiding_of(
     if not isinstance(model.view, FlowView):
         return Guiding(told=None if guidance_embedding_dim is None else embedded_in_time(guidance_embedding_dim))
     family = family_of(model.network)
-    kind = family.guidance(model.network)
-    told = family.told(model.network) if kind == "embedded" else None
-    return Guiding(kind, told, lambda text, without, w, t: family.combine(text, without, w, flow_time(t)))
+    return Guiding(
+        family.guidance(model.network),
+        told_of(model.network),
+        lambda text, without, w, t: family.combine(text, without, w, flow_time(t)),
+    )
 
 
 def teaching_of_student(student: DiffusionPipeline) -> Teaching:
     """Of a student on the grid of its scheduler."""
     network, config = network_of(student), student.scheduler.config
     family = family_of(network)
-    told = family.told(network) if family.guidance(network) == "embedded" else None
     process = family.process(student)
     if isinstance(process, DiscreteVP):
         grid = config.original_inference_steps, config.timestep_scaling
         return vp_teaching(process, family.prediction_type(student), network.config.time_cond_proj_dim, *grid)
-    return flow_teaching(family.call, config.shift, guidance="none", told=told)
+    return flow_teaching(family.call, config.get("shift", 1.0), guiding=Guiding("none", told_of(network)))
+
+
+def told_of(network: nn.Module) -> Told | None:
+    """How a network is told its guidance; None where it is not."""
+    family = family_of(network)
+    return family.told(network) if family.guidance(network) == "embedded" else None
+
+
+def loop_scheduler(student: DiffusionPipeline) -> SchedulerMixin:
+    """What samples a student in a loop that only calls network and scheduler: SANA-Sprint's pipeline converts between them."""
+    if not isinstance(student, SanaSprintPipeline):
+        return student.scheduler
+    flow = {"network": "flow", "prediction_type": "flow_prediction", "time_scale": 1.0}
+    return TrigFlowConsistencyScheduler(sigma_data=1.0, **flow)
 
 
 def student_scheduler(teacher: DiffusionPipeline, method: OnGrid) -> SchedulerMixin:

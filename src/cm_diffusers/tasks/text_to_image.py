@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, SCMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers.hf_argparser import HfArg
 
@@ -21,7 +21,7 @@ from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.quantization import quantization_config
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.students import StudentConfig, frozen_copy, make_networks
+from cm_diffusers.models.students import StudentConfig, frozen_copy, make_networks, trainable
 from cm_diffusers.models.teachers import (
     SINGLE_FILE_CONFIG,
     TeacherConfig,
@@ -37,15 +37,17 @@ from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.objectives.lcm import LCMObjective
 from cm_diffusers.objectives.scott import SCottObjective
 from cm_diffusers.pipelines.lora import load_lora
-from cm_diffusers.pipelines.manners import Manners, refuse_contradiction
+from cm_diffusers.pipelines.manners import refuse_contradiction
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record
 from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.record import Record, base_model_of, read_record
+from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.teachings import student_scheduler
 from cm_diffusers.tasks.text_to_image_checks import check_late
+from cm_diffusers.tasks.unrecorded import inferred_record
 from cm_diffusers.types import Networks
 
 
@@ -59,7 +61,7 @@ WHAT_A_RUN_IS = (
     GenerationConfig,
     CriticConfig,
 )  # beside method and training
-PAPER_RANGES = {"embedded": (2.0, 14.0), "distilled": (6.5, 6.5)}  # of w: 2310.04378 and 2311.05556
+SCHEDULERS = {kind.__name__: kind for kind in (FlowConsistencyScheduler, SCMScheduler)}  # of students of flows
 
 
 @dataclass
@@ -67,8 +69,8 @@ class FinetuneConfig:
     """The student to go on from, and what of it trains."""
 
     pretrained_student_model: str = HfArg(
-        help="Folder, Hub id or .safetensors file of a latent consistency model, or folder or Hub id of a LoRA of this "
-        "package, which is fused."
+        help="Folder, Hub id or .safetensors file of a latent consistency model or of SANA-Sprint, or folder or Hub id of a LoRA "
+        "of this package, which is fused."
     )
     student_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     student_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
@@ -112,7 +114,7 @@ def distill(
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
         return lcm_pipeline(teacher, network, scheduler)
 
-    guidance = "distilled" if objective.teaching.told is None else "embedded"
+    guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
     scale = 1.0 if guidance == "distilled" else validation.validation_guidance_scale
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
@@ -157,7 +159,7 @@ def needs_encoders(
 def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     """A student's stock pipeline in float32, frozen, with the scheduler it is sampled with, and its record.
 
-    Of a published latent consistency model without a record, scheduler and network tell what the record would.
+    Of a published consistency model without a record, scheduler and network tell what the record would.
 
     Raises:
         ValueError: Out of reach, not a latent consistency model, not as its record says, or with missing or non-finite
@@ -166,16 +168,18 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     path = config.pretrained_student_model
     record = read_record(path, revision=config.student_revision)
     pipe = _load(path, record, config)
-    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
-        raise UserError(f"{path} is a {type(pipe).__name__} without a UNet2DConditionModel; give a student of one.")
-    check_vae(path, pipe.vae)
+    network = network_of(pipe, path)
+    if isinstance(network, UNet2DConditionModel):
+        check_vae(path, pipe.vae)
     if record is not None and record.method not in ("lcm", "lcf", "scott", "rlcm", "direct_reward"):
         raise UserError(f"{path} was made by {record.method!r}; fine-tuning is for latent consistency models (lcm).")
-    record = record or _inferred(path, pipe)
-    refuse_contradiction(path, record, pipe.unet)
+    record = record or inferred_record(path, pipe)
+    refuse_contradiction(path, record, network)
     check_finite(f"The student {path}", pipe)
     pipe = stock_pipeline(pipe)
-    pipe.scheduler = LCMScheduler.from_config({k: v for k, v in record.scheduler.items() if k != "_class_name"})
+    config = {name: value for name, value in record.scheduler.items() if name != "_class_name"}
+    kind = SCHEDULERS.get(record.scheduler.get("_class_name"), LCMScheduler)
+    pipe.scheduler = kind.from_config(config)
     return frozen(pipe), record
 
 
@@ -209,23 +213,6 @@ def _is_pipeline(path: str, revision: str | None) -> bool:
         return False
 
 
-def _inferred(path: str, pipe: DiffusionPipeline) -> Record:
-    manners, scheduler = Manners.of(None, pipe.unet), pipe.scheduler
-    if not (manners.guidance == "embedded" or isinstance(scheduler, LCMScheduler)):
-        raise UserError(
-            f"{path} is a {type(pipe).__name__} with {type(scheduler).__name__} and no record: nothing says that it is "
-            "a latent consistency model; make one with distill_lcm.py first."
-        )
-    record = lcm_record(
-        path,
-        manners.guidance,
-        *PAPER_RANGES[manners.guidance],
-        manners.guidance_scale,
-        scheduler if isinstance(scheduler, LCMScheduler) else LCMScheduler.from_config(scheduler.config),
-    )
-    return replace(record, recommended_num_inference_steps=manners.num_inference_steps)
-
-
 def with_guidance_of(record: Record, method: LCFConfig, config: FinetuneConfig) -> tuple[LCFConfig, Record]:
     """The method with the guidance range it will train on, and the record of what comes of it.
 
@@ -252,7 +239,7 @@ def finetune_networks(network: nn.Module, config: FinetuneConfig) -> Networks:
         return Networks(
             add_lora(network, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
         )
-    student = network.requires_grad_(True).train()
+    student = trainable(network)
     return Networks(student, target=frozen_copy(student))
 
 

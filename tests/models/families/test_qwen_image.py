@@ -12,6 +12,7 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import family_of
 from cm_diffusers.models.families.qwen_image import FAMILY
 from cm_diffusers.models.families.shared import pack
+from cm_diffusers.models.students import make_student
 
 
 @pytest.fixture
@@ -104,13 +105,22 @@ def test_latents_are_the_pipelines(pipe: QwenImagePipeline, noise: torch.Tensor)
 
 
 def test_adapters_are_on_attention_and_feed_forward_layers(pipe: QwenImagePipeline, noise: torch.Tensor) -> None:
-    """Nothing reads the text after the last block: what only makes that gets no gradient."""
+    """Nothing reads the text after the last block: what only makes that has none, for it gets no gradient."""
     moved, adapters = adapted(FAMILY, pipe.transformer, noise, branches(FAMILY, pipe)[0])
     modulations = {f"transformer_blocks.{block}.{kind}_mod.1" for block in (0, 1) for kind in ("img", "txt")}
-    assert without_adapters(pipe.transformer, "transformer_blocks") == modulations
-    idle = {name.partition(".lora_")[0] for name in adapters - moved}
     last = "attn.add_q_proj attn.to_add_out txt_mlp.net.0.proj txt_mlp.net.2".split()
-    assert idle == {f"transformer_blocks.1.{name}" for name in last}
+    silent = {f"transformer_blocks.1.{name}" for name in last}
+    assert without_adapters(pipe.transformer, "transformer_blocks") == modulations | silent
+    assert moved == adapters
+
+
+def test_all_of_a_whole_student_that_trains_gets_a_gradient(pipe: QwenImagePipeline, noise: torch.Tensor) -> None:
+    """Several processes would wait for the others."""
+    student = make_student(pipe.transformer, None)
+    FAMILY.call(student, noise, torch.tensor([0.3, 0.8]), branches(FAMILY, pipe)[0]).square().mean().backward()
+    values = list(student.parameters())
+    assert all((value.grad is not None) == value.requires_grad for value in values)
+    assert sum(not value.requires_grad for value in values) == 8
 
 
 def test_forward_mode_derivatives_are_those_of_differences(pipe: QwenImagePipeline, noise: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters
 from cm_diffusers.models.families.base import family_of
 from cm_diffusers.models.families.sana import FAMILY
+from cm_diffusers.models.students import StudentConfig, make_student
 
 
 PROMPTS = ["a photo of a bag", "an ankle boot"]
@@ -120,45 +121,20 @@ def test_latents_are_those_of_the_pipeline() -> None:
     assert latents.downscale == 4
 
 
-def test_student_equals_teacher_until_it_learns() -> None:
-    """The teacher is told times from 0 to 1, as Sprint's must be."""
-    teacher, x, t = tiny_sana_transformer(timestep_scale=0.001), noise(), torch.tensor([0.3, 1.0])
-    student, cond = FAMILY.student(teacher, 256), conditions()
-    weak, strong = (FAMILY.told(student)(cond, torch.full((2,), w)) for w in (0.0, 3.5))
-    wanted = FAMILY.call(teacher, x, t, cond)
-    assert torch.equal(FAMILY.call(student, x, t, strong), wanted)
-    assert torch.equal(FAMILY.call(student, x, t, weak), wanted)
-    optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    FAMILY.call(student, x, t, strong).square().mean().backward()
-    optimizer.step()
-    assert (FAMILY.call(student, x, t, strong) - FAMILY.call(student, x, t, weak)).abs().max() > 1e-5
-    assert torch.equal(FAMILY.call(teacher, x, t, cond), wanted)
-
-
-def test_student_is_sampled_by_the_stock_pipeline_of_sprint() -> None:
-    teacher, x, cond = tiny_sana_transformer(timestep_scale=0.001), noise(), conditions()
-    pipeline = tiny_sprint(transformer=FAMILY.student(teacher, 256).eval())
-    assert type(pipeline).__name__ == FAMILY.pipeline(pipeline.transformer)
-    wanted = sampled(pipeline, x, **as_prompt(cond), num_inference_steps=1, intermediate_timesteps=None)
-    with torch.no_grad():
-        found = predict(FAMILY, teacher)(x, torch.ones(2), cond).x0
-    assert (found - wanted).abs().max() < 3e-5
-
-
-def test_student_of_sprint_is_a_copy() -> None:
-    teacher, x, t, cond = tiny_sprint().transformer, noise(), torch.tensor([0.3, 1.0]), conditions(guidance=0.45)
-    student = FAMILY.student(teacher, 256)
-    assert torch.equal(FAMILY.call(student, x, t, cond), FAMILY.call(teacher, x, t, cond))
-    assert {id(value) for value in student.parameters()}.isdisjoint({id(value) for value in teacher.parameters()})
-
-
-def test_student_of_a_teacher_of_other_times_has_guidance_in_its_weights() -> None:
+def test_a_student_has_guidance_in_its_weights() -> None:
+    """By default, too: Sana's pipeline tells none, and Sprint's tells times that Sana's teachers do not know."""
     teacher, x, t, cond = tiny_sana_transformer(), noise(), torch.tensor([0.3, 1.0]), conditions()
-    with pytest.raises(UserError, match="from 0 to 1000: put guidance into the student's weights"):
-        FAMILY.student(teacher, 256)
-    student = FAMILY.student(teacher, None)
+    student = make_student(teacher, StudentConfig().guidance_embedding_dim(teacher))
     assert FAMILY.pipeline(student) == "SanaPipeline"
     assert torch.equal(FAMILY.call(student, x, t, cond), FAMILY.call(teacher, x, t, cond))
+    assert {id(value) for value in student.parameters()}.isdisjoint({id(value) for value in teacher.parameters()})
+    assert all(value.requires_grad for value in student.parameters())
+
+
+def test_sprint_is_no_teacher() -> None:
+    FAMILY.check("here", tiny_sana())
+    with pytest.raises(UserError, match="here is a SanaSprintPipeline that is distilled to few steps already"):
+        FAMILY.check("here", tiny_sprint())
 
 
 @pytest.mark.parametrize("sprint", [False, True])

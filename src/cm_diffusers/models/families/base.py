@@ -39,6 +39,7 @@ class Latents(NamedTuple):
         decode: (VAE, latents of the network `(B, C, h, w)`) -> pixels `(B, 3, H, W)`.
         shift, scale: Of all channels or of each, `(C, 1, 1)`.
         downscale: Pixels per latent, along each side.
+        channels: C of the network's latents.
         patch: Latents that the network takes as one, along each side: images of other sizes cannot be cut.
     """
 
@@ -47,6 +48,7 @@ class Latents(NamedTuple):
     shift: float | Tensor
     scale: float | Tensor
     downscale: int
+    channels: int
     patch: int = 1
 
     @property
@@ -98,6 +100,7 @@ class Family:
             that its caller gives, or knows nothing of them.
         clips: Whether the stock pipeline answers with `frames`.
         tag: What the Hub lists such networks under; by default the name of the family's file, by which model cards find it.
+        silent: Paths of layers whose results the network throws away: they do not train, and get no adapters.
     """
 
     pipeline: Callable[[nn.Module], str]
@@ -119,6 +122,7 @@ class Family:
     sigmas: Sigmas = "passed"
     clips: bool = False
     tag: Callable[[nn.Module], str] | None = None
+    silent: Callable[[nn.Module], list[str]] = lambda network: []
 
 
 def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module:
@@ -148,6 +152,13 @@ def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float | 
     """Arguments of a pipeline's call, whatever its family; see `Family.guided`."""
     known = _known(pipe)
     return family_of(known[0]).guided(guidance_scale) if known else {"guidance_scale": guidance_scale}
+
+
+def in_steps(pipe: DiffusionPipeline, steps: int) -> dict[str, int | None]:
+    """Arguments of a pipeline's call for so many steps: SANA-Sprint's has the second of two times for others, too."""
+    asked = {"num_inference_steps": steps}
+    told = steps != 2 and "intermediate_timesteps" in signature(type(pipe).__call__).parameters
+    return asked | ({"intermediate_timesteps": None} if told else {})
 
 
 def _known(pipe: DiffusionPipeline) -> list[nn.Module]:

@@ -68,7 +68,7 @@ def _latents(vae: nn.Module) -> Latents:
 
     mean, variance = (values.detach().clone()[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
     scale = (variance + vae.config.batch_norm_eps).rsqrt()
-    latents = Latents(encode, decode, mean, scale, 2 ** len(vae.config.block_out_channels))
+    latents = Latents(encode, decode, mean, scale, 2 ** len(vae.config.block_out_channels), len(mean))
     return latents
 
 

@@ -17,7 +17,8 @@ def kl_latents(vae: AutoencoderKL, patch: int = 1) -> Latents:
     def decode(vae: AutoencoderKL, x: Tensor) -> Tensor:
         return vae.decode(latents.of_vae(x)).sample
 
-    latents = Latents(posterior, decode, shift, scale, 2 ** (len(config.block_out_channels) - 1), patch)
+    downscale = 2 ** (len(config.block_out_channels) - 1)
+    latents = Latents(posterior, decode, shift, scale, downscale, config.latent_channels, patch)
     return latents
 
 
@@ -43,7 +44,7 @@ def per_channel_latents(vae: AutoencoderKLWan | AutoencoderKLQwenImage, patch: i
 
     shift, scale = _each(vae.config.latents_mean), 1 / _each(vae.config.latents_std)
     downscale = 2 ** len(vae.temperal_downsample) * (vae.config.get("patch_size") or 1)
-    latents = Latents(encode, decode, shift, scale, downscale, patch)
+    latents = Latents(encode, decode, shift, scale, downscale, vae.config.z_dim, patch)
     return latents
 
 
@@ -57,7 +58,8 @@ def dc_latents(vae: AutoencoderDC, patch: int = 1) -> Latents:
     def decode(vae: AutoencoderDC, x: Tensor) -> Tensor:
         return vae.decode(latents.of_vae(x)).sample
 
-    latents = Latents(encode, decode, 0.0, vae.config.scaling_factor, vae.spatial_compression_ratio, patch)
+    sizes = vae.spatial_compression_ratio, vae.config.latent_channels, patch
+    latents = Latents(encode, decode, 0.0, vae.config.scaling_factor, *sizes)
     return latents
 
 

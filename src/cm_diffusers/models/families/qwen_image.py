@@ -51,6 +51,12 @@ def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
     return padded([text[:end] for text, end in zip(states, lengths, strict=True)], length)
 
 
+def _silent(transformer: nn.Module) -> list[str]:
+    """What its last block makes of the text."""
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}"
+    return [f"{last}.{name}" for name in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")]
+
+
 def _check(path: str, pipe: DiffusionPipeline) -> None:
     if pipe.transformer.config.guidance_embeds:
         raise UserError(
@@ -72,6 +78,7 @@ FAMILY = Family(
     combine=combine_rescaled,
     guided=_guided,
     check=_check,
+    silent=_silent,
     lora_name=lambda path, network: path,
     comfyui=True,
 )

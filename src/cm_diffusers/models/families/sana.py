@@ -5,19 +5,16 @@ answers with noise - x0, as every flow network. TrigFlow's coefficients are put 
 (2503.09641, Sec. 3), where they cancel. So both are `RectifiedFlow` here, and only the unit of the time differs.
 """
 
-import copy
-from math import isclose
-
 import torch
-from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
+from diffusers import DiffusionPipeline, SanaPipeline
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.diffusion.teaching import Told
-from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import Family, config_of, default_of
 from cm_diffusers.models.families.latents import dc_latents
+from cm_diffusers.models.families.shared import refuse_distilled
 
 
 # Attention, the convolutions of 1 x 1 that are half of a block here, and what the time modulates.
@@ -59,31 +56,9 @@ def _encode(pipeline: DiffusionPipeline, prompts: list[str]) -> Conditions:
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
-def _student(teacher: nn.Module, guidance_embedding_dim: int | None) -> nn.Module:
-    """A network for Sprint's pipeline, the only one that tells guidance: it tells times from 0 to 1.
-
-    Args:
-        guidance_embedding_dim: None for none; the class knows one size only.
-
-    Raises:
-        ValueError: The teacher was taught another unit of time.
-    """
-    if teacher.config.guidance_embeds or guidance_embedding_dim is None:
-        return copy.deepcopy(teacher)
-    if not isclose(unit := _time_unit(teacher.config), 1.0):
-        raise UserError(
-            f"A Sana student is told its guidance by SanaSprintPipeline, with times from 0 to 1, but this teacher knows times "
-            f"from 0 to {unit:g}: put guidance into the student's weights (--unet_time_cond_proj_dim 0), or give a teacher whose "
-            "timestep_scale is 0.001."
-        )
-    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
-    student = SanaTransformer2DModel.from_config({**config, "guidance_embeds": True}).to(teacher.device)
-    weights = {name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()}
-    student.load_state_dict({**student.state_dict(), **weights})
-    last = student.time_embed.guidance_embedder.linear_2
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return student
+def _check(path: str, pipe: DiffusionPipeline) -> None:
+    if pipe.transformer.config.guidance_embeds:
+        refuse_distilled(path, pipe, "guidance_embeds of its transformer, as Sprint's")
 
 
 FAMILY = Family(
@@ -95,6 +70,6 @@ FAMILY = Family(
     latents=dc_latents,
     told=_told,
     guided=lambda scale: {"guidance_scale": scale, "use_resolution_binning": False},  # the size that is asked for
-    student=_student,
+    check=_check,
     sigmas="accepted",
 )
