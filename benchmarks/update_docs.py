@@ -12,7 +12,10 @@ from cm_diffusers.record import read_record
 
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHERS = {"fashion_teacher": "teacher-fashion", "fashion_flow_teacher": "flow-teacher-fashion"}  # folder in assets -> card
+TEACHERS = {
+    "fashion_teacher": "teacher-fashion",
+    "fashion_flow_teacher": "flow-teacher-fashion",
+}  # folder in assets -> card
 PAGES = [
     ROOT / "README.md",
     *(ROOT / f"model_cards/{card}.md" for card in TEACHERS.values()),
