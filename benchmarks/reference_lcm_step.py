@@ -19,7 +19,7 @@ from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.diffusion.preconditioning import lcm_scalings
 from cm_diffusers.diffusion.process import DiscreteVP, Prediction, append_dims, diffuse
 from cm_diffusers.diffusion.solvers import ddim_step
-from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
+from cm_diffusers.diffusion.times import solver_grid
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.models.students import frozen_copy, make_student
 from cm_diffusers.objectives.lcm import LCMConfig
@@ -89,7 +89,8 @@ class ReferenceLCM:
         self.average(0.95)
 
     def loss(self, x0: Tensor, states: Tensor) -> Tensor:
-        t, s = sample_solver_pairs(len(x0), self.grid)
+        t = self.grid[torch.randint(len(self.grid), (len(x0),))]
+        s = (t - int(self.grid[0]) - 1).clamp(min=0)
         w = torch.empty(len(x0), device=x0.device).uniform_(self.method.w_min, self.method.w_max)
         x_t = diffuse(self.process, x0, torch.randn_like(x0), t)
         embedding = guidance_embedding(w, self.dim)

@@ -9,7 +9,15 @@ from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.objectives.cd import CDConfig, CDObjective
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model
-from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images, trainable_copy
+from cm_diffusers.tasks.image_runs import (
+    SHARED_CONFIGS,
+    ResultConfig,
+    boundary_of,
+    student_scheduler,
+    train_images,
+    trainable_copy,
+)
+from cm_diffusers.tasks.teachings import guiding_of
 from cm_diffusers.types import Networks
 
 
@@ -22,10 +30,11 @@ def main() -> None:
     method = given[CDConfig]
     seed_everything(given[TrainConfig].seed)
     model = load_image_model(given[StartConfig])
-    objective = CDObjective(method, model.view)
-    student = trainable_copy(model.unet, given[DropoutConfig])
-    nets = Networks(student, target=frozen_copy(student), teacher=model.unet)
-    scheduler = student_scheduler(model, method, given[ResultConfig], "cm", method.num_scales)
+    boundary, guiding = boundary_of(model), guiding_of(model, model.view.told)
+    objective = CDObjective(method, model.view, guiding=guiding, boundary=boundary)
+    student = trainable_copy(model.network, given[DropoutConfig])
+    nets = Networks(student, target=frozen_copy(student), teacher=model.network)
+    scheduler = student_scheduler(model, method, given[ResultConfig], boundary, method.num_scales)
     train_images("cd", model, nets, objective, scheduler, configs, (method.w, method.w))
 
 

@@ -11,6 +11,7 @@ from cm_diffusers.objectives.scm import SCDConfig, SCMConfig, SCMObjective
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model
 from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, scm_scheduler, train_images
 from cm_diffusers.tasks.scd import check_flags, check_model, guidance_embedding_dim, student_and_teacher
+from cm_diffusers.tasks.teachings import guiding_of
 
 
 CONFIGS = (StartConfig, SCMConfig, SCDConfig, StudentNetworkConfig, *SHARED_CONFIGS)
@@ -25,8 +26,8 @@ def main() -> None:
     seed_everything(train.seed)
     model = load_image_model(start)
     check_model(model, student, taught)
-    dim = guidance_embedding_dim(student, taught, model.unet)
-    objective = SCMObjective(method, TrigFlowView.of(model.view), w, dim, taught.dmd_weight)
+    dim, view = guidance_embedding_dim(student, taught, model), TrigFlowView.of(model.view)
+    objective = SCMObjective(method, view, w, guiding_of(model, view.told, dim), taught.dmd_weight)
     nets = student_and_teacher(model, student, dropout, dim, method.learned_weight, taught.dmd_weight > 0)
     scheduler = scm_scheduler(model, method, given[ResultConfig])
     train_images("scd", model, nets, objective, scheduler, configs, w)

@@ -4,13 +4,13 @@ import cm_diffusers.engine.early
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from diffusers import DiffusionPipeline
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.averages import rebuild
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.families.base import network_of
+from cm_diffusers.models.teachers import load_stock
 from cm_diffusers.models.time_weight import weights_without_head
 from cm_diffusers.places import public
 from cm_diffusers.publishing.pipelines import save_pipeline
@@ -26,7 +26,7 @@ class ExportConfig:
     sigma_rel: float = HfArg(help="Width: standard deviation of the average over steps, as a share of all.")
     step: int | None = HfArg(default=None, help="Of which checkpoint; the last if not given.")
     output_dir: str = HfArg(default="runs/average", help="Where the pipeline goes.")
-    save_fp16: bool = HfArg(default=False, help="Store UNet and VAE in half precision.")
+    save_fp16: bool = HfArg(default=False, help="Store network and VAE in half precision.")
 
 
 CONFIGS = (ExportConfig,)
@@ -43,8 +43,9 @@ def main() -> None:
     average, step = rebuild(Path(config.run_dir), config.sigma_rel, config.step)
     settings = provenance.settings | {"sigma_rel": config.sigma_rel, "average_of_step": step}
     provenance = replace(provenance, name=public(config.output_dir), settings=settings)
-    pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    pipe.unet.load_state_dict(pipe.unet.state_dict() | weights_without_head(average))
+    pipe = load_stock(source)
+    network = pipe.unet if hasattr(pipe, "unet") else network_of(pipe)
+    network.load_state_dict(network.state_dict() | weights_without_head(average))
     save_pipeline(pipe, Path(config.output_dir), config.save_fp16, read_record(source), provenance)
 
 

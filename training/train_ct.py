@@ -24,7 +24,7 @@ def main() -> None:
     seed_everything(given[TrainConfig].seed)
     model = new_image_model(*(given[kind] for kind in NEW_MODEL_CONFIGS), PartialState().device)
     objective = CTObjective(method, model.view)
-    nets = Networks(model.unet, target=frozen_copy(model.unet))
+    nets = Networks(model.network, target=frozen_copy(model.network))
     scheduler = student_scheduler(model, method, given[ResultConfig], "cm", method.discretization_s_1 + 1)
     train_images("ct", model, nets, objective, scheduler, configs)
 

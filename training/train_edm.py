@@ -28,7 +28,7 @@ def main() -> None:
     sigmas = karras_grid(STEPS, method.sigma_min, method.sigma_max, method.rho).flip(0).tolist()
     # without fresh noise these are Euler steps of the probability flow
     scheduler = student_scheduler(model, method, given[ResultConfig], "edm", GRID, sigmas, gamma=0.0)
-    train_images("edm", model, Networks(model.unet), objective, scheduler, configs)
+    train_images("edm", model, Networks(model.network), objective, scheduler, configs)
 
 
 if __name__ == "__main__":

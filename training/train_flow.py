@@ -14,10 +14,10 @@ from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.families.base import family_of
-from cm_diffusers.models.small_flow import SmallFlowConfig, new_flow_pipeline
 from cm_diffusers.objectives.flow import FlowConfig, FlowObjective
 from cm_diffusers.publishing.pipelines import save_pipeline
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid, show_end
+from cm_diffusers.tasks.flow_models import SmallFlowConfig, new_flow_pipeline
 from cm_diffusers.tasks.summary import announce, conclude
 from cm_diffusers.types import Networks
 
@@ -33,7 +33,7 @@ CONFIGS = (SmallFlowConfig, DataConfig, FlowConfig, OptimConfig, TrainConfig, Va
 def main() -> None:
     shape, data, method, optim, train, validation, result = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
-    pipe = new_flow_pipeline(shape)
+    pipe = new_flow_pipeline(shape, data.resolution, method.shift)
     objective = FlowObjective(method, family_of(pipe.transformer).call)
     grid = sample_grid(validation, lambda _: pipe, resolution=data.resolution)
     trainer = Trainer(train, Networks(pipe.transformer), objective, optim, settings=[data, shape], callbacks=[grid])

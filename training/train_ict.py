@@ -24,7 +24,7 @@ def main() -> None:
     model = new_image_model(*(given[kind] for kind in NEW_MODEL_CONFIGS), PartialState().device)
     objective = ICTObjective(method, model.view)
     scheduler = student_scheduler(model, method, given[ResultConfig], "cm", method.discretization_s_1 + 1)
-    train_images("ict", model, Networks(model.unet), objective, scheduler, configs)
+    train_images("ict", model, Networks(model.network), objective, scheduler, configs)
 
 
 if __name__ == "__main__":

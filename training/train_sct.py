@@ -25,7 +25,7 @@ def main() -> None:
     seed_everything(given[TrainConfig].seed)
     model = new_image_model(*(given[kind] for kind in NEW_MODEL_CONFIGS), PartialState().device)
     objective = SCMObjective(method, TrigFlowView.of(model.view))
-    nets = Networks(WithTimeWeight(model.unet) if method.learned_weight else model.unet)
+    nets = Networks(WithTimeWeight(model.network) if method.learned_weight else model.network)
     scheduler = scm_scheduler(model, method, given[ResultConfig])
     train_images("sct", model, nets, objective, scheduler, configs)
 

@@ -37,9 +37,9 @@ def main() -> None:
     model = new_image_model(*(given[kind] for kind in NEW_MODEL_CONFIGS), PartialState().device)
     objective = SLCTObjective(method, model.view)
     if not given[NormConfig].norm_scales:
-        freeze_norm_scales(model.unet)
+        freeze_norm_scales(model.network)
     scheduler = student_scheduler(model, method, given[ResultConfig], "cm", method.discretization_s_1 + 1)
-    train_images("slct", model, Networks(model.unet), objective, scheduler, configs)
+    train_images("slct", model, Networks(model.network), objective, scheduler, configs)
 
 
 if __name__ == "__main__":

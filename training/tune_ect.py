@@ -9,6 +9,7 @@ from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.objectives.ect import ECTConfig, ECTObjective
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model
 from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images, trainable_copy
+from cm_diffusers.tasks.teachings import guiding_of
 from cm_diffusers.types import Networks
 
 
@@ -24,8 +25,8 @@ def main() -> None:
     method = given[ECTConfig]
     seed_everything(given[TrainConfig].seed)
     model = load_image_model(given[StartConfig])
-    objective = ECTObjective(method, model.view)
-    nets = Networks(trainable_copy(model.unet, given[DropoutConfig]))
+    objective = ECTObjective(method, model.view, guiding_of(model, model.view.told))
+    nets = Networks(trainable_copy(model.network, given[DropoutConfig]))
     scheduler = student_scheduler(model, method, given[ResultConfig], "edm", GRID)
     train_images("ect", model, nets, objective, scheduler, configs)
 

@@ -10,7 +10,7 @@ from cm_diffusers.errors import UserError
 
 # A bracket belongs to the range, a parenthesis does not; what is not a number lies in none.
 INTERVALS = {
-    "(-inf, inf)": "p_mean reward_weights time_start",
+    "(-inf, inf)": "logit_mean p_mean reward_weights time_start",
     "[-1, inf)": "w w_min w_max",
     "[0, inf)": """
         adam_weight_decay critic_learning_rate diffusion_weight dmd_weight generation_guidance_scale guidance_scale guidance_scales huber_c
@@ -18,8 +18,8 @@ INTERVALS = {
         tangent_c validation_guidance_scale
     """,
     "(0, inf)": """
-        adam_epsilon adv_clip adversarial_weight clip_range crop_zoom final_std lora_alpha p_std recommended_sigmas reward_weight rho robust_c
-        sigma_data sigma_max sigma_min tangent_step time_range timestep_scaling_factor
+        adam_epsilon adv_clip adversarial_weight clip_range crop_zoom final_std logit_std lora_alpha p_std recommended_sigmas reward_weight
+        rho robust_c shift sigma_data sigma_max sigma_min tangent_step time_range timestep_scaling_factor
     """,
     "(0, inf]": "max_grad_norm",
     "[1, inf)": "bucket_max_ratio q",

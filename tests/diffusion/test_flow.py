@@ -14,7 +14,8 @@ from cm_diffusers.diffusion.denoisers import as_denoiser, call_unet
 from cm_diffusers.diffusion.guidance import guide
 from cm_diffusers.diffusion.process import DiscreteVP, RectifiedFlow, interpret
 from cm_diffusers.diffusion.solvers import NOISE_SCALES, SOLVERS, ddim_sde, ddim_step, er_sde, heun_step
-from cm_diffusers.diffusion.times import sample_shifted_pairs, shifted, shifted_grid
+from cm_diffusers.diffusion.teaching import flow_teaching
+from cm_diffusers.diffusion.times import shifted, shifted_grid
 
 
 RF, DATA = RectifiedFlow(), Gaussian(0.3, 1.3)
@@ -86,8 +87,8 @@ def test_grids_that_are_none(points, shift, message):
 
 
 def test_pairs_are_neighbours_down_to_the_data():
-    grid = shifted_grid(4, 3.0)
-    t, s = sample_shifted_pairs(1000, grid)
+    teaching = flow_teaching(call_unet, 3.0, 4)
+    grid, (t, s) = shifted_grid(4, 3.0), teaching.pairs(1000)
     below = dict(zip(grid.tolist(), [0.0, *grid.tolist()], strict=False))
     assert set(t.tolist()) == set(grid.tolist())
     assert s.tolist() == [below[time] for time in t.tolist()]

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.models.families.sd3 import FAMILY
 from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros
+from cm_diffusers.tasks.flow_models import silent_t5, silent_tokenizer
 
 
 T = torch.tensor([0.3, 0.9])
@@ -67,23 +68,45 @@ def test_a_pipeline_draws_the_same_from_a_tenth_of_the_tokens() -> None:
     assert set(lengths) == {16 + 1}
 
 
-@torch.no_grad()
-def test_with_t5_nothing_is_touched() -> None:
-    pipeline = tiny_sd3()
-    pipeline.register_modules(text_encoder_3=nn.Linear(1, 1))
+@pytest.mark.parametrize("speaks", [False, True])
+def test_a_t5_that_says_something_is_heard(speaks: bool) -> None:
+    tower = silent_t5(48)
+    if speaks:
+        tower.encoder.final_layer_norm.weight.data.fill_(1)
+    pipeline = tiny_sd3(text_encoder_3=tower)
     before = pipeline.transformer.attn_processors
     merge_zero_text(pipeline)
-    assert pipeline.transformer.attn_processors == before
+    assert (pipeline.transformer.attn_processors == before) == speaks
 
 
 @torch.no_grad()
-def test_a_copy_counts_for_itself() -> None:
-    network, x = tiny_sd3_transformer(), torch.randn(2, 4, 8, 8)
-    merge_zeros(network)
-    cond, short = conditions(), conditions(zeros=2)
+def test_a_silent_t5_says_what_none_does() -> None:
+    said = []
+    for parts in ({}, {"text_encoder_3": silent_t5(48), "tokenizer_3": silent_tokenizer()}):
+        said.append(FAMILY.encode(tiny_sd3(**parts), ["a bag", ""])["encoder_hidden_states"])
+    assert torch.equal(*said)
+
+
+@torch.no_grad()
+def test_a_second_time_and_on_a_copy_it_is_the_same() -> None:
+    network, x, cond = tiny_sd3_transformer(), torch.randn(2, 4, 8, 8), conditions()
     wanted = FAMILY.call(network, x, T, cond)
-    FAMILY.call(copy.deepcopy(network), x, T, short)
-    assert torch.equal(FAMILY.call(network, x, T, cond), wanted)
+    for _ in range(2):
+        merge_zeros(network)
+        network = copy.deepcopy(network)
+    assert torch.allclose(FAMILY.call(network, x, T, cond), wanted, atol=2e-6)
+
+
+def test_recomputed_activations_count_as_they_did() -> None:
+    """Another text may pass the network between forward and backward pass."""
+    network, x, cond, other = tiny_sd3_transformer(), torch.randn(2, 4, 8, 8), conditions(), conditions(zeros=2)
+    wanted = gradients(network, x, cond)[1:]
+    merge_zeros(network.train())
+    network.enable_gradient_checkpointing()
+    loss = FAMILY.call(network, x, T, cond).square().mean()
+    FAMILY.call(network, x, T, other)
+    found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(found, wanted, strict=True) if b is not None)
 
 
 def test_forward_mode_derivatives_stay() -> None:

@@ -116,5 +116,5 @@ def test_conditions_are_dropped_by_rows_and_all_of_a_row_together() -> None:
     "wrong", [{"logit_std": 0.0}, {"shift": -1.0}, {"shift": math.inf}, {"condition_dropout": 1.5}]
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(wrong))} is "):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))} must be "):
         FlowConfig(**wrong)

@@ -9,8 +9,10 @@ from diffusers import LCMScheduler
 from torch.nn import functional as F
 
 from cm_diffusers.diffusion.distances import DISTANCES, huber, l2
+from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.rng import rewind_rng
-from cm_diffusers.diffusion.times import sample_solver_pairs, solver_grid
+from cm_diffusers.diffusion.teaching import vp_teaching
+from cm_diffusers.diffusion.times import solver_grid
 from cm_diffusers.engine.rng import seed_everything
 
 
@@ -50,7 +52,7 @@ def test_grid_size_is_checked(num_steps):
 
 
 def test_pairs_are_uniform_and_one_spacing_apart():
-    t, s = sample_solver_pairs(50_000, solver_grid(1000, 50))
+    t, s = vp_teaching(DiscreteVP(torch.linspace(0.99, 0.01, 1000)), "epsilon", None, 50).pairs(50_000)
     assert set(zip(t.tolist(), s.tolist(), strict=True)) == {(k, max(k - 20, 0)) for k in range(19, 1000, 20)}
     counts = torch.bincount(t)[19::20]
     assert ((counts - 1000).abs() < 5 * (1000 * 0.98) ** 0.5).all()

@@ -12,6 +12,7 @@ from tiny import tiny_scheduler, tiny_unet, tiny_vae
 from tiny_flow import tiny_sd3_transformer
 
 from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.diffusion.teaching import Guiding, embedded_in_time
 from cm_diffusers.diffusion.trigflow import TrigFlowView
 from cm_diffusers.diffusion.views import VPView
 from cm_diffusers.models.critics import CriticConfig, make_critic
@@ -101,7 +102,8 @@ def scm(prediction_type="epsilon", taught=True, lora=False, dim=None, w=(0.0, 0.
         )  # as in the student's turn
         return Networks(student, teacher=nets.teacher if taught else None, critic=fake)
 
-    return Case(SCMObjective(config, view, w, dim, dmd_weight), networks, latents)
+    guiding = Guiding(told=embedded_in_time(dim)) if dim else Guiding()
+    return Case(SCMObjective(config, view, w, guiding, dmd_weight), networks, latents)
 
 
 def diffusion(prediction_type):

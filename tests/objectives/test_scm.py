@@ -9,6 +9,7 @@ from torch import nn
 
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.diffusion.process import DiscreteVP, Prediction, TrigFlow, append_dims, diffuse
+from cm_diffusers.diffusion.teaching import Guiding, embedded_in_time
 from cm_diffusers.diffusion.trigflow import TrigFlowView, velocity
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.time_weight import WithTimeWeight
@@ -356,7 +357,7 @@ class Told(nn.Module):
 def test_the_student_is_told_the_guidance_that_its_teacher_gives():
     """F of the teacher is F(c) + w (F(c) - F(empty)), with a w of its own for each sample."""
     torch.manual_seed(0)
-    method = SCMObjective(SCMConfig(), TrigFlowView(D), (1.0, 3.0), guidance_embedding_dim=16)
+    method = SCMObjective(SCMConfig(), TrigFlowView(D), (1.0, 3.0), Guiding(told=embedded_in_time(16)))
     batch = Batch(torch.zeros(500, 2), {"level": torch.full((500,), 0.7)}, {"level": torch.full((500,), 0.2)})
     cond, teach = method.guided(batch, Networks(Told(), teacher=Told()))
     t = torch.full((500,), 0.8, dtype=torch.float64)

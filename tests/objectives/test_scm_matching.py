@@ -10,6 +10,7 @@ from torch import nn
 from toys import assert_same, toy_trainer
 
 from cm_diffusers.diffusion.process import TrigFlow
+from cm_diffusers.diffusion.teaching import Guiding, embedded_in_time
 from cm_diffusers.diffusion.trigflow import TrigFlowView, velocity
 from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
@@ -92,7 +93,8 @@ def test_the_fake_score_is_told_the_student_s_guidance():
             return super().forward(shown, told)
 
     nets = Networks(Guided(), teacher=Teacher(), critic=Guided())
-    method = SCMObjective(SCMConfig(tangent_warmup_steps=0), TrigFlowView(D), (1.0, 3.0), 16, dmd_weight=0.01)
+    guiding = Guiding(told=embedded_in_time(16))
+    method = SCMObjective(SCMConfig(tangent_warmup_steps=0), TrigFlowView(D), (1.0, 3.0), guiding, dmd_weight=0.01)
     method.score(nets, Batch(torch.randn(4, 2), {}, {"unused": torch.zeros(4)}), NOW)
     assert nets.critic.guidance.shape == (4, 16)
     assert torch.equal(nets.critic.guidance, nets.student.guidance)

@@ -22,6 +22,7 @@ from tiny_flow_b import tiny_flux, tiny_qwen_image, tiny_z_image
 from torch import Tensor
 
 from cm_diffusers import ConsistencyImg2ImgPipeline, ConsistencyPipeline, FlowConsistencyScheduler
+from cm_diffusers.evaluation.sampling import load_pipeline
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, save_lora, save_pipeline
 from cm_diffusers.record import RECORD, Record, read_record
@@ -30,6 +31,10 @@ from cm_diffusers.record import RECORD, Record, read_record
 SHIFT = 3.0
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # which diffusers wants to be told
 SMALL = {"height": 32, "width": 32}
+SIZES = {
+    tiny_wan: {"height": 64, "width": 64, "num_frames": 5},
+    tiny_sana: {**SMALL, "use_resolution_binning": False},
+}
 Make = Callable[[], DiffusionPipeline]
 
 
@@ -39,7 +44,7 @@ def record_of(scheduler: FlowConsistencyScheduler, guidance: str = "distilled", 
 
 def published(make: Make, folder: Path, gamma: float = 1.0, record: Record | None = None) -> DiffusionPipeline:
     """The pipeline that a training samples its student in, saved."""
-    scheduler = FlowConsistencyScheduler(SHIFT, gamma)
+    scheduler = FlowConsistencyScheduler(shift=SHIFT, gamma=gamma)
     teacher = make()
     pipe = lcm_pipeline(teacher, make(seed=5).transformer, scheduler)
     save_pipeline(pipe, folder, False, record or record_of(scheduler))
@@ -48,7 +53,7 @@ def published(make: Make, folder: Path, gamma: float = 1.0, record: Record | Non
 
 def adapter(make: Make, folder: Path, base: Path) -> DiffusionPipeline:
     """The same with a LoRA, with its base model beside it."""
-    teacher, scheduler = make(), FlowConsistencyScheduler(SHIFT)
+    teacher, scheduler = make(), FlowConsistencyScheduler(shift=SHIFT)
     teacher.save_pretrained(base)
     network = add_lora(teacher.transformer, 4, 8.0, 0.0).eval()
     with torch.random.fork_rng(devices=[]):
@@ -94,6 +99,9 @@ def test_the_student_is_sampled_as_it_was_trained(student: tuple[DiffusionPipeli
     assert torch.equal(draw(pipe), wanted)  # the noise between the steps comes from the start
     assert not torch.equal(draw(pipe, num_inference_steps=2), wanted)
     assert torch.equal(draw(pipe, sigmas=[1.0, 0.75, 0.5, 0.25]), wanted)
+    measured = load_pipeline(str(folder))
+    found = draw(measured, num_inference_steps=4, guidance_scale=1.0)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)  # equal zeros of the text are one there
     assert not torch.equal(draw(pipe, guidance_scale=1.5), wanted)
 
 
@@ -106,12 +114,14 @@ def test_one_step_needs_no_package(student: tuple[DiffusionPipeline, Path]) -> N
 
 @pytest.mark.parametrize("make", [tiny_sd3, tiny_flux, tiny_z_image], ids=lambda make: make.__name__)
 def test_without_fresh_noise_the_stock_scheduler_draws_the_same(make: Make, tmp_path: Path) -> None:
-    trained = published(make, tmp_path / "student", gamma=0.0)
+    guidance = ("embedded", 2.0) if make is tiny_flux else ("distilled", 1.0)
+    scheduler = FlowConsistencyScheduler(shift=SHIFT, gamma=0.0)
+    trained = published(make, tmp_path / "student", 0.0, record_of(scheduler, *guidance))
     stock = DiffusionPipeline.from_pretrained(tmp_path / "student", **(WITHOUT_T5 if make is tiny_sd3 else {}))
     kind = FlowMapEulerDiscreteScheduler if make is tiny_sd3 else FlowMatchEulerDiscreteScheduler
     assert type(stock.scheduler) is kind
     ours = ConsistencyPipeline.from_pretrained(tmp_path / "student")
-    none = {"guidance_scale": 0.0 if make is tiny_z_image else 1.0, **SMALL}
+    none = {"guidance_scale": 0.0 if make is tiny_z_image else guidance[1], **SMALL}
     for steps in (1, 2, 4):
         plain = draw(stock, num_inference_steps=steps, **none)
         torch.testing.assert_close(draw(ours, num_inference_steps=steps, **none), plain, atol=1e-5, rtol=1e-5)
@@ -121,16 +131,25 @@ def test_without_fresh_noise_the_stock_scheduler_draws_the_same(make: Make, tmp_
 @pytest.mark.parametrize("make", [tiny_sana, tiny_qwen_image, tiny_wan, tiny_flux], ids=lambda make: make.__name__)
 def test_students_of_other_families(make: Make, tmp_path: Path) -> None:
     guidance = ("embedded", 3.0) if make is tiny_flux else ("distilled", 1.0)
-    record = record_of(FlowConsistencyScheduler(SHIFT), *guidance)
+    record = record_of(FlowConsistencyScheduler(shift=SHIFT), *guidance)
     trained = published(make, tmp_path / "student", record=record)
     pipe = ConsistencyPipeline.from_pretrained(tmp_path / "student")
-    size = {"height": 64, "width": 64, "num_frames": 5} if make is tiny_wan else SMALL
+    size = SIZES.get(make, SMALL)
     name = "true_cfg_scale" if make is tiny_qwen_image else "guidance_scale"
     wanted = draw(trained, num_inference_steps=4, **{name: guidance[1]}, **size)
     assert torch.equal(draw(pipe, **size), wanted)
     assert pipe.stock_class() is type(trained)
     with pytest.raises(ValueError, match="negative prompt"):
         draw(pipe, negative_prompt="a coat", **size)
+
+
+def test_images_are_as_large_as_in_training(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
+    record = replace(record_of(FlowConsistencyScheduler(shift=SHIFT)), resolution=16)
+    published(tiny_sd3, tmp_path / "student", record=record)
+    pipe = ConsistencyPipeline.from_pretrained(tmp_path / "student")
+    assert draw(pipe).shape[-2:] == (16, 16)
+    assert draw(pipe, height=32).shape[-2:] == (32, 32)
+    assert draw(pipe, latents=torch.ones(1, 4, 8, 8)).shape[-2:] == (32, 32)
 
 
 def test_a_saved_student_is_the_same_folder(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
@@ -186,7 +205,7 @@ def test_another_shift_is_told(student: tuple[DiffusionPipeline, Path], tmp_path
 
 
 def test_a_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    published(tiny_sd3, tmp_path / "student", record=record_of(FlowConsistencyScheduler(SHIFT), "embedded", 3.0))
+    published(tiny_sd3, tmp_path / "student", record=record_of(FlowConsistencyScheduler(shift=SHIFT), "embedded", 3.0))
     with pytest.raises(ValueError, match="guidance is 'embedded', but this network takes no embedding"):
         ConsistencyPipeline.from_pretrained(tmp_path / "student")
     file = tmp_path / "student" / RECORD
@@ -206,9 +225,11 @@ def test_the_folder_of_a_lora_is_a_student(make: Make, tmp_path: Path) -> None:
     wanted = draw(trained, **asked)
     pipe = ConsistencyPipeline.from_pretrained(tmp_path / "lora")
     assert torch.equal(draw(pipe, **SMALL), wanted)
+    measured = load_pipeline(str(tmp_path / "lora"))
+    torch.testing.assert_close(draw(measured, **asked), wanted, atol=1e-5, rtol=1e-5)
     stock = make()
     stock.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
-    stock.scheduler = FlowConsistencyScheduler(SHIFT)
+    stock.scheduler = FlowConsistencyScheduler(shift=SHIFT)
     torch.testing.assert_close(draw(stock, **asked), wanted, atol=1e-5, rtol=1e-5)
 
 

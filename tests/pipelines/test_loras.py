@@ -517,7 +517,8 @@ def test_nothing_that_is_not_finite_is_fused(folder: Path) -> None:
 
 def test_every_target_module_must_fit() -> None:
     with pytest.raises(
-        ValueError, match=r"no layer of the UNet with to_key, to_out.0.0, attn1, norm1; .* end on .*to_q"
+        ValueError,
+        match=r"no layer of the UNet2DConditionModel with to_key, to_out.0.0, attn1, norm1; .* end on .*to_q",
     ):
         add_lora(tiny_unet(), 4, 4.0, 0.0, ["to_q", "to_key", "to_out.0.0", "attn1", "norm1"])
     with pytest.raises(ValueError, match="names no layer; leave it out"):

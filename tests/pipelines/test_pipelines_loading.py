@@ -328,7 +328,7 @@ def _fitting() -> dict[str, torch.Tensor]:
     [
         ("narrower", "another architecture: its layer .* reads 32 features, the UNet's 64"),
         ("deeper", "another architecture: the UNet has no layer 'down_blocks.7"),
-        ("transformer", "no layer for a UNet or a text encoder; its layers are like 'transformer"),
+        ("transformer", "layers for transformer, which this pipeline does not have"),
         ("last layer", "another architecture"),
         ("text encoder", "its layer '(text_model.)?encoder.*q_proj' reads 8 features, the text_encoder's 32"),
         ("text layer", "the text_encoder has no layer '(text_model.)?encoder.layers.9"),

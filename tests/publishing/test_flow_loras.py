@@ -56,7 +56,7 @@ def deltas(network: nn.Module) -> dict[str, Tensor]:
 
 
 def published(network: nn.Module, folder: Path, fp16: bool = False) -> Path:
-    record = lcm_record("somebody/base", "distilled", 6.0, 6.0, 1.0, FlowConsistencyScheduler(3.0))
+    record = lcm_record("somebody/base", "distilled", 6.0, 6.0, 1.0, FlowConsistencyScheduler(shift=3.0))
     save_lora(network, folder, record, fp16=fp16)
     return folder
 

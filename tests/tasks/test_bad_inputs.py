@@ -37,6 +37,7 @@ def home(tmp_path_factory) -> Path:
     features = datasets.Features(labels | {"text": datasets.Value("string")})
     datasets.Dataset.from_list(rows, features=features).to_parquet(home / "labelled" / "all.parquet")
     (home / "unet.json").write_text(json.dumps(UNET))
+    (home / "flow.json").write_text(json.dumps({"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}))
     tiny_vae().save_pretrained(home / "vae")
     ResNetBackbone(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(
         home / "resnet"
@@ -99,6 +100,7 @@ BASE: dict[str, Callable[[Path], dict]] = {
     "check_jvp": lambda home: {"pretrained_model": home / "ddpm"},
     "train_vae": lambda home: of_data(home) | {"block_out_channels": [8, 16], "norm_num_groups": 4},
     "train_diffusion": lambda home: of_data(home) | {"pretrained_vae": home / "vae"},
+    "train_flow": lambda home: of_data(home) | {"pretrained_pipeline": home / "teacher", "transformer_config": home / "flow.json"},
     "train_classifier": lambda home: of_data(home) | {"train_data_dir": home / "labelled", "test_data_dir": home / "labelled", "channels": [4, 8]},
     "finetune_lcf": lambda home: of_data(home) | {"pretrained_student_model": home / "student"},
     "finetune_rlcm": lambda home: of_rewards(home) | {"rewards": ["jpeg_compressibility"], "samples_per_rollout": 2},
@@ -158,6 +160,7 @@ def numbers() -> list[tuple[str, dict, str]]:
         "check_jvp": {"time_range": [0, "nan", "inf"], "time_start": ["nan"]},
         "train_vae": {"kl_weight": [-1, "nan"], "l1_weight": [-1], "norm_num_groups": [0], "latent_channels": [0]},
         "train_diffusion": {"condition_dropout": [1.5, -0.1], "text_length": [0], "unet_channels": [0], "text_layers": [0]},
+        "train_flow": {"condition_dropout": [1.5], "text_length": [0], "shift": [0, "inf"], "logit_std": [0, "nan"], "logit_mean": ["inf"]},
         "train_classifier": {"label_smoothing": [1.0, -0.1, "nan"], "channels": [0]},
         "train_motion": {"sample_n_frames": [0], "sample_stride": [0], "motion_num_attention_heads": [0], "num_clips": [0]},
         "distill_animatelcm": {"lora_rank": [0], "lora_alpha": [0, "nan"], "num_starts": [0]},
@@ -212,6 +215,8 @@ def places() -> list[tuple[str, dict, str]]:
         "train_data_dir": ["distill_lcm", "train_ict", "train_vae", "train_classifier", "train_diffusion", "finetune_lcf", "evaluate"],
         "moving_articles": ["train_motion", "evaluate_video", "prepare_moving_articles"],
         "pretrained_vae": ["train_diffusion", "train_slct"],
+        "pretrained_pipeline": ["train_flow"],
+        "transformer_config": ["train_flow"],
         "pretrained_vae_model_name_or_path": ["distill_lcm"],
         "pretrained_motion_adapter": ["evaluate_video"],
         "unet_config": ["train_ct", "train_edm", "train_sct"],

@@ -171,9 +171,9 @@ def test_the_distillation_tells_teacher_and_student_alike(home: Path, model: str
     nets = Networks(tuned.network)
     objective = distillation_of(tuned, nets, config, None)
     assert type(nets.teacher) is type(tuned.network)
-    teaching = objective.teaching
-    assert (teaching.told is not None) == (model == "flux/lora")
-    assert teaching.guidance == ("embedded" if model == "flux/lora" else "cfg")
+    teaching, guiding = objective.teaching, objective.teaching.guiding
+    assert (teaching.guiding.told is not None) == (model == "flux/lora")
+    assert teaching.guiding.kind == ("embedded" if model == "flux/lora" else "cfg")
     assert teaching.grid[-1] == 1
     assert teaching.grid[24] == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
     with torch.no_grad():

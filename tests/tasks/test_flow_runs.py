@@ -15,7 +15,7 @@ from tiny_flow_b import tiny_flux, tiny_klein, tiny_qwen_image, tiny_z_image
 from cm_diffusers import ConsistencyPipeline
 from cm_diffusers.evaluation.sampling import generate
 from cm_diffusers.models.adapters import adapter_layers
-from cm_diffusers.models.families.base import network_of
+from cm_diffusers.models.families.base import guided, network_of
 from cm_diffusers.pipelines.stock import stock_entry
 from cm_diffusers.record import read_record
 from cm_diffusers.schedulers import FlowConsistencyScheduler
@@ -81,7 +81,7 @@ def test_a_whole_student(home: Path, family: str) -> None:
     asked = stock_entry(pipe.scheduler, 1, sigmas).arguments
     one = {"prompt": CAPTIONS[0], "output_type": "np", "height": 32, "width": 32}
     images = [
-        each(**one, **asked, generator=torch.Generator().manual_seed(3), guidance_scale=1.0).images
+        each(**one, **asked, generator=torch.Generator().manual_seed(3), **guided(pipe, 1.0)).images
         for each in (pipe, stock)
     ]
     np.testing.assert_allclose(*images, atol=1e-4)

@@ -28,6 +28,7 @@ CASES = [
     ("tune_ect", "train_data_dir", TEACHER),
     ("train_edm", "train_data_dir", {"unet_config": "unet.json"}),
     ("train_diffusion", "train_data_dir", {"pretrained_vae": "vae"}),
+    ("train_flow", "train_data_dir", {"pretrained_pipeline": "base", "transformer_config": "flow.json"}),
     ("train_vae", "test_data_dir", {}),
     ("train_classifier", "test_data_dir", {}),
     ("evaluate", "train_data_dir", {"teacher": "teacher", "feature_extractor": "classifier"}),

@@ -26,9 +26,33 @@ from cm_diffusers.types import Batch
 
 FLOW_POINTS = 1000  # times of a flow between 0 and 1 that methods draw from which are not bound to the sampler's grid
 Guidance = Literal["cfg", "embedded", "none"]
-Told = Callable[
-    [Conditions, Tensor], Conditions
-]  # (conditions, w (B,)) -> those of a network that is told its guidance
+Told = Callable[[Conditions, Tensor], Conditions]  # (conditions, w (B,)) -> of a network that is told its guidance
+
+
+@dataclass(frozen=True, eq=False)
+class Guiding:
+    """How guidance reaches teacher and student.
+
+    Attributes:
+        kind: How the teacher is guided: by a second pass, by a number that it is told, or not at all.
+        told: Of a student, and of a teacher with embedded guidance; None where guidance goes into the weights.
+        combine: Of the teacher's two branches.
+    """
+
+    kind: Guidance = "cfg"
+    told: Told | None = None
+    combine: Combine = combine_linear
+
+    def student(self, cond: Conditions, w: Tensor) -> Conditions:
+        """What a student is told with guidance w `(B,)`."""
+        return cond if self.told is None else self.told(cond, w)
+
+    def teacher(self, denoise: ConditionalDenoiser, batch: Batch, w: Tensor) -> Denoiser:
+        """The teacher with guidance w `(B,)`; without a second pass where it is told, or takes none."""
+        if self.kind == "cfg":
+            return guide(denoise, batch.cond, batch.uncond, w, self.combine)
+        cond = self.told(batch.cond, w) if self.kind == "embedded" else batch.cond
+        return lambda x_t, t: denoise(x_t, t, cond)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +67,7 @@ class Teaching:
         before: For each of the grid, the time one spacing below it `(N,)`.
         scalings: t `(B,)` -> c_skip and c_out `(B,)` of the jump c_skip x_t + c_out x0.
         call: How a network is called.
-        guidance: How the teacher is guided: by a second pass, by a number that it is told, or not at all.
-        told: Of a student, and of a teacher with embedded guidance; None where guidance goes into the weights.
-        combine: Of the teacher's two branches.
+        guiding: How guidance reaches teacher and student.
     """
 
     process: Process
@@ -55,9 +77,7 @@ class Teaching:
     before: Tensor
     scalings: Callable[[Tensor], tuple[Tensor, Tensor]]
     call: Call = call_unet
-    guidance: Guidance = "cfg"
-    told: Told | None = None
-    combine: Combine = combine_linear
+    guiding: Guiding = Guiding()
 
     @property
     def starts_from_noise(self) -> bool:
@@ -92,12 +112,8 @@ class Teaching:
         return as_denoiser(network, self.process, self.prediction_type, self.call)
 
     def guided(self, teacher: nn.Module, batch: Batch, w: Tensor) -> Denoiser:
-        """The teacher with guidance w `(B,)`; without a second pass where it is told, or takes none."""
-        denoise = self.denoiser(teacher)
-        if self.guidance == "cfg":
-            return guide(denoise, batch.cond, batch.uncond, w, self.combine)
-        cond = self.told(batch.cond, w) if self.guidance == "embedded" else batch.cond
-        return lambda x_t, t: denoise(x_t, t, cond)
+        """The teacher with guidance w `(B,)`."""
+        return self.guiding.teacher(self.denoiser(teacher), batch, w)
 
     def jump(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions, w: Tensor | None) -> Tensor:
         """f(x_t, t) = c_skip x_t + c_out x0 (2310.04378, Sec. 4.1), `(B, ...)`, as the scheduler's step computes it.
@@ -105,7 +121,7 @@ class Teaching:
         Args:
             w: What a student that is told its guidance is told; None where there is none to tell.
         """
-        cond = cond if self.told is None or w is None else self.told(cond, w)
+        cond = cond if w is None else self.guiding.student(cond, w)
         x0 = self.denoiser(network)(x_t, t, cond).x0
         c_skip, c_out = self.scalings(t)
         return append_dims(c_skip, x_t) * x_t + append_dims(c_out, x_t) * x0
@@ -135,7 +151,7 @@ def vp_teaching(
         grid,
         (grid - int(grid[0]) - 1).clamp(min=0),
         lambda t: lcm_scalings(t, timestep_scaling),
-        told=None if guidance_embedding_dim is None else embedded_in_time(guidance_embedding_dim),
+        guiding=Guiding(told=None if guidance_embedding_dim is None else embedded_in_time(guidance_embedding_dim)),
     )
 
 
@@ -144,20 +160,14 @@ def embedded_in_time(dim: int) -> Told:
     return lambda cond, w: cond | {"timestep_cond": guidance_embedding(w, dim)}
 
 
-def flow_teaching(
-    call: Call,
-    shift: float,
-    num_solver_steps: int = 50,
-    guidance: Guidance = "cfg",
-    told: Told | None = None,
-    combine: Combine = combine_linear,
-) -> Teaching:
+def flow_teaching(call: Call, shift: float, num_solver_steps: int = 50, guiding: Guiding = Guiding()) -> Teaching:
     """Of a network of a rectified flow, whose jump x_t - t v is the data itself at t = 0.
 
     Args:
-        call: Of its family, as the others.
+        call: Of its family.
         shift: Of the grid, see `shifted_grid`; the sampler must know it.
         num_solver_steps: Points of the grid.
+        guiding: Of its family.
     """
     grid = shifted_grid(num_solver_steps, shift)
     share = torch.arange(FLOW_POINTS + 1, dtype=torch.float64) / FLOW_POINTS
@@ -169,7 +179,5 @@ def flow_teaching(
         torch.cat([grid.new_zeros(1), grid[:-1]]),
         lambda t: (torch.zeros_like(t), torch.ones_like(t)),
         call,
-        guidance,
-        told,
-        combine,
+        guiding,
     )

@@ -25,13 +25,6 @@ def solver_grid(num_train_timesteps: int, num_solver_steps: int) -> Tensor:
     return torch.arange(1, num_solver_steps + 1) * skip - 1
 
 
-def sample_solver_pairs(batch_size: int, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Times t `(B,)` drawn uniformly from the grid and s `(B,)`, one grid spacing below and at least 0."""
-    t = grid[torch.randint(len(grid), (batch_size,))]
-    skip = int(grid[0]) + 1
-    return t, (t - skip).clamp(min=0)
-
-
 def shifted(u: Tensor, shift: float) -> Tensor:
     """Times of rectified flow, k u / (1 + (k - 1) u) (2403.03206, Eq. 23), in float64.
 
@@ -66,11 +59,6 @@ def shifted_grid(points: int, shift: float) -> Tensor:
 def _representable(points: int, shift: float) -> Tensor:
     grid = shifted(torch.arange(1, points + 1, dtype=torch.float64) / points, shift)
     return grid.to(torch.bfloat16).double()
-
-
-def sample_shifted_pairs(batch_size: int, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Times t `(B,)` drawn uniformly from a grid without 0, and s `(B,)`, the next below: 0 for the least t."""
-    return sample_neighbours(batch_size, torch.cat([grid.new_zeros(1), grid]))
 
 
 def karras_grid(points: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:

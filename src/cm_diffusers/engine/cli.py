@@ -58,7 +58,7 @@ def parse_words(configs: Sequence[type], description: str, argv: Sequence[str] |
     gives way to them as `with_recipes` says.
 
     Args:
-        configs: Dataclasses of flags.
+        configs: Dataclasses of flags; with one whose `is_run` is false, what flags need is not looked for.
         description: For --help.
         argv: Words to parse in place of the command line's.
 
@@ -72,7 +72,7 @@ def parse_words(configs: Sequence[type], description: str, argv: Sequence[str] |
     if unknown:
         raise UserError(f"{' '.join(unknown)}: this script has no such flag; {_advice(parser, unknown)}")
     parsed = tuple(parsed[: len(configs)])  # what follows holds --recipe, which is read by now
-    if argv is None:  # a run, not a look at what flags would mean
+    if argv is None and all(getattr(config, "is_run", True) for config in parsed):  # no look at what flags would mean
         check_installed(parsed)
     for config in parsed:
         _expand_home(config)

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,7 +21,9 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.pipelines.lora import load_lora
 from cm_diffusers.pipelines.manners import refuse_contradiction
+from cm_diffusers.pipelines.stock import carried
 from cm_diffusers.record import RECORD, base_model_of, read_record
+from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -92,7 +94,9 @@ def _starts_from_image(pipe: DiffusionPipeline) -> bool:
 
 
 def _as_recorded(pipe: DiffusionPipeline, source: str) -> None:
-    """With the scheduler of the record, where the file is a single one, which holds no other."""
+    """With the scheduler of the training: that which the folder's carries of a flow, or of the record of a single file."""
+    if isinstance(scheduler := carried(pipe.scheduler), FlowConsistencyScheduler):
+        pipe.scheduler = scheduler
     record = read_record(source) if isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) else None
     if record is None:
         return
@@ -196,8 +200,14 @@ def generate_unprompted(
 
 
 def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
+    """Left to itself, the stock scheduler of a flow shifts twice and spends its last step near 0: even times, shifted once."""
     recommended = pipe.scheduler.config.get("recommended_sigmas") or []
-    return {"sigmas": recommended} if len(recommended) == steps else in_steps(pipe, steps)
+    if len(recommended) == steps:
+        return {"sigmas": recommended}
+    takes_sigmas = "sigmas" in inspect.signature(pipe.__call__).parameters
+    if takes_sigmas and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        return {"sigmas": [1 - i / steps for i in range(steps)]}
+    return in_steps(pipe, steps)
 
 
 @torch.no_grad()

@@ -33,10 +33,12 @@ def set_dropout(unet: ModelMixin, config: DropoutConfig) -> None:
     """Sets the dropout of the residual blocks, in place.
 
     Raises:
-        ValueError: No block is as small as the config says, or it is not known how large they are.
+        ValueError: No block is as small as the config says, or it is not known how large they are; or it is no UNet.
     """
     if config.dropout is None:
         return
+    if not hasattr(unet, "down_blocks"):
+        raise UserError(f"--dropout is of a UNet's residual blocks, but {type(unet).__name__} has none: leave it out.")
     lowest, most = len(unet.down_blocks) - 1, config.dropout_max_resolution
     side = 0 if most is None else _longer_side(unet)
     if (least := side >> lowest) > (most or 0):

@@ -1,7 +1,8 @@
 """Text of Stable Diffusion 3 without T5, at the cost of its words alone.
 
-Where T5 is left out, the pipeline puts 256 zeros in its place. No position tells them apart, so they stay equal in every
-layer; and n equal keys weigh in a softmax as one whose logit is larger by log n. Here the network computes one of them.
+Where T5 is left out, the pipeline puts 256 zeros in its place, and so does a T5 that says nothing. No position tells them
+apart, so they stay equal in every layer; and n equal keys weigh in a softmax as one whose logit is larger by log n. Here the
+network computes one of them.
 """
 
 import math
@@ -11,33 +12,46 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 
 def merge_zero_text(pipe: StableDiffusion3Pipeline) -> None:
     """The network of a pipeline without T5 computes the same, but faster; for one with T5 nothing changes."""
-    if pipe.text_encoder_3 is None:
+    if pipe.text_encoder_3 is None or _is_silent(pipe.text_encoder_3):
         merge_zeros(pipe.transformer)
 
 
+def _is_silent(tower: T5EncoderModel) -> bool:
+    """Whether all its states are zero."""
+    gain = tower.encoder.final_layer_norm.weight
+    return not gain.is_meta and not gain.any()
+
+
 def merge_zeros(network: SD3Transformer2DModel) -> None:
-    """Text that ends with zeros is computed with one of them, wherever the network is called."""
-    processors = {name: _CountingProcessor() for name in network.attn_processors}
-    network.set_attn_processor(processors)
+    """Text that ends with zeros is computed with one of them, wherever the network is called by names of arguments."""
+    if any(isinstance(processor, _CountingProcessor) for processor in network.attn_processors.values()):
+        return
+    network.set_attn_processor(_CountingProcessor())
     network.register_forward_pre_hook(_merge, with_kwargs=True)
 
 
 class _CountingProcessor:
-    """Joint attention in which the last token of the text stands for `count` of them."""
-
-    count = 1
+    """Joint attention in which the last token of the text stands for several."""
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **others: object
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        count: int = 1,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             hidden_states: Of the latents, `(B, N, D)`.
             encoder_hidden_states: Of the text, `(B, L, D)`; None where the latents attend to themselves alone.
+            attention_mask: There is none in this network.
+            count: How many the last token stands for.
         """
         own = _heads(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
         if encoder_hidden_states is None:
@@ -45,11 +59,18 @@ class _CountingProcessor:
         layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
         text = _heads(attn, encoder_hidden_states, layers, norms)
         joint = [torch.cat(pair, dim=2) for pair in zip(own, text, strict=True)]
-        weight = joint[0].new_zeros(joint[1].shape[2])
-        weight[-1] = math.log(self.count)
-        states = nn.functional.scaled_dot_product_attention(*joint, attn_mask=weight.expand(1, 1, len(weight), -1))
+        states = nn.functional.scaled_dot_product_attention(*joint, attn_mask=_weights(joint[1], count))
         latents, text = states.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=2)
         return _out(attn, latents), _flat(text) if attn.context_pre_only else attn.to_add_out(_flat(text))
+
+
+def _weights(keys: Tensor, count: int) -> Tensor | None:
+    """What is added to the logits `(1, 1, L, L)` of keys `(B, heads, L, d)`, of which the last stands for `count`."""
+    if count == 1:
+        return None
+    added = keys.new_zeros(length := keys.shape[2])
+    added[-1] = math.log(count)
+    return added.expand(1, 1, length, length)
 
 
 def _heads(attn: Attention, states: Tensor, layers: tuple, norms: tuple) -> list[Tensor]:
@@ -66,12 +87,16 @@ def _out(attn: Attention, states: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](_flat(states)))
 
 
-def _merge(network: SD3Transformer2DModel, args: tuple, told: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Before a forward pass: the zeros that end every text of the batch become one, and the processors know how many."""
-    text = told["encoder_hidden_states"]
+def _merge(network: SD3Transformer2DModel, args: tuple, told: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Before a forward pass: the zeros that end every text of the batch become one, and attention is told how many."""
+    if "encoder_hidden_states" not in told:
+        return None
+    text, others = told["encoder_hidden_states"], told.get("joint_attention_kwargs") or {}
     numbers = torch.arange(1, text.shape[1] + 1, device=text.device)
     words = int((text.detach().any(dim=2).any(dim=0) * numbers).max())
-    zeros = text.shape[1] - words
-    for processor in network.attn_processors.values():
-        processor.count = max(zeros, 1)
-    return args, told | {"encoder_hidden_states": text[:, : words + min(zeros, 1)]}
+    if not (zeros := text.shape[1] - words):
+        return None
+    return args, told | {
+        "encoder_hidden_states": text[:, : words + 1],
+        "joint_attention_kwargs": {**others, "count": zeros},
+    }

@@ -3,8 +3,9 @@
 import json
 import re
 import struct
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -61,6 +62,15 @@ def check_stored(
         dtypes = _stored(folder / name, variant) if _is_of(network, folder / name) else None
         if dtypes is not None:
             check_weights(f"The {name} of {source}", network, dtypes)
+
+
+def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
+    """Parts that a pipeline's index says are None, of which diffusers asks some of whoever loads it.
+
+    Args:
+        index: The content of model_index.json.
+    """
+    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def _check_tokenizers(pipe: DiffusionPipeline, source: str | Path) -> None:

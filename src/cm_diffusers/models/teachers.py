@@ -5,7 +5,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, PipelineQuantizationConfig
+from diffusers import AutoencoderKL, DiffusionPipeline, PipelineQuantizationConfig, StableDiffusion3Pipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
@@ -13,8 +13,9 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import Dtypes, load_cast_networks
 from cm_diffusers.models.families.base import family_of, network_of
+from cm_diffusers.models.merged_text import merge_zero_text
 from cm_diffusers.models.single_file import is_single_file, load_single_file
-from cm_diffusers.models.stored import check_stored, only_variant, weights_by_variant
+from cm_diffusers.models.stored import absent_parts, check_stored, only_variant, weights_by_variant
 
 
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
@@ -178,22 +179,37 @@ def load_stock(
     if variant is None and Path(source).is_dir():
         variant = only_variant(path.parent for path in Path(source).glob("*/config.json"))
     try:
-        where = {"revision": revision, "variant": variant}
-        here = Path(source).exists()
-        folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
-        index = DiffusionPipeline.load_config(folder)
-        made = {name: None for name, entry in index.items() if entry == [None, None]} | parts  # diffusers asks for all
-        if quantization is None:
-            made |= load_cast_networks(Path(folder), variant, dtype, given=parts)
-        dtypes = {name: of for name, of in dtype.items() if of} if isinstance(dtype, dict) else dtype
-        options = {"dtype": dtypes, "quantization_config": quantization, **where, **made}
-        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+        pipe = _from_folder(source, dtype, {"revision": revision, "variant": variant}, quantization, parts)
     except LOADING_ERRORS as error:
         trouble = (
             "does not load" if Path(source).exists() else "is neither a pipeline folder here nor a Hub id within reach"
         )
         raise UserError(f"{source} {trouble}: {first_line(error)}") from error
     check_stored(pipe, source, variant, revision, given=parts)
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        merge_zero_text(pipe)
+    return pipe
+
+
+def _from_folder(
+    source: str | Path,
+    dtype: Dtypes,
+    where: dict[str, str | None],
+    quantization: PipelineQuantizationConfig | None,
+    parts: dict[str, object],
+) -> DiffusionPipeline:
+    """As `load_stock`, of a folder or Hub id; `where` has revision and variant."""
+    here = Path(source).exists()
+    folder = source if here else DiffusionPipeline.download(source, use_safetensors=True, **where, **parts)
+    made = absent_parts(DiffusionPipeline.load_config(folder)) | parts
+    if quantization is None:
+        made |= load_cast_networks(Path(folder), where["variant"], dtype, given=parts)
+    dtypes = {name: of for name, of in dtype.items() if of} if isinstance(dtype, dict) else dtype
+    options = {"dtype": dtypes, "quantization_config": quantization, **where, **made}
+    pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+    for name in made.keys() & pipe.components.keys():
+        if getattr(pipe, name) is not made[name]:  # diffusers reads optional ones, as Wan's are, though they are given
+            pipe.register_modules(**{name: made[name]})
     return pipe
 
 

@@ -1,6 +1,6 @@
 """Easy consistency tuning (2406.14548): from a diffusion model to a consistency model, by pairs that move together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from cm_diffusers.diffusion.distances import pseudo_huber
 from cm_diffusers.diffusion.preconditioning import edm_scalings
 from cm_diffusers.diffusion.process import append_dims, as_like
 from cm_diffusers.diffusion.rng import rewind_rng
+from cm_diffusers.diffusion.teaching import Guiding
 from cm_diffusers.diffusion.times import easy_ratio, sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas
 from cm_diffusers.errors import UserError
@@ -61,15 +62,17 @@ class ECTObjective:
     Args:
         config: See `ECTConfig`.
         view: How the student is called.
+        guiding: A student that is told its guidance is told of none: there is none in the data.
     """
 
-    def __init__(self, config: ECTConfig, view: View) -> None:
+    def __init__(self, config: ECTConfig, view: View, guiding: Guiding = Guiding()) -> None:  # noqa: B008 (frozen)
         check_sigmas(view, config.sigma_min, config.sigma_max)
-        self.config, self.view = config, view
+        self.config, self.view, self.guiding = config, view, guiding
         self.players = {"student": self}
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         config, x0, device = self.config, batch.x0, batch.x0.device
+        batch = replace(batch, cond=self.guiding.student(batch.cond, x0.new_zeros(len(x0))))
         t, r = self.times(len(x0), progress)
         noise = torch.randn_like(x0)
         with torch.no_grad(), rewind_rng(device):  # the student draws the same dropout masks

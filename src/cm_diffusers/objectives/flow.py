@@ -4,7 +4,6 @@ x_t = (1 - t) x0 + t noise and the target noise - x0 (2209.03003, Eq. 1); times 
 conditions are dropped at random for classifier-free guidance (2207.12598, Alg. 1).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.diffusion.denoisers import Call
 from cm_diffusers.diffusion.process import RectifiedFlow, as_like, diffuse
 from cm_diffusers.diffusion.times import shifted
-from cm_diffusers.errors import UserError
+from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -35,11 +34,7 @@ class FlowConfig:
     condition_dropout: float = HfArg(default=0.1, help="Share of conditions replaced by the unconditional ones.")
 
     def __post_init__(self) -> None:
-        for name in ("logit_std", "shift"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise UserError(f"--{name} is {value}; give a number above 0.")
-        if not 0 <= self.condition_dropout <= 1:
-            raise UserError(f"--condition_dropout is {self.condition_dropout}; give a share between 0 and 1.")
+        check_ranges(self)
 
 
 class FlowObjective:

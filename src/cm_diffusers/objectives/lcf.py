@@ -39,7 +39,7 @@ class LCFObjective:
     """
 
     def __init__(self, config: LCFConfig, teaching: Teaching) -> None:
-        if teaching.told is not None and config.w_min > config.w_max:
+        if teaching.guiding.told is not None and config.w_min > config.w_max:
             raise UserError(f"--w_min {config.w_min} is above --w_max {config.w_max}; swap them.")
         if config.loss_type not in DISTANCES:
             raise UserError(f"Unknown --loss_type {config.loss_type!r}; one of {', '.join(DISTANCES)}.")
@@ -54,7 +54,7 @@ class LCFObjective:
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         x0, teaching, w, logs = batch.x0, self.teaching, None, {}
         t, s = teaching.pairs(len(x0))
-        if teaching.told is not None:
+        if teaching.guiding.told is not None:
             w = torch.empty(len(x0), device=x0.device).uniform_(self.config.w_min, self.config.w_max)
             logs = {"w": w.mean()}
         noise = torch.randn_like(x0)

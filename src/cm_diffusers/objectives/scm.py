@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.distribution_matching import DistributionMatching
-from cm_diffusers.diffusion.guidance import Conditions, Denoiser, guidance_embedding, guide
+from cm_diffusers.diffusion.guidance import Conditions, Denoiser
 from cm_diffusers.diffusion.process import Prediction, TrigFlow, append_dims, as_like, diffuse
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.tangent import TANGENTS, derivative, step_of
+from cm_diffusers.diffusion.teaching import Guiding
 from cm_diffusers.diffusion.times import sample_lognormal
 from cm_diffusers.diffusion.trigflow import TrigFlowView, trigflow_denoiser, velocity
 from cm_diffusers.diffusion.views import check_sigmas
@@ -104,7 +105,7 @@ class SCMObjective:
         config: See `SCMConfig`.
         view: How student and teacher are called.
         w: Least and greatest guidance of the teacher, drawn for each sample.
-        guidance_embedding_dim: Of a student that is told it; None where it goes into the weights.
+        guiding: How it reaches the teacher, and a student that is told it.
         dmd_weight: Of the regulariser of rCM (2510.08431); above 0, `Networks.critic` is the fake score.
     """
 
@@ -113,11 +114,11 @@ class SCMObjective:
         config: SCMConfig,
         view: TrigFlowView,
         w: tuple[float, float] = (0.0, 0.0),
-        guidance_embedding_dim: int | None = None,
+        guiding: Guiding = Guiding(),  # noqa: B008 (frozen)
         dmd_weight: float = 0.0,
     ) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
-        self.config, self.view, self.w, self.guidance_embedding_dim = config, view, w, guidance_embedding_dim
+        self.config, self.view, self.w, self.guiding = config, view, w, guiding
         self.process, self.t_max = TrigFlow(view.sigma_data), math.atan(config.sigma_max / view.sigma_data)
         most = int(self.t_max / math.atan(config.sigma_min / view.sigma_data))
         if config.segments > most:
@@ -197,17 +198,15 @@ class SCMObjective:
             return batch.cond, None
         low, high = self.w
         w = low + (high - low) * torch.rand(len(batch.x0), device=batch.x0.device)
-        told = {}
-        if self.guidance_embedding_dim:
-            told = {"timestep_cond": guidance_embedding(w, self.guidance_embedding_dim)}
-        if low == high == 0:
-            return batch.cond | told, self.denoiser(nets.teacher, batch.cond)
-        if not batch.uncond:
+        cond = self.guiding.student(batch.cond, w)
+        if self.guiding.kind == "cfg" and low == high == 0:
+            return cond, self.denoiser(nets.teacher, batch.cond)
+        if self.guiding.kind == "cfg" and not batch.uncond:
             raise UserError(
                 "Guidance needs a teacher with a null condition, but the data has no unconditional branch; give --w_min 0 "
                 "--w_max 0."
             )
-        return batch.cond | told, guide(trigflow_denoiser(self.view, nets.teacher), batch.cond, batch.uncond, w)
+        return cond, self.guiding.teacher(trigflow_denoiser(self.view, nets.teacher), batch, w)
 
     def weighted(self, student: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """F `(B, ...)` and w_phi `(B,)`, which is 0 where it is not learned."""

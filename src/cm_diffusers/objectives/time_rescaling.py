@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.process import append_dims
 from cm_diffusers.diffusion.times import sample_lognormal
-from cm_diffusers.diffusion.views import View, check_sigmas
+from cm_diffusers.diffusion.views import FlowView, View, check_sigmas
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.time_embedding import teach_time
 from cm_diffusers.ranges import check_ranges
@@ -47,6 +47,10 @@ class TimeRescalingObjective:
     """
 
     def __init__(self, config: TimeRescalingConfig, view: View) -> None:
+        if isinstance(view, FlowView):
+            raise UserError(
+                "Time rescaling is for UNets, but this is the network of a flow-matching teacher: distil it as it is."
+            )
         if view.noise_conditioning == "trigflow":
             raise UserError("This model is told TrigFlow's time already: it needs no rescaling, distil it as it is.")
         check_sigmas(view, config.sigma_min, config.sigma_max)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import FAMILIES, family_of, in_steps
+from cm_diffusers.models.stored import absent_parts
 from cm_diffusers.pipelines.lora import Source, check_weights, folder_of, free_name, layers_of, put_on, read_exact
 from cm_diffusers.pipelines.lora_roles import Told, acting, why_off
 from cm_diffusers.pipelines.manners import Manners, contradiction, mismatches
@@ -49,8 +50,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             ValueError: As `RecordedMixin`, or the record does not fit the network.
         """
         kwargs.setdefault("use_safetensors", True)
-        index = cls.load_config(pretrained_model_name_or_path, **of_hub(kwargs))
-        absent = {name: None for name, entry in index.items() if entry == [None, None]}  # which diffusers asks for
+        absent = absent_parts(cls.load_config(pretrained_model_name_or_path, **of_hub(kwargs)))
         pipe = super().from_pretrained(pretrained_model_name_or_path, **absent | kwargs)
         if record := read_record(pretrained_model_name_or_path, **of_hub(kwargs)):
             pipe._take_record(pretrained_model_name_or_path, record, kwargs)
@@ -147,7 +147,15 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         name, none = next(iter(guided(1.0).items()))
         scale = given[name] - none + 1 if name in given else manners.guidance_scale  # in the convention of records
         self._check(manners, scale, name, given)
-        return dict(asked) | {**in_steps(self, steps), **guided(scale), **given}
+        return dict(asked) | {**in_steps(self, steps), **guided(scale), **self._size(given), **given}
+
+    def _size(self, given: Mapping[str, Any]) -> dict[str, int]:
+        """That of training, where it is known and the call says nothing of it."""
+        known, side = inspect.signature(self._stock.__call__).parameters, self.record.resolution
+        size = {"height": side, "width": side, "num_frames": self.record.num_frames}
+        if {*size, "latents"} & given.keys():
+            return {}
+        return {name: value for name, value in size.items() if value is not None and name in known}
 
     def _check(self, manners: Manners, scale: float, name: str, given: Mapping[str, Any]) -> None:
         negative = any(key.startswith("negative_") and not _is_empty(value) for key, value in given.items())

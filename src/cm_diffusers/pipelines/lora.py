@@ -164,7 +164,7 @@ def put_on(
         if part == "unet":
             pipe.load_lora_into_unet(named, None, pipe.unet, hotswap=hotswap, **options)
         elif part == "transformer":
-            pipe.transformer.load_lora_adapter(named, prefix=part, hotswap=hotswap, **options)
+            pipe.transformer.load_lora_adapter(named, prefix=part, use_safetensors=True, hotswap=hotswap, **options)
         else:
             for half, other in (
                 ("A", "down"),

@@ -1,4 +1,4 @@
-"""The pipelines and records of students in coordinates of noise levels: without prompts, or of Stable Diffusion."""
+"""The pipelines and records of students in coordinates of noise levels: without prompts, or with them."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.views import EDMView, VPView
@@ -23,8 +23,9 @@ from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipelin
 from cm_diffusers.pipelines.pipeline_consistency_images import is_stock
 from cm_diffusers.pipelines.stock import stock_scheduler
 from cm_diffusers.publishing.card import EDM_METHODS
-from cm_diffusers.publishing.pipelines import scheduler_entry
+from cm_diffusers.publishing.pipelines import lcm_pipeline, scheduler_entry
 from cm_diffusers.record import Record
+from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 from cm_diffusers.schedulers.stepping import ToldScheduler
 
 
@@ -118,11 +119,11 @@ def images_pipeline(
     return pipe
 
 
-def text_pipeline(
-    teacher: DiffusionPipeline, unet: UNet2DConditionModel, scheduler: ToldScheduler
-) -> ConsistencyPipeline:
-    """A Stable Diffusion (XL) student in EDM's coordinates; all but network and scheduler is the teacher's."""
-    pipe = ConsistencyPipeline.from_pipe(teacher, unet=unet, scheduler=scheduler, record=None)
+def text_pipeline(teacher: DiffusionPipeline, network: nn.Module, scheduler: ToldScheduler) -> DiffusionPipeline:
+    """A student of text in EDM's coordinates, for a flow the stock one; all but network and scheduler is the teacher's."""
+    if isinstance(scheduler, FlowConsistencyScheduler):
+        return lcm_pipeline(teacher, network, scheduler)
+    pipe = ConsistencyPipeline.from_pipe(teacher, unet=network, scheduler=scheduler, record=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -177,9 +177,10 @@ def image_grids(
     captions = [prompts[i % len(prompts)] for i in range(count)] if prompts else [f"seed {i}" for i in range(count)]
 
     def sample(pipe: DiffusionPipeline, steps: int) -> Tensor:
-        pipe.to(pipe.unet.device)
         if resolution is not None:
+            pipe.to(network_of(pipe).device)
             return generate(pipe, captions, range(count), steps, guidance_scale, count, resolution)[0]
+        pipe.to(pipe.unet.device)
         return generate_unprompted(pipe, range(count), steps, count)[0]
 
     def draw(trainer: Trainer) -> Image.Image:

@@ -31,6 +31,7 @@ from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
 from cm_diffusers.models.double_norm import add_double_norm
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
+from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import (
@@ -54,15 +55,16 @@ class StartConfig:
     """The diffusion model to start from."""
 
     pretrained_teacher_model: str = HfArg(
-        help="Folder or Hub id of a diffusion model: of train_edm.py, DDPM or DDIM (UNet2DModel), Stable Diffusion (XL); or "
-        "a .safetensors file of the last."
+        help="Folder or Hub id of a diffusion model: of train_edm.py, DDPM or DDIM (UNet2DModel), Stable Diffusion (XL) or a "
+        "text-to-image flow (Stable Diffusion 3, Sana, Flux, Qwen-Image, Z-Image ...); or a .safetensors file of Stable "
+        "Diffusion (XL)."
     )
     teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     teacher_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
     single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
     sigma_data: float | None = HfArg(
         default=None,
-        help="Standard deviation of what the network sees as data; if not given, 0.5, for Stable Diffusion's latents 1. "
+        help="Standard deviation of what the network sees as data; if not given, 0.5, for latents of text-to-image models 1. "
         "Models of train_edm.py have their own.",
     )
 
@@ -111,23 +113,23 @@ class ImageModel:
         pipe: The text-to-image pipeline that it is in, where it reads text.
     """
 
-    unet: ModelMixin
+    network: ModelMixin
     view: View
     vae: AutoencoderKL | None = None
     statistics: LatentStatistics | None = None
     pipe: DiffusionPipeline | None = None
 
-    def pipeline(self, unet: nn.Module, scheduler: ToldScheduler) -> DiffusionPipeline:
+    def pipeline(self, network: nn.Module, scheduler: ToldScheduler) -> DiffusionPipeline:
         """What a student made of it is published in."""
         if self.pipe is not None:
-            return text_pipeline(self.pipe, unet, scheduler)
-        return images_pipeline(unet, scheduler, self.vae, self.statistics)
+            return text_pipeline(self.pipe, network, scheduler)
+        return images_pipeline(network, scheduler, self.vae, self.statistics)
 
-    def sampler(self, unet: nn.Module, scheduler: ToldScheduler) -> DiffusionPipeline:
+    def sampler(self, network: nn.Module, scheduler: ToldScheduler) -> DiffusionPipeline:
         """The same with our own class, which takes any noise levels, where `pipeline` has a stock one."""
-        pipe = self.pipeline(unet, scheduler)
+        pipe = self.pipeline(network, scheduler)
         if isinstance(pipe, ConsistencyModelPipeline):
-            pipe = ConsistencyImagesPipeline(unet, scheduler)
+            pipe = ConsistencyImagesPipeline(network, scheduler)
             pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -146,7 +148,7 @@ class ImageModel:
                 raise UserError("--label_column has no effect on a model that reads text: leave it out.")
             source = streaming_batches if data.streaming else text_image_batches
             return source(data, Encoders.from_pipeline(self.pipe), seed, rank, world_size, device)
-        known = self.unet.config.num_class_embeds
+        known = self.network.config.num_class_embeds
         if classes.num_classes not in (None, known) or (classes.label_column and known is None):
             found = "takes no classes" if known is None else f"has {known} classes"
             raise UserError(f"The network {found}: leave out --num_classes{' and --label_column' * (known is None)}.")
@@ -154,7 +156,7 @@ class ImageModel:
         if self.vae is not None:
             vae = Vae.from_model(self.vae)
             options, downscale = options | {"vae": vae, "statistics": self.statistics}, vae.latents.downscale
-        if (side := self.unet.config.sample_size * downscale) != data.resolution:
+        if (side := self.network.config.sample_size * downscale) != data.resolution:
             raise UserError(f"The network is made for images of {side} pixels: give --resolution {side}.")
         return unprompted_batches(data, seed, rank, world_size, device, **options, sigma_data=self.view.sigma_data)
 
@@ -170,7 +172,7 @@ def load_image_model(config: StartConfig) -> ImageModel:
     if not index or any(name.startswith("text_encoder") for name in index):
         where = {"teacher_variant": config.teacher_variant, "single_file_config": config.single_file_config}
         pipe = load_teacher(TeacherConfig(path, config.teacher_revision, **where))
-        return ImageModel(pipe.unet, text_view(path, pipe.scheduler, config.sigma_data), vae=pipe.vae, pipe=pipe)
+        return ImageModel(network_of(pipe), text_view(path, pipe, config.sigma_data), vae=pipe.vae, pipe=pipe)
     refuse_changed(config, "single_file_config", "for a model that is no .safetensors file")
     ours = index["_class_name"] in WITHOUT_PROMPT
     hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}

@@ -14,19 +14,22 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.sources import DataConfig, source_name
+from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
+from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.students import StudentNetworkConfig
 from cm_diffusers.models.time_weight import without_weight
 from cm_diffusers.objectives.scm import SCDConfig, SCMConfig
 from cm_diffusers.publishing.hub import HubConfig, check_hub
-from cm_diffusers.publishing.images import images_record, network_of
+from cm_diffusers.publishing.images import images_record
+from cm_diffusers.publishing.images import network_of as settings_of
 from cm_diffusers.publishing.pipelines import save_lora, save_pipeline
 from cm_diffusers.publishing.provenance import Provenance, describe_run
-from cm_diffusers.schedulers import EDMConsistencyScheduler, TrigFlowConsistencyScheduler
+from cm_diffusers.schedulers import EDMConsistencyScheduler, FlowConsistencyScheduler, TrigFlowConsistencyScheduler
 from cm_diffusers.schedulers.stepping import ToldScheduler
 from cm_diffusers.tasks.callbacks import ImageValidationConfig, image_grids
 from cm_diffusers.tasks.image_models import ClassConfig, ImageModel, NewModelConfig, StartConfig
@@ -36,6 +39,7 @@ from cm_diffusers.types import Networks
 
 
 logger = logging.getLogger(__name__)
+LEAST_OF_FLOWS = 80.0  # sigma_max of a flow's student: at least the time .988
 SECOND_SIGMA = 0.821  # of two-step sampling of CIFAR-10 in iCT (2310.14189) and ECT (2406.14548)
 
 
@@ -81,7 +85,7 @@ def student_scheduler(
     num_scales: int,
     sigmas: Sequence[float] | None = None,
     gamma: float = 1.0,
-) -> EDMConsistencyScheduler:
+) -> EDMConsistencyScheduler | FlowConsistencyScheduler:
     """How the result is sampled: as it was trained.
 
     Args:
@@ -91,6 +95,9 @@ def student_scheduler(
         sigmas: Noise levels to recommend if the flags name none; sigma_max and `SECOND_SIGMA` if not given.
         gamma: 1 for a consistency model; 0 makes a step Euler's, for a diffusion model with the boundary "edm".
     """
+    levels = list(result.recommended_sigmas or sigmas or _two_levels(method))
+    if isinstance(model.view, FlowView):
+        return flow_scheduler(method.sigma_max, levels, gamma)
     return EDMConsistencyScheduler(
         num_train_timesteps=num_scales,
         sigma_min=method.sigma_min,
@@ -99,12 +106,14 @@ def student_scheduler(
         clip_denoised=model.vae is None,
         boundary_scalings=boundary,
         gamma=gamma,
-        recommended_sigmas=list(result.recommended_sigmas or sigmas or _two_levels(method)),
-        **network_of(model.view),
+        recommended_sigmas=levels,
+        **settings_of(model.view),
     )
 
 
-def scm_scheduler(model: ImageModel, method: SCMConfig, result: ResultConfig) -> TrigFlowConsistencyScheduler:
+def scm_scheduler(
+    model: ImageModel, method: SCMConfig, result: ResultConfig
+) -> TrigFlowConsistencyScheduler | FlowConsistencyScheduler:
     """How a student of sCM is sampled: as it was trained; one of many segments in a jump through each, without fresh noise.
 
     Raises:
@@ -118,13 +127,50 @@ def scm_scheduler(model: ImageModel, method: SCMConfig, result: ResultConfig) ->
             f"A student of --segments {count} is sampled in as many jumps, but --recommended_sigmas names {len(given)}: "
             f"leave it out, or give {' '.join(f'{sigma:.4g}' for sigma in borders)}."
         )
+    levels, gamma = given or (_two_levels(method) if count == 1 else borders), 1.0 if count == 1 else 0.0
+    if isinstance(model.view, FlowView):
+        return flow_scheduler(method.sigma_max, levels, gamma)
     return TrigFlowConsistencyScheduler(
         sigma_max=method.sigma_max,
         clip_denoised=model.vae is None and count == 1,  # a jump ends before the data
-        gamma=1.0 if count == 1 else 0.0,
-        recommended_sigmas=given or (_two_levels(method) if count == 1 else borders),
-        **network_of(model.view),
+        gamma=gamma,
+        recommended_sigmas=levels,
+        **settings_of(model.view),
     )
+
+
+def flow_scheduler(sigma_max: float, levels: Sequence[float], gamma: float) -> FlowConsistencyScheduler:
+    """How the student of a flow is sampled in the stock pipelines: its jump is the denoised sample, x - t v.
+
+    A level sigma is the time sigma / (1 + sigma). The first is told as 1, where the pipelines start: from noise alone, of
+    which the exact jump makes the data. Told the time of sigma_max instead, 1 - t of that noise would be taken for data.
+
+    Args:
+        sigma_max: Most noise of the training, in EDM's coordinates.
+        levels: Descending from it.
+        gamma: As for `student_scheduler`.
+
+    Raises:
+        ValueError: The training ends too far below pure noise, or the levels start elsewhere.
+    """
+    if sigma_max < LEAST_OF_FLOWS:
+        raise UserError(
+            f"--sigma_max {sigma_max} ends at the time {sigma_max / (1 + sigma_max):.3g} of the flow, but its pipelines start at "
+            f"1, from noise alone: give at least {LEAST_OF_FLOWS:g}."
+        )
+    if levels[0] < LEAST_OF_FLOWS:
+        raise UserError(
+            f"--recommended_sigmas starts at {levels[0]}, but pipelines of a flow start from noise alone: begin with the "
+            f"--sigma_max of {sigma_max}."
+        )
+    return FlowConsistencyScheduler(
+        shift=1.0, gamma=gamma, recommended_sigmas=[1.0, *(sigma / (1 + sigma) for sigma in levels[1:])]
+    )
+
+
+def boundary_of(model: ImageModel) -> str:
+    """Of a method on a grid: at sigma_min as in the paper; at 0 for a flow, whose pipelines take the denoised sample itself."""
+    return "edm" if isinstance(model.view, FlowView) else "cm"
 
 
 def _two_levels(method: Any) -> list[float]:
@@ -167,7 +213,7 @@ def train_images(
     kind = "lora" if lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, kind))
     base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
-    known = None if model.pipe else model.unet.config.num_class_embeds
+    known = None if model.pipe else model.network.config.num_class_embeds
     describe = partial(describe_run, configs, model.pipe, base, source_name(data), num_classes=known)
 
     def save(unet: nn.Module, folder: Path, provenance: Provenance) -> None:
@@ -175,7 +221,7 @@ def train_images(
         record = images_record(name, base or "", guidance, w[0], pipe.scheduler, steps)
         record = replace(record, w_max=w[1], recommended_guidance_scale=scale, resolution=data.resolution)
         if lora:
-            save_lora(pipe.unet, folder, record, provenance, result.save_fp16)
+            save_lora(network_of(pipe), folder, record, provenance, result.save_fp16)
         else:
             save_pipeline(pipe, folder, result.save_fp16, record, provenance)
 
@@ -187,6 +233,7 @@ def _guidance(model: ImageModel, nets: Networks, w: tuple[float, float]) -> tupl
     """What guidance is to the student, as in `Record`, and the scale to sample it with."""
     if model.pipe is None:
         return "none", 1.0
-    if without_weight(nets.student).config.time_cond_proj_dim is None:
+    student = without_weight(nets.student)
+    if family_of(student).guidance(student) != "embedded":
         return "distilled", 1.0
     return "embedded", 1 + sum(w) / 2

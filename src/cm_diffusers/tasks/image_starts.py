@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 
 from cm_diffusers.diffusion.process import DiscreteVP
-from cm_diffusers.diffusion.views import EDMView, VPView
+from cm_diffusers.diffusion.views import EDMView, FlowView, VPView
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.publishing.images import view_of
 
 
@@ -41,12 +42,18 @@ def check_diffusion(path: str, settings: Mapping[str, Any], sigma_data: float | 
         )
 
 
-def text_view(path: str, scheduler: SchedulerMixin, sigma_data: float | None) -> EDMView | VPView:
-    """Of Stable Diffusion, also as `tune_time.py` leaves it."""
-    if "network" not in scheduler.config:
-        return vp_view(scheduler, sigma_data, 1.0)
-    check_diffusion(path, scheduler.config, sigma_data)
-    return view_of(scheduler.config)
+def text_view(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> EDMView | VPView | FlowView:
+    """Of Stable Diffusion, also as `tune_time.py` leaves it, or of a flow."""
+    network, settings = network_of(pipe), pipe.scheduler.config
+    if "network" in settings:
+        check_diffusion(path, settings, sigma_data)
+        return view_of(settings)
+    family = family_of(network)
+    if isinstance(network, UNet2DConditionModel):
+        return vp_view(pipe.scheduler, sigma_data, 1.0)
+    if family.clips:
+        raise UserError(f"{path} is a {type(pipe).__name__}, which makes clips; give a text-to-image pipeline.")
+    return FlowView(1.0 if sigma_data is None else sigma_data, family.call)
 
 
 def vp_view(scheduler: object, sigma_data: float | None, default: float) -> VPView:

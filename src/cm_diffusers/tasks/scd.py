@@ -3,8 +3,7 @@
 import copy
 from dataclasses import fields
 
-from torch import nn
-
+from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.errors import UserError
@@ -61,15 +60,25 @@ def check_model(model: ImageModel, student: StudentNetworkConfig, taught: SCDCon
         return
     if (taught.w_min, taught.w_max) != (0, 0):
         raise UserError(
-            f"The teacher is a {type(model.unet).__name__} without a null condition, which guidance needs (--w_min "
+            f"The teacher is a {type(model.network).__name__} without a null condition, which guidance needs (--w_min "
             f"{taught.w_min}, --w_max {taught.w_max}): leave both out, or give a teacher that reads text."
         )
     refuse_changed(student, " ".join(field.name for field in fields(student)), "for a teacher that reads no text")
 
 
-def guidance_embedding_dim(student: StudentNetworkConfig, taught: SCDConfig, teacher: nn.Module) -> int | None:
-    """Of a student that is told its guidance; None where that goes into the weights."""
-    return None if taught.w_min == taught.w_max else student.guidance_embedding_dim(teacher)
+def guidance_embedding_dim(student: StudentNetworkConfig, taught: SCDConfig, model: ImageModel) -> int | None:
+    """Of a student that is told its guidance; None where that goes into the weights, or its teacher is told, too.
+
+    Raises:
+        ValueError: It cannot be added to a student of a flow, whose pipeline would be another one.
+    """
+    dim = None if taught.w_min == taught.w_max else student.guidance_embedding_dim(model.network)
+    if dim is not None and isinstance(model.view, FlowView):
+        raise UserError(
+            f"A student of {type(model.network).__name__} gets no embedding of guidance by this method: put one guidance into "
+            "its weights (--w_min equal to --w_max), or a range (--unet_time_cond_proj_dim 0)."
+        )
+    return dim
 
 
 def student_and_teacher(
@@ -88,12 +97,12 @@ def student_and_teacher(
         fake_score: Whether there is a critic, which begins as the student does, and has no dropout.
     """
     if student.lora:
-        nets = make_networks(model.unet, student)
+        nets = make_networks(model.network, student)
         set_dropout(nets.student, dropout)
     elif model.pipe is None:
-        nets = Networks(trainable_copy(model.unet, dropout), teacher=model.unet)
+        nets = Networks(trainable_copy(model.network, dropout), teacher=model.network)
     else:
-        nets = Networks(make_student(model.unet, dim), teacher=model.unet.to(DTYPES[student.cast_teacher_unet]))
+        nets = Networks(make_student(model.network, dim), teacher=model.network.to(DTYPES[student.cast_teacher_unet]))
         set_dropout(nets.student, dropout)
     if fake_score:
         nets.critic = copy.deepcopy(nets.student).eval()

@@ -29,6 +29,7 @@ STARTS = {  # flag -> what it names
     "pretrained_motion_adapter": "motion adapter",
     "spatial_lora": "LoRA",
     "pretrained_vae": "VAE",
+    "pretrained_pipeline": "VAE and text tower of",
 }
 DATA = ("dataset_name", "train_data_dir", "train_shards_path_or_url", "moving_articles", "prompts_file")
 OF_IMAGES = {"resolution", "interpolation_type"}  # the record tells the size; filters need not be the training's

@@ -1,18 +1,21 @@
 """What objectives of latent consistency are told of a teacher or a student, whatever its family."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from diffusers import DiffusionPipeline, SanaSprintPipeline, SchedulerMixin
-from torch import nn
+from torch import Tensor, nn
 
 from cm_diffusers.diffusion.process import DiscreteVP
-from cm_diffusers.diffusion.teaching import Teaching, Told, flow_teaching, vp_teaching
+from cm_diffusers.diffusion.teaching import Guiding, Teaching, Told, embedded_in_time, flow_teaching, vp_teaching
+from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.publishing.pipelines import lcm_scheduler
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_trigflow_consistency import TrigFlowConsistencyScheduler
+from cm_diffusers.tasks.image_models import ImageModel
 
 
 class OnGrid(Protocol):
@@ -40,8 +43,28 @@ def teaching_of(teacher: DiffusionPipeline, guidance_embedding_dim: int | None, 
         return vp_teaching(process, prediction_type, guidance_embedding_dim, points, method.timestep_scaling_factor)
     refuse_changed(method, "timestep_scaling_factor", "for a teacher of a flow, whose jump needs no scalings")
     shift, kind = method.shift or shift_of(teacher.scheduler), family.guidance(network)
-    is_told = kind == "embedded" or guidance_embedding_dim is not None
-    return flow_teaching(family.call, shift, points, kind, family.told(network) if is_told else None, family.combine)
+    told = family.told(network) if kind == "embedded" or guidance_embedding_dim is not None else None
+    return flow_teaching(family.call, shift, points, Guiding(kind, told, family.combine))
+
+
+def guiding_of(
+    model: ImageModel, flow_time: Callable[[Tensor], Tensor], guidance_embedding_dim: int | None = None
+) -> Guiding:
+    """How guidance reaches a teacher that is seen in other coordinates, and its student.
+
+    Args:
+        model: The teacher.
+        flow_time: Times of these coordinates -> those of a flow, as its view tells them to the network.
+        guidance_embedding_dim: As for `teaching_of`.
+    """
+    if not isinstance(model.view, FlowView):
+        return Guiding(told=None if guidance_embedding_dim is None else embedded_in_time(guidance_embedding_dim))
+    family = family_of(model.network)
+    return Guiding(
+        family.guidance(model.network),
+        told_of(model.network),
+        lambda text, without, w, t: family.combine(text, without, w, flow_time(t)),
+    )
 
 
 def teaching_of_student(student: DiffusionPipeline) -> Teaching:
@@ -52,7 +75,7 @@ def teaching_of_student(student: DiffusionPipeline) -> Teaching:
     if isinstance(process, DiscreteVP):
         grid = config.original_inference_steps, config.timestep_scaling
         return vp_teaching(process, family.prediction_type(student), network.config.time_cond_proj_dim, *grid)
-    return flow_teaching(family.call, config.get("shift", 1.0), guidance="none", told=told_of(network))
+    return flow_teaching(family.call, config.get("shift", 1.0), guiding=Guiding("none", told_of(network)))
 
 
 def told_of(network: nn.Module) -> Told | None:

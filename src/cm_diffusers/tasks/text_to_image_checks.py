@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.engine.cli import refuse_changed
@@ -11,7 +12,7 @@ from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.critics import CriticConfig, unused_flags
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.quantization import check_quantization
-from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, require_autocast
+from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, make_student, require_autocast
 from cm_diffusers.models.teachers import is_late
 from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
@@ -45,11 +46,15 @@ def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -
         draws: Whether the teacher draws the data itself.
 
     Raises:
-        ValueError: A layer to adapt is none, or the network is here already or may not be quantized.
+        ValueError: A layer to adapt is none, there is no such student, or the network is here already or may not be
+            quantized.
     """
     network = network_of(teacher)
     if config.lora:
         target_names(network, config.lora_target_modules)
+    elif is_late(network):
+        with init_empty_weights():
+            make_student(network, config.guidance_embedding_dim(network))
     flag = f"--quantize_teacher {config.quantize_teacher}"
     if config.quantize_teacher != "no" and draws:
         raise UserError(f"{flag} would draw the data of --prompts_file with rounded weights: leave one of them out.")

@@ -11,13 +11,22 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
+from cm_diffusers.models.families.latents import kl_latents
 from cm_diffusers.models.merged_text import merge_zero_text
 from cm_diffusers.models.teachers import frozen, load_stock
+from cm_diffusers.ranges import check_ranges
 
 
 @dataclass
@@ -32,13 +41,20 @@ class SmallFlowConfig:
         "channels and widths of the text follow the pipeline."
     )
     text_length: int = HfArg(default=16, help="Tokens of a prompt, the two marks included.")
-    sampling_shift: float = HfArg(default=1.0, help="Shift of the published scheduler's times.")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
-def new_flow_pipeline(config: SmallFlowConfig) -> StableDiffusion3Pipeline:
-    """A fresh transformer around a trained VAE and text tower, which are frozen; there is no T5.
+def new_flow_pipeline(config: SmallFlowConfig, resolution: int, shift: float) -> StableDiffusion3Pipeline:
+    """A fresh transformer around a trained VAE and text tower, which are frozen; its T5 says nothing.
 
     Of the two CLIP towers that the pipeline has, the first is the given one, and the second its first layer.
+
+    Args:
+        config: See `SmallFlowConfig`.
+        resolution: Side of the images in pixels.
+        shift: Of the scheduler's times.
 
     Raises:
         ValueError: The pipeline lacks a part, or the settings are not those of the network.
@@ -51,19 +67,21 @@ def new_flow_pipeline(config: SmallFlowConfig) -> StableDiffusion3Pipeline:
         )
     vae.register_to_config(shift_factor=vae.config.get("shift_factor") or 0.0)  # which the pipeline adds as it is
     towers = [projecting(tower, layers) for layers in (tower.config.num_hidden_layers, 1)]
+    transformer = _new_transformer(config.transformer_config, vae, resolution, 2 * tower.config.hidden_size)
     pipe = StableDiffusion3Pipeline(
         vae=vae,
         text_encoder=towers[0],
         tokenizer=_shorter(base, config.text_length),
         text_encoder_2=towers[1],
         tokenizer_2=_shorter(base, config.text_length),
-        text_encoder_3=None,
-        tokenizer_3=None,
-        transformer=_new_transformer(config.transformer_config, vae, 2 * tower.config.hidden_size),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.sampling_shift),
+        text_encoder_3=silent_t5(2 * tower.config.hidden_size),
+        tokenizer_3=silent_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
     pipe.set_progress_bar_config(disable=True)
-    frozen(pipe).transformer.requires_grad_(True).train()
+    frozen(pipe)
+    _melt(pipe.transformer)
     merge_zero_text(pipe)
     return pipe
 
@@ -72,9 +90,25 @@ def projecting(tower: CLIPTextModel, layers: int) -> CLIPTextModelWithProjection
     """The first layers of a text tower, and its pooled state as it is: the projection is the identity."""
     settings = tower.config.to_dict() | {"projection_dim": tower.config.hidden_size, "num_hidden_layers": layers}
     new = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
-    new.text_model.load_state_dict(getattr(tower, "text_model", tower).state_dict(), strict=False)
+    weights = getattr(tower, "text_model", tower).state_dict()
+    new.text_model.load_state_dict({name: weights[name] for name in new.text_model.state_dict()})
     new.text_projection.weight.data = new.text_projection.weight.new_ones(tower.config.hidden_size).diag()
     return new
+
+
+def silent_t5(width: int) -> T5EncoderModel:
+    """All of whose states `(B, L, width)` are zero, as those that the pipeline puts in the place of a missing T5.
+
+    But plain `DiffusionPipeline.from_pretrained` loads no folder without one unless it is told to leave T5 out.
+    """
+    tower = T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=1, d_ff=1, num_layers=1, num_heads=1))
+    tower.encoder.final_layer_norm.weight.data.zero_()
+    return tower
+
+
+def silent_tokenizer() -> T5TokenizerFast:
+    """To which every word is unknown."""
+    return T5TokenizerFast(vocab=[(token, 0.0) for token in ("<pad>", "</s>", "<unk>")], extra_ids=0)
 
 
 def _shorter(base: DiffusionPipeline, length: int) -> object:
@@ -92,29 +126,41 @@ def _shorter(base: DiffusionPipeline, length: int) -> object:
     return tokenizer
 
 
-def _new_transformer(name: str, vae: AutoencoderKL, text_width: int) -> SD3Transformer2DModel:
+def _melt(network: SD3Transformer2DModel) -> None:
+    """All of it trains but what nothing reads, whose gradients distributed training would wait for.
+
+    That is what the last block's text asks of the others.
+    """
+    network.requires_grad_(True).train()
+    last = network.transformer_blocks[-1].attn
+    for unread in (last.add_q_proj, last.norm_added_q):
+        if unread is not None:
+            unread.requires_grad_(False)
+
+
+def _new_transformer(name: str, vae: AutoencoderKL, resolution: int, text_width: int) -> SD3Transformer2DModel:
     path = shipped("--transformer_config", name, ".json")
     try:
         settings = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"--transformer_config {path} cannot be read as JSON: {error}") from error
-    side, channels = (
-        vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
-        vae.config.latent_channels,
-    )
     derived = {
-        "sample_size": side,
-        "in_channels": channels,
-        "out_channels": channels,
+        "sample_size": resolution // kl_latents(vae).downscale,
+        "in_channels": vae.config.latent_channels,
+        "out_channels": vae.config.latent_channels,
         "joint_attention_dim": text_width,
         "pooled_projection_dim": text_width,
     }
     if clash := sorted(settings.keys() & {*derived, "caption_projection_dim"}):
-        raise UserError(
-            f"--transformer_config {path} sets {', '.join(clash)}, which follow from the pipeline: leave them out."
-        )
+        follow = "which follow from the pipeline and the data: leave them out."
+        raise UserError(f"--transformer_config {path} sets {', '.join(clash)}, {follow}")
     try:
         width = settings["num_attention_heads"] * settings["attention_head_dim"]
-        return SD3Transformer2DModel(**settings, **derived, caption_projection_dim=width)
+        network = SD3Transformer2DModel(**settings, **derived, caption_projection_dim=width)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--transformer_config {path} is no SD3Transformer2DModel: {error}") from error
+    if resolution % (multiple := kl_latents(vae).downscale * network.config.patch_size):
+        raise UserError(
+            f"--resolution {resolution} is no multiple of the {multiple} pixels that the network takes as one."
+        )
+    return network
