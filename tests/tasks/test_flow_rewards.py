@@ -171,7 +171,7 @@ def test_the_distillation_tells_teacher_and_student_alike(home: Path, model: str
     nets = Networks(tuned.network)
     objective = distillation_of(tuned, nets, config, None)
     assert type(nets.teacher) is type(tuned.network)
-    teaching, guiding = objective.teaching, objective.teaching.guiding
+    teaching = objective.teaching
     assert (teaching.guiding.told is not None) == (model == "flux/lora")
     assert teaching.guiding.kind == ("embedded" if model == "flux/lora" else "cfg")
     assert teaching.grid[-1] == 1
