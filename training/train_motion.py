@@ -62,8 +62,7 @@ def main() -> None:
 
     shape = data.sample_n_frames, data.resolution, validation.validation_guidance_scale
     grid = clip_grid(validation, make_pipeline, *shape)
-    settings = [source, motion, new, data]
-    trainer = Trainer(train, Networks(unet), objective, optim, settings, callbacks=[grid])
+    trainer = Trainer(train, Networks(unet), objective, optim, [source, motion, new, data], callbacks=[grid])
     batches = video_batches(data, Encoders.from_pipeline(image), train.seed, *trainer.place)
     trainer.fit(announce(trainer, batches, configs, "motion_adapter"))
 

@@ -140,6 +140,13 @@ def base_model_of(record: Record, lora: str | Path) -> str:
     return found
 
 
+def first_model_of(record: Record, student: str) -> str:
+    """Where it all began: a student that was tuned has a student as its base model."""
+    base = base_model_of(record, student)
+    earlier = read_record(base)
+    return base if earlier is None else first_model_of(earlier, base)
+
+
 def _is_pipeline(place: Path) -> bool:
     return (place / "model_index.json").is_file() or (place.suffix == ".safetensors" and place.is_file())
 

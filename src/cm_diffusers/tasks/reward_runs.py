@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
@@ -27,11 +27,11 @@ from cm_diffusers.pipelines.starts import native_size
 from cm_diffusers.policy.policy import Conditions, Policy
 from cm_diffusers.publishing.pipelines import lcm_pipeline
 from cm_diffusers.ranges import check_ranges
-from cm_diffusers.record import Record, base_model_of, read_record
+from cm_diffusers.record import Record, first_model_of
 from cm_diffusers.rewards import Reward
 from cm_diffusers.rewards.base import Metadata
 from cm_diffusers.tasks.teachings import loop_scheduler, teaching_of, told_of
-from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
+from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_ddim, load_student
 from cm_diffusers.types import Networks
 
 
@@ -158,7 +158,7 @@ def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
         ValueError: It is out of reach or no such model, or cannot be sampled so.
     """
     if config.sampler == "ddim":
-        pipe = _diffusion_model(config)
+        pipe = load_ddim(config)
         scale = 1.0 if config.guidance_scale is None else config.guidance_scale
         return Tuned(pipe, None, Policy(pipe.scheduler, config.num_inference_steps, scale, final_std, config.eta))
     pipe, record = load_student(config)
@@ -168,20 +168,6 @@ def load_tuned(config: RewardModelConfig, final_std: float) -> Tuned:
     how = {"final_std": final_std, "call": family.call, "combine": family.combine}
     policy = Policy(loop_scheduler(pipe), config.num_inference_steps, 1.0 if embeds else scale, **how)
     return Tuned(pipe, record, policy, scale if embeds else None)
-
-
-def _diffusion_model(config: RewardModelConfig) -> DiffusionPipeline:
-    where = {"teacher_revision": config.student_revision, "teacher_variant": config.student_variant}
-    where["single_file_config"] = config.single_file_config
-    pipe = load_teacher(TeacherConfig(config.pretrained_student_model, **where))
-    network = network_of(pipe)
-    if not isinstance(family_of(network).process(pipe), DiscreteVP):
-        raise UserError(
-            f"--sampler ddim is for models with alphas_cumprod, but {config.pretrained_student_model} is a flow with a "
-            f"{type(network).__name__}: distil it first, and tune the student."
-        )
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    return pipe
 
 
 def tuned_networks(network: nn.Module, config: RewardModelConfig, keeps_start: bool) -> Networks:
@@ -211,7 +197,7 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
         ValueError: The teacher cannot be loaded, or predicts something else.
     """
     record, config, family = tuned.record, tuned.pipe.scheduler.config, family_of(tuned.network)
-    teacher = teacher or _diffusion_model_of(record, source.pretrained_student_model)
+    teacher = teacher or first_model_of(record, source.pretrained_student_model)
     pipe = load_teacher(TeacherConfig(teacher))
     kinds = [family_of(network_of(each)).prediction_type(each) for each in (pipe, tuned.pipe)]
     if kinds[0] != kinds[1]:
@@ -230,14 +216,9 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
     else:
         grid = {"shift": config.get("shift", 1.0)}
     method = LCMConfig(w_min=record.w_min, w_max=record.w_max, **grid)
-    return LCMObjective(method, replace(teaching_of(pipe, None, method), told=told_of(tuned.network)))
-
-
-def _diffusion_model_of(record: Record, student: str) -> str:
-    """Where it all began: a student that was tuned has a student as its base model."""
-    base = base_model_of(record, student)
-    earlier = read_record(base)
-    return base if earlier is None else _diffusion_model_of(earlier, base)
+    teaching = teaching_of(pipe, None, method)
+    guiding = replace(teaching.guiding, told=told_of(tuned.network))
+    return LCMObjective(method, replace(teaching, guiding=guiding))
 
 
 @dataclass

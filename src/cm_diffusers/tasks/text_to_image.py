@@ -5,19 +5,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from diffusers import DiffusionPipeline, LCMScheduler, SCMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SCMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
+from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.critics import CriticConfig
-from cm_diffusers.models.families.base import network_of
+from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.quantization import quantization_config
 from cm_diffusers.models.single_file import is_single_file
@@ -29,6 +30,7 @@ from cm_diffusers.models.teachers import (
     frozen,
     load_network,
     load_stock,
+    load_teacher,
     network_name,
     release_encoders,
     stock_pipeline,
@@ -181,6 +183,25 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     kind = SCHEDULERS.get(record.scheduler.get("_class_name"), LCMScheduler)
     pipe.scheduler = kind.from_config(config)
     return frozen(pipe), record
+
+
+def load_ddim(config: FinetuneConfig) -> DiffusionPipeline:
+    """A diffusion model in a student's place, with DDIM: frozen, in float32.
+
+    Raises:
+        ValueError: As `load_teacher`, or it is of another process.
+    """
+    where = {"teacher_revision": config.student_revision, "teacher_variant": config.student_variant}
+    where["single_file_config"] = config.single_file_config
+    pipe = load_teacher(TeacherConfig(config.pretrained_student_model, **where))
+    network = network_of(pipe)
+    if not isinstance(family_of(network).process(pipe), DiscreteVP):
+        raise UserError(
+            f"--sampler ddim is for models with alphas_cumprod, but {config.pretrained_student_model} is a flow with a "
+            f"{type(network).__name__}: distil it first, and tune the student."
+        )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    return pipe
 
 
 def _load(path: str, record: Record | None, config: FinetuneConfig) -> DiffusionPipeline:
