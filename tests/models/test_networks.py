@@ -11,6 +11,7 @@ from torch import nn
 from cm_diffusers.diffusion.guidance import guidance_embedding
 from cm_diffusers.engine.averages import ema_update
 from cm_diffusers.models.adapters import WithoutAdapters, add_lora
+from cm_diffusers.models.families.base import FAMILIES
 from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.models.students import StudentConfig, frozen_copy, make_networks, make_student
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
@@ -276,5 +277,6 @@ def test_a_pipeline_of_another_kind(tmp_path):
     unet = UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, **blocks)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     assert refusal(tmp_path) == (
-        f"{tmp_path} is a DDPMPipeline without a UNet2DConditionModel; give a Stable Diffusion pipeline."
+        f"{tmp_path} is a DDPMPipeline without a network of a known family, but with UNet2DModel; give a text-to-image "
+        f"pipeline of {', '.join(FAMILIES)}."
     )
