@@ -1408,6 +1408,7 @@ FEW_STEP_SCHEDULERS = (
     "EDMConsistencyScheduler",
     "TrigFlowConsistencyScheduler",
     "FlowConsistencyScheduler",
+    "SCMScheduler",
     "LCMScheduler",
     "TCDScheduler",
 )
