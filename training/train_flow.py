@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
-from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
@@ -32,6 +32,7 @@ CONFIGS = (SmallFlowConfig, DataConfig, FlowConfig, OptimConfig, TrainConfig, Va
 
 def main() -> None:
     shape, data, method, optim, train, validation, result = configs = parse_configs(CONFIGS, __doc__)
+    refuse_changed(validation, "validation_teacher_steps", "without a teacher")
     seed_everything(train.seed)
     pipe = new_flow_pipeline(shape, data.resolution, method.shift)
     objective = FlowObjective(method, family_of(pipe.transformer).call)

@@ -1,6 +1,5 @@
 """Samples of a teacher as its network sees them, by the stock pipeline of any family."""
 
-from inspect import signature
 from math import isqrt, lcm
 
 import torch
@@ -9,11 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import guided, latents_of
+from cm_diffusers.models.families.base import answers_clips, guided, in_steps, latents_of
 from cm_diffusers.models.families.shared import untokened
-
-
-AS_ASKED = {"use_resolution_binning": False, "num_frames": 1}  # of the calls that know it: this size, and an image
 
 
 def check_side(teacher: DiffusionPipeline, resolution: int) -> None:
@@ -29,18 +25,18 @@ def teacher_latents(
     teacher: DiffusionPipeline, prompts: list[str], seeds: list[int], side: int, steps: int, guidance_scale: float
 ) -> Tensor:
     """One sample `(B, C, h, w)` of each prompt, square images of `side` pixels, by the pipeline's own scheduler."""
-    known, last = signature(type(teacher).__call__).parameters, {}
+    last: dict[str, Tensor] = {}
     teacher(
         prompt=prompts,
         height=side,
         width=side,
-        num_inference_steps=steps,
+        **in_steps(teacher, steps),
         **guided(teacher, guidance_scale),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
         callback_on_step_end=lambda pipe, step, t, tensors: last.update(tensors) or {},
         callback_on_step_end_tensor_inputs=["latents"],
-        **{name: value for name, value in AS_ASKED.items() if name in known},
+        **({"num_frames": 1} if answers_clips(teacher) else {}),
     )
     return _as_images(last["latents"], side // latents_of(teacher).downscale)
 

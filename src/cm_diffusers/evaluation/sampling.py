@@ -9,12 +9,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import guided, in_steps
+from cm_diffusers.models.families.base import answers_clips, guided, in_steps
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import check_finite, first_line, load_stock, stock_pipeline
 from cm_diffusers.pipelines import ConsistencyPipeline
@@ -165,6 +165,8 @@ def generate(
 
     def ask(rows: slice, steps: int) -> dict[str, Any]:
         arguments = _schedule(pipe, steps) | guided(pipe, guidance_scale)
+        if answers_clips(pipe):
+            arguments |= {"num_frames": 1}
         if resolution is not None:
             arguments |= {"height": resolution, "width": resolution}
         if eta is not None:
@@ -200,14 +202,8 @@ def generate_unprompted(
 
 
 def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
-    """Left to itself, the stock scheduler of a flow shifts twice and spends its last step near 0: even times, shifted once."""
     recommended = pipe.scheduler.config.get("recommended_sigmas") or []
-    if len(recommended) == steps:
-        return {"sigmas": recommended}
-    takes_sigmas = "sigmas" in inspect.signature(pipe.__call__).parameters
-    if takes_sigmas and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-        return {"sigmas": [1 - i / steps for i in range(steps)]}
-    return in_steps(pipe, steps)
+    return {"sigmas": recommended} if len(recommended) == steps else in_steps(pipe, steps)
 
 
 @torch.no_grad()
@@ -222,7 +218,8 @@ def _drawn(
 
     def draw(rows: slice, steps: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-        images = pipe(generator=generators, output_type="pt", **ask(rows, steps)).images
+        answer = pipe(generator=generators, output_type="pt", **ask(rows, steps))
+        images = answer.frames[:, 0] if answers_clips(pipe) else answer.images
         if isinstance(images, np.ndarray):  # DDPMPipeline of diffusers 0.40 knows no "pt"
             images = torch.from_numpy(images).movedim(-1, 1)
         return (images.float() * 255).round().cpu() / 255

@@ -251,7 +251,10 @@ def _check_teacher(path: str, pipe: DiffusionPipeline) -> None:
     if missing := [name for name in ("vae", "text_encoder") if getattr(pipe, name, None) is None]:
         kind = type(pipe).__name__
         raise UserError(f"{path} is a {kind} without {' and '.join(missing)}; give a text-to-image pipeline.")
-    family_of(network).check(path, pipe)
+    family = family_of(network)
+    if family.network == "transformer" and "gamma" in pipe.scheduler.config:  # which rides in a student's
+        raise UserError(f"{path} is a student already; give the diffusion model that it came from.")
+    family.check(path, pipe)
     check_finite(f"The teacher {path}", pipe)
 
 

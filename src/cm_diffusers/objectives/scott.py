@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.adversarial import ADVERSARIAL_LOSSES, accuracy, adaptive_weight, approximate_r1, detour
 from cm_diffusers.diffusion.distances import DISTANCES
-from cm_diffusers.diffusion.process import diffuse
+from cm_diffusers.diffusion.process import as_like, diffuse
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import NOISE_SCALES, ddim_sde, er_sde
 from cm_diffusers.diffusion.teaching import Teaching
@@ -178,8 +178,13 @@ class SCottObjective:
     def shown(self, samples: list[Tensor], times: list[Tensor]) -> tuple[Tensor, Tensor]:
         """What the critic sees `(N B, ...)` and the times `(N B,)` it is told, of N times B samples."""
         if self.config.critic_inputs == "clean":
-            return torch.cat(samples), torch.cat(times).to(samples[0].device)
+            return torch.cat(samples), self.told(torch.cat(times), samples[0])
         s = self.teaching.times[torch.randint(self.config.renoise_below, (len(times[0]),))]
         noise = torch.randn_like(samples[0])
         renoised = torch.cat([diffuse(self.teaching.process, x, noise, s) for x in samples])
-        return renoised, s.repeat(len(samples)).to(noise.device)
+        return renoised, self.told(s.repeat(len(samples)), noise)
+
+    @staticmethod
+    def told(times: Tensor, like: Tensor) -> Tensor:
+        """Where the critic is; not every device has the float64 of a flow's times."""
+        return as_like(times, like) if times.is_floating_point() else times.to(like.device)

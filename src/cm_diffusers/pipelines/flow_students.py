@@ -141,7 +141,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         manners, given = self.manners, {name: value for name, value in asked.items() if value is not None}
         if manners is None:
             return dict(asked)
-        times = given.get("sigmas") or given.get("timesteps")
+        times = given.get("sigmas", given.get("timesteps"))
         steps = manners.num_inference_steps if times is None else len(times)
         guided = family_of(self.student).guided
         name, none = next(iter(guided(1.0).items()))

@@ -104,7 +104,7 @@ class Manners:
         if negative:
             raise UserError(
                 "This student takes guidance as a number and has no unconditional branch, so a negative prompt cannot "
-                "act; leave it out, or use an LCM-LoRA on its base model."
+                "act; leave it out (of Stable Diffusion, an LCM-LoRA on its base model takes one)."
             )
         if self.lowest is not None and not self.lowest <= guidance_scale <= self.highest:
             warnings.warn(

@@ -46,6 +46,7 @@ class FlowConsistencyScheduler(ToldScheduler):
         num_train_timesteps: What the network is told of t = 1, before the pipeline's own scaling.
         recommended_sigmas: What `set_timesteps` takes when it is given none, or no more than their number: u's, before the
             shift, as `sigmas` there.
+        original_inference_steps: Points of the grid that the student was distilled on, for who trains it further.
         use_dynamic_shifting, shift_terminal, invert_sigmas: Of stock configs; only the values that change nothing.
 
     Attributes:
@@ -66,6 +67,7 @@ class FlowConsistencyScheduler(ToldScheduler):
         gamma: float = 1.0,
         num_train_timesteps: int = 1000,
         recommended_sigmas: list[float] | None = None,
+        original_inference_steps: int = 50,
         use_dynamic_shifting: bool = False,
         shift_terminal: float | None = None,
         invert_sigmas: bool = False,

@@ -75,7 +75,8 @@ def teaching_of_student(student: DiffusionPipeline) -> Teaching:
     if isinstance(process, DiscreteVP):
         grid = config.original_inference_steps, config.timestep_scaling
         return vp_teaching(process, family.prediction_type(student), network.config.time_cond_proj_dim, *grid)
-    return flow_teaching(family.call, config.get("shift", 1.0), guiding=Guiding("none", told_of(network)))
+    grid = config.get("shift", 1.0), config.get("original_inference_steps", 50)
+    return flow_teaching(family.call, *grid, Guiding("none", told_of(network)))
 
 
 def told_of(network: nn.Module) -> Told | None:
@@ -96,7 +97,8 @@ def student_scheduler(teacher: DiffusionPipeline, method: OnGrid) -> SchedulerMi
     """What samples a student as it is trained, on the teacher's times."""
     if isinstance(family_of(network_of(teacher)).process(teacher), DiscreteVP):
         return lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
-    return FlowConsistencyScheduler(shift=method.shift or shift_of(teacher.scheduler))
+    points = method.num_ddim_timesteps
+    return FlowConsistencyScheduler(shift=method.shift or shift_of(teacher.scheduler), original_inference_steps=points)
 
 
 def shift_of(scheduler: SchedulerMixin) -> float:
@@ -109,6 +111,6 @@ def shift_of(scheduler: SchedulerMixin) -> float:
     if config.get("use_dynamic_shifting"):
         raise UserError(
             "The teacher shifts its times by the size of the image (use_dynamic_shifting of its scheduler), but a student has "
-            "one grid: give --shift, e.g. 3.16 for 1024 pixels of Flux."
+            "one grid: give --shift, e.g. 3.16 for 1024 pixels of Flux.1; docs/guides/flow_teachers.md has others."
         )
     return config.get("flow_shift") or config.get("shift") or 1.0

@@ -18,7 +18,7 @@ from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.critics import CriticConfig
-from cm_diffusers.models.families.base import family_of, network_of
+from cm_diffusers.models.families.base import answers_clips, family_of, network_of
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.quantization import quantization_config
 from cm_diffusers.models.single_file import is_single_file
@@ -117,7 +117,8 @@ def distill(
         return lcm_pipeline(teacher, network, scheduler)
 
     guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
-    scale = 1.0 if guidance == "distilled" else validation.validation_guidance_scale
+    told = min(max(validation.validation_guidance_scale, method.w_min + 1), method.w_max + 1)
+    scale = 1.0 if guidance == "distilled" else told
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
@@ -141,7 +142,8 @@ def distill(
     trainer.fit(announce(trainer, batches, configs, result))
     base = source.pretrained_teacher_model
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
-    record = replace(record, method=name, resolution=data.resolution)
+    frames = 1 if answers_clips(teacher) else None
+    record = replace(record, method=name, resolution=data.resolution, num_frames=frames)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
     return publish(trainer, result, configs, describe, save, repo_id)

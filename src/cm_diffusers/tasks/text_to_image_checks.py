@@ -10,7 +10,7 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.critics import CriticConfig, unused_flags
-from cm_diffusers.models.families.base import network_of
+from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.quantization import check_quantization
 from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, make_student, require_autocast
 from cm_diffusers.models.teachers import is_late
@@ -50,6 +50,10 @@ def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -
             quantized.
     """
     network = network_of(teacher)
+    if not config.lora and family_of(network).student is None:
+        refuse_changed(
+            config, OF_FULL, f"with a {type(network).__name__}, whose students have guidance in their weights"
+        )
     if config.lora:
         target_names(network, config.lora_target_modules)
     elif is_late(network):

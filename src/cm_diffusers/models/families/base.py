@@ -6,7 +6,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
@@ -154,11 +154,23 @@ def guided(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float | 
     return family_of(known[0]).guided(guidance_scale) if known else {"guidance_scale": guidance_scale}
 
 
-def in_steps(pipe: DiffusionPipeline, steps: int) -> dict[str, int | None]:
-    """Arguments of a pipeline's call for so many steps: SANA-Sprint's has the second of two times for others, too."""
-    asked = {"num_inference_steps": steps}
-    told = steps != 2 and "intermediate_timesteps" in signature(type(pipe).__call__).parameters
-    return asked | ({"intermediate_timesteps": None} if told else {})
+def in_steps(pipe: DiffusionPipeline, steps: int) -> dict[str, int | list[float] | None]:
+    """Arguments of a pipeline's call for so many steps.
+
+    Left to itself, the stock scheduler of a flow shifts twice and spends its last step near 0: even times, shifted once.
+    SANA-Sprint's pipeline has the second of two times for others, too.
+    """
+    known = signature(type(pipe).__call__).parameters
+    if "sigmas" in known and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        return {"sigmas": [1 - i / steps for i in range(steps)]}
+    told = steps != 2 and "intermediate_timesteps" in known
+    return {"num_inference_steps": steps} | ({"intermediate_timesteps": None} if told else {})
+
+
+def answers_clips(pipe: DiffusionPipeline) -> bool:
+    """Whether its call answers with `frames`, see `Family.clips`."""
+    known = _known(pipe)
+    return bool(known) and family_of(known[0]).clips
 
 
 def _known(pipe: DiffusionPipeline) -> list[nn.Module]:

@@ -35,7 +35,7 @@ FAMILY = Family(
     guidance=lambda network: "cfg",
     call=_call,
     encode=_encode,
-    latents=kl_latents,
+    latents=lambda vae: kl_latents(vae, patch=2),
     comfyui=True,
     sigmas="accepted",
 )
