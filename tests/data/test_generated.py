@@ -19,7 +19,7 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.generated import GenerationConfig, generated_batches, read_prompts, training_batches
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.teacher_latents import teacher_latents
-from cm_diffusers.models.families.base import family_of, guided, latents_of
+from cm_diffusers.models.families.base import family_of, guided, in_steps, latents_of
 from cm_diffusers.models.students import StudentConfig, make_networks
 
 
@@ -269,8 +269,8 @@ FAMILIES = [
 def test_latents_of_any_family_are_decoded_to_its_pipelines_images(make):
     pipe, side = make(), 64 if make is tiny_wan else 32
     found = teacher_latents(pipe, PROMPTS[:2], [3, 4], side, 2, 3.0)
-    call = {"height": side, "width": side, "num_inference_steps": 2, "output_type": "pt", **guided(pipe, 3.0)}
-    one = {"num_frames": 1} if make is tiny_wan else {"use_resolution_binning": False} if make is tiny_sana else {}
+    call = {"height": side, "width": side, "output_type": "pt", **in_steps(pipe, 2), **guided(pipe, 3.0)}
+    one = {"num_frames": 1} if make is tiny_wan else {}
     out = pipe(prompt=PROMPTS[:2], generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], **call, **one)
     expected = out.frames[:, 0] if make is tiny_wan else out.images
     decoded = (latents_of(pipe).decode(pipe.vae, found) / 2 + 0.5).clamp(0, 1)

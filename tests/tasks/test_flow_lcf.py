@@ -80,7 +80,7 @@ def test_a_lora_is_fused_first(home: Path) -> None:
     """Its pipeline then has the base's weights with the adapters in them, and trains as a whole."""
     pipe, record = load_student(FinetuneConfig(str(home / "flux" / "lora")))
     with_lora = ConsistencyPipeline.from_pretrained(home / "flux" / "lora")
-    np.testing.assert_allclose(drawn(pipe, 2, W + 1), drawn(with_lora, 2, W + 1), atol=1e-4)
+    np.testing.assert_allclose(drawn(pipe, 2, W + 1), drawn(with_lora, 2, W + 1), atol=1.01 / 255)
     run = tune(home, "flux/lora", "flux-whole")
     found = read_record(run / "pipeline")
     assert (record.guidance, found.guidance, found.w_min, found.w_max) == ("embedded", "embedded", W - 1, W + 1)

@@ -161,10 +161,11 @@ def in_steps(pipe: DiffusionPipeline, steps: int) -> dict[str, int | list[float]
     SANA-Sprint's pipeline has the second of two times for others, too.
     """
     known = signature(type(pipe).__call__).parameters
+    asked = {"num_inference_steps": steps}  # also beside sigmas: FLUX.2 shifts by it
     if "sigmas" in known and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-        return {"sigmas": [1 - i / steps for i in range(steps)]}
+        return asked | {"sigmas": [1 - i / steps for i in range(steps)]}
     told = steps != 2 and "intermediate_timesteps" in known
-    return {"num_inference_steps": steps} | ({"intermediate_timesteps": None} if told else {})
+    return asked | ({"intermediate_timesteps": None} if told else {})
 
 
 def answers_clips(pipe: DiffusionPipeline) -> bool:
