@@ -165,7 +165,7 @@ def test_the_logits_follow_the_text_once_trained(home, monkeypatch):
 def test_text_of_another_width_is_refused(home):
     x, t, _ = inputs()
     with pytest.raises(
-        ValueError, match=r"text embeddings of width 32.*\(cross_attention_dim\), but these are 24 wide"
+        ValueError, match=r"text embeddings of width 32, as the teacher's network does .*, but these are 24 wide"
     ):
         make(home)(x, t, {"encoder_hidden_states": torch.randn(2, 5, 24)})
 

@@ -12,7 +12,7 @@ from tiny import tiny_scheduler
 from torch import nn
 from toys import forget_accelerate
 
-from cm_diffusers.diffusion.denoisers import as_denoiser
+from cm_diffusers.diffusion.denoisers import as_denoiser, call_unet
 from cm_diffusers.diffusion.process import EDM, RectifiedFlow, TrigFlow, doubled, home_of_float64
 from cm_diffusers.diffusion.solvers import SOLVERS, er_sde
 from cm_diffusers.diffusion.views import EDMView, VPView
@@ -22,6 +22,7 @@ from cm_diffusers.objectives.ct import CTConfig, CTObjective
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
 from cm_diffusers.objectives.ect import ECTConfig, ECTObjective
 from cm_diffusers.objectives.edm import EDMConfig, EDMObjective
+from cm_diffusers.objectives.flow import FlowObjective
 from cm_diffusers.objectives.ict import ICTConfig, ICTObjective
 from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
 from cm_diffusers.objectives.slct import SLCTConfig, SLCTObjective
@@ -94,6 +95,8 @@ ALL = {name: Case(case.objective, lambda: toys(4), case.batch) for name, case in
 ALL |= {name: Case(objective, lambda: toys(3), images) for name, objective in IMAGES.items()}
 ALL["direct-kl"] = Case(held_back(), lambda: toys(4), latents)
 ALL |= {"rlcm": rlcm(kl_coef=0.1, logprob_reduction="sum", clip_range=1e9, loss="reinforce")}
+for name in [name for name in ALL if name.startswith("flow")]:  # a toy is called as a UNet
+    ALL[name] = Case(FlowObjective(ALL[name].objective.config, call_unet), lambda: toys(4), latents)
 del ALL["autoencoder"]  # nothing of its own is float64
 for name in [name for name, case in ALL.items() if getattr(case.objective.config, "tangent", "") in ("jvp", "semi")]:
     del ALL[name]  # the stand-in has no forward-mode AD

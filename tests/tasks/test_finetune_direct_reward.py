@@ -109,9 +109,9 @@ def test_the_distillation_of_a_tuned_student_has_the_first_teacher(home):
     tuned_once = load_tuned(once, 0.0)
     tuned_twice = replace(tuned_once, record=replace(tuned_once.record, base_model=str(whole)))
     teacher = UNet2DConditionModel.from_pretrained(home / "teacher", subfolder="unet").state_dict()
-    assert any((value != teacher[name]).any() for name, value in tuned_once.unet.state_dict().items())
+    assert any((value != teacher[name]).any() for name, value in tuned_once.network.state_dict().items())
     for tuned, source in ((tuned_once, once), (tuned_twice, after)):
-        nets = Networks(tuned.unet)
+        nets = Networks(tuned.network)
         distillation_of(tuned, nets, source, None)
         assert_same(nets.teacher.state_dict(), teacher)
 

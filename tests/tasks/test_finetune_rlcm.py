@@ -151,7 +151,7 @@ def test_own_loop_is_the_pipeline(home):
     generator = torch.Generator().manual_seed(0)
     noise = torch.stack([torch.randn(1, *tuned.shape(32), generator=generator) for _ in range(3)])
     with torch.no_grad():
-        states = [end for *_, end in tuned.policy.walk(tuned.unet, torch.cat([noise, noise[:1]]), cond)]
+        states = [end for *_, end in tuned.policy.walk(tuned.network, torch.cat([noise, noise[:1]]), cond)]
     pipe, seen = DiffusionPipeline.from_pretrained(home / "student"), []
     pipe.scheduler = LCMScheduler.from_config(tuned.pipe.scheduler.config)
 
@@ -174,7 +174,7 @@ def test_own_loop_tells_the_network_the_guidance():
     generator = torch.Generator().manual_seed(0)
     noise = torch.stack([torch.randn(1, *tuned.shape(32), generator=generator) for _ in range(3)])
     with torch.no_grad():
-        states = [end for *_, end in tuned.policy.walk(tuned.unet, torch.cat([noise, noise[:1]]), cond)]
+        states = [end for *_, end in tuned.policy.walk(tuned.network, torch.cat([noise, noise[:1]]), cond)]
     pipe, seen = DiffusionPipeline.from_pretrained(STUDENT, dtype=torch.float32), []
     pipe(
         "a photo of a bag", num_inference_steps=3, guidance_scale=4.0, height=32, width=32, output_type="latent",

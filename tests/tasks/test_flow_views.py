@@ -323,7 +323,6 @@ def test_another_average_becomes_a_pipeline(home: Path) -> None:
             r"--dropout is of a UNet's residual blocks, but SD3Transformer2DModel",
         ),
         ("tune_time", "sd3", {}, r"Time rescaling is for UNets"),
-        ("distill_scd", "sana", {"w_max": 3.0}, r"A student of SanaTransformer2DModel gets no embedding of guidance"),
         ("tune_ect", "wan", {}, r"which makes clips; give a text-to-image pipeline"),
     ],
 )

@@ -281,7 +281,7 @@ def test_a_teacher_that_was_told_another_time_is_distilled_as_it_is(home) -> Non
     cond = {"encoder_hidden_states": student.encode_prompt(["a coat"] * 2, "cpu", 1, False)[0]}
     x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
-        found, wanted = (view(unet, x, t, cond) for unet in (student.unet, tuned.unet))
+        found, wanted = (view(unet, x, t, cond) for unet in (student.unet, tuned.network))
     torch.testing.assert_close(found, wanted, rtol=0, atol=5e-4)
     with pytest.raises(SystemExit, match="is a consistency model already"):
         distil(home, "again", "of_tuned/pipeline")

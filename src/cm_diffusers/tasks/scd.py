@@ -3,7 +3,6 @@
 import copy
 from dataclasses import fields
 
-from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.errors import UserError
@@ -67,18 +66,8 @@ def check_model(model: ImageModel, student: StudentNetworkConfig, taught: SCDCon
 
 
 def guidance_embedding_dim(student: StudentNetworkConfig, taught: SCDConfig, model: ImageModel) -> int | None:
-    """Of a student that is told its guidance; None where that goes into the weights, or its teacher is told, too.
-
-    Raises:
-        ValueError: It cannot be added to a student of a flow, whose pipeline would be another one.
-    """
-    dim = None if taught.w_min == taught.w_max else student.guidance_embedding_dim(model.network)
-    if dim is not None and isinstance(model.view, FlowView):
-        raise UserError(
-            f"A student of {type(model.network).__name__} gets no embedding of guidance by this method: put one guidance into "
-            "its weights (--w_min equal to --w_max), or a range (--unet_time_cond_proj_dim 0)."
-        )
-    return dim
+    """Of a student that is told its guidance; None where that goes into the weights, or its teacher is told, too."""
+    return None if taught.w_min == taught.w_max else student.guidance_embedding_dim(model.network)
 
 
 def student_and_teacher(
