@@ -14,10 +14,11 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
-from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.diffusion.process import as_like
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.models.critics import CriticConfig, make_critic
+from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
@@ -68,14 +69,17 @@ class Distillation:
         student = StudentConfig(lora=kind == "lora", lora_rank=config.lora_rank, lora_alpha=config.lora_rank)
         student.cast_teacher_unet = "no" if student.lora else config.mixed_precision
         self.data, teacher = data_config(config, workdir), the_teacher(config)
-        self.dim = student.guidance_embedding_dim(teacher.unet)
+        self.network = network_of(teacher)
+        self.dim = student.guidance_embedding_dim(self.network)
         train = TrainConfig(output_dir=tempfile.mkdtemp(dir=workdir), report_to="none", seed=config.seed)
         train.mixed_precision, train.compile = config.mixed_precision, config.compile
-        nets, optims = make_networks(teacher.unet, student), {"student": OptimConfig()}
+        nets, optims = make_networks(self.network, student), {"student": OptimConfig()}
         if kind == "scott":
             nets.critic = make_critic(nets, CriticConfig())
             optims["critic"] = critic_optim(CriticConfig(), optims["student"])
-        self.trainer = Trainer(train, nets, self.objective(kind, teacher), optims)
+        objective = self.objective(kind, teacher)
+        self.teaching = objective.teaching
+        self.trainer = Trainer(train, nets, objective, optims)
         batches = text_image_batches(
             self.data, Encoders.from_pipeline(teacher), config.seed, device=self.trainer.device
         )
@@ -93,17 +97,17 @@ class Distillation:
     def passes(self) -> dict[str, Action]:
         """The calls of the networks in one step, as the objective makes them, on one fixed batch."""
         nets, batch = self.trainer.nets, next(self.stream).to(self.trainer.device)
-        x_t, cond = torch.randn_like(batch.x0), batch.cond
-        t = torch.randint(1000, (batch.size,), device=x_t.device)
-        if self.dim is not None:
-            cond = cond | {"timestep_cond": guidance_embedding(torch.full_like(x_t[:, 0, 0, 0], 8.0), self.dim)}
+        teaching, x_t = self.teaching, torch.randn_like(batch.x0)
+        cond = teaching.guiding.student(batch.cond, torch.full_like(x_t[:, 0, 0, 0], 8.0))
+        t = teaching.times[torch.randint(len(teaching.times), (batch.size,))]
+        t = as_like(t, x_t) if t.is_floating_point() else t.to(x_t.device)
         twice = torch.cat([x_t, x_t]), torch.cat([t, t])
         both = {name: torch.cat([batch.cond[name], batch.uncond[name]]) for name in batch.cond}
         autocast = self.trainer.accelerator.autocast
 
         def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
             with autocast():
-                return network(x_t, t, **cond, return_dict=False)[0].float()
+                return teaching.call(network, x_t, t, cond).float()
 
         @torch.no_grad()
         def ask_teacher() -> None:
