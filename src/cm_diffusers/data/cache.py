@@ -224,7 +224,7 @@ def _image(record: dict[str, Any], framing: Framing, row: int, variant: int) -> 
 def encode_images(
     images: list[Tensor | None], target: Size, encode: Callable[[Tensor], tuple[Tensor, Tensor]], config: DataConfig
 ) -> Tensors:
-    """Posteriors of images (3, *target) by a VAE's `encoder`, each (B, C, h, w), and which images there are, (B,)."""
+    """Posteriors of images `(3, *target)` by a VAE's `encoder`, each (B, C, h, w), and which images there are, (B,)."""
     blank = torch.zeros(3, *target)  # holds the place of an unreadable image
     mean, std = encode(torch.stack([blank if image is None else image for image in images]))
     tensors = {"mean": mean.half().cpu(), "std": std.half().cpu()}

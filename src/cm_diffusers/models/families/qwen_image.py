@@ -29,7 +29,7 @@ def _call(transformer: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> T
 def combine_rescaled(conditional: Prediction, unconditional: Prediction, w: Tensor, t: Tensor) -> Prediction:
     """Guidance of w `(B,)` that keeps the length of the conditional velocity, in each token of 2 x 2 latents.
 
-    With v = noise - x0: v_w |v_c| / |v_w|. That is not linear, so it is not the same in data and noise.
+    With v = noise - x0: `v_w |v_c| / |v_w|`. That is not linear, so it is not the same in data and noise.
     """
     before = conditional.noise - conditional.x0
     linear = combine_linear(conditional, unconditional, w, t)
