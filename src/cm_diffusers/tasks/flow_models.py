@@ -81,7 +81,7 @@ def new_flow_pipeline(config: SmallFlowConfig, resolution: int, shift: float) ->
     )
     pipe.set_progress_bar_config(disable=True)
     frozen(pipe)
-    _melt(pipe.transformer)
+    pipe.transformer.requires_grad_(True).train()
     merge_zero_text(pipe)
     return pipe
 
@@ -124,18 +124,6 @@ def _shorter(base: DiffusionPipeline, length: int) -> object:
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.model_max_length = length
     return tokenizer
-
-
-def _melt(network: SD3Transformer2DModel) -> None:
-    """All of it trains but what nothing reads, whose gradients distributed training would wait for.
-
-    That is what the last block's text asks of the others.
-    """
-    network.requires_grad_(True).train()
-    last = network.transformer_blocks[-1].attn
-    for unread in (last.add_q_proj, last.norm_added_q):
-        if unread is not None:
-            unread.requires_grad_(False)
 
 
 def _new_transformer(name: str, vae: AutoencoderKL, resolution: int, text_width: int) -> SD3Transformer2DModel:
