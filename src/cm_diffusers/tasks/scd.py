@@ -6,6 +6,7 @@ from dataclasses import fields
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.casting import cast
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.students import DTYPES, StudentNetworkConfig, make_networks, make_student
 from cm_diffusers.models.time_weight import WithTimeWeight
@@ -91,7 +92,9 @@ def student_and_teacher(
     elif model.pipe is None:
         nets = Networks(trainable_copy(model.network, dropout), teacher=model.network)
     else:
-        nets = Networks(make_student(model.network, dim), teacher=model.network.to(DTYPES[student.cast_teacher_unet]))
+        nets = Networks(
+            make_student(model.network, dim), teacher=cast(model.network, DTYPES[student.cast_teacher_unet])
+        )
         set_dropout(nets.student, dropout)
     if fake_score:
         nets.critic = copy.deepcopy(nets.student).eval()
