@@ -134,10 +134,12 @@ class PortableImagesPipeline(DiffusionPipeline):
             labels = _drawn(self.unet.config.num_class_embeds, batch, generator)
         labels = None if labels is None else labels.to(device)
         x = latents.to(device, dtype) * scheduler.init_noise_sigma
-        text = {"encoder_hidden_states": None} if isinstance(self.unet, UNet2DConditionModel) else {}
+        told = {"encoder_hidden_states": None} if isinstance(self.unet, UNet2DConditionModel) else {}
         for t in self.progress_bar(scheduler.timesteps):
             shown = scheduler.scale_model_input(x, t)
-            output = self.unet(shown, t, **text, class_labels=labels, return_dict=False)[0]
+            if getattr(self.unet, "is_told_target", False):
+                told["target_timestep"] = scheduler.target_timestep(t)
+            output = self.unet(shown, t, **told, class_labels=labels, return_dict=False)[0]
             x = scheduler.step(output, t, x, generator=generator).prev_sample
         images = self._output(x, output_type)
         self.maybe_free_model_hooks()

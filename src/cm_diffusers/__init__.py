@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
     from cm_diffusers.models.image_to_video import ImageToVideoAdapter
+    from cm_diffusers.models.two_times import TwoTimeUNet2DModel
     from cm_diffusers.pipelines import (
         ConsistencyImagesPipeline,
         ConsistencyImg2ImgPipeline,
@@ -44,6 +45,7 @@ __all__ = [
     "ModelMixin",
     "SchedulerMixin",
     "TrigFlowConsistencyScheduler",
+    "TwoTimeUNet2DModel",
 ]
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ ORIGINS = {
     "EDMConsistencyScheduler": "cm_diffusers.schedulers",
     "FlowConsistencyScheduler": "cm_diffusers.schedulers",
     "TrigFlowConsistencyScheduler": "cm_diffusers.schedulers",
+    "TwoTimeUNet2DModel": "cm_diffusers.models.two_times",
 }
 
 

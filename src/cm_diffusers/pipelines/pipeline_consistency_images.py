@@ -27,12 +27,13 @@ from torch import Generator, Tensor
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.double_norm import double_normed
+from cm_diffusers.models.two_times import TwoTimeUNet2DModel
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.generation import Callback
 from cm_diffusers.pipelines.latents import Generators, decode, dtype_of
 from cm_diffusers.pipelines.manners import IN_SIGMA
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
-from cm_diffusers.pipelines.stock import CarriedSchedulerMixin
+from cm_diffusers.pipelines.stock import CarriedSchedulerMixin, carried
 from cm_diffusers.record import read_record
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 from cm_diffusers.schedulers.stepping import ToldScheduler
@@ -200,8 +201,10 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
 
     def _predict(self, latents: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         shown = self.scheduler.scale_model_input(latents, t)
-        text = {"encoder_hidden_states": None} if isinstance(self.unet, UNet2DConditionModel) else {}
-        return self.unet(shown, t, **text, class_labels=labels, return_dict=False)[0]
+        told = {"encoder_hidden_states": None} if isinstance(self.unet, UNet2DConditionModel) else {}
+        if getattr(self.unet, "is_told_target", False):
+            told["target_timestep"] = self.scheduler.target_timestep(t)
+        return self.unet(shown, t, **told, class_labels=labels, return_dict=False)[0]
 
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if self.config.latents_std is not None:
@@ -252,7 +255,7 @@ def is_stock(unet: UNet2DModel | UNet2DConditionModel, scheduler: SchedulerMixin
         return False
     plain = isinstance(unet.config.sample_size, int) and not unet.config.get("double_norm")
     carried = {name: value for name, value in STOCK.items() if name in scheduler.config}
-    return isinstance(unet, UNet2DModel) and plain and carried.items() <= scheduler.config.items()
+    return type(unet) is UNet2DModel and plain and carried.items() <= scheduler.config.items()
 
 
 def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: SchedulerMixin) -> None:
@@ -261,6 +264,8 @@ def _check_parts(unet: UNet2DModel | UNet2DConditionModel, scheduler: SchedulerM
             f"{type(scheduler).__name__} does not sample consistency models without prompts; give an "
             "EDMConsistencyScheduler, a TrigFlowConsistencyScheduler with its network, or a CMStochasticIterativeScheduler."
         )
+    if isinstance(unet, TwoTimeUNet2DModel) and not hasattr(carried(scheduler), "target_timestep"):
+        raise UserError("This network is told where its jump ends; give an EDMConsistencyScheduler, which says so.")
     blocks = (*unet.config.down_block_types, *unet.config.up_block_types, unet.config.get("mid_block_type"))
     if isinstance(unet, UNet2DConditionModel) and any("CrossAttn" in block for block in blocks if block):
         raise UserError("This UNet2DConditionModel reads text; sample it with ConsistencyPipeline.")

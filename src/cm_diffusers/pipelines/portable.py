@@ -1,18 +1,26 @@
 """What the libraries save, fit to be shared: the same whenever it is saved, read by older releases, without places of this machine."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from cm_diffusers.models import two_times
 
+
+PACKAGE, OWN_CODE = (
+    two_times.__name__.partition(".")[0],
+    "cm_diffusers_two_times",
+)  # a library, and what takes its place
 LENGTH = 8  # bytes, little-endian, before the header of a safetensors file
 
 
 def make_portable(folder: Path) -> None:
     """Mends the folder of a pipeline: what its index names, and nothing else that lies there."""
+    carry_code(folder)
     parts = [folder / name for name in json.loads((folder / "model_index.json").read_text("utf-8"))]
     nest_text_encoders(folder)
     forget_origin([folder / "model_index.json", *(path for part in parts for path in part.glob("*.json"))])
@@ -20,6 +28,22 @@ def make_portable(folder: Path) -> None:
     sort_headers(weights)
     for path in weights:  # which safetensors lets only the owner read
         path.chmod(folder.stat().st_mode & 0o666)
+
+
+def carry_code(folder: Path) -> None:
+    """Lay the code of a network of ours beside its weights, where diffusers alone looks for it by the name in the index."""
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    for name, entry in index.items():
+        if entry == [PACKAGE, two_times.TwoTimeUNet2DModel.__name__]:
+            entry[0] = OWN_CODE
+            shutil.copy(two_times.__file__, folder / name / f"{OWN_CODE}.py")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def by_class(index: dict[str, Any]) -> dict[str, Any]:
+    """The content of model_index.json with this package in the place of its code."""
+    ours = (name for name, entry in index.items() if isinstance(entry, list) and entry[0] == OWN_CODE)
+    return index | {name: [PACKAGE, index[name][1]] for name in ours}
 
 
 def nest_text_encoders(folder: Path) -> None:

@@ -16,7 +16,7 @@ from cm_diffusers.models.stored import check_stored
 from cm_diffusers.models.teachers import check_finite
 from cm_diffusers.pipelines.layouts import check_weight_files
 from cm_diffusers.pipelines.manners import refuse_contradiction
-from cm_diffusers.pipelines.portable import make_portable
+from cm_diffusers.pipelines.portable import by_class, make_portable
 from cm_diffusers.pipelines.stock import saved_stock, stock_index
 from cm_diffusers.places import public
 from cm_diffusers.record import RECORD, Record, write_record
@@ -95,6 +95,11 @@ class RecordedMixin:
             check_stored(pipe, source, **where, given=kwargs)
         check_finite(str(source), pipe)
         return pipe
+
+    @classmethod
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in diffusers, but a network of a class of ours is of that class, whose code beside the weights is not run."""
+        return by_class(super()._dict_from_json_file(*args, **kwargs))
 
     def check_saveable(self) -> None:
         """Raises ValueError where the folder of a pipeline cannot hold what it is."""

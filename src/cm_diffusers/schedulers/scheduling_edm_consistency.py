@@ -150,6 +150,17 @@ class EDMConsistencyScheduler(ToldScheduler):
         sigma = self._levels_at(timesteps).to(dtype).to(original_samples.device)
         return (original_samples + sigma.reshape(-1, *[1] * (noise.ndim - 1)) * noise).to(original_samples.dtype)
 
+    def target_timestep(self, timestep: float | Tensor) -> Tensor:
+        """What a network that is told where its jump ends (2310.02279) is told at the next step: in float64, for all alike.
+
+        That is the level (1 - gamma) sigma', from which fresh noise leads to sigma'; of the data it is told sigma_min.
+        """
+        index = self._step_index
+        if index is None:
+            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        end = 0.0 if index + 1 == len(self._schedule) else (1 - self.gamma) * self._schedule[index + 1]
+        return self.sigma_to_t(max(end, self.config.sigma_min))
+
     @property
     def init_noise_sigma(self) -> float:
         """The standard deviation that sampling starts from: the first noise level; with -F, of data at that level."""
