@@ -178,6 +178,40 @@ def test_image_to_image_goes_on_with_the_scheduler(student: tuple[DiffusionPipel
         ConsistencyImg2ImgPipeline.from_pretrained(student[1])
 
 
+def test_a_stock_pipeline_is_taken_up(student: tuple[DiffusionPipeline, Path]) -> None:
+    stock = DiffusionPipeline.from_pretrained(student[1], **WITHOUT_T5)
+    pipe, loaded = ConsistencyPipeline.from_pipe(stock), ConsistencyPipeline.from_pretrained(student[1])
+    assert (type(pipe), pipe.record, pipe.training) == (type(loaded), loaded.record, loaded.training)
+    assert type(pipe.scheduler) is FlowConsistencyScheduler
+    assert dict(pipe.scheduler.config) == dict(loaded.scheduler.config)
+    assert torch.equal(draw(pipe), draw(loaded))
+    assert type(stock.scheduler) is FlowMatchEulerDiscreteScheduler  # it stays as it was
+    edited = AutoPipelineForImage2Image.from_pipe(pipe)
+    again = ConsistencyPipeline.from_pipe(edited, scheduler=FlowConsistencyScheduler(shift=5.0))
+    assert (again.record, again.scheduler.config.shift) == (loaded.record, 5.0)
+    with pytest.raises(ValueError, match="The pipeline is a StableDiffusion3Pipeline; give it to ConsistencyPipeline"):
+        ConsistencyImg2ImgPipeline.from_pipe(stock)
+
+
+def test_a_stock_pipeline_without_record_stays_as_it_is() -> None:
+    stock = tiny_flux()
+    stock.transformer.to(torch.bfloat16)
+    pipe = ConsistencyPipeline.from_pipe(stock)
+    assert (pipe.record, pipe.scheduler) == (None, stock.scheduler)
+    assert (pipe.transformer, pipe.transformer.dtype) == (stock.transformer, torch.bfloat16)
+    assert ConsistencyPipeline.from_pipe(pipe, dtype=torch.float32).transformer.dtype == torch.float32
+    asked = {"num_inference_steps": 2, **SMALL}
+    assert torch.equal(draw(pipe, **asked), draw(stock, **asked))
+
+
+def test_what_a_lora_brought_goes_from_pipe_to_pipe(tmp_path: Path) -> None:
+    adapter(tiny_sd3, tmp_path / "lora", tmp_path / "base")
+    pipe = ConsistencyPipeline.from_pipe(ConsistencyPipeline.from_pretrained(tmp_path / "lora"))
+    assert pipe.record == read_record(tmp_path / "lora")
+    pipe.unload_lora_weights()
+    assert (pipe.record, type(pipe.scheduler)) == (None, FlowMatchEulerDiscreteScheduler)
+
+
 def test_negative_prompts_need_a_branch(student: tuple[DiffusionPipeline, Path]) -> None:
     pipe = ConsistencyPipeline.from_pretrained(student[1])
     with pytest.raises(

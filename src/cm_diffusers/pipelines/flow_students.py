@@ -18,7 +18,7 @@ from cm_diffusers.pipelines.lora import Source, check_weights, folder_of, free_n
 from cm_diffusers.pipelines.lora_roles import Told, acting, why_off
 from cm_diffusers.pipelines.manners import Manners, contradiction, mismatches
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
-from cm_diffusers.pipelines.stock import PRIVATE_RECORD, CarriedSchedulerMixin
+from cm_diffusers.pipelines.stock import PRIVATE_RECORD, CarriedSchedulerMixin, parts_of
 from cm_diffusers.record import is_of_flow, read_record
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 
@@ -57,6 +57,29 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         if kwargs.get("scheduler") is None and not isinstance(pipe.scheduler, FlowConsistencyScheduler):
             pipe._adopt_scheduler()
         return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """The same components, with what `from_pretrained` finds beside the weights; none is cast unless `dtype` says so.
+
+        Args:
+            pipeline: Stock or ours.
+            kwargs: Components or options to replace, and `dtype`.
+
+        Raises:
+            ValueError: The record does not fit the network.
+        """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        pipe, config = cls(**parts_of(cls, pipeline) | kwargs), pipeline.config
+        pipe.register_to_config(**{name: config[name] for name in ("_name_or_path", cls._record) if name in config})
+        pipe._merged_adapters = set(getattr(pipeline, "fused_loras", ()))
+        pipe._before_lora = getattr(pipeline, "_before_lora", None)
+        source = config.get("_name_or_path")
+        if pipe.record is None and source and (record := read_record(source, local_files_only=True)):
+            pipe._take_record(source, record, kwargs | {"local_files_only": True})
+        if "scheduler" not in kwargs and not isinstance(pipe.scheduler, FlowConsistencyScheduler):
+            pipe._adopt_scheduler()
+        return pipe if dtype is None else pipe.to(dtype=dtype)
 
     def _adopt_scheduler(self) -> None:
         if self.record is not None and is_of_flow(self.record):

@@ -55,6 +55,14 @@ def carried(scheduler: SchedulerMixin) -> SchedulerMixin:
     return scheduler
 
 
+def parts_of(kind: type[DiffusionPipeline], pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What a class is made with, as far as another pipeline knows it."""
+    modules, options = kind._get_signature_keys(kind)
+    parts, config = {name: getattr(pipe, name, None) for name in modules}, pipe.config
+    # a stock pipeline that was made from another holds what it does not know under a private name
+    return parts | {name: config[key] for name in options for key in (f"_{name}", name) if key in config}
+
+
 @contextmanager
 def saved_stock(pipe: DiffusionPipeline) -> Iterator[None]:
     """The pipeline with the stock scheduler that its folder names."""
