@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import load_file
 from tiny_flow import tiny_sd3
 from tiny_flow_a import tiny_sana, tiny_wan
 from tiny_flow_b import tiny_flux, tiny_qwen_image, tiny_z_image
@@ -150,6 +151,20 @@ def test_images_are_as_large_as_in_training(student: tuple[DiffusionPipeline, Pa
     assert draw(pipe).shape[-2:] == (16, 16)
     assert draw(pipe, height=32).shape[-2:] == (32, 32)
     assert draw(pipe, latents=torch.ones(1, 4, 8, 8)).shape[-2:] == (32, 32)
+
+
+def test_half_precision_of_transformers_is_bfloat16(tmp_path: Path) -> None:
+    pipe = tiny_wan()
+    pipe.transformer.proj_out.bias.data.fill_(1e6)  # which float16 has not
+    save_pipeline(pipe, tmp_path, True)
+    stored = load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors")
+    assert (stored["proj_out.bias"] == 1e6 * torch.ones(1, dtype=torch.bfloat16)).all()
+    whole = {name for name, value in stored.items() if value.dtype == torch.float32}
+    assert all({"time_embedder", "scale_shift_table", "norm2"} & {*name.split(".")} for name in whole)
+    assert whole  # what diffusers keeps in float32 in whatever precision it loads the rest
+    assert {value.dtype for name, value in stored.items() if name not in whole} == {torch.bfloat16}
+    vae = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in vae.values()} == {torch.float16}
 
 
 def test_a_saved_student_is_the_same_folder(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
