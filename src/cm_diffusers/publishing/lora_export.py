@@ -53,9 +53,9 @@ class Lora(NamedTuple):
         tensors = {k: _plain(v) for k, v in get_peft_model_state_dict(network, adapter_name=adapter).items()}
         layers = {path: one for path, one in network.named_modules() if isinstance(one, BaseTunerLayer)}
         alphas = {path: float(one.scaling[adapter] * one.r[adapter]) for path, one in layers.items()}
-        names = {path: family_of(network).lora_name(path, network) for path in layers}
-        names = {} if None in names.values() else names
-        half = HALVES[family_of(network).network]
+        family = family_of(network)
+        names = {path: family.lora_name(path, network) for path in layers} if family.lora_name else {}
+        names, half = {} if None in names.values() else names, HALVES[family.network]
         return cls(tensors, lora_config(network), alphas, names, _header(network, adapter), half)
 
     def writer(self, title: str, prediction_type: str | None, fp16: bool = False) -> Callable[[Path], None]:
