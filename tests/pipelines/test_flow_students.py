@@ -240,6 +240,30 @@ def test_negative_prompts_need_a_branch(student: tuple[DiffusionPipeline, Path])
     assert told[0].filename == __file__
 
 
+@pytest.mark.parametrize(("make", "name", "scale", "said"), [
+    (tiny_qwen_image, "true_cfg_scale", 5.0, "true_cfg_scale 5 adds to .* use 1 to 2"),
+    (tiny_z_image, "guidance_scale", 4.0, "guidance_scale 4 adds to .* use 0 to 1"),
+])  # fmt: skip
+def test_guidance_is_named_as_the_caller_gives_it(
+    make: Make, name: str, scale: float, said: str, tmp_path: Path
+) -> None:
+    published(make, tmp_path)
+    pipe = ConsistencyPipeline.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=said):
+        draw(pipe, **{name: scale}, num_inference_steps=1, **SMALL)
+    pipe.record = replace(pipe.record, guidance="none")
+    least = "0" if make is tiny_z_image else "1"
+    with pytest.raises(ValueError, match=rf"neither {name} above {least} \(found {scale:g}\)"):
+        draw(pipe, **{name: scale}, **SMALL)
+
+
+def test_a_compiled_network_has_the_same_manners(student: tuple[DiffusionPipeline, Path]) -> None:
+    pipe = ConsistencyPipeline.from_pretrained(student[1])
+    wanted = draw(pipe, num_inference_steps=1)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    torch.testing.assert_close(draw(pipe, num_inference_steps=1), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_another_shift_is_told(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
     pipe = published(tiny_sd3, tmp_path / "student")
     file = tmp_path / "student/scheduler/scheduler_config.json"

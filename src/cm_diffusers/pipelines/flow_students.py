@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import FAMILIES, family_of, in_steps
+from cm_diffusers.models.families.base import FAMILIES, in_steps
 from cm_diffusers.models.stored import absent_parts
 from cm_diffusers.pipelines.lora import Source, check_weights, folder_of, free_name, layers_of, put_on, read_exact
 from cm_diffusers.pipelines.lora_roles import Told, acting, why_off
@@ -166,7 +166,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             return dict(asked)
         times = given.get("sigmas", given.get("timesteps"))
         steps = manners.num_inference_steps if times is None else len(times)
-        guided = family_of(self.student).guided
+        guided = manners.guided
         name, none = next(iter(guided(1.0).items()))
         scale = given[name] - none + 1 if name in given else manners.guidance_scale  # in the convention of records
         self._check(manners, scale, name, given)
@@ -183,7 +183,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
     def _check(self, manners: Manners, scale: float, name: str, given: Mapping[str, Any]) -> None:
         negative = any(key.startswith("negative_") and not _is_empty(value) for key, value in given.items())
         if negative and scale <= 1 and manners.guidance == "distilled":
-            shown = family_of(self.student).guided(scale)[name]
+            shown = manners.guided(scale)[name]
             raise UserError(
                 f"At {name} {shown:g} there is no guidance, so a negative prompt has no branch to act in; leave it out, or "
                 f"give a {name} a little higher."
