@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_flow import tiny_sd3
 from tiny_flow_a import tiny_sana, tiny_wan
@@ -329,6 +330,50 @@ def test_a_lora_comes_and_goes_with_its_record(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "fused")
     fused = ConsistencyPipeline.from_pretrained(tmp_path / "fused")
     torch.testing.assert_close(draw(fused), student, atol=1e-5, rtol=1e-5)
+
+
+def style(make: Make, folder: Path) -> Path:
+    """A LoRA of somebody else, as diffusers saves it."""
+    pipe = make()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    pipe.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    return folder
+
+
+@pytest.mark.parametrize("first", ["student", "style"])
+def test_a_style_on_a_student(first: str, tmp_path: Path) -> None:
+    adapter(tiny_sd3, tmp_path / "student", tmp_path / "base")
+    style(tiny_sd3, tmp_path / "style")
+    stock, pipe = tiny_sd3(), ConsistencyPipeline.from_pretrained(tmp_path / "base")
+    for name in (first, {"student": "style", "style": "student"}[first]):
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+        stock.load_lora_weights(tmp_path / name, adapter_name=name, weight_name="pytorch_lora_weights.safetensors")
+    scheduler, asked = stock.scheduler, {"num_inference_steps": 4, "guidance_scale": 1.0}
+    stock.set_adapters(["student", "style"])
+    stock.scheduler = FlowConsistencyScheduler(shift=SHIFT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        both = draw(pipe)
+    torch.testing.assert_close(both, draw(stock, **asked), atol=1e-5, rtol=1e-5)
+    pipe.set_adapters(["student", "style"], [1.0, 0.0])
+    assert not torch.equal(draw(pipe), both)
+    pipe.set_adapters(["student", "style"])
+    pipe.delete_adapters("student")
+    assert (pipe.record, type(pipe.scheduler)) == (None, FlowMatchEulerDiscreteScheduler)
+    stock.set_adapters("style")
+    stock.scheduler = scheduler
+    torch.testing.assert_close(draw(pipe, **asked), draw(stock, **asked), atol=1e-5, rtol=1e-5)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe, **asked), draw(tiny_sd3(), **asked))
+
+
+def test_without_a_student_the_last_lora_acts_as_in_diffusers(tmp_path: Path) -> None:
+    pipe, folder = ConsistencyPipeline.from_pipe(tiny_sd3()), style(tiny_sd3, tmp_path / "style")
+    for name in ("one", "two"):
+        pipe.load_lora_weights(folder, adapter_name=name)
+    assert pipe.get_active_adapters() == ["two"]
 
 
 def test_a_lora_of_another_network_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import FAMILIES, in_steps
 from cm_diffusers.models.stored import absent_parts
 from cm_diffusers.pipelines.lora import Source, check_weights, folder_of, free_name, layers_of, put_on, read_exact
-from cm_diffusers.pipelines.lora_roles import Told, acting, why_off
+from cm_diffusers.pipelines.lora_roles import Told, acting, activate, active, why_off
 from cm_diffusers.pipelines.manners import Manners, contradiction, mismatches
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
 from cm_diffusers.pipelines.stock import PRIVATE_RECORD, CarriedSchedulerMixin, parts_of
@@ -101,6 +101,8 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
     ) -> None:
         """As in diffusers. A LoRA of this package is taken by its exact form, with its scheduler and recommendations.
 
+        The student's LoRA stays active when another is loaded, and joins those that are active when it is.
+
         Raises:
             ValueError: It is not there, or was made for another architecture.
         """
@@ -112,12 +114,20 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             check_weights(source, kwargs)
             exact = None if kwargs.get("weight_name") else read_exact(source, subfolder, self._network, **hub)
         name = adapter_name or free_name(self)
+        student, before = self._lora_of_student, active(self.student)
         if exact is None:
             super().load_lora_weights(source, adapter_name=name, hotswap=hotswap, **kwargs)
         else:
             put_on(self, layers_of(self, exact), name, kwargs.get("low_cpu_mem_usage", True), hotswap)
         if record := folder and read_record(folder, **hub):
             self._take_up(name, Told(record, read_training(folder, **hub), None))
+        stay = before - {student} if self._lora_of_student == name else before & {student}
+        if stay and not hotswap:
+            activate(self.student, [*sorted(stay), name])
+
+    @property
+    def _lora_of_student(self) -> str | None:
+        return self._before_lora and self._before_lora[0]
 
     def _take_up(self, name: str, told: Told) -> None:
         """Follows a student's LoRA."""
@@ -191,7 +201,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         manners.check(scale, negative)
         if found := mismatches(self.scheduler, self.record):
             warnings.warn(f"The scheduler does not fit this student: {'; '.join(found)}.", stacklevel=5)
-        lora = self._before_lora[0] if self._before_lora else None
+        lora = self._lora_of_student
         if lora and lora not in acting(self.student) | set(self.fused_loras):
             warnings.warn(
                 "The LoRA that makes this model a student does not act, so the model underneath is sampled, undistilled: "
