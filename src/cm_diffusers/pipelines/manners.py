@@ -70,7 +70,7 @@ class Manners:
     highest: float | None
     guidance_scale: float
     num_inference_steps: int
-    guided: Callable[[float], Mapping[str, float | str]] = field(compare=False)
+    guided: Callable[[float], Mapping[str, float | str]] = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, record: Record | None, network: nn.Module) -> "Manners":
