@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.pipelines.flow_students import FlowStudentMixin, stock_class_of, student_class
+from cm_diffusers.pipelines.flow_students import stock_class_of, student_class
 from cm_diffusers.pipelines.layouts import check_index, for_base, is_pipeline, refuse_part
 from cm_diffusers.pipelines.lora import Source
 from cm_diffusers.pipelines.lora_loading import LoraLoaderMixin
@@ -74,8 +74,8 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             if cls.__name__ != "ConsistencyPipeline":
                 raise UserError(f"{str(source)!r} is a {kind}, without prompts; load it with ConsistencyPipeline.")
             return ConsistencyImagesPipeline.from_pretrained(source, **kwargs)
-        if flow := cls._flow_class(repr(str(source)), index):
-            return flow.from_pretrained(source, **kwargs)
+        if stock := cls._stock_of_flow(repr(str(source)), index):
+            return student_class(stock).from_pretrained(source, **kwargs)
         check_index(cls, source, index, kwargs)
         pipe = super().from_pretrained(source, **kwargs)
         if record is not None:
@@ -85,15 +85,15 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
         return pipe
 
     @classmethod
-    def _flow_class(cls, what: str, index: Mapping[str, Any]) -> type[FlowStudentMixin] | None:
-        """That of the stock pipeline of a flow's family; None for others."""
+    def _stock_of_flow(cls, what: str, index: Mapping[str, Any]) -> type[DiffusionPipeline] | None:
+        """The class of the stock pipeline of a flow's family; None for others."""
         stock = stock_class_of(index)
         if stock and cls.__name__ != "ConsistencyPipeline":
             raise UserError(
                 f"{what} is a {stock.__name__}; give it to ConsistencyPipeline, and for image to image give what that "
                 "answers to AutoPipelineForImage2Image.from_pipe."
             )
-        return stock and student_class(stock)
+        return stock
 
     @classmethod
     def _from_lora(cls, source: Source, record: Record | None, kwargs: dict[str, Any]) -> Self:
@@ -132,8 +132,8 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
         Raises:
             ValueError: It is of a flow's family and this class is not `ConsistencyPipeline`, or its record does not fit.
         """
-        if flow := cls._flow_class("The pipeline", {**pipeline.config, "_class_name": type(pipeline).__name__}):
-            return flow.from_pipe(pipeline, **kwargs)
+        if stock := cls._stock_of_flow("The pipeline", {**pipeline.config, "_class_name": type(pipeline).__name__}):
+            return student_class(stock).from_pipe(pipeline, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         pipe = cls(**parts_of(cls, pipeline) | kwargs)
         if name := pipeline.config.get("_name_or_path"):
