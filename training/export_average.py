@@ -10,6 +10,7 @@ from cm_diffusers.engine.averages import rebuild
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import network_of
+from cm_diffusers.models.students import HALF
 from cm_diffusers.models.teachers import load_stock
 from cm_diffusers.models.time_weight import weights_without_head
 from cm_diffusers.places import public
@@ -26,7 +27,7 @@ class ExportConfig:
     sigma_rel: float = HfArg(help="Width: standard deviation of the average over steps, as a share of all.")
     step: int | None = HfArg(default=None, help="Of which checkpoint; the last if not given.")
     output_dir: str = HfArg(default="runs/average", help="Where the pipeline goes.")
-    save_fp16: bool = HfArg(default=False, help="Store network and VAE in half precision.")
+    save_fp16: bool = HfArg(default=False, help=f"Store network and VAE in half precision: {HALF}.")
 
 
 CONFIGS = (ExportConfig,)

@@ -24,7 +24,7 @@ from cm_diffusers.types import Networks
 
 @dataclass
 class ResultConfig:
-    save_fp16: bool = HfArg(default=False, help="Store transformer and VAE in half precision.")
+    save_fp16: bool = HfArg(default=False, help="Store the transformer in bfloat16, the VAE in float16.")
 
 
 CONFIGS = (SmallFlowConfig, DataConfig, FlowConfig, OptimConfig, TrainConfig, ValidationConfig, ResultConfig)

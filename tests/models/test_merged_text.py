@@ -11,9 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.models.families.sd3 import FAMILY
-from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros
+from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros, silent_t5, silent_tokenizer
 from cm_diffusers.models.teachers import TeacherConfig, load_network, load_teacher, release_encoders
-from cm_diffusers.tasks.flow_models import silent_t5, silent_tokenizer
 
 
 T = torch.tensor([0.3, 0.9])

@@ -16,6 +16,8 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
 from tiny_flow import tiny_sd3
 from tiny_flow_a import tiny_sana, tiny_wan
 from tiny_flow_b import tiny_flux, tiny_qwen_image, tiny_z_image
@@ -29,7 +31,6 @@ from cm_diffusers.record import RECORD, Record, read_record
 
 
 SHIFT = 3.0
-WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # which diffusers wants to be told
 SMALL = {"height": 32, "width": 32}
 SIZES = {
     tiny_wan: {"height": 64, "width": 64, "num_frames": 5},
@@ -80,7 +81,7 @@ def test_a_folder_names_nothing_of_this_package(student: tuple[DiffusionPipeline
     index = json.loads((student[1] / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusion3Pipeline"
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    stock = DiffusionPipeline.from_pretrained(student[1], **WITHOUT_T5)
+    stock = DiffusionPipeline.from_pretrained(student[1])
     assert type(stock) is StableDiffusion3Pipeline
     assert (stock.scheduler.config.shift, stock.scheduler.config.stochastic_sampling) == (SHIFT, True)
     stock.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
@@ -89,6 +90,7 @@ def test_a_folder_names_nothing_of_this_package(student: tuple[DiffusionPipeline
 
 def test_the_student_is_sampled_as_it_was_trained(student: tuple[DiffusionPipeline, Path]) -> None:
     trained, folder = student
+    assert (trained.text_encoder_3, trained.tokenizer_3, trained.config.text_encoder_3) == (None, None, (None, None))
     pipe = ConsistencyPipeline.from_pretrained(folder)
     assert isinstance(pipe, StableDiffusion3Pipeline)
     assert type(pipe.scheduler) is FlowConsistencyScheduler
@@ -106,7 +108,7 @@ def test_the_student_is_sampled_as_it_was_trained(student: tuple[DiffusionPipeli
 
 
 def test_one_step_needs_no_package(student: tuple[DiffusionPipeline, Path]) -> None:
-    stock = DiffusionPipeline.from_pretrained(student[1], **WITHOUT_T5)
+    stock = DiffusionPipeline.from_pretrained(student[1])
     ours = ConsistencyPipeline.from_pretrained(student[1])
     plain = draw(stock, sigmas=[1.0], guidance_scale=1.0)
     assert torch.equal(draw(ours, num_inference_steps=1), plain)
@@ -117,7 +119,7 @@ def test_without_fresh_noise_the_stock_scheduler_draws_the_same(make: Make, tmp_
     guidance = ("embedded", 2.0) if make is tiny_flux else ("distilled", 1.0)
     scheduler = FlowConsistencyScheduler(shift=SHIFT, gamma=0.0)
     trained = published(make, tmp_path / "student", 0.0, record_of(scheduler, *guidance))
-    stock = DiffusionPipeline.from_pretrained(tmp_path / "student", **(WITHOUT_T5 if make is tiny_sd3 else {}))
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "student")
     kind = FlowMapEulerDiscreteScheduler if make is tiny_sd3 else FlowMatchEulerDiscreteScheduler
     assert type(stock.scheduler) is kind
     ours = ConsistencyPipeline.from_pretrained(tmp_path / "student")
@@ -152,6 +154,20 @@ def test_images_are_as_large_as_in_training(student: tuple[DiffusionPipeline, Pa
     assert draw(pipe, latents=torch.ones(1, 4, 8, 8)).shape[-2:] == (32, 32)
 
 
+def test_half_precision_of_transformers_is_bfloat16(tmp_path: Path) -> None:
+    pipe = tiny_wan()
+    pipe.transformer.proj_out.bias.data.fill_(1e6)  # which float16 has not
+    save_pipeline(pipe, tmp_path, True)
+    stored = load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors")
+    assert (stored["proj_out.bias"] == 1e6 * torch.ones(1, dtype=torch.bfloat16)).all()
+    whole = {name for name, value in stored.items() if value.dtype == torch.float32}
+    assert all({"time_embedder", "scale_shift_table", "norm2"} & {*name.split(".")} for name in whole)
+    assert whole  # what diffusers keeps in float32 in whatever precision it loads the rest
+    assert {value.dtype for name, value in stored.items() if name not in whole} == {torch.bfloat16}
+    vae = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in vae.values()} == {torch.float16}
+
+
 def test_a_saved_student_is_the_same_folder(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
     pipe = ConsistencyPipeline.from_pretrained(student[1])
     pipe.save_pretrained(tmp_path / "again")
@@ -178,6 +194,40 @@ def test_image_to_image_goes_on_with_the_scheduler(student: tuple[DiffusionPipel
         ConsistencyImg2ImgPipeline.from_pretrained(student[1])
 
 
+def test_a_stock_pipeline_is_taken_up(student: tuple[DiffusionPipeline, Path]) -> None:
+    stock = DiffusionPipeline.from_pretrained(student[1])
+    pipe, loaded = ConsistencyPipeline.from_pipe(stock), ConsistencyPipeline.from_pretrained(student[1])
+    assert (type(pipe), pipe.record, pipe.training) == (type(loaded), loaded.record, loaded.training)
+    assert type(pipe.scheduler) is FlowConsistencyScheduler
+    assert dict(pipe.scheduler.config) == dict(loaded.scheduler.config)
+    assert torch.equal(draw(pipe), draw(loaded))
+    assert type(stock.scheduler) is FlowMatchEulerDiscreteScheduler  # it stays as it was
+    edited = AutoPipelineForImage2Image.from_pipe(pipe)
+    again = ConsistencyPipeline.from_pipe(edited, scheduler=FlowConsistencyScheduler(shift=5.0))
+    assert (again.record, again.scheduler.config.shift) == (loaded.record, 5.0)
+    with pytest.raises(ValueError, match="The pipeline is a StableDiffusion3Pipeline; give it to ConsistencyPipeline"):
+        ConsistencyImg2ImgPipeline.from_pipe(stock)
+
+
+def test_a_stock_pipeline_without_record_stays_as_it_is() -> None:
+    stock = tiny_flux()
+    stock.transformer.to(torch.bfloat16)
+    pipe = ConsistencyPipeline.from_pipe(stock)
+    assert (pipe.record, pipe.scheduler) == (None, stock.scheduler)
+    assert (pipe.transformer, pipe.transformer.dtype) == (stock.transformer, torch.bfloat16)
+    assert ConsistencyPipeline.from_pipe(pipe, dtype=torch.float32).transformer.dtype == torch.float32
+    asked = {"num_inference_steps": 2, **SMALL}
+    assert torch.equal(draw(pipe, **asked), draw(stock, **asked))
+
+
+def test_what_a_lora_brought_goes_from_pipe_to_pipe(tmp_path: Path) -> None:
+    adapter(tiny_sd3, tmp_path / "lora", tmp_path / "base")
+    pipe = ConsistencyPipeline.from_pipe(ConsistencyPipeline.from_pretrained(tmp_path / "lora"))
+    assert pipe.record == read_record(tmp_path / "lora")
+    pipe.unload_lora_weights()
+    assert (pipe.record, type(pipe.scheduler)) == (None, FlowMatchEulerDiscreteScheduler)
+
+
 def test_negative_prompts_need_a_branch(student: tuple[DiffusionPipeline, Path]) -> None:
     pipe = ConsistencyPipeline.from_pretrained(student[1])
     with pytest.raises(
@@ -189,6 +239,30 @@ def test_negative_prompts_need_a_branch(student: tuple[DiffusionPipeline, Path])
     with pytest.warns(UserWarning, match="burns the images") as told:
         draw(pipe, guidance_scale=5.0)
     assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(("make", "name", "scale", "said"), [
+    (tiny_qwen_image, "true_cfg_scale", 5.0, "true_cfg_scale 5 adds to .* use 1 to 2"),
+    (tiny_z_image, "guidance_scale", 4.0, "guidance_scale 4 adds to .* use 0 to 1"),
+])  # fmt: skip
+def test_guidance_is_named_as_the_caller_gives_it(
+    make: Make, name: str, scale: float, said: str, tmp_path: Path
+) -> None:
+    published(make, tmp_path)
+    pipe = ConsistencyPipeline.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=said):
+        draw(pipe, **{name: scale}, num_inference_steps=1, **SMALL)
+    pipe.record = replace(pipe.record, guidance="none")
+    least = "0" if make is tiny_z_image else "1"
+    with pytest.raises(ValueError, match=rf"neither {name} above {least} \(found {scale:g}\)"):
+        draw(pipe, **{name: scale}, **SMALL)
+
+
+def test_a_compiled_network_has_the_same_manners(student: tuple[DiffusionPipeline, Path]) -> None:
+    pipe = ConsistencyPipeline.from_pretrained(student[1])
+    wanted = draw(pipe, num_inference_steps=1)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    torch.testing.assert_close(draw(pipe, num_inference_steps=1), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_another_shift_is_told(student: tuple[DiffusionPipeline, Path], tmp_path: Path) -> None:
@@ -256,6 +330,50 @@ def test_a_lora_comes_and_goes_with_its_record(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "fused")
     fused = ConsistencyPipeline.from_pretrained(tmp_path / "fused")
     torch.testing.assert_close(draw(fused), student, atol=1e-5, rtol=1e-5)
+
+
+def style(make: Make, folder: Path) -> Path:
+    """A LoRA of somebody else, as diffusers saves it."""
+    pipe = make()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    pipe.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    return folder
+
+
+@pytest.mark.parametrize("first", ["student", "style"])
+def test_a_style_on_a_student(first: str, tmp_path: Path) -> None:
+    adapter(tiny_sd3, tmp_path / "student", tmp_path / "base")
+    style(tiny_sd3, tmp_path / "style")
+    stock, pipe = tiny_sd3(), ConsistencyPipeline.from_pretrained(tmp_path / "base")
+    for name in (first, {"student": "style", "style": "student"}[first]):
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+        stock.load_lora_weights(tmp_path / name, adapter_name=name, weight_name="pytorch_lora_weights.safetensors")
+    scheduler, asked = stock.scheduler, {"num_inference_steps": 4, "guidance_scale": 1.0}
+    stock.set_adapters(["student", "style"])
+    stock.scheduler = FlowConsistencyScheduler(shift=SHIFT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        both = draw(pipe)
+    torch.testing.assert_close(both, draw(stock, **asked), atol=1e-5, rtol=1e-5)
+    pipe.set_adapters(["student", "style"], [1.0, 0.0])
+    assert not torch.equal(draw(pipe), both)
+    pipe.set_adapters(["student", "style"])
+    pipe.delete_adapters("student")
+    assert (pipe.record, type(pipe.scheduler)) == (None, FlowMatchEulerDiscreteScheduler)
+    stock.set_adapters("style")
+    stock.scheduler = scheduler
+    torch.testing.assert_close(draw(pipe, **asked), draw(stock, **asked), atol=1e-5, rtol=1e-5)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe, **asked), draw(tiny_sd3(), **asked))
+
+
+def test_without_a_student_the_last_lora_acts_as_in_diffusers(tmp_path: Path) -> None:
+    pipe, folder = ConsistencyPipeline.from_pipe(tiny_sd3()), style(tiny_sd3, tmp_path / "style")
+    for name in ("one", "two"):
+        pipe.load_lora_weights(folder, adapter_name=name)
+    assert pipe.get_active_adapters() == ["two"]
 
 
 def test_a_lora_of_another_network_is_refused(tmp_path: Path) -> None:

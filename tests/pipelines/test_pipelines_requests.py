@@ -121,7 +121,7 @@ def test_guidance_outside_the_training_range(embedded, low: float, high: float, 
     for scale in (low, high):
         messages = warned(embedded, guidance_scale=scale)
         assert len(messages) == count
-        assert all(f"guidance_scale {scale} is outside the 1.0 to 5.0" in message for message in messages)
+        assert all(f"guidance_scale {scale:g} is outside the 1 to 5" in message for message in messages)
 
 
 def test_distilled_students_take_a_little_guidance(distilled) -> None:
@@ -131,7 +131,7 @@ def test_distilled_students_take_a_little_guidance(distilled) -> None:
     (message,) = warned(distilled, guidance_scale=7.5)
     assert "guidance_scale 7.5 adds to the guidance that is in this student's weights and burns" in message
     (message,) = warned(distilled, negative_prompt="a coat")
-    assert "The negative prompt has no effect at guidance_scale 1.0" in message
+    assert "The negative prompt has no effect at guidance_scale 1; raise it a little above 1" in message
 
 
 @pytest.mark.parametrize("options", [{"guidance_scale": 1.5}, {"negative_prompt": "a coat"}])

@@ -17,6 +17,7 @@ from cm_diffusers.models.families.base import tag_of
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, save_lora, save_pipeline
 from cm_diffusers.publishing.provenance import Provenance, describe_run
+from cm_diffusers.publishing.sharing import ShareConfig, prepare
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers import FlowConsistencyScheduler
 
@@ -88,11 +89,33 @@ def test_guidance_is_told_in_the_words_of_the_pipeline() -> None:
 
 def test_comfyui_is_named_where_its_table_has_the_names() -> None:
     card = model_card(record(), provenance("sd3", lora=True))
-    assert "sampler `lcm`, the scheduler `simple`, shift 3, 4 steps, CFG 1 and strength 1" in card
+    shifted = "the scheduler `simple`, the node `{}` with {}, 4 steps"
+    assert f"sampler `lcm`, {shifted.format('ModelSamplingSD3', 'shift 3')}, CFG 1 and strength 1" in card
+    for tag, node in {"wan": "SD3", "qwen-image": "AuraFlow", "z-image": "AuraFlow"}.items():
+        card = model_card(record(), provenance(tag, lora=True))
+        assert shifted.format(f"ModelSampling{node}", "shift 3") in card
     told = model_card(record("embedded", 3.5, 0.0), provenance("flux", lora=True))
-    assert "sampler `euler`, the scheduler `simple`, shift 3, 4 steps, guidance 3.5, CFG 1" in told
+    flux = shifted.format("ModelSamplingFlux", "max_shift and base_shift 1.10")  # exp(1.10) = 3.00
+    assert f"sampler `euler`, {flux}, guidance 3.5, CFG 1" in told
     assert "ComfyUI" not in model_card(record(), provenance("sana", lora=True))
     assert "ComfyUI" not in model_card(record(), provenance("sd3"))
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "known"),
+    [
+        (tiny_wan, "to_q", True),
+        (tiny_wan, "time_embedder.linear_1", False),
+        (tiny_sd3, "time_text_embed.timestep_embedder.linear_1", True),
+    ],
+)
+def test_comfyui_is_named_where_every_layer_has_a_name(make, layer: str, known: bool, tmp_path: Path) -> None:
+    network = add_lora(make().transformer, 4, 8.0, 0.0, [layer])
+    told = replace(provenance(TAGS[make], lora=True), name="student")
+    save_lora(network, tmp_path / "student", record(), told)
+    assert ("ComfyUI" in (tmp_path / "student/README.md").read_text()) == known
+    prepare(ShareConfig(str(tmp_path / "student")))
+    assert ("ComfyUI" in (tmp_path / "student/README.md").read_text()) == known
 
 
 def test_the_noise_of_stock_pipelines_is_told() -> None:

@@ -91,6 +91,8 @@ def test_ours_take_the_exact_form(make: Callable[[], DiffusionPipeline], tmp_pat
     found, wanted = deltas(pipe.transformer), deltas(network)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[path], value) for path, value in wanted.items())
+    shared = {name: value.dtype for name, value in load_file(folder / TOP).items()}
+    assert {dtype for name, dtype in shared.items() if "lora_" in name} == {torch.bfloat16}  # float16 ends at 65504
 
 
 @pytest.mark.parametrize("make", [tiny_sd3, tiny_flux, tiny_qwen_image, tiny_z_image], ids=lambda make: make.__name__)

@@ -2,24 +2,32 @@
 
 import json
 import re
+import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan, DiffusionPipeline
 from safetensors.torch import load_file
 from scripts import FOLDER, data_flags, image_folder, run_script, script
 from tiny import tiny_pipeline
 from tiny_flow import tiny_sd3_transformer
 from tiny_flow_a import tiny_sana, tiny_sana_transformer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cm_diffusers.engine.cli import parse_words
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.tasks import memory, text_to_image
-from cm_diffusers.tasks.memory import ENCODING, GIB, TRAINING, Shape, adapter_parameters, network_bytes
+from cm_diffusers.tasks.memory import GIB, IMAGES, TEXT, TRAINING, Shape, adapter_parameters, network_bytes, peak
+
+
+sys.path.append(str(FOLDER.parent / "benchmarks"))
+import gpu_table
 
 
 RECIPES = FOLDER / "recipes"
@@ -73,7 +81,8 @@ def test_a_lora_of_flux() -> None:
     # 4096 + 512 tokens of width 3072, 2 images: 57 inputs of 2 bytes, and a block of 34
     assert training["activations"] == pytest.approx(4608 * 3072 * 2 * (57 * 2 + 34) / GIB)
     assert sum(training.values()) == pytest.approx(27.74, abs=0.01)
-    assert found[ENCODING]["T5-XXL"] / GIB == pytest.approx(17.74, abs=0.01)
+    assert found[TEXT]["T5-XXL"] / GIB == pytest.approx(17.74, abs=0.01)
+    assert peak(found) == sum(found[TRAINING].values())
     four_bits = estimated("lcm_lora_flux_dev", "--quantize_teacher", "bnb_4bit")[TRAINING]
     assert four_bits["frozen base"] / GIB == pytest.approx(22.17 * 4.5 / 16, abs=0.02)
     plain = estimated("lcm_lora_flux_dev", "--gradient_checkpointing", "false")[TRAINING]["activations"]
@@ -82,7 +91,8 @@ def test_a_lora_of_flux() -> None:
 
 @pytest.mark.parametrize("recipe", SHAPES)
 def test_what_a_recipe_promises_is_the_sum(recipe: str) -> None:
-    training, encoding = (sum(estimated(recipe)[moment].values()) / GIB for moment in (TRAINING, ENCODING))
+    images, text, training = (sum(sizes.values()) / GIB for sizes in estimated(recipe).values())
+    encoding = max(images, text)
     told = f"--shape {SHAPES[recipe]}: {training:.1f} GiB while it trains, {encoding:.1f} GiB while it encodes"
     text = (RECIPES / f"{recipe}.args").read_text()
     assert told in text
@@ -105,7 +115,8 @@ def test_adapters_are_counted_as_they_are_made(make) -> None:
 
 
 def test_unets_are_refused(tmp_path: Path) -> None:
-    sizes = {"network": {"_class_name": "UNet2DConditionModel"}, "text_towers": {}, "vae": 1, "text_tokens": 0}
+    network = {"_class_name": "UNet2DConditionModel"}
+    sizes = {"network": network, "text_towers": {}, "vae": 1, "vae_states": 1, "text_tokens": 0}
     (tmp_path / "a.json").write_text(json.dumps(sizes | {"pixels_per_token": 8}))
     with pytest.raises(SystemExit, match="transformers of equal blocks, not for UNet2DConditionModel"):
         run_script("estimate_memory", shape=tmp_path / "a.json", pretrained_teacher_model="a")
@@ -113,7 +124,81 @@ def test_unets_are_refused(tmp_path: Path) -> None:
 
 def test_the_command(capsys) -> None:
     run_script("estimate_memory", recipe="lcm_lora_flux_dev", shape="shape_flux_dev")  # bitsandbytes need not be here
-    assert "| while it trains | **sum** | **27.7** |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| while it encodes images | activations | 2.50 |" in said
+    assert "| while it trains | **sum** | **27.7** |" in said
+    assert said.strip().endswith("| **peak** | | **27.7** |")
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are there, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> object:
+        made = function(*args, **(kwargs or {}))
+        for storage in [one.untyped_storage() for one in tree_leaves(made) if isinstance(one, torch.Tensor)]:
+            if storage not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return made
+
+    def forget(self, size: int) -> None:
+        self.now -= size
+
+
+LEVELS = (128, 256, 512, 512)
+VAES = {
+    "shape_flux_dev": (AutoencoderKL, {
+        "block_out_channels": LEVELS, "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "use_post_quant_conv": False,
+    }),
+    "shape_sana_600m": (AutoencoderDC, {
+        "encoder_block_out_channels": (*LEVELS, 1024, 1024), "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+        "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)), "downsample_block_type": "conv",
+    }),
+    "shape_qwen_image": (AutoencoderKLQwenImage, {}),
+    "shape_wan_1_3b": (AutoencoderKLWan, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_the_states_of_a_vae_are_counted(name: str) -> None:
+    """Of the published configs, but for the decoder of Sana's; at the sizes of the guide the share of the edges is less."""
+    (kind, config), side = VAES[name], 256
+    shape, clips = shape_of(name), name in ("shape_qwen_image", "shape_wan_1_3b")
+    with torch.device("meta"), torch.no_grad():
+        vae = kind(**config).eval()
+        if kind is not AutoencoderDC:
+            assert sum(p.numel() for p in vae.parameters()) == shape.vae
+        pixels = torch.zeros(1, 3, *([1] if clips else []), side, side)
+        with Live() as live:
+            vae.encode(pixels)
+    assert live.most / 4 / side**2 == pytest.approx(shape.vae_states, rel=0.02)
+
+
+def test_images_that_are_encoded_at_once_count() -> None:
+    """The default, 32 of 1024 pixels, asks for more than all else."""
+    found = estimated("lcm_lora_flux_dev", "--encode_batch_size", "32")
+    assert found[IMAGES]["activations"] == 32 * 640 * 1024**2 * 4
+    assert peak(found) == sum(found[IMAGES].values()) > 80 * GIB
+    half = estimated("lcm_lora_flux_dev", "--encode_batch_size", "32", "--vae_dtype", "bfloat16")
+    assert peak(half) == peak(found) / 2
+
+
+@pytest.mark.parametrize("recipe", SHAPES)
+def test_the_guide_says_which_gpu(recipe: str) -> None:
+    assert gpu_table.row(recipe) in GUIDE
+
+
+def test_a_gpu_has_a_little_to_spare() -> None:
+    assert [gpu_table.enough(size * GIB) for size in (10.0, 14.1, 78.0)] == ["12 GB", "24 GB", "80 GB"]
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from cm_diffusers.models.stored import TORCH_DTYPES, header, weight_files
 
 
 Dtypes = torch.dtype | dict[str, torch.dtype | None]
+# What a part of a pipeline is stored in at half precision: several transformers overflow in float16.
+HALVES = {"unet": torch.float16, "transformer": torch.bfloat16, "vae": torch.float16}
 
 
 def dtype_of(name: str, dtype: Dtypes) -> torch.dtype | None:

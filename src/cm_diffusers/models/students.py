@@ -55,12 +55,15 @@ class StudentNetworkConfig:
         return (self.unet_time_cond_proj_dim or None) if adds else None
 
 
+HALF = "float16, but a transformer or its LoRA in bfloat16, for several overflow in float16"  # see `HALVES`
+
+
 @dataclass
 class StudentConfig(StudentNetworkConfig):
     """What becomes of the teacher's network, and how it is stored."""
 
     save_fp16: bool = HfArg(
-        default=False, help="Store the full student's UNet and VAE, or the LoRA, in half precision."
+        default=False, help=f"Store the full student's network and VAE, or the LoRA, in half precision: {HALF}."
     )
     quantize_teacher: Literal["no", *QUANTIZATIONS] = HfArg(
         default="no",

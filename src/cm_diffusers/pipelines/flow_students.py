@@ -12,13 +12,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.families.base import FAMILIES, family_of, in_steps
+from cm_diffusers.models.families.base import FAMILIES, in_steps
 from cm_diffusers.models.stored import absent_parts
 from cm_diffusers.pipelines.lora import Source, check_weights, folder_of, free_name, layers_of, put_on, read_exact
-from cm_diffusers.pipelines.lora_roles import Told, acting, why_off
+from cm_diffusers.pipelines.lora_roles import Told, acting, activate, active, why_off
 from cm_diffusers.pipelines.manners import Manners, contradiction, mismatches
 from cm_diffusers.pipelines.recorded import RecordedMixin, of_hub, read_training
-from cm_diffusers.pipelines.stock import PRIVATE_RECORD, CarriedSchedulerMixin
+from cm_diffusers.pipelines.stock import PRIVATE_RECORD, CarriedSchedulerMixin, parts_of
 from cm_diffusers.record import is_of_flow, read_record
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 
@@ -58,6 +58,29 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             pipe._adopt_scheduler()
         return pipe
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """The same components, with what `from_pretrained` finds beside the weights; none is cast unless `dtype` says so.
+
+        Args:
+            pipeline: Stock or ours.
+            kwargs: Components or options to replace, and `dtype`.
+
+        Raises:
+            ValueError: The record does not fit the network.
+        """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        pipe, config = cls(**parts_of(cls, pipeline) | kwargs), pipeline.config
+        pipe.register_to_config(**{name: config[name] for name in ("_name_or_path", cls._record) if name in config})
+        pipe._merged_adapters = set(getattr(pipeline, "fused_loras", ()))
+        pipe._before_lora = getattr(pipeline, "_before_lora", None)
+        source = config.get("_name_or_path")
+        if pipe.record is None and source and (record := read_record(source, local_files_only=True)):
+            pipe._take_record(source, record, kwargs | {"local_files_only": True})
+        if "scheduler" not in kwargs and not isinstance(pipe.scheduler, FlowConsistencyScheduler):
+            pipe._adopt_scheduler()
+        return pipe if dtype is None else pipe.to(dtype=dtype)
+
     def _adopt_scheduler(self) -> None:
         if self.record is not None and is_of_flow(self.record):
             self.scheduler = FlowConsistencyScheduler.from_config(self.record.scheduler)
@@ -78,6 +101,8 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
     ) -> None:
         """As in diffusers. A LoRA of this package is taken by its exact form, with its scheduler and recommendations.
 
+        The student's LoRA stays active when another is loaded, and joins those that are active when it is.
+
         Raises:
             ValueError: It is not there, or was made for another architecture.
         """
@@ -89,12 +114,20 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             check_weights(source, kwargs)
             exact = None if kwargs.get("weight_name") else read_exact(source, subfolder, self._network, **hub)
         name = adapter_name or free_name(self)
+        student, before = self._lora_of_student, active(self.student)
         if exact is None:
             super().load_lora_weights(source, adapter_name=name, hotswap=hotswap, **kwargs)
         else:
             put_on(self, layers_of(self, exact), name, kwargs.get("low_cpu_mem_usage", True), hotswap)
         if record := folder and read_record(folder, **hub):
             self._take_up(name, Told(record, read_training(folder, **hub), None))
+        stay = before - {student} if self._lora_of_student == name else before & {student}
+        if stay and not hotswap:
+            activate(self.student, [*sorted(stay), name])
+
+    @property
+    def _lora_of_student(self) -> str | None:
+        return self._before_lora and self._before_lora[0]
 
     def _take_up(self, name: str, told: Told) -> None:
         """Follows a student's LoRA."""
@@ -143,7 +176,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
             return dict(asked)
         times = given.get("sigmas", given.get("timesteps"))
         steps = manners.num_inference_steps if times is None else len(times)
-        guided = family_of(self.student).guided
+        guided = manners.guided
         name, none = next(iter(guided(1.0).items()))
         scale = given[name] - none + 1 if name in given else manners.guidance_scale  # in the convention of records
         self._check(manners, scale, name, given)
@@ -160,7 +193,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
     def _check(self, manners: Manners, scale: float, name: str, given: Mapping[str, Any]) -> None:
         negative = any(key.startswith("negative_") and not _is_empty(value) for key, value in given.items())
         if negative and scale <= 1 and manners.guidance == "distilled":
-            shown = family_of(self.student).guided(scale)[name]
+            shown = manners.guided(scale)[name]
             raise UserError(
                 f"At {name} {shown:g} there is no guidance, so a negative prompt has no branch to act in; leave it out, or "
                 f"give a {name} a little higher."
@@ -168,7 +201,7 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         manners.check(scale, negative)
         if found := mismatches(self.scheduler, self.record):
             warnings.warn(f"The scheduler does not fit this student: {'; '.join(found)}.", stacklevel=5)
-        lora = self._before_lora[0] if self._before_lora else None
+        lora = self._lora_of_student
         if lora and lora not in acting(self.student) | set(self.fused_loras):
             warnings.warn(
                 "The LoRA that makes this model a student does not act, so the model underneath is sampled, undistilled: "

@@ -1,5 +1,6 @@
 """Loading students, published LCMs, base models and LoRAs, and keeping what their records say."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
@@ -19,7 +20,7 @@ from cm_diffusers.pipelines.manners import (
 from cm_diffusers.pipelines.pipeline_consistency_images import ConsistencyImagesPipeline
 from cm_diffusers.pipelines.recorded import of_hub, read_training, refuse_base_model
 from cm_diffusers.pipelines.single_file import SingleFileMixin
-from cm_diffusers.pipelines.stock import CarriedSchedulerMixin
+from cm_diffusers.pipelines.stock import CarriedSchedulerMixin, parts_of
 from cm_diffusers.record import Record, base_model_of, read_record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 
@@ -73,12 +74,7 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
             if cls.__name__ != "ConsistencyPipeline":
                 raise UserError(f"{str(source)!r} is a {kind}, without prompts; load it with ConsistencyPipeline.")
             return ConsistencyImagesPipeline.from_pretrained(source, **kwargs)
-        if stock := stock_class_of(index):
-            if cls.__name__ != "ConsistencyPipeline":
-                raise UserError(
-                    f"{str(source)!r} is a {kind}; load it with ConsistencyPipeline, and for image to image give what that "
-                    "answers to AutoPipelineForImage2Image.from_pipe."
-                )
+        if stock := cls._stock_of_flow(repr(str(source)), index):
             return student_class(stock).from_pretrained(source, **kwargs)
         check_index(cls, source, index, kwargs)
         pipe = super().from_pretrained(source, **kwargs)
@@ -87,6 +83,17 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
         if kwargs.get("scheduler") is None:
             pipe._adopt_scheduler(own=True)
         return pipe
+
+    @classmethod
+    def _stock_of_flow(cls, what: str, index: Mapping[str, Any]) -> type[DiffusionPipeline] | None:
+        """The class of the stock pipeline of a flow's family; None for others."""
+        stock = stock_class_of(index)
+        if stock and cls.__name__ != "ConsistencyPipeline":
+            raise UserError(
+                f"{what} is a {stock.__name__}; give it to ConsistencyPipeline, and for image to image give what that "
+                "answers to AutoPipelineForImage2Image.from_pipe."
+            )
+        return stock
 
     @classmethod
     def _from_lora(cls, source: Source, record: Record | None, kwargs: dict[str, Any]) -> Self:
@@ -116,17 +123,20 @@ class ConsistencyLoaderMixin(CarriedSchedulerMixin, SingleFileMixin, LoraLoaderM
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """The same components in this class; unlike in diffusers, none is cast unless `dtype` says so.
 
+        `ConsistencyPipeline` answers as `from_pretrained` does to the stock pipeline of a flow's family.
+
         Args:
             pipeline: Stock or ours.
             kwargs: Components or options to replace, and `dtype`.
+
+        Raises:
+            ValueError: It is of a flow's family and this class is not `ConsistencyPipeline`, or its record does not fit.
         """
+        if stock := cls._stock_of_flow("The pipeline", {**pipeline.config, "_class_name": type(pipeline).__name__}):
+            return student_class(stock).from_pipe(pipeline, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        modules, options = cls._get_signature_keys(cls)
-        parts, config = {name: getattr(pipeline, name, None) for name in modules}, pipeline.config
-        # a stock pipeline that was made from ours holds what it does not know under a private name
-        parts |= {name: config[key] for name in options for key in (f"_{name}", name) if key in config}
-        pipe = cls(**{**parts, **kwargs})
-        if name := config.get("_name_or_path"):
+        pipe = cls(**parts_of(cls, pipeline) | kwargs)
+        if name := pipeline.config.get("_name_or_path"):
             pipe.register_to_config(_name_or_path=name)
         if not isinstance(pipeline, ConsistencyLoaderMixin):
             pipe._take_over(pipeline, kwargs)

@@ -1,8 +1,8 @@
 """How a checkpoint wants to be sampled: from its record, or from what the checkpoint itself shows."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import SchedulerMixin
@@ -56,12 +56,13 @@ BURNS_ABOVE = 2.0
 
 @dataclass(frozen=True)
 class Manners:
-    """What may be asked of a student; guidance scales are in diffusers' convention, 1 is none.
+    """What may be asked of a student; guidance scales are in the convention of records, 1 is none.
 
     Attributes:
         guidance: As in `Record`.
         lowest, highest: Guidance scales an embedded student was trained with; None where nothing tells.
         guidance_scale, num_inference_steps: What to sample with unless the caller says otherwise.
+        guided: As in `Family`: what callers give for a scale, which messages name.
     """
 
     guidance: str
@@ -69,21 +70,23 @@ class Manners:
     highest: float | None
     guidance_scale: float
     num_inference_steps: int
+    guided: Callable[[float], Mapping[str, float | str]] = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, record: Record | None, network: nn.Module) -> "Manners":
+        guided = family_of(_whole(network)).guided
         if record is not None and contradiction(record, network) is None:
             scales = (record.w_min + 1, record.w_max + 1, record.recommended_guidance_scale)
-            return cls(record.guidance, *scales, record.recommended_num_inference_steps)
+            return cls(record.guidance, *scales, record.recommended_num_inference_steps, guided)
         if _embeds(network):
-            return cls("embedded", None, None, LCM_GUIDANCE_SCALE, LCM_STEPS)
-        return cls("distilled", None, None, 1.0, LCM_STEPS)
+            return cls("embedded", None, None, LCM_GUIDANCE_SCALE, LCM_STEPS, guided)
+        return cls("distilled", None, None, 1.0, LCM_STEPS, guided)
 
     def check(self, guidance_scale: float, negative: bool) -> None:
         """Warns of or refuses what the student was not made for.
 
         Args:
-            guidance_scale: The caller's.
+            guidance_scale: The caller's, in the convention of records.
             negative: Whether a negative prompt was given.
 
         Raises:
@@ -94,11 +97,19 @@ class Manners:
         elif self.guidance == "none":
             if guidance_scale > 1 or negative:
                 raise UserError(
-                    f"This student was distilled without guidance and takes neither guidance_scale above 1 (found "
-                    f"{guidance_scale}) nor a negative prompt; leave both out."
+                    f"This student was distilled without guidance and takes neither {self._argument} above "
+                    f"{self._told(1)} (found {self._told(guidance_scale)}) nor a negative prompt; leave both out."
                 )
         else:
             self._check_distilled(guidance_scale, negative)
+
+    @property
+    def _argument(self) -> str:
+        return next(iter(self.guided(1.0)))
+
+    def _told(self, scale: float) -> str:
+        """A guidance scale as callers give it."""
+        return f"{self.guided(scale)[self._argument]:g}"
 
     def _check_embedded(self, guidance_scale: float, negative: bool) -> None:
         if negative:
@@ -108,27 +119,32 @@ class Manners:
             )
         if self.lowest is not None and not self.lowest <= guidance_scale <= self.highest:
             warnings.warn(
-                f"guidance_scale {guidance_scale} is outside the {self.lowest} to {self.highest} that this student "
-                "was trained with; expect worse images.",
+                f"{self._argument} {self._told(guidance_scale)} is outside the {self._told(self.lowest)} to "
+                f"{self._told(self.highest)} that this student was trained with; expect worse images.",
                 stacklevel=7,
             )
 
     def _check_distilled(self, guidance_scale: float, negative: bool) -> None:
         if guidance_scale > max(BURNS_ABOVE, self.guidance_scale):
             warnings.warn(
-                f"guidance_scale {guidance_scale} adds to the guidance that is in this student's weights and burns "
-                f"the images; use 1 to {BURNS_ABOVE:g}.",
+                f"{self._argument} {self._told(guidance_scale)} adds to the guidance that is in this student's weights and "
+                f"burns the images; use {self._told(1)} to {self._told(BURNS_ABOVE)}.",
                 stacklevel=7,
             )
         if negative and guidance_scale <= 1:
             warnings.warn(
-                f"The negative prompt has no effect at guidance_scale {guidance_scale}; raise it a little above 1.",
+                f"The negative prompt has no effect at {self._argument} {self._told(guidance_scale)}; raise it a little above "
+                f"{self._told(1)}.",
                 stacklevel=7,
             )
 
 
+def _whole(network: nn.Module) -> nn.Module:
+    return getattr(network, "_orig_mod", network)  # of a compiled one
+
+
 def _embeds(network: nn.Module) -> bool:
-    network = getattr(network, "_orig_mod", network)  # of a compiled one
+    network = _whole(network)
     return family_of(network).guidance(network) == "embedded"
 
 

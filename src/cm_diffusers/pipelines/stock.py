@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConfigMixin,
@@ -18,6 +19,7 @@ from diffusers import (
 )
 
 from cm_diffusers.models.families.base import Sigmas, family_of, network_of
+from cm_diffusers.models.merged_text import silent_t5, silent_tokenizer
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
@@ -55,19 +57,39 @@ def carried(scheduler: SchedulerMixin) -> SchedulerMixin:
     return scheduler
 
 
+def parts_of(kind: type[DiffusionPipeline], pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What a class is made with, as far as another pipeline knows it."""
+    modules, options = kind._get_signature_keys(kind)
+    parts, config = {name: getattr(pipe, name, None) for name in modules}, pipe.config
+    # a stock pipeline that was made from another holds what it does not know under a private name
+    return parts | {name: config[key] for name in options for key in (f"_{name}", name) if key in config}
+
+
 @contextmanager
 def saved_stock(pipe: DiffusionPipeline) -> Iterator[None]:
-    """The pipeline with the stock scheduler that its folder names."""
-    scheduler = pipe.scheduler
+    """The pipeline with the stock scheduler that its folder names, and with a part in each place that must not be empty."""
+    scheduler, silent = pipe.scheduler, _silent_parts(pipe)
     if isinstance(scheduler, FlowConsistencyScheduler):
         steps = len(scheduler.config.recommended_sigmas or [1.0])
         pipe.scheduler = stock_entry(scheduler, steps, family_of(network_of(pipe)).sigmas).scheduler
     else:
         pipe.scheduler = stock_scheduler(scheduler)
+    pipe.register_modules(**silent)
     try:
         yield
     finally:
         pipe.scheduler = scheduler
+        pipe.register_modules(**dict.fromkeys(silent))
+
+
+def _silent_parts(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Of Stable Diffusion 3 without T5: diffusers loads no folder without one, unless it is told so."""
+    if pipe.components.get("text_encoder_3", pipe) is not None:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # equal pipelines are saved as equal files
+        tower = silent_t5(network_of(pipe).config.joint_attention_dim)
+    return {"text_encoder_3": tower, "tokenizer_3": silent_tokenizer()}
 
 
 def stock_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:

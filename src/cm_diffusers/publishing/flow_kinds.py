@@ -1,5 +1,6 @@
 """What the model cards of students of flow-matching teachers name: how their stock pipelines are called."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,9 +38,16 @@ def flow_values(record: Record, family: Family) -> dict[str, object]:
         "asked": _written(asked),
         "noise": NOISE if fresh else "",
         "sampler": "lcm" if fresh else "euler",
-        "shift": ours.config.shift,
+        "node": _node(family, ours.config.shift),
         "cfg": f"guidance {scale:g}, CFG 1" if record.guidance == "embedded" else f"CFG {scale:g}",
     }
+
+
+def _node(family: Family, shift: float) -> str:
+    """How ComfyUI is told the shift; Flux's node interpolates its logarithm by the size of the image."""
+    of_flux = family.comfyui == "ModelSamplingFlux"
+    told = f"max_shift and base_shift {math.log(shift):.2f}" if of_flux else f"shift {shift:g}"
+    return f"the node `{family.comfyui}` with {told}"
 
 
 def _written(arguments: Mapping[str, Any]) -> str:

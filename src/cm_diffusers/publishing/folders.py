@@ -14,6 +14,7 @@ from cm_diffusers.errors import optional, writable
 from cm_diffusers.pipelines.portable import forget_origin, sort_headers
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, is_path, write_provenance
+from cm_diffusers.publishing.student_kinds import knows_names
 from cm_diffusers.record import Record, write_record
 
 
@@ -95,7 +96,8 @@ def _student_card(record: Record, provenance: Provenance, folder: Path) -> str:
     if grids:
         with optional("Its sample grid", WITHOUT):
             shutil.copyfile(grids[-1], folder / SAMPLES)
-    return model_card(record, provenance, grid=SAMPLES if (folder / SAMPLES).is_file() else None)
+    grid = SAMPLES if (folder / SAMPLES).is_file() else None
+    return model_card(record, provenance, grid=grid, named=knows_names(folder, provenance))
 
 
 def model_writer(model: ModelMixin, fp16: bool) -> Callable[[Path], None]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cm_diffusers.models.adapters import adapter_layers
+from cm_diffusers.models.casting import HALVES
 from cm_diffusers.models.families.base import family_of
 from cm_diffusers.pipelines.lora import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS
@@ -35,6 +36,7 @@ class Lora(NamedTuple):
             layer's scale times its rank, whatever ranks and alphas the config holds.
         names: Of each adapted layer for other programs; empty where these would lose the alphas, see `Family.lora_name`.
         header: What other programs show and sort by.
+        half: What half precision is for its network.
     """
 
     tensors: dict[str, Tensor]
@@ -42,6 +44,7 @@ class Lora(NamedTuple):
     alphas: dict[str, float]
     names: dict[str, str]
     header: dict[str, str]
+    half: torch.dtype
 
     @classmethod
     def of(cls, network: nn.Module) -> "Lora":
@@ -50,9 +53,10 @@ class Lora(NamedTuple):
         tensors = {k: _plain(v) for k, v in get_peft_model_state_dict(network, adapter_name=adapter).items()}
         layers = {path: one for path, one in network.named_modules() if isinstance(one, BaseTunerLayer)}
         alphas = {path: float(one.scaling[adapter] * one.r[adapter]) for path, one in layers.items()}
-        names = {path: family_of(network).lora_name(path, network) for path in layers}
-        names = {} if None in names.values() else names
-        return cls(tensors, lora_config(network), alphas, names, _header(network, adapter))
+        family = family_of(network)
+        names = {path: family.lora_name(path, network) for path in layers} if family.lora_name else {}
+        names, half = {} if None in names.values() else names, HALVES[family.network]
+        return cls(tensors, lora_config(network), alphas, names, _header(network, adapter), half)
 
     def writer(self, title: str, prediction_type: str | None, fp16: bool = False) -> Callable[[Path], None]:
         """Writes both forms into a folder: `pytorch_lora_weights.safetensors` for everybody, and `peft/`.
@@ -62,7 +66,7 @@ class Lora(NamedTuple):
         Args:
             title: That programs show.
             prediction_type: Of the base model, as schedulers name it; None where the model spec has no name for it.
-            fp16: Store the first in half precision; the second is exact.
+            fp16: Store the first in half precision, see `HALVES`; the second is exact.
         """
 
         def write(folder: Path) -> None:
@@ -71,7 +75,7 @@ class Lora(NamedTuple):
                 told["prediction_type"] = "v" if prediction_type == "v_prediction" else prediction_type
             header = self.header | {f"modelspec.{name}": value for name, value in told.items()}
             shared = self.kohya if self.names else self.folded
-            save_file(shared(torch.float16 if fp16 else torch.float32), folder / LORA_WEIGHTS, header)
+            save_file(shared(self.half if fp16 else torch.float32), folder / LORA_WEIGHTS, header)
             (folder / PEFT_WEIGHTS).parent.mkdir()
             exact = {f"{PEFT_PREFIX}{name}": value for name, value in self.tensors.items()}
             save_file(exact, folder / PEFT_WEIGHTS, {"format": "pt"})

@@ -23,6 +23,7 @@ def model_card(
     grid: str | None = None,
     single_file: bool = False,
     checkpoints: Sequence[str] = (),
+    named: bool = True,
 ) -> str:
     """The card of a student, as Markdown with the Hub's front matter.
 
@@ -31,6 +32,7 @@ def model_card(
         grid: Where a sample grid lies, which moves for clips, seen from the card: the evaluation's, or the training's last.
         single_file: Whether `PIPELINE_FILE` lies beside the weights.
         checkpoints: Files that hold the whole student in one.
+        named: See `knows_names`.
     """
     lora, text = bool(provenance.settings.get("lora")), provenance.family is not None
     if measured and not text:
@@ -52,7 +54,7 @@ def model_card(
         *([FUSED] if provenance.fused else []),
         _license(provenance, bool(base)),
         "## Use",
-        *usage(record, provenance, base, single_file),
+        *usage(record, provenance, base, single_file, named),
         *[_for_other_tools(file, record) for file in checkpoints],
         *(_measurements(measured) if measured else []),
         *([f"## Samples\n\n{_caption(record, text, measured)}\n\n![Sample grid]({grid})"] if grid else []),

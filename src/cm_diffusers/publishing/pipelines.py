@@ -1,9 +1,10 @@
 """The stock pipelines, schedulers and records of latent consistency models; pipelines, LoRAs and motion modules as folders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import (
     DiffusionPipeline,
     LCMScheduler,
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.models.casting import HALVES, kept_whole
 from cm_diffusers.models.families.base import family_of
 from cm_diffusers.models.families.unet import is_xl
 from cm_diffusers.models.teachers import stock_pipeline
@@ -26,9 +28,6 @@ from cm_diffusers.publishing.lora_export import Lora
 from cm_diffusers.publishing.other_cards import motion_card
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.record import Record
-
-
-HALVED = ("unet", "transformer", "vae")  # of a student that is stored in half precision
 
 
 @dataclass
@@ -83,8 +82,8 @@ def save_pipeline(
     """A complete pipeline folder that plain `DiffusionPipeline.from_pretrained` loads without this package.
 
     Args:
-        fp16: Store network and VAE in half precision; diffusers loads them in float32 unless told otherwise.
-            The text tower keeps its precision, for transformers computes in whatever it finds.
+        fp16: Store network and VAE in half precision, see `HALVES`; diffusers loads them in float32 unless told
+            otherwise. The text tower keeps its precision, for transformers computes in whatever it finds.
         record, provenance, card: As for `write_result`.
     """
 
@@ -92,10 +91,22 @@ def save_pipeline(
         with saved_stock(pipe):
             pipe.save_pretrained(aside)
         make_portable(aside)
-        for weights in [path for name in HALVED for path in aside.glob(f"{name}/*.safetensors")] if fp16 else ():
-            save_file({name: value.half() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+        for name in HALVES if fp16 else ():
+            _halve(aside / name, HALVES[name], kept_whole(type(getattr(pipe, name, None))))
 
     write_result(folder, [write_weights], record, provenance, card)
+
+
+def _halve(folder: Path, dtype: torch.dtype, whole: Set[str]) -> None:
+    """
+    Args:
+        folder: Of a network; it need not be there.
+        whole: Names of modules and weights that stay as they are.
+    """
+    for path in folder.glob("*.safetensors"):
+        state = load_file(path)
+        halves = {name: value.to(dtype) for name, value in state.items() if whole.isdisjoint(name.split("."))}
+        save_file(state | halves, path, {"format": "pt"})
 
 
 def save_lora(

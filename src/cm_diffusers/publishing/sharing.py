@@ -27,7 +27,7 @@ from cm_diffusers.publishing.folders import SAMPLES, written_aside
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, read_license, read_provenance, write_provenance
 from cm_diffusers.publishing.single_file import write_single_file
-from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS, PIPELINE_FILE, is_stock
+from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS, PIPELINE_FILE, is_stock, knows_names
 from cm_diffusers.record import RECORD, Record, read_record, write_record
 
 
@@ -107,7 +107,8 @@ def prepare(config: ShareConfig, name: str | None = None) -> Path:
     if single_file:
         _put(folder / PIPELINE_FILE, single_file.read_bytes())
     checkpoints = [f"{path.parent.name}/{path.name}" for path in folder.glob(f"{CHECKPOINTS}/*.safetensors")]
-    card = model_card(record, provenance, measured, grid, (folder / PIPELINE_FILE).is_file(), checkpoints)
+    named, alone = knows_names(folder, provenance), (folder / PIPELINE_FILE).is_file()
+    card = model_card(record, provenance, measured, grid, alone, checkpoints, named)
     write_record(record, folder)
     write_provenance(provenance, folder)
     _put(folder / "README.md", card.encode())

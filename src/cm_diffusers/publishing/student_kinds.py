@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cm_diffusers.models.families.base import family_tagged
+from cm_diffusers.models.stored import header
 from cm_diffusers.publishing.card import code_block
 from cm_diffusers.publishing.flow_kinds import flow_values
 from cm_diffusers.publishing.provenance import Provenance
@@ -67,17 +68,26 @@ def own_file(name: str) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def knows_names(folder: Path, provenance: Provenance) -> bool:
+    """Whether other programs know the names in the file of a LoRA in a folder: not those for a family that has its own."""
+    file, family = folder / LORA_WEIGHTS, family_tagged(provenance.family or "")
+    if not file.is_file() or family is None or family.lora_name is None:
+        return True
+    return any(".lora_down." in name for name in header(file)[0])
+
+
 def is_stock(record: Record) -> bool:
     """Whether diffusers alone has the scheduler that samples right, and so the pipeline."""
     return record.scheduler.get("_class_name") not in OWN_SCHEDULERS
 
 
-def usage(record: Record, provenance: Provenance, base: str, single_file: bool) -> list[str]:
+def usage(record: Record, provenance: Provenance, base: str, single_file: bool, named: bool = True) -> list[str]:
     """Code that loads and calls it, with what it needs.
 
     Args:
         base: Public name of the base model.
         single_file: Whether `PIPELINE_FILE` lies beside the weights.
+        named: See `knows_names`.
     """
     kind, values, stock = Kind.of(record, provenance), _values(record, provenance, base), is_stock(record)
     parts = [kind.package[0], code_block(kind.package[1], values)]
@@ -88,16 +98,16 @@ def usage(record: Record, provenance: Provenance, base: str, single_file: bool) 
     if kind in (*LORAS, KINDS["clips"]) and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if kind in LORAS:
-        parts += [*(text.format(**values) for text in _elsewhere(record, provenance)), EXACT]
+        parts += [*(text.format(**values) for text in _elsewhere(record, provenance, named)), EXACT]
     if single_file:
         parts += [SINGLE_FILE, code_block(BESIDE + kind.beside[not stock], values)]
     return parts
 
 
-def _elsewhere(record: Record, provenance: Provenance) -> list[str]:
+def _elsewhere(record: Record, provenance: Provenance, named: bool) -> list[str]:
     """How other programs sample a LoRA."""
     if is_of_flow(record):
-        return [FLOW_ELSEWHERE] if family_tagged(provenance.family).comfyui else []
+        return [FLOW_ELSEWHERE] if named and family_tagged(provenance.family).comfyui else []
     return [NOT_ELSEWHERE if record.guidance == "embedded" else ELSEWHERE]
 
 
@@ -148,7 +158,7 @@ ELSEWHERE = (
 )
 FLOW_ELSEWHERE = (
     "For ComfyUI, whose table has the names in it (this was read, not tried): the same file, `{weights}`, with the sampler "
-    "`{sampler}`, the scheduler `simple`, shift {shift:g}, {steps} steps, {cfg} and strength 1."
+    "`{sampler}`, the scheduler `simple`, {node}, {steps} steps, {cfg} and strength 1."
 )
 NOT_ELSEWHERE = (
     "ComfyUI and A1111 cannot sample this one: the network that it belongs on takes guidance as an input, which they do not "

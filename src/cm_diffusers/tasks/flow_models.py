@@ -11,20 +11,13 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
 from cm_diffusers.models.families.latents import kl_latents
-from cm_diffusers.models.merged_text import merge_zero_text
+from cm_diffusers.models.merged_text import merge_zero_text, silent_t5, silent_tokenizer
 from cm_diffusers.models.teachers import frozen, load_stock
 from cm_diffusers.ranges import check_ranges
 
@@ -94,21 +87,6 @@ def projecting(tower: CLIPTextModel, layers: int) -> CLIPTextModelWithProjection
     new.text_model.load_state_dict({name: weights[name] for name in new.text_model.state_dict()})
     new.text_projection.weight.data = new.text_projection.weight.new_ones(tower.config.hidden_size).diag()
     return new
-
-
-def silent_t5(width: int) -> T5EncoderModel:
-    """All of whose states `(B, L, width)` are zero, as those that the pipeline puts in the place of a missing T5.
-
-    But plain `DiffusionPipeline.from_pretrained` loads no folder without one unless it is told to leave T5 out.
-    """
-    tower = T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=1, d_ff=1, num_layers=1, num_heads=1))
-    tower.encoder.final_layer_norm.weight.data.zero_()
-    return tower
-
-
-def silent_tokenizer() -> T5TokenizerFast:
-    """To which every word is unknown."""
-    return T5TokenizerFast(vocab=[(token, 0.0) for token in ("<pad>", "</s>", "<unk>")], extra_ids=0)
 
 
 def _shorter(base: DiffusionPipeline, length: int) -> object:

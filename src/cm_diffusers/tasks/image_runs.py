@@ -21,7 +21,7 @@ from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.families.base import family_of, network_of
-from cm_diffusers.models.students import StudentNetworkConfig
+from cm_diffusers.models.students import HALF, StudentNetworkConfig
 from cm_diffusers.models.time_weight import without_weight
 from cm_diffusers.objectives.scm import SCDConfig, SCMConfig
 from cm_diffusers.publishing.hub import HubConfig, check_hub
@@ -63,7 +63,7 @@ class ResultConfig:
         help="Noise levels that the result recommends to sample at, descending; a student's if not given: sigma_max and "
         f"{SECOND_SIGMA}.",
     )
-    save_fp16: bool = HfArg(default=False, help="Store network and VAE, or the LoRA, in half precision.")
+    save_fp16: bool = HfArg(default=False, help=f"Store network and VAE, or the LoRA, in half precision: {HALF}.")
 
 
 SHARED_CONFIGS = (

@@ -19,7 +19,7 @@ from cm_diffusers.models.students import DTYPES, StudentConfig
 
 
 GIB = 2**30
-ENCODING, TRAINING = "while it encodes", "while it trains"
+IMAGES, TEXT, TRAINING = "while it encodes images", "while it encodes text", "while it trains"
 MOMENTS = {"adamw_8bit": 2, "adamw": 8, "radam": 8, "adamp": 8}  # bytes a parameter
 # Bytes a token and channel that a block keeps for its backward pass in 16 bits: 2205.05198, Eq. 1 without the scores of
 # attention, which fused kernels do not keep; and 2 for its input alone, which is what checkpointing keeps (section 5).
@@ -34,6 +34,7 @@ class Shape:
         network: On "meta".
         text_towers: Parameters of each, by name.
         vae: Parameters.
+        vae_states: Numbers that are in memory at once, at the most, while it encodes: for each pixel of an image.
         text_tokens: That the network sees beside those of the image; 0 where text is only attended to.
         pixels_per_token: Along each side of an image.
     """
@@ -41,6 +42,7 @@ class Shape:
     network: nn.Module
     text_towers: Mapping[str, int]
     vae: int
+    vae_states: int
     text_tokens: int
     pixels_per_token: int
 
@@ -59,11 +61,17 @@ class Shape:
 def estimate(
     shape: Shape, student: StudentConfig, optim: OptimConfig, train: TrainConfig, data: DataConfig
 ) -> dict[str, dict[str, float]]:
-    """Bytes of each part at both moments; the network is loaded after the encoding where nothing else is asked for."""
+    """Bytes of each part at each moment.
+
+    The text towers come after the images, beside the VAE; the network after both where nothing else is asked for.
+    """
     trained = adapter_parameters(shape.network, student) if student.lora else _parameters(shape.network)
     copies = (train.export_ema_decay > 0) + len(train.ema_sigma_rels)
     base = network_bytes(shape.network, DTYPES[student.cast_teacher_unet], student.quantize_teacher)
-    encoding = {name: 4.0 * number for name, number in shape.text_towers.items()} | {"VAE": 4.0 * shape.vae}
+    size = getattr(torch, data.vae_dtype).itemsize
+    vae = {"VAE": float(size * shape.vae)}
+    images = {"activations": float(size * shape.vae_states * data.resolution**2 * data.encode_batch_size)}
+    towers = {name: 4.0 * number for name, number in shape.text_towers.items()}
     training = {
         "frozen base" if student.lora else "frozen teacher": base,
         "adapters" if student.lora else "student": 4.0 * trained,
@@ -73,7 +81,8 @@ def estimate(
         "averages": 4.0 * copies * trained,
         "activations": activation_bytes(shape, data, train),
     }
-    return {ENCODING: encoding, TRAINING: {name: size for name, size in training.items() if size}}
+    training = {name: size for name, size in training.items() if size}
+    return {IMAGES: vae | images, TEXT: towers | vae, TRAINING: training}
 
 
 def network_bytes(network: nn.Module, dtype: torch.dtype, quantization: str = "no") -> float:
@@ -111,12 +120,17 @@ def activation_bytes(shape: Shape, data: DataConfig, train: TrainConfig) -> floa
 
 
 def as_table(parts: dict[str, dict[str, float]]) -> str:
-    """In GiB, with the sum of each moment."""
+    """In GiB, with the sum of each moment, the largest of which is the peak."""
     lines = ["| moment | part | GiB |", "| --- | --- | ---: |"]
     for moment, sizes in parts.items():
         lines += [f"| {moment} | {name} | {size / GIB:.2f} |" for name, size in sizes.items()]
         lines.append(f"| {moment} | **sum** | **{sum(sizes.values()) / GIB:.1f}** |")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"| **peak** | | **{peak(parts) / GIB:.1f}** |"])
+
+
+def peak(parts: dict[str, dict[str, float]]) -> float:
+    """Bytes at the moment that takes the most."""
+    return max(sum(sizes.values()) for sizes in parts.values())
 
 
 def _parameters(network: nn.Module) -> int:

@@ -22,7 +22,7 @@ from cm_diffusers.models.families.base import answers_clips, family_of, network_
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.quantization import quantization_config
 from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.students import StudentConfig, frozen_copy, make_networks, trainable
+from cm_diffusers.models.students import HALF, StudentConfig, frozen_copy, make_networks, trainable
 from cm_diffusers.models.teachers import (
     SINGLE_FILE_CONFIG,
     TeacherConfig,
@@ -83,7 +83,9 @@ class FinetuneConfig:
     lora_target_modules: list[str] | None = HfArg(
         default=None, help="Names of the layers that get adapters; those of the student's family if not given."
     )
-    save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE, or its LoRA, in half precision.")
+    save_fp16: bool = HfArg(
+        default=False, help=f"Store the student's network and VAE, or its LoRA, in half precision: {HALF}."
+    )
     single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
 
 

@@ -95,7 +95,8 @@ class Family:
         check: (name, pipeline): raises a ValueError if it is no text-to-image teacher.
         lora_name: (path of a layer, network) -> its name in a file of `lora_down`, `lora_up` and `alpha` that diffusers and
             ComfyUI read, or None. Where a layer has none, files have `transformer.<path>.lora_A`, and no alphas.
-        comfyui: Whether ComfyUI's table of names has those of such a file.
+            None for a family whose files all do.
+        comfyui: Node by which ComfyUI is told the shift, where its table of names has those of such a file.
         sigmas: How the stock pipeline's scheduler gets its noise levels: the pipeline passes an even grid, or passes those
             that its caller gives, or knows nothing of them.
         clips: Whether the stock pipeline answers with `frames`.
@@ -117,8 +118,8 @@ class Family:
     guided: Callable[[float], dict[str, float | str]] = lambda scale: {"guidance_scale": scale}
     student: Callable[[nn.Module, int | None], nn.Module] | None = None
     check: Callable[[str, DiffusionPipeline], None] = lambda path, pipe: None
-    lora_name: Callable[[str, nn.Module], str | None] = lambda path, network: None
-    comfyui: bool = False
+    lora_name: Callable[[str, nn.Module], str | None] | None = None
+    comfyui: str | None = None
     sigmas: Sigmas = "passed"
     clips: bool = False
     tag: Callable[[nn.Module], str] | None = None

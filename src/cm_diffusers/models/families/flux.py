@@ -57,5 +57,5 @@ FAMILY = Family(
     latents=lambda vae: kl_latents(vae, patch=2),
     told=lambda transformer: told_scale,
     check=_check,
-    comfyui=True,
+    comfyui="ModelSamplingFlux",
 )

@@ -80,5 +80,5 @@ FAMILY = Family(
     check=_check,
     silent=_silent,
     lora_name=lambda path, network: path,
-    comfyui=True,
+    comfyui="ModelSamplingAuraFlow",
 )

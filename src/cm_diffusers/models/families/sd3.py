@@ -36,6 +36,6 @@ FAMILY = Family(
     call=_call,
     encode=_encode,
     latents=lambda vae: kl_latents(vae, patch=2),
-    comfyui=True,
+    comfyui="ModelSamplingSD3",
     sigmas="accepted",
 )

@@ -174,6 +174,5 @@ FAMILY = Family(
     student=_student,
     check=_check,
     lora_name=kohya_name,
-    comfyui=True,
     tag=lambda unet: "stable-diffusion-xl" if is_xl(unet) else "stable-diffusion",
 )

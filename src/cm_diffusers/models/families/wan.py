@@ -70,7 +70,7 @@ FAMILY = Family(
     latents=lambda vae: per_channel_latents(vae, patch=2),
     check=_check,
     lora_name=_lora_name,
-    comfyui=True,
+    comfyui="ModelSamplingSD3",
     sigmas="unknown",
     clips=True,
 )

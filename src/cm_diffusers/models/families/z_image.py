@@ -40,5 +40,5 @@ FAMILY = Family(
     latents=lambda vae: kl_latents(vae, patch=2),
     guided=lambda scale: {"guidance_scale": scale - 1},
     lora_name=lambda path, network: f"diffusion_model.{path}",
-    comfyui=True,
+    comfyui="ModelSamplingAuraFlow",
 )
