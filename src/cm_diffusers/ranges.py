@@ -13,7 +13,7 @@ INTERVALS = {
     "(-inf, inf)": "logit_mean p_mean reward_weights time_start",
     "[-1, inf)": "w w_min w_max",
     "[0, inf)": """
-        adam_weight_decay critic_learning_rate diffusion_weight dmd_weight generation_guidance_scale guidance_scale guidance_scales huber_c
+        adam_weight_decay critic_learning_rate diffusion_weight dmd_weight dsm_weight generation_guidance_scale guidance_scale guidance_scales huber_c
         kl_coef kl_in_advantage kl_weight l1_weight learning_rate mapping_b mapping_k r1_weight stop_diversity stop_held_out stop_kl
         tangent_c validation_guidance_scale
     """,
@@ -52,7 +52,7 @@ INTERVALS = {
     "[1, 1024]": """
         bucket_step frames_per_clip generation_steps inner_epochs latent_channels layers_per_block motion_max_seq_length
         motion_num_attention_heads norm_num_groups num_attention_heads num_crops num_frames num_inference_steps num_shown
-        num_starts reference_steps sample_stride segments solver_steps teacher_steps text_layers unet_layers_per_block validation_nfe
+        num_starts reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
         validation_teacher_steps
     """,
     "[2, 1024]": "guard_samples sample_n_frames",
