@@ -19,7 +19,7 @@ INTERVALS = {
     """,
     "(0, inf)": """
         adam_epsilon adv_clip adversarial_weight clip_range crop_zoom final_std logit_std lora_alpha p_std recommended_sigmas reward_weight
-        rho robust_c shift sigma_data sigma_max sigma_min tangent_step time_range timestep_scaling_factor
+        rho robust_c shift sigma_data sigma_max sigma_min tangent_step time_range timestep_scaling_factor tolerance
     """,
     "(0, inf]": "max_grad_norm",
     "[1, inf)": "bucket_max_ratio q",
@@ -52,7 +52,7 @@ INTERVALS = {
     "[1, 1024]": """
         bucket_step frames_per_clip generation_steps inner_epochs latent_channels layers_per_block motion_max_seq_length
         motion_num_attention_heads norm_num_groups num_attention_heads num_crops num_frames num_inference_steps num_shown
-        num_starts reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
+        num_probes num_starts reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
         validation_teacher_steps
     """,
     "[2, 1024]": "guard_samples sample_n_frames",

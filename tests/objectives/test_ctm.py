@@ -90,7 +90,8 @@ def test_times_lie_on_the_grid_in_order_and_the_data_is_reached() -> None:
         assert all(a - b == m and b >= c for a, b, c in zip(start, end, last, strict=True))
         assert set(start) == set(range(m, 6))
         assert set(last) == set(range(6 - m))
-        assert torch.equal(between[0], t) and torch.equal(between[-1], u)
+        assert torch.equal(between[0], t)
+        assert torch.equal(between[-1], u)
         assert len(between) == m + 1
         assert 0.002 not in s.tolist()
 
