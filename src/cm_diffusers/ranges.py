@@ -10,22 +10,22 @@ from cm_diffusers.errors import UserError
 
 # A bracket belongs to the range, a parenthesis does not; what is not a number lies in none.
 INTERVALS = {
-    "(-inf, inf)": "logit_mean p_mean reward_weights time_start",
+    "(-inf, inf)": "logit_mean p_mean reward_weights time_mean time_start",
     "[-1, inf)": "w w_min w_max",
     "[0, inf)": """
-        adam_weight_decay critic_learning_rate diffusion_weight dmd_weight generation_guidance_scale guidance_scale guidance_scales huber_c
+        adam_weight_decay adaptive_power critic_learning_rate diffusion_weight dmd_weight dsm_weight generation_guidance_scale guidance_scale guidance_scales huber_c
         kl_coef kl_in_advantage kl_weight l1_weight learning_rate mapping_b mapping_k r1_weight stop_diversity stop_held_out stop_kl
         tangent_c validation_guidance_scale
     """,
     "(0, inf)": """
-        adam_epsilon adv_clip adversarial_weight clip_range crop_zoom final_std logit_std lora_alpha p_std recommended_sigmas reward_weight
-        rho robust_c shift sigma_data sigma_max sigma_min tangent_step time_range timestep_scaling_factor
+        adam_epsilon adaptive_c adv_clip adversarial_weight clip_range crop_zoom final_std logit_std lora_alpha p_std recommended_sigmas reward_weight
+        rho robust_c shift sigma_data sigma_max sigma_min tangent_step time_range time_std timestep_scaling_factor tolerance
     """,
     "(0, inf]": "max_grad_norm",
     "[1, inf)": "bucket_max_ratio q",
-    "[0, 1]": "condition_dropout diffusion_share ema_decay eta proportion_empty_prompts",
+    "[0, 1]": "condition_dropout diffusion_share ema_decay eta instant_share proportion_empty_prompts",
     "[0, 1)": """
-        adam_beta1 adam_beta2 critic_adam_beta1 critic_adam_beta2 dropout export_ema_decay label_smoothing lora_dropout
+        adam_beta1 adam_beta2 critic_adam_beta1 critic_adam_beta2 dropout export_ema_decay guidance_mix label_smoothing lora_dropout
     """,
     "(0, 1)": "target_decay_0",
     "(0, 0.2886)": "ema_sigma_rels sigma_rel",
@@ -52,7 +52,7 @@ INTERVALS = {
     "[1, 1024]": """
         bucket_step frames_per_clip generation_steps inner_epochs latent_channels layers_per_block motion_max_seq_length
         motion_num_attention_heads norm_num_groups num_attention_heads num_crops num_frames num_inference_steps num_shown
-        num_starts reference_steps sample_stride segments solver_steps teacher_steps text_layers unet_layers_per_block validation_nfe
+        num_probes num_starts reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
         validation_teacher_steps
     """,
     "[2, 1024]": "guard_samples sample_n_frames",

@@ -62,13 +62,13 @@ def approximate_r1(logits: Tensor, disturbed: Tensor) -> Tensor:
     return (logits - disturbed).square().mean()
 
 
-def adaptive_weight(hold: Tensor, pull: Tensor) -> Tensor:
-    """How much stronger the gradient `hold` is than `pull`: the weight that makes them equal, at least 0.01, at most 10.
+def adaptive_weight(hold: Tensor, pull: Tensor, least: float = 0.01, most: float = 10.0) -> Tensor:
+    """How much stronger the gradient `hold` is than `pull`: the weight that makes them equal, within bounds.
 
-    2012.09841, Eq. 7, with the bounds of 2310.02279; here of gradients at the sample `(B, ...)`, which every student has,
+    2012.09841, Eq. 7, with the bounds that 2310.02279 has for its critic; here of gradients at the sample `(B, ...)`, which every student has,
     adapters or not.
     """
-    return (hold.norm() / pull.norm().clamp(min=1e-12)).nan_to_num(0.0).clamp(0.01, 10).detach()
+    return (hold.norm() / pull.norm().clamp(min=1e-12)).nan_to_num(0.0).clamp(least, most).detach()
 
 
 def detour(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

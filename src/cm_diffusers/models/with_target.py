@@ -1,5 +1,7 @@
 """From a network that is told its time to one that is told where its jump ends, too."""
 
+import copy
+
 from diffusers import UNet2DModel
 
 from cm_diffusers.errors import UserError
@@ -8,11 +10,13 @@ from cm_diffusers.models.two_times import TwoTimeUNet2DModel
 
 
 def with_target(unet: UNet2DModel) -> TwoTimeUNet2DModel:
-    """A network with the same weights that is told where to jump, and does not heed it yet.
+    """A network with the same weights that is told where to jump, and does not heed it yet; a copy of one that is told already.
 
     Raises:
         ValueError: Something else stands where the second embedding goes, or it is no UNet2DModel.
     """
+    if isinstance(unet, TwoTimeUNet2DModel):
+        return copy.deepcopy(unet)
     if not isinstance(unet, UNet2DModel) or unet.config.class_embed_type is not None:
         found = type(unet).__name__
         raise UserError(

@@ -1,0 +1,185 @@
+"""Consistency trajectory models (2310.02279): jumps from any noise level to any lower one, in EDM's coordinates."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.diffusion.adversarial import adaptive_weight
+from cm_diffusers.diffusion.distances import huber_c, l2, load_lpips, perceptual, pseudo_huber
+from cm_diffusers.diffusion.guidance import Conditions, Denoiser
+from cm_diffusers.diffusion.preconditioning import edm_scalings
+from cm_diffusers.diffusion.process import EDM, append_dims, as_like
+from cm_diffusers.diffusion.solvers import heun_step
+from cm_diffusers.diffusion.teaching import Guiding
+from cm_diffusers.diffusion.times import karras_grid, sample_lognormal
+from cm_diffusers.diffusion.views import View, check_sigmas, edm_denoiser
+from cm_diffusers.errors import UserError
+from cm_diffusers.ranges import check_ranges
+from cm_diffusers.types import Batch, Loss, Networks, Progress
+
+
+DSM_MEAN, DSM_STD, DSM_SHARE = (
+    -1.2,
+    1.2,
+    0.7,
+)  # of ln sigma, and of the grid's upper end, half of the draws each (App. D.2)
+
+MOST_DSM = 1e4  # of its adaptive weight
+
+
+@dataclass
+class CTMConfig:
+    """Where jumps begin and end, and what they are compared with. Defaults are those of CIFAR-10."""
+
+    sigma_min: float = HfArg(default=0.002, help="Least noise of the grid; a jump to the data is told it.")
+    sigma_max: float = HfArg(default=80.0, help="Most noise, where sampling starts.")
+    rho: float = HfArg(default=7.0, help="Curvature of the grid: the greater, the more of it at little noise.")
+    num_scales: int = HfArg(default=18, help="Points N of the grid, both ends included.")
+    teacher_intervals: int = HfArg(
+        default=17,
+        help="Most intervals m of the grid that the teacher crosses, two passes each; each step of training draws its own, with "
+        "P(m) proportional to m.",
+    )
+    loss_type: Literal["l2", "huber", "lpips"] = HfArg(
+        default="l2", help="Distance between the ends of the jumps; huber is pseudo-Huber, lpips is for images."
+    )
+    dsm_weight: float = HfArg(
+        default=1.0,
+        help="Weight of denoising score matching, in units of the jumps' gradient over its own; 0 is none, and the jump from a "
+        "level to itself is learned from those to its neighbours alone.",
+    )
+    w: float = HfArg(default=0.0, help="Guidance of the teacher; w = guidance_scale - 1, so 0 means none.")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.loss_type not in ("l2", "huber", "lpips"):
+            raise UserError(f"Unknown --loss_type {self.loss_type!r}; one of l2, huber, lpips.")
+        if self.teacher_intervals >= self.num_scales:
+            raise UserError(
+                f"--teacher_intervals is {self.teacher_intervals}, but a grid of --num_scales {self.num_scales} has "
+                f"{self.num_scales - 1}; give at most that."
+            )
+
+
+class CTMObjective:
+    """The student's jump to s ends where its jump from further down the teacher's trajectory ends; both are compared as data.
+
+    Args:
+        config: See `CTMConfig`.
+        view: How student and teacher are called; the student is told the end of a jump, `target_timestep`, too.
+        lpips: For lpips, what compares images, see `perceptual`; the package lpips if None.
+        guiding: How guidance reaches the teacher.
+    """
+
+    def __init__(
+        self,
+        config: CTMConfig,
+        view: View,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+        guiding: Guiding = Guiding(),  # noqa: B008 (frozen)
+    ) -> None:
+        check_sigmas(view, config.sigma_min, config.sigma_max)
+        self.config, self.view, self.guiding = config, view, guiding
+        self.grid = karras_grid(config.num_scales, config.sigma_min, config.sigma_max, config.rho)
+        plain = {"l2": l2, "huber": lambda x, y: pseudo_huber(x, y, huber_c(x[0].numel()))}
+        self.distance = plain.get(config.loss_type) or perceptual(lpips or load_lpips())
+        self.players = {"student": self}
+
+    def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
+        x0, cond = batch.x0, batch.cond
+        t, u, s, between = self.times(len(x0), self.intervals(progress))
+        x_t = x0 + append_dims(t, x0) * torch.randn_like(x0)
+        with torch.no_grad():  # first, so that its activations are gone before the student's are kept
+            teach, x_u = self.teacher(nets, batch), x_t
+            for start, end in pairwise(between):
+                x_u = heun_step(teach, EDM(), x_u, start, end)
+            goal = self.data(nets.target, self.jump(nets.student, x_u, u, s, cond), s, cond)  # Eq. 9
+        outputs, noisy, sigma = self.outputs(nets.student, x_t, t, s, batch)
+        fake = self.data(nets.target, self.landed(outputs[: len(x0)], x_t, t, s), s, cond)
+        value = self.distance(fake, goal).mean()  # Eq. 10
+        logs = {"consistency": value.detach(), "teacher_intervals": x0.new_tensor(len(between) - 1)}
+        if self.config.dsm_weight == 0:
+            return Loss(value, logs)
+        denoised = self.denoised(outputs[len(x0) :], noisy, sigma)
+        weight = as_like(1 / edm_scalings(sigma, self.view.sigma_data)[1].square(), x0)
+        matching = (weight * (denoised - x0).square().flatten(1).mean(1)).mean()  # Eq. 12, as EDM's Eq. 8
+        hold, pull = (torch.autograd.grad(one, outputs, retain_graph=True)[0] for one in (value, matching))
+        balance = self.config.dsm_weight * adaptive_weight(hold, pull, 0.0, MOST_DSM)  # Eq. 14
+        logs |= {"dsm": matching.detach(), "dsm_weight": balance}
+        return Loss(value + balance * matching, logs)
+
+    def intervals(self, progress: Progress) -> int:
+        """m, with P(m) proportional to m (App. D.2); the same in all processes, which call the teacher equally often."""
+        weights = torch.arange(1, self.config.teacher_intervals + 1, dtype=torch.float64)
+        return 1 + int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(progress.step)))
+
+    def times(self, batch_size: int, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """t, u m intervals below it and s below that, 0 in the place of sigma_min, each `(B,)`; and t to u `(m + 1, B)`."""
+        start = torch.randint(m, len(self.grid), (batch_size,))
+        end = (torch.rand(batch_size, dtype=torch.float64) * (start - m + 1)).long()
+        between = self.grid[start - torch.arange(m + 1)[:, None]]
+        return between[0], between[-1], torch.where(end > 0, self.grid[end], 0.0), between
+
+    def outputs(
+        self, student: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """F of the jumps `(B, ...)`, and below them those of denoising; noisy data `(B, ...)` and its sigma `(B,)` for these.
+
+        One call, for processes count them.
+        """
+        if self.config.dsm_weight == 0:
+            return self.view(student, x_t, t, self.told(batch.cond, s, x_t)), x_t, t
+        sigma = self.denoising_times(len(x_t))
+        noisy = batch.x0 + append_dims(sigma, x_t) * torch.randn_like(x_t)
+        cond = {name: torch.cat([value, value]) for name, value in batch.cond.items()}
+        told = self.told(cond, torch.cat([s, sigma]), x_t)
+        return self.view(student, torch.cat([x_t, noisy]), torch.cat([t, sigma]), told), noisy, sigma
+
+    def denoising_times(self, batch_size: int) -> Tensor:
+        """sigma `(B,)`: one half lognormal, the other even on the grid's upper end (App. D.2)."""
+        c = self.config
+        drawn = sample_lognormal(batch_size, DSM_MEAN, DSM_STD, c.sigma_min, c.sigma_max)
+        low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
+        upper = (high + DSM_SHARE * torch.rand(batch_size, dtype=torch.float64) * (low - high)) ** c.rho
+        return torch.where(torch.arange(batch_size) % 2 == 0, drawn, upper)
+
+    def jump(self, network: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Conditions) -> Tensor:
+        """G(x, t, s), `(B, ...)`; x itself where t = s."""
+        apart = t > s
+        t = torch.where(apart, t, self.config.sigma_min)
+        landed = self.landed(self.view(network, x, t, self.told(cond, s, x)), x, t, s)
+        return torch.where(append_dims(apart, x).bool(), landed, x)
+
+    def data(self, average: nn.Module, x: Tensor, s: Tensor, cond: Conditions) -> Tensor:
+        """From s to the data by the averaged student, through which the gradient goes on to x."""
+        return self.jump(average, x, s, torch.zeros_like(s), cond)
+
+    def landed(self, output: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """G = s / t x + (1 - s / t) g (Eq. 6) of the network's F."""
+        return append_dims(s / t, x) * x + append_dims(1 - s / t, x) * self.denoised(output, x, t)
+
+    def denoised(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """g = c_skip x + c_out F with EDM's scalings (2206.00364, Eq. 7): the denoised sample where t = s."""
+        c_skip, c_out = edm_scalings(t, self.view.sigma_data)
+        return append_dims(c_skip, x) * x + append_dims(c_out, x) * output
+
+    def told(self, cond: Conditions, s: Tensor, x: Tensor) -> Conditions:
+        """What a student is told whose jump ends at s; at the data, sigma_min."""
+        end = as_like(self.view.told(s.clamp(min=self.config.sigma_min)), x)
+        return cond | {"target_timestep": end}
+
+    def teacher(self, nets: Networks, batch: Batch) -> Denoiser:
+        """The denoiser that is distilled."""
+        denoise = edm_denoiser(self.view, nets.teacher)
+        if self.config.w == 0:
+            return lambda x, t: denoise(x, t, batch.cond)
+        if not batch.uncond:
+            raise UserError(
+                f"--w {self.config.w} guides the teacher, but the data has no unconditional branch; give --w 0."
+            )
+        return self.guiding.teacher(denoise, batch, batch.x0.new_full((len(batch.x0),), self.config.w))

@@ -1,0 +1,41 @@
+"""Distil a diffusion model without prompts into a consistency trajectory model: CTM (2310.02279), jumps to any noise level."""
+
+import cm_diffusers.engine.early
+
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.models.dropout import DropoutConfig
+from cm_diffusers.models.students import frozen_copy
+from cm_diffusers.models.with_target import with_target
+from cm_diffusers.objectives.ctm import CTMConfig, CTMObjective
+from cm_diffusers.tasks.image_models import StartConfig, load_image_model
+from cm_diffusers.tasks.image_runs import (
+    SHARED_CONFIGS,
+    ResultConfig,
+    student_scheduler,
+    train_images,
+    trainable_copy,
+)
+from cm_diffusers.tasks.teachings import guiding_of
+from cm_diffusers.types import Networks
+
+
+CONFIGS = (StartConfig, CTMConfig, *SHARED_CONFIGS)
+
+
+def main() -> None:
+    configs = parse_configs(CONFIGS, __doc__)
+    given = dict(zip(CONFIGS, configs, strict=True))
+    method = given[CTMConfig]
+    seed_everything(given[TrainConfig].seed)
+    model = load_image_model(given[StartConfig])
+    objective = CTMObjective(method, model.view, guiding=guiding_of(model, model.view.told))
+    student = trainable_copy(with_target(model.network), given[DropoutConfig])
+    nets = Networks(student, target=frozen_copy(student), teacher=model.network)
+    scheduler = student_scheduler(model, method, given[ResultConfig], "edm", method.num_scales, gamma=0.0)
+    train_images("ctm", model, nets, objective, scheduler, configs, (method.w, method.w))
+
+
+if __name__ == "__main__":
+    run(main)
