@@ -8,6 +8,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from cm_diffusers.data.clip_config import ClipConfig
+from cm_diffusers.data.clip_latents import check_frames
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig
@@ -36,6 +38,7 @@ class Shape:
         vae: Parameters.
         text_tokens: That the network sees beside those of the image; 0 where text is only attended to.
         pixels_per_token: Along each side of an image.
+        frames_per_latent: Of a teacher of videos, see `Latents`.
     """
 
     network: nn.Module
@@ -43,6 +46,7 @@ class Shape:
     vae: int
     text_tokens: int
     pixels_per_token: int
+    frames_per_latent: int | None = None
 
     @classmethod
     def from_config(cls, config: dict) -> "Shape":
@@ -57,7 +61,7 @@ class Shape:
 
 
 def estimate(
-    shape: Shape, student: StudentConfig, optim: OptimConfig, train: TrainConfig, data: DataConfig
+    shape: Shape, student: StudentConfig, optim: OptimConfig, train: TrainConfig, data: DataConfig, clips: ClipConfig
 ) -> dict[str, dict[str, float]]:
     """Bytes of each part at both moments; the network is loaded after the encoding where nothing else is asked for."""
     trained = adapter_parameters(shape.network, student) if student.lora else _parameters(shape.network)
@@ -71,7 +75,7 @@ def estimate(
         "gradients": 4.0 * trained,
         "optimizer": float(MOMENTS[optim.optimizer] * trained),
         "averages": 4.0 * copies * trained,
-        "activations": activation_bytes(shape, data, train),
+        "activations": activation_bytes(shape, data, train, clips.sample_n_frames),
     }
     return {ENCODING: encoding, TRAINING: {name: size for name, size in training.items() if size}}
 
@@ -92,12 +96,17 @@ def adapter_parameters(network: nn.Module, student: StudentConfig) -> int:
     return student.lora_rank * sum(layer.weight[0].numel() + len(layer.weight) for layer in layers)
 
 
-def activation_bytes(shape: Shape, data: DataConfig, train: TrainConfig) -> float:
+def activation_bytes(shape: Shape, data: DataConfig, train: TrainConfig, num_frames: int | None = None) -> float:
     """Of the student's pass: KEPT a block, or with checkpointing its INPUT and one block that is computed again.
 
+    Args:
+        num_frames: Of clips; None for images.
+
     Raises:
-        ValueError: The network is no transformer of equal blocks.
+        ValueError: The network is no transformer of equal blocks, or takes no such clips.
     """
+    if num_frames is not None:
+        check_frames(num_frames, shape.frames_per_latent)
     blocks = [block for part in shape.network.children() if isinstance(part, nn.ModuleList) for block in part]
     config = shape.network.config
     width = config.get("dim") or (config.get("num_attention_heads") or 0) * config.attention_head_dim
@@ -105,7 +114,8 @@ def activation_bytes(shape: Shape, data: DataConfig, train: TrainConfig) -> floa
         raise UserError(
             f"Activations are estimated for transformers of equal blocks, not for {type(shape.network).__name__}."
         )
-    tokens = shape.text_tokens + (data.resolution // shape.pixels_per_token) ** 2
+    latent_frames = 1 if num_frames is None else 1 + (num_frames - 1) // shape.frames_per_latent
+    tokens = shape.text_tokens + latent_frames * (data.resolution // shape.pixels_per_token) ** 2
     size = tokens * width * data.train_batch_size * (1 if train.mixed_precision != "no" else 2)
     return float(size * (INPUT * len(blocks) + KEPT if train.gradient_checkpointing else KEPT * len(blocks)))
 
