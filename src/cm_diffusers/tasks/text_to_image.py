@@ -19,7 +19,7 @@ from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.critics import CriticConfig
-from cm_diffusers.models.families.base import answers_clips, family_of, network_of
+from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.quantization import quantization_config
 from cm_diffusers.models.single_file import is_single_file
@@ -49,7 +49,7 @@ from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.teachings import student_scheduler
-from cm_diffusers.tasks.text_to_image_checks import check_clips, check_late
+from cm_diffusers.tasks.text_to_image_checks import check_late, checked_frames
 from cm_diffusers.tasks.unrecorded import inferred_record
 from cm_diffusers.types import Networks
 
@@ -124,7 +124,7 @@ def distill(
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution, clips.sample_n_frames)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
-    check_clips(clips, data, teacher, bool(generation.prompts_file), given.get(CriticConfig))
+    frames = checked_frames(clips, data, teacher, bool(generation.prompts_file), given.get(CriticConfig))
     check_late(teacher, student, bool(generation.prompts_file))
     complete = partial(load_network, teacher, source, student.loaded_dtype, quantization)
     batches = None
@@ -145,7 +145,6 @@ def distill(
     trainer.fit(announce(trainer, batches, configs, result))
     base = source.pretrained_teacher_model
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
-    frames = clips.sample_n_frames or (1 if answers_clips(teacher) else None)
     record = replace(record, method=name, resolution=data.resolution, num_frames=frames)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)

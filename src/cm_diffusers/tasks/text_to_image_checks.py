@@ -13,7 +13,7 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.critics import CriticConfig, unused_flags
-from cm_diffusers.models.families.base import family_of, latents_of, network_of
+from cm_diffusers.models.families.base import answers_clips, family_of, latents_of, network_of
 from cm_diffusers.models.quantization import check_quantization
 from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, make_student, require_autocast
 from cm_diffusers.models.teachers import is_late
@@ -72,10 +72,11 @@ def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -
         )
 
 
-def check_clips(
+def checked_frames(
     clips: ClipConfig, data: DataConfig, teacher: DiffusionPipeline, draws: bool, judge: CriticConfig | None
-) -> None:
-    """
+) -> int | None:
+    """Of a training clip: 1 where a teacher of videos learns on images, None of a teacher of images.
+
     Args:
         draws: Whether the teacher draws the data itself.
         judge: Of a training with a critic.
@@ -84,15 +85,18 @@ def check_clips(
         ValueError: The teacher makes no such clips, there are none, or a flag would have no effect on them.
     """
     if clips.sample_n_frames is None:
-        return refuse_changed(clips, OF_FILES, "without --sample_n_frames")
+        refuse_changed(clips, OF_FILES, "without --sample_n_frames")
+        return 1 if answers_clips(teacher) else None
     check_frames(clips.sample_n_frames, latents_of(teacher).frames_per_latent)
     if judge is not None and judge.critic == "vision":
         raise UserError("--critic vision judges images, not clips: with --sample_n_frames take heads or none.")
     if draws:
-        return refuse_changed(clips, OF_FILES, "with --prompts_file")
+        refuse_changed(clips, OF_FILES, "with --prompts_file")
+        return clips.sample_n_frames
     refuse_changed(data, OF_IMAGES, "with --sample_n_frames")
     if (data.train_data_dir is None) == (data.dataset_name is None):
         raise UserError("--sample_n_frames needs clips: give --train_data_dir or --dataset_name, or --prompts_file.")
+    return clips.sample_n_frames
 
 
 def check_adapters(config: Any) -> None:
