@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import CAPTIONS, data_flags, image_folder, run_script
+from scripts import CAPTIONS, FOLDER, data_flags, image_folder, run_script, script
 from tiny import tiny_pipeline
 from tiny_flow_a import tiny_wan
 from tiny_flow_b import tiny_qwen_image
@@ -24,6 +24,7 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.generated import GenerationConfig, generated_batches, training_batches
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.teacher_latents import teacher_latents
+from cm_diffusers.engine.cli import parse_words
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.families.base import guided, in_steps, latents_of
@@ -80,9 +81,9 @@ def flags_of(home: Path, source: str) -> dict[str, object]:
     return kept | {"prompts_file": home / "prompts.txt", "generation_steps": 2, "generation_guidance_scale": 3.0}
 
 
-def distil(home: Path, name: str, source: str, script: str = "distill_lcm", **values: object) -> Path:
+def distil(home: Path, name: str, source: str, of: str = "distill_lcm", **values: object) -> Path:
     given = flags_of(home, source) | STEPS | {"pretrained_teacher_model": home / "teacher"}
-    run_script(script, **given | {"output_dir": home / name} | values)
+    run_script(of, **given | {"output_dir": home / name} | values)
     return home / name
 
 
@@ -249,6 +250,14 @@ def test_a_run_says_what_it_trains_on_and_how_to_sample_it(
     exec(line.split("python -c '")[1].rstrip("'"), {})
     with Image.open("clip.gif") as clip:
         assert (clip.n_frames, clip.size) == (FRAMES, (SIDE, SIDE))
+
+
+def test_the_recipe_gives_way_to_prompts(home: Path) -> None:
+    """Its flags of files would be refused."""
+    words = ["--recipe", str(FOLDER / "recipes" / "lcm_lora_wan_1_3b.args"), "--prompts_file", "prompts.txt"]
+    given = {type(config): config for config in parse_words(script("distill_lcm").CONFIGS, "", words)}
+    assert given[ClipConfig] == ClipConfig(sample_n_frames=81)
+    assert (given[DataConfig].train_data_dir, given[DataConfig].center_crop) == (None, False)
 
 
 def test_images_stay_images(home: Path) -> None:
