@@ -7,6 +7,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_words
@@ -29,7 +30,7 @@ TEACHERS = {  # recipe -> teacher, sizes
     "lcm_lora_qwen_image": ("Qwen-Image", "shape_qwen_image"),
 }
 CONFIGS = (
-    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig,
 )  # fmt: skip
 SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB of GPUs
 SPARE = 2  # GiB for what is not counted: CUDA itself, activations of the text towers, fragments
@@ -42,8 +43,8 @@ def shape_of(recipe: str) -> Shape:
 
 def estimated(recipe: str, *words: str) -> dict[str, dict[str, float]]:
     given = ["--recipe", str(RECIPES / f"{recipe}.args"), *words]
-    _, student, data, _, _, optim, train, _ = parse_words(CONFIGS, __doc__, given)
-    return estimate(shape_of(recipe), student, optim, train, data)
+    _, student, data, _, clips, _, optim, train, _ = parse_words(CONFIGS, __doc__, given)
+    return estimate(shape_of(recipe), student, optim, train, data, clips)
 
 
 def enough(size: float) -> str:

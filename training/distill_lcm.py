@@ -1,7 +1,8 @@
-"""Distil a text-to-image teacher into a 1-4 step student: LCM (full network) or LCM-LoRA (--lora)."""
+"""Distil a text-to-image or text-to-video teacher into a 1-4 step student: LCM (full network) or LCM-LoRA (--lora)."""
 
 import cm_diffusers.engine.early
 
+from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_configs, run
@@ -20,12 +21,13 @@ from cm_diffusers.tasks.text_to_image_checks import check_distilled
 
 
 CONFIGS = (
-    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig, HubConfig,
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig,
+    HubConfig,
 )  # fmt: skip
 
 
 def main() -> None:
-    source, student, _, _, method, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
+    source, student, _, _, _, method, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)

@@ -2,6 +2,7 @@
 
 import cm_diffusers.engine.early
 
+from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_configs, run
@@ -21,13 +22,13 @@ from cm_diffusers.tasks.text_to_image_checks import check_distilled, check_scott
 
 
 CONFIGS = (
-    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, SCottConfig, CriticConfig, OptimConfig, TrainConfig,
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, SCottConfig, CriticConfig, OptimConfig, TrainConfig,
     ValidationConfig, HubConfig,
 )  # fmt: skip
 
 
 def main() -> None:
-    source, student, _, _, method, judge, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
+    source, student, _, _, _, method, judge, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
     check_scott(method, judge, train.max_train_steps)
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)

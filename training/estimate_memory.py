@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_words, run
@@ -33,15 +34,15 @@ class ShapeConfig:
 
 
 CONFIGS = (
-    ShapeConfig, TeacherConfig, StudentConfig, DataConfig, GenerationConfig, LCMConfig, OptimConfig, TrainConfig,
+    ShapeConfig, TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, LCMConfig, OptimConfig, TrainConfig,
     ValidationConfig,
 )  # fmt: skip
 
 
 def main() -> None:
-    given, _, student, data, _, _, optim, train, _ = parse_words(CONFIGS, __doc__)
+    given, _, student, data, _, clips, _, optim, train, _ = parse_words(CONFIGS, __doc__)
     shape = Shape.from_config(json.loads(read_text(shipped("--shape", given.shape, ".json"))))
-    print(as_table(estimate(shape, student, optim, train, data)))
+    print(as_table(estimate(shape, student, optim, train, data, clips)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cm_diffusers.engine.cli import parse_words
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.tasks import memory, text_to_image
@@ -57,8 +58,8 @@ def shape_of(name: str) -> Shape:
 
 def estimated(recipe: str, *words: str) -> dict[str, dict[str, float]]:
     given = ["--recipe", str(RECIPES / f"{recipe}.args"), "--shape", SHAPES[recipe], *words]
-    _, _, student, data, _, _, optim, train, _ = parse_words(script("estimate_memory").CONFIGS, "", given)
-    return memory.estimate(shape_of(SHAPES[recipe]), student, optim, train, data)
+    _, _, student, data, _, clips, _, optim, train, _ = parse_words(script("estimate_memory").CONFIGS, "", given)
+    return memory.estimate(shape_of(SHAPES[recipe]), student, optim, train, data, clips)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -87,6 +88,17 @@ def test_a_lora_of_flux() -> None:
     assert four_bits["frozen base"] / GIB == pytest.approx(22.17 * 4.5 / 16, abs=0.02)
     plain = estimated("lcm_lora_flux_dev", "--gradient_checkpointing", "false")[TRAINING]["activations"]
     assert plain / found[TRAINING]["activations"] == pytest.approx(57 * 34 / (57 * 2 + 34))
+
+
+def test_a_lora_of_wan_on_clips() -> None:
+    clips, plain = (estimated("lcm_lora_wan_1_3b", *words)[TRAINING] for words in ([], ["--sample_n_frames", "5"]))
+    # 30 x 30 tokens of width 1536 in each of 21 latent frames: 30 inputs of 2 bytes, and a block of 34
+    assert clips["activations"] == 21 * 30 * 30 * 1536 * (30 * 2 + 34)
+    assert clips["activations"] / plain["activations"] == 21 / 2
+    with pytest.raises(UserError, match=r"--sample_n_frames 80 is not 4k .* take 77 or 81"):
+        estimated("lcm_lora_wan_1_3b", "--sample_n_frames", "80")
+    with pytest.raises(UserError, match="--sample_n_frames is for teachers of videos"):
+        estimated("lcm_lora_flux_dev", "--sample_n_frames", "81")
 
 
 @pytest.mark.parametrize("recipe", SHAPES)

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from cm_diffusers.data.framing import Framing
-from cm_diffusers.data.preprocessing import PIXELS, Size, decode_image, preprocess
+from cm_diffusers.data.preprocessing import PIXELS, decode_image, preprocess
 from cm_diffusers.data.ragged import joined, packed, row_of
 from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
 from cm_diffusers.data.sources import DataConfig
@@ -222,9 +222,12 @@ def _image(record: dict[str, Any], framing: Framing, row: int, variant: int) -> 
 
 @torch.no_grad()
 def encode_images(
-    images: list[Tensor | None], target: Size, encode: Callable[[Tensor], tuple[Tensor, Tensor]], config: DataConfig
+    images: list[Tensor | None],
+    target: Sequence[int],
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    config: DataConfig,
 ) -> Tensors:
-    """Posteriors of images `(3, *target)` by a VAE's `encoder`, each (B, C, h, w), and which images there are, (B,)."""
+    """Posteriors of images or clips `(3, *target)` by a VAE's `encoder`, each (B, C, ...), and which there are, (B,)."""
     blank = torch.zeros(3, *target)  # holds the place of an unreadable image
     mean, std = encode(torch.stack([blank if image is None else image for image in images]))
     tensors = {"mean": mean.half().cpu(), "std": std.half().cpu()}

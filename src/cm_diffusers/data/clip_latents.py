@@ -1,6 +1,6 @@
-"""VAE posteriors of clips, frame by frame, encoded once."""
+"""VAE posteriors of clips, encoded once: whole by a VAE of clips, frame by frame by one of images."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,8 +14,10 @@ from cm_diffusers.data.moving_articles import MovingArticles
 from cm_diffusers.data.preprocessing import PIXELS, View, preprocess, square
 from cm_diffusers.data.shards import Job, Tensors, build, row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.errors import UserError
 
 
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 CLIP_ROWS = 128  # clips in a shard, which is made in memory: 16 frames of 512x512 pixels take 1 MiB
 
 
@@ -74,7 +76,7 @@ class ClipViews:
 
 
 def cached_clips(views: ClipViews, vae: Vae, device: torch.device | str = "cpu") -> Posteriors:
-    """Encodes every clip in every variant, or reads what an earlier run encoded: rows of (F, C, h, w).
+    """Encodes every clip in every variant, or reads what an earlier run encoded: rows of (f, C, h, w), f latent frames.
 
     Args:
         views: Of all clips.
@@ -82,24 +84,18 @@ def cached_clips(views: ClipViews, vae: Vae, device: torch.device | str = "cpu")
         device: Where the VAE runs.
 
     Raises:
-        ValueError: The VAE overflows or cannot encode frames of this size, or a clip's frames differ in size.
+        ValueError: The VAE overflows or cannot encode so many frames of this size, or a clip's frames differ in size.
     """
     images = views.images
     check_sides(images, vae.latents)
+    if whole := vae.latents.frames_per_latent is not None:
+        check_frames(views.num_frames, vae.latents.frames_per_latent)
     encoder = cache(lambda: vae.encoder(images, device))
 
     def encode(job: Job) -> Iterator[Tensors]:
         for part in row_ranges(len(job.rows), max(1, images.encode_batch_size // views.num_frames)):
-            frames = [frame for i in part for frame in views.frames(job.rows[i], job.variant)]
-            encoded = [
-                encode_images(frames[chunk.start : chunk.stop], square(images.resolution), encoder(), images)
-                for chunk in row_ranges(len(frames), images.encode_batch_size)
-            ]
-            clips = {
-                name: torch.cat([tensors[name] for tensors in encoded]).unflatten(0, (len(part), -1))
-                for name in encoded[0]
-            }
-            yield clips | {"valid": clips["valid"].all(1)}
+            clips = [views.frames(job.rows[i], job.variant) for i in part]
+            yield (_whole if whole else _by_frames)(clips, encoder(), images)
 
     parts = [list(part) for part in row_ranges(len(views.clips.digests), CLIP_ROWS)]
     jobs = [Job(views.key(rows, variant, vae), rows, variant) for variant in range(views.variants) for rows in parts]
@@ -109,3 +105,45 @@ def cached_clips(views: ClipViews, vae: Vae, device: torch.device | str = "cpu")
     for variant in by_variant:  # a damaged file may be readable from some of its starts only
         posteriors.valid &= Posteriors(parts, [variant]).valid
     return posteriors
+
+
+def check_frames(num_frames: int, frames_per_latent: int | None) -> None:
+    """
+    Args:
+        num_frames: Of `--sample_n_frames`.
+        frames_per_latent: As `Latents` has it.
+
+    Raises:
+        ValueError: The teacher makes no clips, or its VAE none of so many frames.
+    """
+    if frames_per_latent is None:
+        raise UserError(
+            "--sample_n_frames is for teachers of videos, such as Wan, but this one makes images: leave it out."
+        )
+    if rest := (num_frames - 1) % frames_per_latent:
+        below = num_frames - rest
+        counts = " or ".join(str(count) for count in (below, below + frames_per_latent) if count > 1)
+        raise UserError(
+            f"--sample_n_frames {num_frames} is not {frames_per_latent}k + 1, as the VAE needs, which keeps the first frame and "
+            f"then {frames_per_latent} at a time: take {counts}."
+        )
+
+
+def _whole(clips: list[list[Tensor | None]], encode: Encode, images: DataConfig) -> Tensors:
+    """Of a causal VAE, which remembers the frames before: each (B, f, C, h, w), and which clips there are, (B,)."""
+    whole = [None if clip[0] is None else torch.stack(clip, dim=1) for clip in clips]
+    found = encode_images(whole, (len(clips[0]), *square(images.resolution)), encode, images)
+    return found | {name: found[name].transpose(1, 2) for name in ("mean", "std")}
+
+
+def _by_frames(clips: list[list[Tensor | None]], encode: Encode, images: DataConfig) -> Tensors:
+    """As `_whole`, of a VAE of images: each (B, F, C, h, w)."""
+    frames = [frame for clip in clips for frame in clip]
+    encoded = [
+        encode_images(frames[chunk.start : chunk.stop], square(images.resolution), encode, images)
+        for chunk in row_ranges(len(frames), images.encode_batch_size)
+    ]
+    found = {
+        name: torch.cat([tensors[name] for tensors in encoded]).unflatten(0, (len(clips), -1)) for name in encoded[0]
+    }
+    return found | {"valid": found["valid"].all(1)}

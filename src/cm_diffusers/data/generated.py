@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Embeddings, cached_embeddings
+from cm_diffusers.data.clip_config import ClipConfig, as_video
+from cm_diffusers.data.clip_latents import check_frames
 from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.found import Found
@@ -23,13 +25,14 @@ from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tables import TABLE_SUFFIXES, read_lines, read_table
 from cm_diffusers.data.teacher_latents import check_side, teacher_latents
 from cm_diffusers.data.text_image import EMPTY, text_image_batches
+from cm_diffusers.data.video import video_batches
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError, readable
 from cm_diffusers.models.adapters import adapter_layers, adapters_off
-from cm_diffusers.models.families.base import network_of
+from cm_diffusers.models.families.base import latents_of, network_of
 
 
-GENERATED_ROWS = 256  # samples in a shard: what an interruption may cost
+GENERATED_ROWS = 256  # images in a shard, or frames of clips: what an interruption may cost
 GENERATE = 2  # a family of random streams, beside those of the sampler
 OF_IMAGES = (
     "dataset_name dataset_config_name train_data_dir train_shards_path_or_url dataset_split image_column "
@@ -70,14 +73,17 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    clips: ClipConfig | None = None,
 ) -> Stream:
-    """The data source that the flags name: generated, streamed or cached; see the functions of that name."""
-    encoders = Encoders.from_pipeline(teacher)
+    """The data source that the flags name: generated, streamed or cached images, or clips; see the functions of that name."""
+    encoders, frames = Encoders.from_pipeline(teacher), clips and clips.sample_n_frames
     if generation.prompts_file:
-        return generated_batches(data, generation, encoders, teacher, seed, rank, world_size, device)
+        return generated_batches(data, generation, encoders, teacher, seed, rank, world_size, device, frames)
     refuse_changed(
         generation, "generated_samples generation_steps generation_guidance_scale", "without --prompts_file"
     )
+    if frames is not None:
+        return video_batches(as_video(data, clips), encoders, seed, rank, world_size, device)
     source = streaming_batches if data.streaming else text_image_batches
     return source(data, encoders, seed, rank, world_size, device)
 
@@ -91,6 +97,7 @@ def generated_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    num_frames: int | None = None,
 ) -> Stream:
     """As `text_image_batches`, x0 (B, C, h, w) being samples of the teacher; drawn once and kept as float16.
 
@@ -105,18 +112,20 @@ def generated_batches(
         rank: Number of this process.
         world_size: Number of processes.
         device: Where the teacher runs.
+        num_frames: Of a teacher of videos, whose samples are then clips (B, C, f, h, w); None for images.
 
     Raises:
         ValueError: no prompt, a flag that has no effect without images, or samples that are not finite in float16.
     """
-    _check(config, generation, teacher)
+    _check(config, generation, teacher, num_frames)
     texts = read_prompts(generation.prompts_file, config.caption_column)
     number = generation.generated_samples or len(texts)
     found = Found(generation.prompts_file, number, min(number, len(texts)), "samples")
     found.skip(f"prompts beyond --generated_samples {number}", texts[number:])
     too_long(texts, encoders.tokenizers, found)
     found.report()
-    sampler = _Sampler(config, generation, teacher, [texts[i % len(texts)] for i in range(number)], seed)
+    prompts = [texts[i % len(texts)] for i in range(number)]
+    sampler = _Sampler(config, generation, teacher, prompts, seed, num_frames)
     jobs = sampler.jobs(encoders.fingerprint)
     shards = sampler.shards(jobs, device)
     table = {text: i for i, text in enumerate(dict.fromkeys(["", *texts]))}
@@ -124,7 +133,8 @@ def generated_batches(
         embeddings = cached_embeddings(list(table), encoders.encode_prompts, encoders.fingerprint, config)
     numbers = np.array([table[prompt] for prompt in sampler.prompts])
     position = Position(seed, rank, world_size)
-    source = _Source(config, shards, numbers, embeddings, position, encoders.micro_conditioning)
+    rows = sampler.shard_rows
+    source = _Source(config, shards, rows, numbers, embeddings, position, encoders.micro_conditioning)
     fingerprint = shard_key(encoders.fingerprint, *(job.key for job in jobs))
     return stream(source.make, config.dataloader_num_workers, found=found, fingerprint=fingerprint)
 
@@ -163,7 +173,9 @@ def checked_prompts_file(path: str) -> Path:
     return file
 
 
-def _check(config: DataConfig, generation: GenerationConfig, teacher: DiffusionPipeline) -> None:
+def _check(
+    config: DataConfig, generation: GenerationConfig, teacher: DiffusionPipeline, num_frames: int | None
+) -> None:
     check_values(config)
     refuse_changed(config, OF_IMAGES, "with --prompts_file")
     if suffix_of(Path(generation.prompts_file)) == ".txt":
@@ -176,6 +188,8 @@ def _check(config: DataConfig, generation: GenerationConfig, teacher: DiffusionP
     if generation.generation_steps > (most := teacher.scheduler.config.num_train_timesteps):
         raise UserError(f"--generation_steps is {generation.generation_steps}, but the teacher has {most} timesteps.")
     check_side(teacher, config.resolution)
+    if num_frames is not None:
+        check_frames(num_frames, latents_of(teacher).frames_per_latent)
 
 
 @dataclass(frozen=True)
@@ -185,23 +199,30 @@ class _Sampler:
     teacher: DiffusionPipeline
     prompts: list[str]  # one for each sample
     seed: int
+    num_frames: int | None
+
+    @property
+    def shard_rows(self) -> int:
+        return max(1, GENERATED_ROWS // (self.num_frames or 1))
 
     def jobs(self, text_fingerprint: str) -> list[Job]:
         ask, scheduler = self.generation, self.teacher.scheduler
         schedule = sorted((k, repr(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
         made_by = [_fingerprint(network_of(self.teacher)), text_fingerprint, type(scheduler).__name__, schedule]
         settings = [ask.generation_steps, ask.generation_guidance_scale, self.config.resolution, self.seed]
+        settings += [] if self.num_frames is None else ["frames", self.num_frames]  # images keep the names they had
         return [
             Job(shard_key("generated", *made_by, *settings, rows.start, *(self.prompts[i] for i in rows)), rows)
-            for rows in row_ranges(len(self.prompts), GENERATED_ROWS)
+            for rows in row_ranges(len(self.prompts), self.shard_rows)
         ]
 
     def shards(self, jobs: list[Job], device: torch.device | str) -> list[Shard]:
-        """Latents (N, C, h, w) float16, scaled as the network wants them."""
+        """Latents (N, C, ...) float16, scaled as the network wants them."""
+        at_once = max(1, self.config.encode_batch_size // (self.num_frames or 1))
 
         def draw(job: Job) -> Iterator[Tensors]:
             with _ready(self.teacher, device):
-                for part in row_ranges(len(job.rows), self.config.encode_batch_size):
+                for part in row_ranges(len(job.rows), at_once):
                     yield {"x0": self.draw([job.rows[i] for i in part])}
 
         return build(jobs, draw, self.config, "Sampling the teacher")
@@ -215,6 +236,7 @@ class _Sampler:
             self.config.resolution,
             self.generation.generation_steps,
             self.generation.generation_guidance_scale,
+            self.num_frames,
         )
         latents = latents.half().cpu()
         if not latents.isfinite().all():
@@ -252,6 +274,7 @@ def _ready(teacher: DiffusionPipeline, device: torch.device | str) -> Iterator[N
 class _Source:
     config: DataConfig
     shards: list[Shard]
+    shard_rows: int
     numbers: np.ndarray  # of each sample's prompt in `table`
     table: Embeddings
     position: Position
@@ -260,7 +283,7 @@ class _Source:
     def make(self, k: int) -> tuple[Tensor, Tensors, Tensors]:
         size, resolution = self.config.train_batch_size, self.config.resolution
         rows = batch_rows(k, size, len(self.numbers), self.position)
-        places = [(tensors_of(self.shards[i // GENERATED_ROWS]), i % GENERATED_ROWS) for i in rows]
+        places = [(tensors_of(self.shards[i // self.shard_rows]), i % self.shard_rows) for i in rows]
         x0 = torch.stack([tensors["x0"][place] for tensors, place in places]).float()
         dropped = batch_generator(k, self.position).random(size) < self.config.proportion_empty_prompts
         cond, uncond = self.table.with_empty(np.where(dropped, EMPTY, self.numbers[rows]), EMPTY)

@@ -81,7 +81,9 @@ class DataConfig:
     latent_cache_dir: str = HfArg(
         default="~/.cache/cm_diffusers/latents", help="Where VAE posteriors and text embeddings are kept."
     )
-    encode_batch_size: int = HfArg(default=32, help="Images or captions encoded at once while filling the cache.")
+    encode_batch_size: int = HfArg(
+        default=32, help="Images, frames or captions encoded at once while filling the cache."
+    )
     num_crops: int = HfArg(default=1, help="Random crops cached for each image; --center_crop needs one.")
     proportion_empty_prompts: float = HfArg(default=0.0, help="Share of captions replaced by the empty prompt.")
     vae_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(

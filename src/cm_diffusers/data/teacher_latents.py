@@ -22,9 +22,22 @@ def check_side(teacher: DiffusionPipeline, resolution: int) -> None:
 
 
 def teacher_latents(
-    teacher: DiffusionPipeline, prompts: list[str], seeds: list[int], side: int, steps: int, guidance_scale: float
+    teacher: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    side: int,
+    steps: int,
+    guidance_scale: float,
+    num_frames: int | None = None,
 ) -> Tensor:
-    """One sample `(B, C, h, w)` of each prompt, square images of `side` pixels, by the pipeline's own scheduler."""
+    """One sample of each prompt, square images of `side` pixels, by the pipeline's own scheduler.
+
+    Args:
+        num_frames: Of a teacher of videos; None for images.
+
+    Returns:
+        Images `(B, C, h, w)` or clips `(B, C, f, h, w)`.
+    """
     last: dict[str, Tensor] = {}
     teacher(
         prompt=prompts,
@@ -36,9 +49,10 @@ def teacher_latents(
         output_type="latent",
         callback_on_step_end=lambda pipe, step, t, tensors: last.update(tensors) or {},
         callback_on_step_end_tensor_inputs=["latents"],
-        **({"num_frames": 1} if answers_clips(teacher) else {}),
+        **({"num_frames": num_frames or 1} if answers_clips(teacher) else {}),
     )
-    return _as_images(last["latents"], side // latents_of(teacher).downscale)
+    latents = last["latents"]
+    return latents if num_frames else _as_images(latents, side // latents_of(teacher).downscale)
 
 
 def _as_images(latents: Tensor, side: int) -> Tensor:

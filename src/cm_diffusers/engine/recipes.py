@@ -24,7 +24,7 @@ SOURCES = {
 # What acts on images that are there, not on those that a teacher samples.
 OF_IMAGES = """
     dataset_split image_column interpolation_type center_crop random_flip aspect_ratio_buckets bucket_step bucket_max_ratio
-    streaming shuffle_buffer_size max_train_samples cache_dir num_crops vae_dtype
+    streaming shuffle_buffer_size max_train_samples cache_dir num_crops vae_dtype sample_stride num_starts video_column
 """
 STAGES = ("lr_warmup_steps", "lr_cooldown_steps")
 

@@ -146,6 +146,7 @@ def generate(
     batch_size: int,
     resolution: int | None = None,
     eta: float | None = None,
+    num_frames: int | None = None,
 ) -> tuple[Tensor, float]:
     """One image for each prompt, from its own seed: an image does not depend on the others in its batch.
 
@@ -158,22 +159,24 @@ def generate(
         batch_size: Images drawn at once.
         resolution: Height and width in pixels; None: the pipeline's default.
         eta: Of pipelines that take it, for DDIM's noise; None: the pipeline's default.
+        num_frames: Of clips; None for images.
 
     Returns:
-        Images (N, 3, H, W) in [0, 1], rounded to 8 bits and on the CPU, and the seconds they took after a warm-up.
+        Images (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1], rounded to 8 bits and on the CPU, and the seconds they took after a warm-up.
     """
 
     def ask(rows: slice, steps: int) -> dict[str, Any]:
         arguments = _schedule(pipe, steps) | guided(pipe, guidance_scale)
         if answers_clips(pipe):
-            arguments |= {"num_frames": 1}
+            arguments |= {"num_frames": num_frames or 1}
         if resolution is not None:
             arguments |= {"height": resolution, "width": resolution}
         if eta is not None:
             arguments |= {"eta": eta}
         return {"prompt": list(prompts[rows]), **arguments}
 
-    return _drawn(pipe, ask, seeds, num_inference_steps, batch_size)
+    samples, seconds = _drawn(pipe, ask, seeds, num_inference_steps, batch_size)
+    return samples[:, 0] if samples.ndim == 5 and num_frames is None else samples, seconds
 
 
 def generate_unprompted(
@@ -219,7 +222,7 @@ def _drawn(
     def draw(rows: slice, steps: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
         answer = pipe(generator=generators, output_type="pt", **ask(rows, steps))
-        images = answer.frames[:, 0] if answers_clips(pipe) else answer.images
+        images = answer.frames if answers_clips(pipe) else answer.images
         if isinstance(images, np.ndarray):  # DDPMPipeline of diffusers 0.40 knows no "pt"
             images = torch.from_numpy(images).movedim(-1, 1)
         return (images.float() * 255).round().cpu() / 255

@@ -27,6 +27,9 @@ from cm_diffusers.schedulers.stepping import ToldScheduler
 from cm_diffusers.types import Loss
 
 
+SHOWN_FRAMES = 4  # of a clip, from the first to the last
+
+
 @dataclass
 class ValidationConfig:
     """Grids of samples while training: fixed prompts and seeds, a row for each number of steps."""
@@ -91,15 +94,18 @@ def sample_grid(
     teacher: DiffusionPipeline | None = None,
     guidance_scale: float | None = None,
     resolution: int | None = None,
+    num_frames: int | None = None,
 ) -> SampleGrids:
-    """Grids of a text-to-image student.
+    """Grids of a text-to-image student, or of a text-to-video one.
 
     Args:
         make_pipeline: Student network -> the pipeline it will be published in; there is no other sampling path.
         teacher: Sampled once, for the top row.
         guidance_scale: The student's, where it is not the teacher's (LoRA).
         resolution: Side of the samples; the pipelines' own default if not given.
+        num_frames: Of clips, of which `SHOWN_FRAMES` are shown; None for images.
     """
+    shown = [] if num_frames is None else np.linspace(0, num_frames - 1, SHOWN_FRAMES).round().astype(int).tolist()
     prompts = [prompt for prompt in config.validation_prompts or [] for _ in config.validation_seeds]
     seeds = config.validation_seeds * len(config.validation_prompts or [])
     rows: list[Tensor] = []
@@ -108,7 +114,9 @@ def sample_grid(
         network = network_of(pipe)
         others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not network]
         with placed(tuple(others), network.device):
-            return generate(pipe, prompts, seeds, steps, scale, len(prompts), resolution)[0]
+            at_once = 1 if shown else len(prompts)
+            samples, _ = generate(pipe, prompts, seeds, steps, scale, at_once, resolution, num_frames=num_frames)
+            return samples[:, shown].flatten(0, 1) if shown else samples
 
     def draw(trainer: Trainer) -> Image.Image:
         names = [f"{steps} step{'s' * (steps > 1)}" for steps in config.validation_nfe]
@@ -126,7 +134,9 @@ def sample_grid(
             cast = network_of(pipe).dtype != torch.float32  # below a LoRA
             with trainer.accelerator.autocast() if cast else nullcontext():
                 samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
-        return image_grid(rows + samples, names, [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)])
+        heads = [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)]
+        heads = [f"{head}, frame {number}" for head in heads for number in shown] or heads
+        return image_grid(rows + samples, names, heads)
 
     return SampleGrids(config.validation_steps, draw, bool(prompts))
 

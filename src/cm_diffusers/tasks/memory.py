@@ -8,6 +8,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from cm_diffusers.data.clip_config import ClipConfig
+from cm_diffusers.data.clip_latents import check_frames
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig
@@ -37,6 +39,7 @@ class Shape:
         vae_states: Numbers that are in memory at once, at the most, while it encodes: for each pixel of an image.
         text_tokens: That the network sees beside those of the image; 0 where text is only attended to.
         pixels_per_token: Along each side of an image.
+        frames_per_latent: Of a teacher of videos, see `Latents`.
     """
 
     network: nn.Module
@@ -45,6 +48,7 @@ class Shape:
     vae_states: int
     text_tokens: int
     pixels_per_token: int
+    frames_per_latent: int | None = None
 
     @classmethod
     def from_config(cls, config: dict) -> "Shape":
@@ -59,7 +63,7 @@ class Shape:
 
 
 def estimate(
-    shape: Shape, student: StudentConfig, optim: OptimConfig, train: TrainConfig, data: DataConfig
+    shape: Shape, student: StudentConfig, optim: OptimConfig, train: TrainConfig, data: DataConfig, clips: ClipConfig
 ) -> dict[str, dict[str, float]]:
     """Bytes of each part at each moment.
 
@@ -70,7 +74,10 @@ def estimate(
     base = network_bytes(shape.network, DTYPES[student.cast_teacher_unet], student.quantize_teacher)
     size = getattr(torch, data.vae_dtype).itemsize
     vae = {"VAE": float(size * shape.vae)}
-    images = {"activations": float(size * shape.vae_states * data.resolution**2 * data.encode_batch_size)}
+    at_once = data.encode_batch_size
+    if clips.sample_n_frames is not None:  # whole clips, each in pieces of one latent frame
+        at_once = max(1, at_once // clips.sample_n_frames) * shape.frames_per_latent
+    images = {"activations": float(size * shape.vae_states * data.resolution**2 * at_once)}
     towers = {name: 4.0 * number for name, number in shape.text_towers.items()}
     training = {
         "frozen base" if student.lora else "frozen teacher": base,
@@ -79,7 +86,7 @@ def estimate(
         "gradients": 4.0 * trained,
         "optimizer": float(MOMENTS[optim.optimizer] * trained),
         "averages": 4.0 * copies * trained,
-        "activations": activation_bytes(shape, data, train),
+        "activations": activation_bytes(shape, data, train, clips.sample_n_frames),
     }
     training = {name: size for name, size in training.items() if size}
     return {IMAGES: vae | images, TEXT: towers | vae, TRAINING: training}
@@ -101,12 +108,17 @@ def adapter_parameters(network: nn.Module, student: StudentConfig) -> int:
     return student.lora_rank * sum(layer.weight[0].numel() + len(layer.weight) for layer in layers)
 
 
-def activation_bytes(shape: Shape, data: DataConfig, train: TrainConfig) -> float:
+def activation_bytes(shape: Shape, data: DataConfig, train: TrainConfig, num_frames: int | None = None) -> float:
     """Of the student's pass: KEPT a block, or with checkpointing its INPUT and one block that is computed again.
 
+    Args:
+        num_frames: Of clips; None for images.
+
     Raises:
-        ValueError: The network is no transformer of equal blocks.
+        ValueError: The network is no transformer of equal blocks, or takes no such clips.
     """
+    if num_frames is not None:
+        check_frames(num_frames, shape.frames_per_latent)
     blocks = [block for part in shape.network.children() if isinstance(part, nn.ModuleList) for block in part]
     config = shape.network.config
     width = config.get("dim") or (config.get("num_attention_heads") or 0) * config.attention_head_dim
@@ -114,7 +126,8 @@ def activation_bytes(shape: Shape, data: DataConfig, train: TrainConfig) -> floa
         raise UserError(
             f"Activations are estimated for transformers of equal blocks, not for {type(shape.network).__name__}."
         )
-    tokens = shape.text_tokens + (data.resolution // shape.pixels_per_token) ** 2
+    latent_frames = 1 if num_frames is None else 1 + (num_frames - 1) // shape.frames_per_latent
+    tokens = shape.text_tokens + latent_frames * (data.resolution // shape.pixels_per_token) ** 2
     size = tokens * width * data.train_batch_size * (1 if train.mixed_precision != "no" else 2)
     return float(size * (INPUT * len(blocks) + KEPT if train.gradient_checkpointing else KEPT * len(blocks)))
 

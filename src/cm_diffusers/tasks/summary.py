@@ -41,6 +41,8 @@ TRY = {  # name of a result, of one without a record, or of images without promp
     "lora": IMAGES,
     "student": "from cm_diffusers import ConsistencyVideoPipeline; from diffusers.utils import export_to_gif; "
     'export_to_gif(ConsistencyVideoPipeline.from_pretrained({folder})({asked}).frames[0], "clip.gif")',
+    "flow clips": "from cm_diffusers import ConsistencyPipeline; from diffusers.utils import export_to_gif; "
+    'export_to_gif(ConsistencyPipeline.from_pretrained({folder})({asked}, output_type="pil").frames[0], "clip.gif")',
     "diffusion pipeline": "from diffusers import DiffusionPipeline; "
     'DiffusionPipeline.from_pretrained({folder})({asked}).images[0].save("sample.png")',
     "diffusion lora": "from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained({start}); "
@@ -115,7 +117,8 @@ def _steps(trainer: Trainer) -> str:
 def _batch(trainer: Trainer, flags: dict[str, Any]) -> str:
     parts = flags["train_batch_size"], trainer.config.gradient_accumulation_steps, trainer.accelerator.num_processes
     size = parts[0] * parts[1] * parts[2]
-    at = f" of {flags['resolution']} px" if flags.get("resolution") else ""
+    at = f" of {frames} frames" if (frames := flags.get("sample_n_frames")) else ""
+    at += f" of {flags['resolution']} px" if flags.get("resolution") else ""
     return f"{size}{at}: {parts[0]} at once x {parts[1]} accumulated x {parts[2]} process{'es' * (parts[2] > 1)}"
 
 
@@ -142,6 +145,8 @@ def _sampling(folder: Path, flags: dict[str, Any]) -> list[str]:
     record, kind = read_record(folder), folder.name
     if kind in ("pipeline", "lora") and record is None:
         kind = f"diffusion {kind}"
+    elif kind in ("pipeline", "lora") and record.num_frames is not None:
+        kind = "flow clips"
     if kind not in TRY:
         return []
     prompts = flags.get("validation_prompts") or ["your prompt"]
@@ -187,7 +192,7 @@ def _given(kind: type, flags: dict[str, Any]) -> list[str]:
     left_out = {*OF_TRAINING.split(), "cache_dir"} | (OF_IMAGES if kind is ReferenceConfig else set())
     known = {field.name: field.default for field in fields(kind) if field.name not in left_out}
     chosen = {name: flags[name] for name, default in known.items() if flags.get(name, default) != default}
-    of_clips = "sample_n_frames" in flags
+    of_clips = flags.get("sample_n_frames") is not None
     if of_clips != (kind is VideoDataConfig) or not any(chosen.get(name) for name in DATA):
         chosen = {"train_data_dir": "TEST_DATA"}
     return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SCMSchedul
 from torch import nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.diffusion.process import DiscreteVP
@@ -18,7 +19,7 @@ from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.critics import CriticConfig
-from cm_diffusers.models.families.base import answers_clips, family_of, network_of
+from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.quantization import quantization_config
 from cm_diffusers.models.single_file import is_single_file
@@ -48,19 +49,20 @@ from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.teachings import student_scheduler
-from cm_diffusers.tasks.text_to_image_checks import check_late
+from cm_diffusers.tasks.text_to_image_checks import check_late, checked_frames
 from cm_diffusers.tasks.unrecorded import inferred_record
 from cm_diffusers.types import Networks
 
 
 OF_A_DISTILLATION = (
-    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, TrainConfig, ValidationConfig,
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, TrainConfig, ValidationConfig,
 )  # fmt: skip
 WHAT_A_RUN_IS = (
     TeacherConfig,
     StudentConfig,
     DataConfig,
     GenerationConfig,
+    ClipConfig,
     CriticConfig,
 )  # beside method and training
 SCHEDULERS = {kind.__name__: kind for kind in (FlowConsistencyScheduler, SCMScheduler)}  # of students of flows
@@ -112,7 +114,7 @@ def distill(
         As `publish`.
     """
     given, method = {type(config): config for config in configs}, objective.config
-    source, student, data, generation, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
+    source, student, data, generation, clips, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
     scheduler = student_scheduler(teacher, method)
 
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
@@ -121,9 +123,10 @@ def distill(
     guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
     told = min(max(validation.validation_guidance_scale, method.w_min + 1), method.w_max + 1)
     scale = 1.0 if guidance == "distilled" else told
-    grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
+    grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution, clips.sample_n_frames)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
+    frames = checked_frames(clips, data, teacher, bool(generation.prompts_file), given.get(CriticConfig))
     check_late(teacher, student, bool(generation.prompts_file))
     complete = partial(load_network, teacher, source, student.loaded_dtype, quantization)
     batches = None
@@ -132,7 +135,7 @@ def distill(
         nonlocal batches
         if generation.prompts_file:  # the teacher draws the data
             complete()
-        batches = training_batches(data, generation, teacher, train.seed, *place)
+        batches = training_batches(data, generation, teacher, train.seed, *place, clips)
         if not needs_encoders(student, data, validation, given.get(CriticConfig)):
             release_encoders(teacher)
         complete()
@@ -144,7 +147,6 @@ def distill(
     trainer.fit(announce(trainer, batches, configs, result))
     base = source.pretrained_teacher_model
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
-    frames = 1 if answers_clips(teacher) else None
     record = replace(record, method=name, resolution=data.resolution, num_frames=frames)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)

@@ -6,11 +6,14 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
+from cm_diffusers.data.clip_config import OF_FILES, OF_IMAGES, ClipConfig
+from cm_diffusers.data.clip_latents import check_frames
+from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.critics import CriticConfig, unused_flags
-from cm_diffusers.models.families.base import family_of, network_of
+from cm_diffusers.models.families.base import answers_clips, family_of, latents_of, network_of
 from cm_diffusers.models.quantization import check_quantization
 from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, make_student, require_autocast
 from cm_diffusers.models.teachers import is_late
@@ -67,6 +70,33 @@ def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -
             f"{flag} acts while a network is read from a pipeline's folder, not from a "
             "single file and not where a critic is made of it: leave it out."
         )
+
+
+def checked_frames(
+    clips: ClipConfig, data: DataConfig, teacher: DiffusionPipeline, draws: bool, judge: CriticConfig | None
+) -> int | None:
+    """Of a training clip: 1 where a teacher of videos learns on images, None of a teacher of images.
+
+    Args:
+        draws: Whether the teacher draws the data itself.
+        judge: Of a training with a critic.
+
+    Raises:
+        ValueError: The teacher makes no such clips, there are none, or a flag would have no effect on them.
+    """
+    if clips.sample_n_frames is None:
+        refuse_changed(clips, OF_FILES, "without --sample_n_frames")
+        return 1 if answers_clips(teacher) else None
+    check_frames(clips.sample_n_frames, latents_of(teacher).frames_per_latent)
+    if judge is not None and judge.critic == "vision":
+        raise UserError("--critic vision judges images, not clips: with --sample_n_frames take heads or none.")
+    if draws:
+        refuse_changed(clips, OF_FILES, "with --prompts_file")
+        return clips.sample_n_frames
+    refuse_changed(data, OF_IMAGES, "with --sample_n_frames")
+    if (data.train_data_dir is None) == (data.dataset_name is None):
+        raise UserError("--sample_n_frames needs clips: give --train_data_dir or --dataset_name, or --prompts_file.")
+    return clips.sample_n_frames
 
 
 def check_adapters(config: Any) -> None:

@@ -41,6 +41,7 @@ class Latents(NamedTuple):
         downscale: Pixels per latent, along each side.
         channels: C of the network's latents.
         patch: Latents that the network takes as one, along each side: images of other sizes cannot be cut.
+        frames_per_latent: Of a clip, whose first frame has a latent of its own; None where the network sees images alone.
     """
 
     encode: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -50,6 +51,7 @@ class Latents(NamedTuple):
     downscale: int
     channels: int
     patch: int = 1
+    frames_per_latent: int | None = None
 
     @property
     def multiple(self) -> int:

@@ -28,10 +28,15 @@ def posterior(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return found.mean, found.std
 
 
-def per_channel_latents(vae: AutoencoderKLWan | AutoencoderKLQwenImage, patch: int = 1) -> Latents:
+def per_channel_latents(
+    vae: AutoencoderKLWan | AutoencoderKLQwenImage, patch: int = 1, clips: bool = False
+) -> Latents:
     """Of VAEs of clips, which take an image as a clip of one frame.
 
     Clips pass too: pixels `(B, 3, F, H, W)` and latents `(B, C, f, h, w)`.
+
+    Args:
+        clips: Whether the network sees them.
     """
 
     def encode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +49,8 @@ def per_channel_latents(vae: AutoencoderKLWan | AutoencoderKLQwenImage, patch: i
 
     shift, scale = _each(vae.config.latents_mean), 1 / _each(vae.config.latents_std)
     downscale = 2 ** len(vae.temperal_downsample) * (vae.config.get("patch_size") or 1)
-    latents = Latents(encode, decode, shift, scale, downscale, vae.config.z_dim, patch)
+    frames_per_latent = 2 ** sum(vae.temperal_downsample) if clips else None
+    latents = Latents(encode, decode, shift, scale, downscale, vae.config.z_dim, patch, frames_per_latent)
     return latents
 
 

@@ -67,7 +67,7 @@ FAMILY = Family(
     guidance=lambda network: "cfg",
     call=_call,
     encode=_encode,
-    latents=lambda vae: per_channel_latents(vae, patch=2),
+    latents=lambda vae: per_channel_latents(vae, patch=2, clips=True),
     check=_check,
     lora_name=_lora_name,
     comfyui="ModelSamplingSD3",
