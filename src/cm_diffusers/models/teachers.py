@@ -12,7 +12,8 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import Dtypes, load_cast_networks
-from cm_diffusers.models.families.base import family_of, network_of
+from cm_diffusers.models.exact_times import embed_exactly
+from cm_diffusers.models.families.base import FAMILIES, family_of, network_of
 from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import absent_parts, check_stored, only_variant, weights_by_variant
@@ -190,6 +191,9 @@ def load_stock(
     check_stored(pipe, source, variant, revision, given=parts)
     if isinstance(pipe, StableDiffusion3Pipeline):
         merge_zero_text(pipe)
+    for part in pipe.components.values():
+        if type(part).__name__ in FAMILIES:
+            embed_exactly(part)
     return pipe
 
 
