@@ -14,7 +14,7 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import Dtypes, load_cast_networks
 from cm_diffusers.models.exact_times import embed_exactly
 from cm_diffusers.models.families.base import FAMILIES, family_of, network_of
-from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros
+from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros, text_lengths
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import absent_parts, check_stored, only_variant, weights_by_variant
 
@@ -93,7 +93,7 @@ def load_network(
     dtypes = {name: dtype, "default": torch.float32}
     loaded = getattr(load_stock(path, dtypes, quantization=quantization, **_hub(config), **others), name)
     if merges_zeros(known):  # which the text towers told, that may be gone by now
-        merge_zeros(loaded)
+        merge_zeros(loaded, *text_lengths(pipe))
     pipe.register_modules(**{name: loaded})
     frozen(pipe)
     check_finite(f"The teacher {path}", pipe)
