@@ -32,7 +32,7 @@ def main() -> None:
     teacher = load_teacher(source, student.loaded_dtype, late=True)
     dim = student.guidance_embedding_dim(network_of(teacher))
     objective = LCMObjective(method, teaching_of(teacher, dim, method))
-    if address := distill("lcm", teacher, None, objective, optim, configs, repo_id):
+    if address := distill("lcm", teacher, objective, optim, configs, repo_id):
         print(address)
 
 

@@ -17,7 +17,7 @@ from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
-from cm_diffusers.models.critics import CriticConfig
+from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.families.base import answers_clips, family_of, network_of
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.quantization import quantization_config
@@ -90,7 +90,6 @@ class FinetuneConfig:
 def distill(
     name: str,
     teacher: DiffusionPipeline,
-    nets: Networks | None,
     objective: LCMObjective | SCottObjective,
     optim: OptimConfig | dict[str, OptimConfig],
     configs: Sequence[object],
@@ -100,10 +99,11 @@ def distill(
 
     Args:
         name: Of the method, in the record.
-        teacher: Whole, or without its network (`load_teacher`'s `late`).
-        nets: To train; None to make them of the teacher once VAE and text towers have done their work.
+        teacher: Without its network (`load_teacher`'s `late`), of which the networks are made once VAE and text towers have
+            done their work; or whole.
         optim: As for `Trainer`.
-        configs: The script's, for its flags and for the card; those of `OF_A_DISTILLATION` among them.
+        configs: The script's, for its flags and for the card; those of `OF_A_DISTILLATION` among them, and a `CriticConfig`
+            where there may be a critic.
         repo_id: On the Hub; None to save alone.
 
     Returns:
@@ -122,7 +122,8 @@ def distill(
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
-    check_late(teacher, student, bool(generation.prompts_file))
+    judge = given.get(CriticConfig, CriticConfig("none"))
+    check_late(teacher, student, bool(generation.prompts_file), judge)
     complete = partial(load_network, teacher, source, student.loaded_dtype, quantization)
     batches = None
 
@@ -131,11 +132,13 @@ def distill(
         if generation.prompts_file:  # the teacher draws the data
             complete()
         batches = training_batches(data, generation, teacher, train.seed, *place)
-        if not needs_encoders(student, data, validation, given.get(CriticConfig)):
+        if not needs_encoders(student, data, validation, judge):
             release_encoders(teacher)
         complete()
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
-        return nets or make_networks(network_of(teacher), student)
+        nets = make_networks(network_of(teacher), student)
+        nets.critic = make_critic(nets, judge, teacher.vae)
+        return nets
 
     trainer = Trainer(train, after_the_data, objective, optim, settings, callbacks=[grid])
     result = "lora" if student.lora else "pipeline"

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import target_names
-from cm_diffusers.models.critics import CriticConfig, unused_flags
+from cm_diffusers.models.critics import CriticConfig, check_critic, unused_flags
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.quantization import check_quantization
 from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, make_student, require_autocast
@@ -39,17 +39,19 @@ def check_distilled(config: StudentConfig, mixed_precision: str) -> None:
     check_quantization(config.quantize_teacher, config.lora, config.cast_teacher_unet)
 
 
-def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -> None:
+def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool, judge: CriticConfig) -> None:
     """What would be found only when the network is loaded, after the data.
 
     Args:
         draws: Whether the teacher draws the data itself.
+        judge: The critic that is made of the network.
 
     Raises:
-        ValueError: A layer to adapt is none, there is no such student, or the network is here already or may not be
+        ValueError: A layer to adapt is none, there is no such student or critic, or the network is here already or may not be
             quantized.
     """
     network = network_of(teacher)
+    check_critic(judge, network, teacher.vae)
     if not config.lora and family_of(network).student is None:
         refuse_changed(
             config, OF_FULL, f"with a {type(network).__name__}, whose students have guidance in their weights"
@@ -64,8 +66,11 @@ def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -
         raise UserError(f"{flag} would draw the data of --prompts_file with rounded weights: leave one of them out.")
     if config.quantize_teacher != "no" and not is_late(network):
         raise UserError(
-            f"{flag} acts while a network is read from a pipeline's folder, not from a "
-            "single file and not where a critic is made of it: leave it out."
+            f"{flag} acts while a network is read from a pipeline's folder, not from a single file: leave it out."
+        )
+    if config.quantize_teacher != "no" and judge.critic == "lora_decoder":
+        raise UserError(
+            f"{flag} rounds the network of which --critic lora_decoder trains a copy: leave one of them out."
         )
 
 
