@@ -15,7 +15,7 @@ from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
-from cm_diffusers.tasks.text_to_image import distill
+from cm_diffusers.tasks.text_to_image import distill, text_dtype
 from cm_diffusers.tasks.text_to_image_checks import check_distilled
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    teacher = load_teacher(source, student.loaded_dtype, late=True)
+    teacher = load_teacher(source, student.loaded_dtype, late=True, text_dtype=text_dtype(configs))
     dim = student.guidance_embedding_dim(network_of(teacher))
     objective = LCMObjective(method, teaching_of(teacher, dim, method))
     if address := distill("lcm", teacher, objective, optim, configs, repo_id):

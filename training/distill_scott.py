@@ -16,7 +16,7 @@ from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
-from cm_diffusers.tasks.text_to_image import critic_optim, distill
+from cm_diffusers.tasks.text_to_image import critic_optim, distill, text_dtype
 from cm_diffusers.tasks.text_to_image_checks import check_distilled, check_scott
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    teacher = load_teacher(source, student.loaded_dtype, late=True)
+    teacher = load_teacher(source, student.loaded_dtype, late=True, text_dtype=text_dtype(configs))
     teaching = teaching_of(teacher, student.guidance_embedding_dim(network_of(teacher)), method)
     objective = SCottObjective(method, teaching, judge.critic != "none")
     optims = {"student": optim, "critic": critic_optim(judge, optim)}

@@ -23,6 +23,7 @@ LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
 # What diffusers and transformers raise about files: also of shapes, of names in configs, and of missing packages.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 NETWORK_NAMES = ("unet", "transformer", "transformer_2")  # of a pipeline's networks
+TEXT_TOWERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 SINGLE_FILE_CONFIG = (
     "Folder or Hub id of a pipeline of the same architecture, for configs and tokenizers of a .safetensors file; by default "
     "the original Stable Diffusion's, from the Hub."
@@ -46,12 +47,16 @@ class TeacherConfig:
 
 
 def load_teacher(
-    config: TeacherConfig, network_dtype: torch.dtype = torch.float32, late: bool = False
+    config: TeacherConfig,
+    network_dtype: torch.dtype = torch.float32,
+    late: bool = False,
+    text_dtype: torch.dtype = torch.float32,
 ) -> DiffusionPipeline:
     """The teacher's pipeline in float32 whatever its files hold, frozen.
 
     Args:
         network_dtype: Of its network, if another.
+        text_dtype: Of the text towers of a transformer, which are large; those of UNets stay in float32.
         late: Leave its network on "meta" until `load_network`, so that VAE and text towers can be used up before; not of a
             single file, which is read at once.
 
@@ -63,6 +68,8 @@ def load_teacher(
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, config.teacher_variant)
     waits = late and not is_single_file(path)
     dtype = dict.fromkeys(NETWORK_NAMES, None if waits else network_dtype) | {"default": torch.float32}
+    if text_dtype != torch.float32 and not is_single_file(path) and "transformer" in _index(config):
+        dtype |= dict.fromkeys(TEXT_TOWERS, text_dtype)
     pipe = load_stock(path, dtype, config.single_file_config, **_hub(config), **parts)
     _check_teacher(path, pipe)
     pipe = stock_pipeline(pipe)
@@ -102,6 +109,14 @@ def load_network(
 def is_late(network: nn.Module) -> bool:
     """Whether it is only known, and not loaded."""
     return any(p.is_meta for p in network.parameters())
+
+
+def _index(config: TeacherConfig) -> dict[str, object]:
+    """What a pipeline's parts are; nothing where `load_stock` will say why."""
+    try:
+        return DiffusionPipeline.load_config(config.pretrained_teacher_model, revision=config.teacher_revision)
+    except LOADING_ERRORS:
+        return {}
 
 
 def _hub(config: TeacherConfig) -> dict[str, str | None]:

@@ -57,13 +57,23 @@ class Shape:
 
 
 def estimate(
-    shape: Shape, student: StudentConfig, optim: OptimConfig, train: TrainConfig, data: DataConfig
+    shape: Shape,
+    student: StudentConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    text_dtype: torch.dtype = torch.float32,
 ) -> dict[str, dict[str, float]]:
-    """Bytes of each part at both moments; the network is loaded after the encoding where nothing else is asked for."""
+    """Bytes of each part at both moments; the network is loaded after the encoding where nothing else is asked for.
+
+    Args:
+        text_dtype: Of the text towers.
+    """
     trained = adapter_parameters(shape.network, student) if student.lora else _parameters(shape.network)
     copies = (train.export_ema_decay > 0) + len(train.ema_sigma_rels)
     base = network_bytes(shape.network, DTYPES[student.cast_teacher_unet], student.quantize_teacher)
-    encoding = {name: 4.0 * number for name, number in shape.text_towers.items()} | {"VAE": 4.0 * shape.vae}
+    towers = {name: float(text_dtype.itemsize * number) for name, number in shape.text_towers.items()}
+    encoding = towers | {"VAE": 4.0 * shape.vae}
     training = {
         "frozen base" if student.lora else "frozen teacher": base,
         "adapters" if student.lora else "student": 4.0 * trained,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SCMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers.hf_argparser import HfArg
@@ -161,6 +162,14 @@ def needs_encoders(
     """Whether VAE or text towers are called after the cache is filled, or are part of the result."""
     judges_images = judge is not None and judge.critic == "vision"
     return not student.lora or data.streaming or bool(validation.validation_prompts) or judges_images
+
+
+def text_dtype(configs: Sequence[object]) -> torch.dtype:
+    """Of the teacher's text towers: bfloat16 in such a run, where they encode captions for the cache and are done."""
+    given = {type(config): config for config in configs}
+    source, student, data, generation, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
+    kept = generation.prompts_file or needs_encoders(student, data, validation, given.get(CriticConfig))
+    return torch.bfloat16 if train.mixed_precision == "bf16" and not kept else torch.float32
 
 
 def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
