@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from flow_models import whole_student
 from safetensors.torch import load_file
 from scripts import FOLDER, data_flags, image_folder, run_script, script
 from tiny import tiny_pipeline
-from tiny_flow import tiny_sd3_transformer
+from tiny_flow import tiny_sd3, tiny_sd3_transformer
 from tiny_flow_a import tiny_sana, tiny_sana_transformer
 from torch import nn
 
+from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.engine.cli import parse_words
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.tasks import memory, text_to_image
@@ -178,6 +181,35 @@ def test_encoders_and_network_are_never_there_together(script, make, name, watch
     assert sum(live["encoding"].values()) == others - small * whole["text_encoder"] // 2
     assert live["training"][name] == whole[name] // 2
     assert sum(live["training"].values()) == whole[name] // 2 + others * watched
+    assert load_file(tmp_path / "run" / "lora" / "peft" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("name", "late"), [("finetune_lcf", True), ("distill_scd", False)])
+def test_other_adapters_outlive_the_encoders(name: str, late: bool, monkeypatch, tmp_path: Path) -> None:
+    """And the network of an LCM is not there before."""
+    pipes, encoding, training = [], {}, {}
+    encoders, fit = Encoders.from_pipeline, Trainer.fit
+
+    def watch(pipe: DiffusionPipeline) -> Encoders:
+        pipes.append(pipe)
+        encoding.update(bytes_of(pipe))
+        return encoders(pipe)
+
+    def train(trainer: Trainer, stream: object) -> None:
+        training.update(bytes_of(pipes[0]))
+        fit(trainer, stream)
+
+    monkeypatch.setattr(Encoders, "from_pipeline", watch)
+    monkeypatch.setattr(Trainer, "fit", train)
+    image_folder(tmp_path / "data")
+    start = {"finetune_lcf": "student", "distill_scd": "teacher"}[name]
+    whole_student(tiny_sd3(), tmp_path / "sd3")
+    flags = data_flags(tmp_path / "data", tmp_path / "cache") | LORA | {"output_dir": tmp_path / "run"}
+    run_script(name, **flags, **{f"pretrained_{start}_model": tmp_path / "sd3" / start})
+    assert (encoding.pop("transformer") == 0) == late
+    assert training.pop("transformer") > 0
+    assert all(encoding.values())
+    assert not any(training.values())
     assert load_file(tmp_path / "run" / "lora" / "peft" / "adapter_model.safetensors")
 
 

@@ -18,6 +18,7 @@ from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
+from cm_diffusers.models.casting import part_dtypes
 from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.families.base import answers_clips, family_of, network_of
 from cm_diffusers.models.families.unet import check_vae
@@ -86,6 +87,12 @@ class FinetuneConfig:
     )
     save_fp16: bool = HfArg(default=False, help="Store the student's UNet and VAE, or its LoRA, in half precision.")
     single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
+
+    @property
+    def place(self) -> TeacherConfig:
+        """Where it is, as of a teacher."""
+        where = {"teacher_revision": self.student_revision, "teacher_variant": self.student_variant}
+        return TeacherConfig(self.pretrained_student_model, **where, single_file_config=self.single_file_config)
 
 
 def distill(
@@ -172,10 +179,13 @@ def text_dtype(configs: Sequence[object]) -> torch.dtype:
     return torch.bfloat16 if train.mixed_precision == "bf16" and not kept else torch.float32
 
 
-def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
+def load_student(config: FinetuneConfig, late: bool = False) -> tuple[DiffusionPipeline, Record]:
     """A student's stock pipeline in float32, frozen, with the scheduler it is sampled with, and its record.
 
     Of a published consistency model without a record, scheduler and network tell what the record would.
+
+    Args:
+        late: As for `load_teacher`; a LoRA is fused at once.
 
     Raises:
         ValueError: Out of reach, not a latent consistency model, not as its record says, or with missing or non-finite
@@ -183,7 +193,7 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     """
     path = config.pretrained_student_model
     record = read_record(path, revision=config.student_revision)
-    pipe = _load(path, record, config)
+    pipe = _load(path, record, config, late)
     network = network_of(pipe, path)
     if isinstance(network, UNet2DConditionModel):
         check_vae(path, pipe.vae)
@@ -205,9 +215,7 @@ def load_ddim(config: FinetuneConfig) -> DiffusionPipeline:
     Raises:
         ValueError: As `load_teacher`, or it is of another process.
     """
-    where = {"teacher_revision": config.student_revision, "teacher_variant": config.student_variant}
-    where["single_file_config"] = config.single_file_config
-    pipe = load_teacher(TeacherConfig(config.pretrained_student_model, **where))
+    pipe = load_teacher(config.place)
     network = network_of(pipe)
     if not isinstance(family_of(network).process(pipe), DiscreteVP):
         raise UserError(
@@ -218,7 +226,7 @@ def load_ddim(config: FinetuneConfig) -> DiffusionPipeline:
     return pipe
 
 
-def _load(path: str, record: Record | None, config: FinetuneConfig) -> DiffusionPipeline:
+def _load(path: str, record: Record | None, config: FinetuneConfig, late: bool) -> DiffusionPipeline:
     revision, options = config.student_revision, {"variant": config.student_variant}
     options["single_file_config"] = config.single_file_config
     lora = record is not None and not _is_pipeline(path, revision)
@@ -228,7 +236,8 @@ def _load(path: str, record: Record | None, config: FinetuneConfig) -> Diffusion
             "--no_lora), which fuses it first, or give a whole student."
         )
     if not lora:
-        return load_stock(path, revision=revision, **options)
+        dtype = part_dtypes(None if late and not is_single_file(path) else torch.float32)
+        return load_stock(path, dtype, revision=revision, **options)
     try:
         pipe = load_stock(base_model_of(record, path), **options)
     except ValueError as error:
