@@ -17,7 +17,7 @@ from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import critic_optim, distill, text_dtype
-from cm_diffusers.tasks.text_to_image_checks import check_distilled, check_scott
+from cm_diffusers.tasks.text_to_image_checks import check_distilled, check_scott, warn_of_guidance
 
 
 CONFIGS = (
@@ -31,6 +31,7 @@ def main() -> None:
     check_scott(method, judge, train.max_train_steps)
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)
+    warn_of_guidance(source.pretrained_teacher_model, method.w_max)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     teacher = load_teacher(source, student.loaded_dtype, late=True, text_dtype=text_dtype(configs))
     teaching = teaching_of(teacher, student.guidance_embedding_dim(network_of(teacher)), method)

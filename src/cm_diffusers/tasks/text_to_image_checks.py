@@ -1,6 +1,8 @@
 """Checks of flags that need no network."""
 
+import logging
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -19,6 +21,8 @@ from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
 OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
 OF_FULL = "unet_time_cond_proj_dim"
+FEW_STEPS = ("turbo", "schnell", "sprint", "lightning", "distilled")  # in names of models that were distilled
+logger = logging.getLogger(__name__)
 
 
 def check_student(config: StudentNetworkConfig, mixed_precision: str) -> None:
@@ -37,6 +41,19 @@ def check_distilled(config: StudentConfig, mixed_precision: str) -> None:
     """As `check_student`, of a latent consistency distillation."""
     check_student(config, mixed_precision)
     check_quantization(config.quantize_teacher, config.lora, config.cast_teacher_unet)
+
+
+def warn_of_guidance(path: str, w_max: float) -> None:
+    """Of a teacher whose name alone may tell that it was distilled to few steps; families refuse those whose config does."""
+    name = Path(path).name.lower()
+    if w_max > 0 and (found := [word for word in FEW_STEPS if word in name]):
+        logger.warning(
+            "%s calls itself %s, and nothing in its config says more: if it was distilled to few steps, guidance is in its "
+            "weights, and w up to %g comes on top. Give the model that it came from, or guidance 0.",
+            path,
+            found[0],
+            w_max,
+        )
 
 
 def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool, judge: CriticConfig) -> None:
