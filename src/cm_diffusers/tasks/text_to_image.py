@@ -132,8 +132,7 @@ def distill(
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
     judge = given.get(CriticConfig, CriticConfig("none"))
     check_late(teacher, student, bool(generation.prompts_file), judge)
-    complete = partial(load_network, teacher, source, student.loaded_dtype, quantization)
-    batches = None
+    complete, batches = partial(load_network, teacher, source, student.loaded_dtype, quantization), None
 
     def after_the_data(*place: object) -> Networks:
         nonlocal batches
@@ -145,16 +144,14 @@ def distill(
         complete()
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
         nets = make_networks(network_of(teacher), student)
-        nets.critic = make_critic(nets, judge, teacher.vae)
-        return nets
+        return replace(nets, critic=make_critic(nets, judge, teacher.vae))
 
     trainer = Trainer(train, after_the_data, objective, optim, settings, callbacks=[grid])
     result = "lora" if student.lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, result))
     base = source.pretrained_teacher_model
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
-    frames = 1 if answers_clips(teacher) else None
-    record = replace(record, method=name, resolution=data.resolution, num_frames=frames)
+    record = replace(record, method=name, resolution=data.resolution, num_frames=1 if answers_clips(teacher) else None)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
     return publish(trainer, result, configs, describe, save, repo_id)
