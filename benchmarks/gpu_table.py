@@ -18,6 +18,7 @@ from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.memory import GIB, TRAINING, Shape, estimate, peak
+from cm_diffusers.tasks.text_to_image import text_dtype
 
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
@@ -43,8 +44,8 @@ def shape_of(recipe: str) -> Shape:
 
 def estimated(recipe: str, *words: str) -> dict[str, dict[str, float]]:
     given = ["--recipe", str(RECIPES / f"{recipe}.args"), *words]
-    _, student, data, _, clips, _, optim, train, _ = parse_words(CONFIGS, __doc__, given)
-    return estimate(shape_of(recipe), student, optim, train, data, clips)
+    _, student, data, _, clips, _, optim, train, _ = configs = parse_words(CONFIGS, __doc__, given)
+    return estimate(shape_of(recipe), student, optim, train, data, clips, text_dtype(configs))
 
 
 def enough(size: float) -> str:

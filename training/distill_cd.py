@@ -18,6 +18,7 @@ from cm_diffusers.tasks.image_runs import (
     trainable_copy,
 )
 from cm_diffusers.tasks.teachings import guiding_of
+from cm_diffusers.tasks.text_to_image_checks import warn_of_guidance
 from cm_diffusers.types import Networks
 
 
@@ -29,6 +30,7 @@ def main() -> None:
     given = dict(zip(CONFIGS, configs, strict=True))
     method = given[CDConfig]
     seed_everything(given[TrainConfig].seed)
+    warn_of_guidance(given[StartConfig].pretrained_teacher_model, method.w)
     model = load_image_model(given[StartConfig])
     boundary, guiding = boundary_of(model), guiding_of(model, model.view.told)
     objective = CDObjective(method, model.view, guiding=guiding, boundary=boundary)

@@ -16,8 +16,8 @@ from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
-from cm_diffusers.tasks.text_to_image import distill
-from cm_diffusers.tasks.text_to_image_checks import check_distilled
+from cm_diffusers.tasks.text_to_image import distill, text_dtype
+from cm_diffusers.tasks.text_to_image_checks import check_distilled, warn_of_guidance
 
 
 CONFIGS = (
@@ -30,11 +30,12 @@ def main() -> None:
     source, student, _, _, _, method, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)
+    warn_of_guidance(source.pretrained_teacher_model, method.w_max)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    teacher = load_teacher(source, student.loaded_dtype, late=True)
+    teacher = load_teacher(source, student.loaded_dtype, late=True, text_dtype=text_dtype(configs))
     dim = student.guidance_embedding_dim(network_of(teacher))
     objective = LCMObjective(method, teaching_of(teacher, dim, method))
-    if address := distill("lcm", teacher, None, objective, optim, configs, repo_id):
+    if address := distill("lcm", teacher, objective, optim, configs, repo_id):
         print(address)
 
 

@@ -12,6 +12,7 @@ from cm_diffusers.tasks.image_models import StartConfig, load_image_model
 from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, scm_scheduler, train_images
 from cm_diffusers.tasks.scd import check_flags, check_model, guidance_embedding_dim, student_and_teacher
 from cm_diffusers.tasks.teachings import guiding_of
+from cm_diffusers.tasks.text_to_image_checks import warn_of_guidance
 
 
 CONFIGS = (StartConfig, SCMConfig, SCDConfig, StudentNetworkConfig, *SHARED_CONFIGS)
@@ -24,6 +25,7 @@ def main() -> None:
     train, w = given[TrainConfig], (taught.w_min, taught.w_max)
     check_flags(student, method, taught, train)
     seed_everything(train.seed)
+    warn_of_guidance(start.pretrained_teacher_model, taught.w_max)
     model = load_image_model(start)
     check_model(model, student, taught)
     dim, view = guidance_embedding_dim(student, taught, model), TrigFlowView.of(model.view)

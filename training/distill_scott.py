@@ -9,16 +9,16 @@ from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig
-from cm_diffusers.models.critics import CriticConfig, make_critic
+from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.families.base import network_of
-from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
-from cm_diffusers.tasks.text_to_image import critic_optim, distill
-from cm_diffusers.tasks.text_to_image_checks import check_distilled, check_scott
+from cm_diffusers.tasks.text_to_image import critic_optim, distill, text_dtype
+from cm_diffusers.tasks.text_to_image_checks import check_distilled, check_scott, warn_of_guidance
 
 
 CONFIGS = (
@@ -32,17 +32,13 @@ def main() -> None:
     check_scott(method, judge, train.max_train_steps)
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)
+    warn_of_guidance(source.pretrained_teacher_model, method.w_max)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    judged = judge.critic != "none"
-    teacher = load_teacher(source, student.loaded_dtype, late=not judged)
-    network = network_of(teacher)
-    teaching = teaching_of(teacher, student.guidance_embedding_dim(network), method)
-    objective = SCottObjective(method, teaching, judged)
-    nets = make_networks(network, student) if judged else None
-    if judged:
-        nets.critic = make_critic(nets, judge, teacher.vae)
+    teacher = load_teacher(source, student.loaded_dtype, late=True, text_dtype=text_dtype(configs))
+    teaching = teaching_of(teacher, student.guidance_embedding_dim(network_of(teacher)), method)
+    objective = SCottObjective(method, teaching, judge.critic != "none")
     optims = {"student": optim, "critic": critic_optim(judge, optim)}
-    if address := distill("scott", teacher, nets, objective, optims, configs, repo_id):
+    if address := distill("scott", teacher, objective, optims, configs, repo_id):
         print(address)
 
 

@@ -12,8 +12,9 @@ from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.families.base import network_of
-from cm_diffusers.models.teachers import release_encoders
+from cm_diffusers.models.teachers import load_network, release_encoders
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.pipelines import lcm_pipeline
@@ -42,23 +43,29 @@ def main() -> None:
     check_adapters(source)
     refuse_changed(validation, OF_TEACHERS, "without a teacher")
     repo_id = check_hub(hub, train.output_dir, train.report_to)
-    before, record = load_student(source)
-    method, record = with_guidance_of(record, method, source)
-    record = replace(record, resolution=data.resolution)
-    scheduler, network = before.scheduler, network_of(before)
+    before, record = load_student(source, late=True)
+    method, record = with_guidance_of(replace(record, resolution=data.resolution), method, source)
+    scheduler, batches = before.scheduler, None
+    if source.lora:
+        target_names(network_of(before), source.lora_target_modules)
     objective = LCFObjective(method, teaching_of_student(before))
 
     def make_pipeline(network):
         return lcm_pipeline(before, network, scheduler)
 
+    def after_the_data(*place):
+        nonlocal batches
+        load = streaming_batches if data.streaming else text_image_batches
+        batches = load(data, Encoders.from_pipeline(before), train.seed, *place)
+        if not needs_encoders(source, data, validation):
+            release_encoders(before)
+        load_network(before, source.place)
+        seed_everything(train.seed)  # adapters start alike, whatever the cache held
+        return finetune_networks(network_of(before), source)
+
     scale = record.recommended_guidance_scale
     samples = sample_grid(validation, make_pipeline, guidance_scale=scale, resolution=data.resolution)
-    nets = finetune_networks(network, source)
-    trainer = Trainer(train, nets, objective, optim, settings=[source, data], callbacks=[samples])
-    load = streaming_batches if data.streaming else text_image_batches
-    batches = load(data, Encoders.from_pipeline(before), train.seed, *trainer.place)
-    if not needs_encoders(source, data, validation):
-        release_encoders(before)
+    trainer = Trainer(train, after_the_data, objective, optim, settings=[source, data], callbacks=[samples])
     configs, result = (source, data, method, optim, train, validation, hub), "lora" if source.lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, result))  # with the guidance range it trains on
     base, unused = source.pretrained_student_model, OF_TEACHERS.split()

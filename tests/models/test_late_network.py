@@ -14,6 +14,7 @@ from tiny_flow_a import tiny_sana, tiny_wan
 from tiny_flow_b import tiny_flux, tiny_klein, tiny_qwen_image, tiny_z_image
 from torch import Tensor, nn
 
+from cm_diffusers.data.ragged import trimmed
 from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.models.casting import kept_whole
 from cm_diffusers.models.families.base import family_of, network_of
@@ -168,6 +169,23 @@ def test_int8_weights_on_a_cpu(tmp_path: Path) -> None:
             family_of(pipe.transformer).call(n, x, t, cond).float() for n in (pipe.transformer, nets.teacher)
         )
     assert 1e-4 < (found - wanted).norm() / wanted.norm() < 0.03
+
+
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
+def test_text_towers_in_bfloat16_say_nearly_the_same(make: Callable[[], DiffusionPipeline], tmp_path: Path) -> None:
+    """Those of a UNet stay in float32, and so does every VAE."""
+    whole = make()
+    whole.save_pretrained(tmp_path)
+    pipe = load_teacher(TeacherConfig(str(tmp_path)), late=True, text_dtype=torch.bfloat16)
+    towers = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    family = family_of(network_of(pipe))
+    assert {tower.dtype for tower in towers} == {torch.float32 if family.network == "unet" else torch.bfloat16}
+    assert pipe.vae.dtype == torch.float32
+    with torch.no_grad():
+        found, wanted = (trimmed(family.encode(p, ["a photo of a bag", ""])) for p in (pipe, whole))
+    for name, value in wanted.items():
+        off = found[name].float() - (value[:, : found[name].shape[1]] if value.ndim == 3 else value).float()
+        assert off.norm() <= (0 if family.network == "unet" else 0.05) * value.float().norm()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Equal zeros at the end of a text are computed once, and nothing changes but the time that takes."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,19 @@ import torch
 from tiny_flow import tiny_sd3, tiny_sd3_transformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.models.families.sd3 import FAMILY
-from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros, silent_t5, silent_tokenizer
+from cm_diffusers.models.merged_text import (
+    _weights,
+    merge_zero_text,
+    merge_zeros,
+    merges_zeros,
+    silent_t5,
+    silent_tokenizer,
+)
 from cm_diffusers.models.teachers import TeacherConfig, load_network, load_teacher, release_encoders
 
 
@@ -131,3 +141,51 @@ def test_a_network_that_is_loaded_late_merges_too(tmp_path: Path) -> None:
     load_network(teacher, config)
     assert merges_zeros(teacher.transformer)
     assert not next(teacher.transformer.parameters()).is_meta
+    whole = tiny_sd3().transformer
+    x, cond = torch.randn(2, 4, 8, 8), conditions(words=16, zeros=256)
+    with torch.no_grad():
+        wanted = FAMILY.call(whole, x, T, cond)
+        cond["encoder_hidden_states"] = cond["encoder_hidden_states"][:, :16]
+        assert torch.allclose(FAMILY.call(teacher.transformer, x, T, cond), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_weighs_as_many_in_every_precision(dtype: torch.dtype) -> None:
+    """log(256) in bfloat16 is that of 252."""
+    for count in (2, 3, 100, 256, 333):
+        added = _weights(torch.zeros(1, 1, 9, 4, dtype=dtype), count)[0, 0, 0].double()
+        assert math.exp(added[-1] - added[0]) == pytest.approx(count, rel=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU's host would wait for: values that become numbers of Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_conditions_of_training_leave_the_zeros_out_and_wait_for_nothing() -> None:
+    pipeline, x = tiny_sd3(), torch.randn(2, 4, 8, 8)
+    whole = FAMILY.encode(pipeline, ["a bag", ""])
+    merge_zero_text(pipeline)
+    cond = FAMILY.encode(pipeline, ["a bag", ""])
+    assert whole["encoder_hidden_states"].shape[1] == 16 + 256
+    assert torch.equal(cond["encoder_hidden_states"], whole["encoder_hidden_states"][:, :16])
+    with Waits() as counted:
+        wanted = FAMILY.call(pipeline.transformer, x, T, whole)
+    assert counted.count == 1
+    with Waits() as silent:
+        found = FAMILY.call(pipeline.transformer, x, T, cond)
+    assert torch.equal(found, wanted)
+    assert silent.count == 0
+
+
+def test_a_cache_of_texts_with_zeros_is_another() -> None:
+    pipeline = tiny_sd3()
+    before = Encoders.from_pipeline(pipeline).fingerprint
+    merge_zero_text(pipeline)
+    assert Encoders.from_pipeline(pipeline).fingerprint != before

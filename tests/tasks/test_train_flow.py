@@ -1,15 +1,21 @@
 """Flow matching from scratch: two steps, a resume, and what is published."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from engine.test_distributed import free_port
 from safetensors.torch import load_file
 from scripts import data_flags, image_folder, run_script
+from scripts import flags as words
 from tiny import tiny_pipeline
+from toys import assert_same
 
 from cm_diffusers.models.teachers import load_stock
 
@@ -72,6 +78,27 @@ def test_text_towers_are_the_given_one_and_its_first_layer(flags: dict[str, obje
         torch.equal(a, b.half().float()) for a, b in zip(pipe.vae.parameters(), base.vae.parameters(), strict=True)
     )
     assert pipe.transformer.dtype == torch.float32
+
+
+def test_two_processes_learn_one_network_of_both_their_data(flags: dict[str, object], tmp_path: Path) -> None:
+    """The other's noise and images count, and one of them publishes.
+
+    One process with twice the batch draws other noise: a rank draws its own.
+    """
+    flags["export_ema_decay"] = 0
+    run_script("train_flow", **flags | {"output_dir": tmp_path / "alone"})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    worker = [str(Path(__file__).parents[1] / "flow_worker.py"), str(tmp_path), *words(**flags)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert_same(second, first)
+    assert_same(weights(tmp_path / "run"), first)
+    alone = weights(tmp_path / "alone")
+    still = {name for name, value in alone.items() if torch.equal(value, first[name])}
+    unread = {"add_q_proj.bias", "add_q_proj.weight", "norm_added_q.weight"}  # queries of the text in the last block
+    assert still == {"pos_embed.pos_embed", *(f"transformer_blocks.1.attn.{name}" for name in unread)}
 
 
 @pytest.mark.parametrize(

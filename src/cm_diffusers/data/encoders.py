@@ -17,6 +17,7 @@ from cm_diffusers.data.found import Found
 from cm_diffusers.data.ragged import trimmed
 from cm_diffusers.data.shards import shard_key
 from cm_diffusers.models.families.base import family_of, network_of
+from cm_diffusers.models.merged_text import merges_zeros
 
 
 Conditions = dict[str, Tensor]
@@ -76,7 +77,7 @@ def _fingerprint(pipe: DiffusionPipeline, is_unet: bool, towers: dict[str, Any],
         text += [_tokenizer_state(tokenizers[number])] if number in tokenizers else []
     if is_unet:  # the names of what earlier versions have cached
         return shard_key(*text, *([bool(pipe.config.force_zeros_for_empty_prompt)] if len(towers) > 1 else []))
-    return shard_key(type(pipe).__name__, *text)
+    return shard_key(type(pipe).__name__, *text, *(["without zeros"] if merges_zeros(network_of(pipe)) else []))
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:

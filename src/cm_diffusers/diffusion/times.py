@@ -37,7 +37,8 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 def shifted_grid(points: int, shift: float) -> Tensor:
     """`(points,)` ascending times of rectified flow, `shifted` from i / points, float64; the last is 1.
 
-    Each is rounded to a number of bfloat16: some networks are told their time so, and would take it for another.
+    Each is rounded to a number of bfloat16: stock pipelines in it tell some networks their time so, who would take it for
+    another.
 
     Raises:
         ValueError: There are so many points that rounding makes some equal.

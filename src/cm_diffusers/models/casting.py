@@ -18,6 +18,13 @@ from cm_diffusers.models.stored import TORCH_DTYPES, header, weight_files
 Dtypes = torch.dtype | dict[str, torch.dtype | None]
 # What a part of a pipeline is stored in at half precision: several transformers overflow in float16.
 HALVES = {"unet": torch.float16, "transformer": torch.bfloat16, "vae": torch.float16}
+NETWORK_NAMES = ("unet", "transformer", "transformer_2")  # of a pipeline's networks
+TEXT_TOWERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def part_dtypes(network: torch.dtype | None, text: torch.dtype = torch.float32) -> dict[str, torch.dtype | None]:
+    """Of a pipeline's network, see `dtype_of`, and of its text towers; float32 of the rest."""
+    return dict.fromkeys(NETWORK_NAMES, network) | dict.fromkeys(TEXT_TOWERS, text) | {"default": torch.float32}
 
 
 def dtype_of(name: str, dtype: Dtypes) -> torch.dtype | None:

@@ -91,6 +91,16 @@ def make_critic(nets: Networks, config: CriticConfig, vae: nn.Module | None = No
     return critic
 
 
+def check_critic(config: CriticConfig, network: nn.Module, vae: nn.Module) -> None:
+    """As `make_critic`, of a teacher whose network need not have its weights yet.
+
+    Raises:
+        ValueError: As there.
+    """
+    if config.critic != "none":
+        _critic(config, Networks(network, teacher=network), network, vae)
+
+
 def _critic(config: CriticConfig, nets: Networks, network: nn.Module, vae: nn.Module | None) -> nn.Module:
     is_unet = isinstance(network, UNet2DConditionModel)
     if config.critic == "heads":

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.casting import Dtypes, load_cast_networks
-from cm_diffusers.models.families.base import family_of, network_of
-from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros
+from cm_diffusers.models.casting import Dtypes, load_cast_networks, part_dtypes
+from cm_diffusers.models.exact_times import embed_exactly
+from cm_diffusers.models.families.base import FAMILIES, family_of, network_of
+from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros, text_lengths
 from cm_diffusers.models.single_file import is_single_file, load_single_file
 from cm_diffusers.models.stored import absent_parts, check_stored, only_variant, weights_by_variant
 
@@ -21,7 +22,6 @@ from cm_diffusers.models.stored import absent_parts, check_stored, only_variant,
 LOADING = {"dtype": torch.float32, "use_safetensors": True}  # never a pickle
 # What diffusers and transformers raise about files: also of shapes, of names in configs, and of missing packages.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
-NETWORK_NAMES = ("unet", "transformer", "transformer_2")  # of a pipeline's networks
 SINGLE_FILE_CONFIG = (
     "Folder or Hub id of a pipeline of the same architecture, for configs and tokenizers of a .safetensors file; by default "
     "the original Stable Diffusion's, from the Hub."
@@ -45,12 +45,16 @@ class TeacherConfig:
 
 
 def load_teacher(
-    config: TeacherConfig, network_dtype: torch.dtype = torch.float32, late: bool = False
+    config: TeacherConfig,
+    network_dtype: torch.dtype = torch.float32,
+    late: bool = False,
+    text_dtype: torch.dtype = torch.float32,
 ) -> DiffusionPipeline:
     """The teacher's pipeline in float32 whatever its files hold, frozen.
 
     Args:
         network_dtype: Of its network, if another.
+        text_dtype: Of the text towers of a transformer, which are large; those of UNets stay in float32.
         late: Leave its network on "meta" until `load_network`, so that VAE and text towers can be used up before; not of a
             single file, which is read at once.
 
@@ -60,8 +64,9 @@ def load_teacher(
     path, parts = config.pretrained_teacher_model, {}
     if config.pretrained_vae_model_name_or_path:
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, config.teacher_variant)
+    small = text_dtype != torch.float32 and not is_single_file(path) and "transformer" in _index(config)
     waits = late and not is_single_file(path)
-    dtype = dict.fromkeys(NETWORK_NAMES, None if waits else network_dtype) | {"default": torch.float32}
+    dtype = part_dtypes(None if waits else network_dtype, text_dtype if small else torch.float32)
     pipe = load_stock(path, dtype, config.single_file_config, **_hub(config), **parts)
     _check_teacher(path, pipe)
     pipe = stock_pipeline(pipe)
@@ -75,7 +80,7 @@ def load_network(
     dtype: torch.dtype = torch.float32,
     quantization: PipelineQuantizationConfig | None = None,
 ) -> None:
-    """The network of a teacher that was loaded late, into its pipeline; nothing where it is there already.
+    """The network of a teacher, or a student, that was loaded late, into its pipeline; nothing where it is there already.
 
     Args:
         config: As `load_teacher` was given it.
@@ -92,15 +97,23 @@ def load_network(
     dtypes = {name: dtype, "default": torch.float32}
     loaded = getattr(load_stock(path, dtypes, quantization=quantization, **_hub(config), **others), name)
     if merges_zeros(known):  # which the text towers told, that may be gone by now
-        merge_zeros(loaded)
+        merge_zeros(loaded, *text_lengths(pipe))
     pipe.register_modules(**{name: loaded})
     frozen(pipe)
-    check_finite(f"The teacher {path}", pipe)
+    check_finite(path, pipe)
 
 
 def is_late(network: nn.Module) -> bool:
     """Whether it is only known, and not loaded."""
     return any(p.is_meta for p in network.parameters())
+
+
+def _index(config: TeacherConfig) -> dict[str, object]:
+    """A pipeline's parts; none where `load_stock` will say why."""
+    try:
+        return DiffusionPipeline.load_config(config.pretrained_teacher_model, revision=config.teacher_revision)
+    except LOADING_ERRORS:
+        return {}
 
 
 def _hub(config: TeacherConfig) -> dict[str, str | None]:
@@ -190,6 +203,9 @@ def load_stock(
     check_stored(pipe, source, variant, revision, given=parts)
     if isinstance(pipe, StableDiffusion3Pipeline):
         merge_zero_text(pipe)
+    for part in pipe.components.values():
+        if type(part).__name__ in FAMILIES:
+            embed_exactly(part)
     return pipe
 
 

@@ -22,6 +22,7 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.students import HALF, StudentNetworkConfig
+from cm_diffusers.models.teachers import release_encoders
 from cm_diffusers.models.time_weight import without_weight
 from cm_diffusers.objectives.scm import SCDConfig, SCMConfig
 from cm_diffusers.publishing.hub import HubConfig, check_hub
@@ -210,6 +211,8 @@ def train_images(
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
     batches = model.batches(data, classes, train.seed, *trainer.place)
+    if lora and not (data.streaming or validation.validation_prompts):
+        release_encoders(model.pipe)
     kind = "lora" if lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, kind))
     base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None

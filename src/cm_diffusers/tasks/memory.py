@@ -63,11 +63,20 @@ class Shape:
 
 
 def estimate(
-    shape: Shape, student: StudentConfig, optim: OptimConfig, train: TrainConfig, data: DataConfig, clips: ClipConfig
+    shape: Shape,
+    student: StudentConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    clips: ClipConfig,
+    text_dtype: torch.dtype = torch.float32,
 ) -> dict[str, dict[str, float]]:
     """Bytes of each part at each moment.
 
     The text towers come after the images, beside the VAE; the network after both where nothing else is asked for.
+
+    Args:
+        text_dtype: Of the text towers.
     """
     trained = adapter_parameters(shape.network, student) if student.lora else _parameters(shape.network)
     copies = (train.export_ema_decay > 0) + len(train.ema_sigma_rels)
@@ -78,7 +87,7 @@ def estimate(
     if clips.sample_n_frames is not None:  # whole clips, each in pieces of one latent frame
         at_once = max(1, at_once // clips.sample_n_frames) * shape.frames_per_latent
     images = {"activations": float(size * shape.vae_states * data.resolution**2 * at_once)}
-    towers = {name: 4.0 * number for name, number in shape.text_towers.items()}
+    towers = {name: float(text_dtype.itemsize * number) for name, number in shape.text_towers.items()}
     training = {
         "frozen base" if student.lora else "frozen teacher": base,
         "adapters" if student.lora else "student": 4.0 * trained,

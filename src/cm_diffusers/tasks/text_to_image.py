@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SCMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers.hf_argparser import HfArg
@@ -18,7 +19,8 @@ from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
-from cm_diffusers.models.critics import CriticConfig
+from cm_diffusers.models.casting import part_dtypes
+from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.families.unet import check_vae
 from cm_diffusers.models.quantization import quantization_config
@@ -90,11 +92,16 @@ class FinetuneConfig:
     )
     single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
 
+    @property
+    def place(self) -> TeacherConfig:
+        """Where it is, as of a teacher."""
+        where = {"teacher_revision": self.student_revision, "teacher_variant": self.student_variant}
+        return TeacherConfig(self.pretrained_student_model, **where, single_file_config=self.single_file_config)
+
 
 def distill(
     name: str,
     teacher: DiffusionPipeline,
-    nets: Networks | None,
     objective: LCMObjective | SCottObjective,
     optim: OptimConfig | dict[str, OptimConfig],
     configs: Sequence[object],
@@ -104,10 +111,11 @@ def distill(
 
     Args:
         name: Of the method, in the record.
-        teacher: Whole, or without its network (`load_teacher`'s `late`).
-        nets: To train; None to make them of the teacher once VAE and text towers have done their work.
+        teacher: Without its network (`load_teacher`'s `late`), of which the networks are made once VAE and text towers have
+            done their work; or whole.
         optim: As for `Trainer`.
-        configs: The script's, for its flags and for the card; those of `OF_A_DISTILLATION` among them.
+        configs: The script's, for its flags and for the card; those of `OF_A_DISTILLATION` among them, and a `CriticConfig`
+            where there may be a critic.
         repo_id: On the Hub; None to save alone.
 
     Returns:
@@ -126,21 +134,22 @@ def distill(
     grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution, clips.sample_n_frames)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
-    frames = checked_frames(clips, data, teacher, bool(generation.prompts_file), given.get(CriticConfig))
-    check_late(teacher, student, bool(generation.prompts_file))
-    complete = partial(load_network, teacher, source, student.loaded_dtype, quantization)
-    batches = None
+    judge = given.get(CriticConfig, CriticConfig("none"))
+    frames = checked_frames(clips, data, teacher, bool(generation.prompts_file), judge)
+    check_late(teacher, student, bool(generation.prompts_file), judge)
+    complete, batches = partial(load_network, teacher, source, student.loaded_dtype, quantization), None
 
     def after_the_data(*place: object) -> Networks:
         nonlocal batches
         if generation.prompts_file:  # the teacher draws the data
             complete()
         batches = training_batches(data, generation, teacher, train.seed, *place, clips)
-        if not needs_encoders(student, data, validation, given.get(CriticConfig)):
+        if not needs_encoders(student, data, validation, judge):
             release_encoders(teacher)
         complete()
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
-        return nets or make_networks(network_of(teacher), student)
+        nets = make_networks(network_of(teacher), student)
+        return replace(nets, critic=make_critic(nets, judge, teacher.vae))
 
     trainer = Trainer(train, after_the_data, objective, optim, settings, callbacks=[grid])
     result = "lora" if student.lora else "pipeline"
@@ -164,10 +173,21 @@ def needs_encoders(
     return not student.lora or data.streaming or bool(validation.validation_prompts) or judges_images
 
 
-def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
+def text_dtype(configs: Sequence[object]) -> torch.dtype:
+    """Of the teacher's text towers: bfloat16 in such a run, where they encode captions for the cache and are done."""
+    given = {type(config): config for config in configs}
+    _, student, data, generation, _, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
+    kept = generation.prompts_file or needs_encoders(student, data, validation, given.get(CriticConfig))
+    return torch.bfloat16 if train.mixed_precision == "bf16" and not kept else torch.float32
+
+
+def load_student(config: FinetuneConfig, late: bool = False) -> tuple[DiffusionPipeline, Record]:
     """A student's stock pipeline in float32, frozen, with the scheduler it is sampled with, and its record.
 
     Of a published consistency model without a record, scheduler and network tell what the record would.
+
+    Args:
+        late: As for `load_teacher`; a LoRA is fused at once.
 
     Raises:
         ValueError: Out of reach, not a latent consistency model, not as its record says, or with missing or non-finite
@@ -175,7 +195,7 @@ def load_student(config: FinetuneConfig) -> tuple[DiffusionPipeline, Record]:
     """
     path = config.pretrained_student_model
     record = read_record(path, revision=config.student_revision)
-    pipe = _load(path, record, config)
+    pipe = _load(path, record, config, late)
     network = network_of(pipe, path)
     if isinstance(network, UNet2DConditionModel):
         check_vae(path, pipe.vae)
@@ -197,9 +217,7 @@ def load_ddim(config: FinetuneConfig) -> DiffusionPipeline:
     Raises:
         ValueError: As `load_teacher`, or it is of another process.
     """
-    where = {"teacher_revision": config.student_revision, "teacher_variant": config.student_variant}
-    where["single_file_config"] = config.single_file_config
-    pipe = load_teacher(TeacherConfig(config.pretrained_student_model, **where))
+    pipe = load_teacher(config.place)
     network = network_of(pipe)
     if not isinstance(family_of(network).process(pipe), DiscreteVP):
         raise UserError(
@@ -210,7 +228,7 @@ def load_ddim(config: FinetuneConfig) -> DiffusionPipeline:
     return pipe
 
 
-def _load(path: str, record: Record | None, config: FinetuneConfig) -> DiffusionPipeline:
+def _load(path: str, record: Record | None, config: FinetuneConfig, late: bool) -> DiffusionPipeline:
     revision, options = config.student_revision, {"variant": config.student_variant}
     options["single_file_config"] = config.single_file_config
     lora = record is not None and not _is_pipeline(path, revision)
@@ -220,7 +238,8 @@ def _load(path: str, record: Record | None, config: FinetuneConfig) -> Diffusion
             "--no_lora), which fuses it first, or give a whole student."
         )
     if not lora:
-        return load_stock(path, revision=revision, **options)
+        dtype = part_dtypes(None if late and not is_single_file(path) else torch.float32)
+        return load_stock(path, dtype, revision=revision, **options)
     try:
         pipe = load_stock(base_model_of(record, path), **options)
     except ValueError as error:

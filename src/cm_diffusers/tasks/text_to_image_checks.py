@@ -1,6 +1,8 @@
 """Checks of flags that need no network."""
 
+import logging
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -12,7 +14,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import target_names
-from cm_diffusers.models.critics import CriticConfig, unused_flags
+from cm_diffusers.models.critics import CriticConfig, check_critic, unused_flags
 from cm_diffusers.models.families.base import answers_clips, family_of, latents_of, network_of
 from cm_diffusers.models.quantization import check_quantization
 from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, make_student, require_autocast
@@ -22,6 +24,8 @@ from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
 
 OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
 OF_FULL = "unet_time_cond_proj_dim"
+FEW_STEPS = ("turbo", "schnell", "sprint", "lightning", "distilled")  # in names of models that were distilled
+logger = logging.getLogger(__name__)
 
 
 def check_student(config: StudentNetworkConfig, mixed_precision: str) -> None:
@@ -42,17 +46,32 @@ def check_distilled(config: StudentConfig, mixed_precision: str) -> None:
     check_quantization(config.quantize_teacher, config.lora, config.cast_teacher_unet)
 
 
-def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -> None:
+def warn_of_guidance(path: str, w_max: float) -> None:
+    """Of a teacher whose name alone may tell that it was distilled to few steps; families refuse those whose config does."""
+    name = Path(path).name.lower()
+    if w_max > 0 and (found := [word for word in FEW_STEPS if word in name]):
+        logger.warning(
+            "%s calls itself %s, and nothing in its config says more: if it was distilled to few steps, guidance is in its "
+            "weights, and w up to %g comes on top. Give the model that it came from, or guidance 0.",
+            path,
+            found[0],
+            w_max,
+        )
+
+
+def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool, judge: CriticConfig) -> None:
     """What would be found only when the network is loaded, after the data.
 
     Args:
         draws: Whether the teacher draws the data itself.
+        judge: The critic that is made of the network.
 
     Raises:
-        ValueError: A layer to adapt is none, there is no such student, or the network is here already or may not be
+        ValueError: A layer to adapt is none, there is no such student or critic, or the network is here already or may not be
             quantized.
     """
     network = network_of(teacher)
+    check_critic(judge, network, teacher.vae)
     if not config.lora and family_of(network).student is None:
         refuse_changed(
             config, OF_FULL, f"with a {type(network).__name__}, whose students have guidance in their weights"
@@ -67,8 +86,11 @@ def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool) -
         raise UserError(f"{flag} would draw the data of --prompts_file with rounded weights: leave one of them out.")
     if config.quantize_teacher != "no" and not is_late(network):
         raise UserError(
-            f"{flag} acts while a network is read from a pipeline's folder, not from a "
-            "single file and not where a critic is made of it: leave it out."
+            f"{flag} acts while a network is read from a pipeline's folder, not from a single file: leave it out."
+        )
+    if config.quantize_teacher != "no" and judge.critic == "lora_decoder":
+        raise UserError(
+            f"{flag} rounds the network of which --critic lora_decoder trains a copy: leave one of them out."
         )
 
 

@@ -104,6 +104,7 @@ class Family:
         clips: Whether the stock pipeline answers with `frames`.
         tag: What the Hub lists such networks under; by default the name of the family's file, by which model cards find it.
         silent: Paths of layers whose results the network throws away: they do not train, and get no adapters.
+        rounded_time: Path of the layer that embeds times, where its class rounds them first; see `embed_exactly`.
     """
 
     pipeline: Callable[[nn.Module], str]
@@ -126,6 +127,7 @@ class Family:
     clips: bool = False
     tag: Callable[[nn.Module], str] | None = None
     silent: Callable[[nn.Module], list[str]] = lambda network: []
+    rounded_time: str | None = None
 
 
 def network_of(pipe: DiffusionPipeline, path: str = "The pipeline") -> nn.Module:

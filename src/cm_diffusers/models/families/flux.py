@@ -57,5 +57,6 @@ FAMILY = Family(
     latents=lambda vae: kl_latents(vae, patch=2),
     told=lambda transformer: told_scale,
     check=_check,
+    rounded_time="time_text_embed.time_proj",
     comfyui="ModelSamplingFlux",
 )

@@ -79,6 +79,7 @@ FAMILY = Family(
     guided=_guided,
     check=_check,
     silent=_silent,
+    rounded_time="time_text_embed.time_proj",
     lora_name=lambda path, network: path,
     comfyui="ModelSamplingAuraFlow",
 )

@@ -6,6 +6,7 @@ from torch import Tensor
 from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.models.families.base import Family
 from cm_diffusers.models.families.latents import kl_latents
+from cm_diffusers.models.merged_text import merges_zeros
 
 
 LORA_TARGETS = (  # every linear layer of a block, of either stream and of the second attention of 3.5, but no end
@@ -22,10 +23,13 @@ def _call(network: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: Conditio
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> Conditions:
     """States `(N, L, D)` and pooled `(N, P)`: of both CLIP towers, then T5's, which are zeros where it is left out.
 
-    L is as the pipeline's call has it when it is not told, for nothing is masked: other lengths give other images.
+    L is as the pipeline's call has it when it is not told, for nothing is masked: other lengths give other images. A network
+    that merges the zeros knows how many there are, and gets none.
     """
     device = pipe.text_encoder.device
     states, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False)
+    if merges_zeros(pipe.transformer):
+        states = states[:, : pipe.tokenizer_max_length]
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
