@@ -85,6 +85,7 @@ def estimate(
     vae = {"VAE": float(size * shape.vae)}
     at_once = data.encode_batch_size
     if clips.sample_n_frames is not None:  # whole clips, each in pieces of one latent frame
+        check_frames(clips.sample_n_frames, shape.frames_per_latent)
         at_once = max(1, at_once // clips.sample_n_frames) * shape.frames_per_latent
     images = {"activations": float(size * shape.vae_states * data.resolution**2 * at_once)}
     towers = {name: float(text_dtype.itemsize * number) for name, number in shape.text_towers.items()}
