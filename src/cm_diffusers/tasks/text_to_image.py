@@ -1,7 +1,7 @@
 """Text-to-image students: distilled from a teacher, and finished ones as the start of further training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,10 @@ from cm_diffusers.models.teachers import (
 )
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.objectives.lcm import LCMObjective
+from cm_diffusers.objectives.pcm import PCMObjective
 from cm_diffusers.objectives.scott import SCottObjective
+from cm_diffusers.objectives.tcd import TCDObjective
+from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.lora import load_lora
 from cm_diffusers.pipelines.manners import refuse_contradiction
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record
@@ -91,7 +94,7 @@ def distill(
     name: str,
     teacher: DiffusionPipeline,
     nets: Networks | None,
-    objective: LCMObjective | SCottObjective,
+    objective: LCMObjective | SCottObjective | PCMObjective | TCDObjective,
     optim: OptimConfig | dict[str, OptimConfig],
     configs: Sequence[object],
     repo_id: str | None,
@@ -113,13 +116,24 @@ def distill(
     source, student, data, generation, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
     scheduler = student_scheduler(teacher, method)
 
+    target_dim = objective.teaching.target_dim
+
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
         return lcm_pipeline(teacher, network, scheduler)
+
+    def shown(network: nn.Module) -> DiffusionPipeline:
+        """What tells the network where each step goes, if it is to be told."""
+        stock = make_pipeline(network)
+        return stock if target_dim is None else ConsistencyPipeline.from_pipe(stock, record=asdict(record))
 
     guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
     told = min(max(validation.validation_guidance_scale, method.w_min + 1), method.w_max + 1)
     scale = 1.0 if guidance == "distilled" else told
-    grid = sample_grid(validation, make_pipeline, teacher, scale, data.resolution)
+    base = source.pretrained_teacher_model
+    record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
+    frames = 1 if answers_clips(teacher) else None
+    record = replace(record, method=name, resolution=data.resolution, num_frames=frames, target_dim=target_dim)
+    grid = sample_grid(validation, shown, teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
     check_late(teacher, student, bool(generation.prompts_file))
@@ -135,15 +149,11 @@ def distill(
             release_encoders(teacher)
         complete()
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
-        return nets or make_networks(network_of(teacher), student)
+        return nets or make_networks(network_of(teacher), student, target_dim)
 
     trainer = Trainer(train, after_the_data, objective, optim, settings, callbacks=[grid])
     result = "lora" if student.lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, result))
-    base = source.pretrained_teacher_model
-    record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
-    frames = 1 if answers_clips(teacher) else None
-    record = replace(record, method=name, resolution=data.resolution, num_frames=frames)
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
     return publish(trainer, result, configs, describe, save, repo_id)
