@@ -18,7 +18,9 @@ from cm_diffusers import ConsistencyPipeline
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
 from cm_diffusers.models.target_input import TARGET_DIM, TARGET_INPUT
 from cm_diffusers.pipelines.lora import PEFT_WEIGHTS
+from cm_diffusers.pipelines.stock import stock_entry
 from cm_diffusers.record import read_record
+from cm_diffusers.schedulers import FlowConsistencyScheduler
 
 
 SHARED = {
@@ -48,6 +50,7 @@ KINDS = {
     "tcd-full-told": ("tcd", FULL | {"target_time": "embedded"}),
     "tcd-lora-told": ("tcd", LORA | {"target_time": "embedded"}),
 }
+FLOWS = {"flow-pcm-lora": KINDS["pcm-lora"], "flow-tcd-full": ("tcd", {})}
 STARTS = {"pcm-full": [999, 499], "pcm-lora": [999, 739, 499, 239]}
 
 
@@ -60,7 +63,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def distil(home: Path, kind: str, name: str, teacher: str = "teacher", **values: object) -> Path:
-    method, settings = KINDS[kind]
+    method, settings = (KINDS | FLOWS)[kind]
     shared = data_flags(home / "data", home / f"cache-{teacher}") | SHARED
     shared |= {"pretrained_teacher_model": home / teacher, "output_dir": home / name}
     run_script(f"distill_{method}", **shared | settings | values)
@@ -226,25 +229,26 @@ def test_a_network_without_the_input_is_not_taken_for_one(home, told) -> None:
         pipe.load_lora_weights(told / "lora", weight_name="pytorch_lora_weights.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["pcm-lora", "tcd-full"])
+@pytest.mark.parametrize("kind", FLOWS)
 def test_a_flow(home, kind) -> None:
     if not (home / "sd3").exists():
         tiny_sd3().save_pretrained(home / "sd3")
-    values = {"shift": 3.0, "lora_target_modules": ["to_q", "to_v"]} if "lora" in kind else {"shift": 3.0}
-    own = KINDS[kind]
-    KINDS[f"flow-{kind}"] = (own[0], {name: value for name, value in own[1].items() if name not in FULL})
-    run = distil(home, f"flow-{kind}", f"flow-{kind}", "sd3", **values)
+    run = distil(home, kind, kind, "sd3", shift=3.0)
     record, pipe = read_record(result(run)), ConsistencyPipeline.from_pretrained(result(run))
-    starts = [1.0, 0.74, 0.5, 0.24] if "pcm" in kind else None
-    assert record.scheduler["recommended_sigmas"] == (starts and pytest.approx(starts))
-    assert pipe.scheduler.config.gamma == (0.3 if starts is None else 0.0)
-    images = sampled(pipe, 4)
-    assert np.isfinite(images).all()
-    assert (
-        "fresh" in (result(run) / "README.md").read_text()
-        or "draw" in (result(run) / "README.md").read_text()
-        or starts
-    )
+    assert isinstance(pipe.scheduler, FlowConsistencyScheduler)
+    starts = pytest.approx([1.0, 0.74, 0.5, 0.24]) if "pcm" in kind else None
+    assert record.scheduler["recommended_sigmas"] == starts
+    assert pipe.scheduler.config.gamma == (0.0 if starts else 0.3)
+    ours = sampled(pipe, 4)
+    index = DiffusionPipeline.load_config(home / "sd3")
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    stock = DiffusionPipeline.from_pretrained(home / "sd3" if "lora" in kind else run / "pipeline", **absent)
+    if "lora" in kind:
+        entry = stock_entry(pipe.scheduler, 4, "accepted")
+        stock.load_lora_weights(run / "lora", weight_name="pytorch_lora_weights.safetensors")
+        stock.scheduler = entry.scheduler
+        np.testing.assert_allclose(sampled(stock, 4, **entry.arguments), ours, atol=1e-4)
+    assert np.isfinite(ours).all()
 
 
 def test_a_student_of_xl(home) -> None:

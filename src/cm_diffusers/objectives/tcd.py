@@ -26,7 +26,9 @@ class TCDConfig:
     """Where jumps end, what the student is told of that, and how the target is formed."""
 
     order: Literal[1, 2] = HfArg(
-        default=1, help="Of the trajectory function: 1 is DDIM's step, 2 a second-order one of two passes."
+        default=1,
+        help="Of the trajectory function: 1 is DDIM's step, as in sampling; 2 a second-order one of two passes, which no "
+        "sampler takes.",
     )
     phases: int | None = HfArg(
         default=None, help="Jumps end where phases do, so many on the grid; at any time below if not given."
