@@ -1,6 +1,6 @@
 """Text-to-image students: distilled from a teacher, and finished ones as the start of further training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,7 @@ WHAT_A_RUN_IS = (
     GenerationConfig,
     CriticConfig,
 )  # beside method and training
+MakePipeline = Callable[[nn.Module], DiffusionPipeline]
 SCHEDULERS = {kind.__name__: kind for kind in (FlowConsistencyScheduler, SCMScheduler)}  # of students of flows
 
 
@@ -116,24 +117,17 @@ def distill(
     source, student, data, generation, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
     scheduler = student_scheduler(teacher, method)
 
-    target_dim = objective.teaching.target_dim
-
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
         return lcm_pipeline(teacher, network, scheduler)
-
-    def shown(network: nn.Module) -> DiffusionPipeline:
-        """What tells the network where each step goes, if it is to be told."""
-        stock = make_pipeline(network)
-        return stock if target_dim is None else ConsistencyPipeline.from_pipe(stock, record=asdict(record))
 
     guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
     told = min(max(validation.validation_guidance_scale, method.w_min + 1), method.w_max + 1)
     scale = 1.0 if guidance == "distilled" else told
-    base = source.pretrained_teacher_model
+    base, target_dim = source.pretrained_teacher_model, objective.teaching.target_dim
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
     frames = 1 if answers_clips(teacher) else None
     record = replace(record, method=name, resolution=data.resolution, num_frames=frames, target_dim=target_dim)
-    grid = sample_grid(validation, shown, teacher, scale, data.resolution)
+    grid = sample_grid(validation, telling(make_pipeline, record), teacher, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
     check_late(teacher, student, bool(generation.prompts_file))
@@ -157,6 +151,13 @@ def distill(
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
     return publish(trainer, result, configs, describe, save, repo_id)
+
+
+def telling(make_pipeline: MakePipeline, record: Record) -> MakePipeline:
+    """Makes a pipeline of ours where stock ones would not tell a student where each step goes."""
+    if record.target_dim is None:
+        return make_pipeline
+    return lambda network: ConsistencyPipeline.from_pipe(make_pipeline(network), record=asdict(record))
 
 
 def needs_encoders(
