@@ -89,18 +89,21 @@ def measure(
     origin: dict[str, object],
     starts: list[Path],
     steps: list[int] | None = None,
+    gammas: list[float] | None = None,
 ) -> None:
     """The rows of one training, kept beside it with their origin.
 
     Args:
         starts: Folders of what it started from.
         steps: To sample with, instead of the evaluation's.
+        gammas: Likewise, of a variant with rows for each.
     """
     if (folder / ROWS).is_file():
         return
     before = len(comparison.rows)
-    comparison.measure(str(result(folder)), name, steps or comparison.config.num_inference_steps)
-    more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)}
+    own = {"gammas": gammas} if gammas else {}
+    comparison.measure(str(result(folder)), name, steps or comparison.config.num_inference_steps, **own)
+    more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)} | ({"variant": name} if gammas else {})
     if starts:
         costs = [cpu_minutes(start) for start in starts]
         more["start_minutes"] = None if None in costs else sum(costs)
@@ -140,7 +143,7 @@ class Study(NamedTuple):
         commands: Of the variants by name. Those that no table names are trained, to start from, and not measured.
         tables: By name, as `write_study` takes them.
         evaluation: Its flags.
-        steps: Of variants with their own.
+        steps, gammas: Of variants with their own.
         measures: What the evaluation is of, "images" or "clips".
     """
 
@@ -148,6 +151,7 @@ class Study(NamedTuple):
     tables: dict[str, dict]
     evaluation: str
     steps: dict[str, list[int]]
+    gammas: dict[str, list[float]]
     measures: str
 
     def comparison(self) -> Comparison | VideoComparison:
@@ -181,7 +185,8 @@ def read_study(path: Path, only: list[str] | None) -> Study:
     measures = study.get("measures", "images")
     if measures not in MEASURES:
         raise ValueError(f"{path}: measures is {measures!r}; one of {', '.join(MEASURES)}.")
-    return Study(commands, study["tables"], " ".join(study["evaluation"].split()), study.get("steps", {}), measures)
+    own = study.get("steps", {}), study.get("gammas", {})
+    return Study(commands, study["tables"], " ".join(study["evaluation"].split()), *own, measures)
 
 
 def main() -> None:
@@ -189,13 +194,14 @@ def main() -> None:
     path = Path(config.study)
     study = read_study(path, config.only)
     check_output(config.output_dir)
-    commands, steps, comparison = study.commands, study.steps, study.comparison()
+    commands, steps, gammas, comparison = study.commands, study.steps, study.gammas, study.comparison()
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:
         folders = {name: Path(config.work_dir) / path.stem / f"{folder_name(name)}-{seed}" for name in commands}
         for name, command in commands.items():
             folder, origin = folders[name], {"command": command, "evaluation": study.evaluation}
             origin |= {"steps": steps[name]} if name in steps else {}
+            origin |= {"gammas": gammas[name]} if name in gammas else {}
             starts = [folders[other] for other in started_from(command, commands)]
             known = read_rows(folder, origin)
             if not known and (config.only is None or name in config.only):
@@ -203,7 +209,7 @@ def main() -> None:
                     command = command.replace(f"<{other}>", shlex.quote(str(result(folders[other]))))
                 train(command, seed, folder)
                 if study.is_measured(name):
-                    measure(comparison, name, seed, folder, origin, starts, steps.get(name))
+                    measure(comparison, name, seed, folder, origin, starts, steps.get(name), gammas.get(name))
             rows += known or read_rows(folder, origin)
     print(write_study(Path(config.output_dir) / path.stem, study.tables, rows, comparison.setting))
 

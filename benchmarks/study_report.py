@@ -73,7 +73,8 @@ def pages(tables: dict[str, dict], rows: Rows, setting: Setting | VideoSetting) 
 def _belongs(row: Row, table: dict) -> bool:
     if row["pipeline"] in BASELINES:
         return True
-    return row["pipeline"] in table["variants"] and row["num_inference_steps"] in table["num_inference_steps"]
+    variant = row.get("variant", row["pipeline"])  # of several gammas
+    return variant in table["variants"] and row["num_inference_steps"] in table["num_inference_steps"]
 
 
 def grouped(rows: Rows, *keys: str) -> dict[tuple, Rows]:

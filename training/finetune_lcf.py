@@ -20,16 +20,11 @@ from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.publishing.pipelines import lcm_pipeline
 from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.finished_students import FinetuneConfig, finetune_networks, load_student, with_guidance_of
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.teachings import teaching_of_student
-from cm_diffusers.tasks.text_to_image import (
-    FinetuneConfig,
-    finetune_networks,
-    load_student,
-    needs_encoders,
-    with_guidance_of,
-)
+from cm_diffusers.tasks.text_to_image import needs_encoders
 from cm_diffusers.tasks.text_to_image_checks import check_adapters
 
 

@@ -23,7 +23,7 @@ INTERVALS = {
     """,
     "(0, inf]": "max_grad_norm",
     "[1, inf)": "bucket_max_ratio q",
-    "[0, 1]": "condition_dropout diffusion_share ema_decay eta instant_share proportion_empty_prompts",
+    "[0, 1]": "condition_dropout diffusion_share ema_decay eta gammas instant_share proportion_empty_prompts",
     "[0, 1)": """
         adam_beta1 adam_beta2 critic_adam_beta1 critic_adam_beta2 dropout export_ema_decay guidance_mix label_smoothing lora_dropout
     """,
@@ -39,7 +39,7 @@ INTERVALS = {
     """,
     "[1, 1000000]": """
         buffer_size discretization_s_0 discretization_s_1 latent_samples min_count num_classes num_clips num_ddim_timesteps
-        num_gifs renoise_below samples_per_rollout shuffle_buffer_size solver_interval
+        num_gifs phases renoise_below samples_per_rollout shuffle_buffer_size solver_interval
     """,
     "[2, 1000000]": "num_images num_scales num_videos",
     "[1, 100000]": "gradient_accumulation_steps",
@@ -52,7 +52,7 @@ INTERVALS = {
     "[1, 1024]": """
         bucket_step frames_per_clip generation_steps inner_epochs latent_channels layers_per_block motion_max_seq_length
         motion_num_attention_heads norm_num_groups num_attention_heads num_crops num_frames num_inference_steps num_shown
-        num_probes num_starts reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
+        num_probes num_starts order reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
         validation_teacher_steps
     """,
     "[2, 1024]": "guard_samples sample_n_frames",

@@ -48,6 +48,8 @@ class Record:
             `FlowConsistencyScheduler` with the shift of its training, its gamma and `recommended_sigmas`.
         resolution: Side in pixels of the square images or frames it was trained on; older records do not tell.
         num_frames: Frames of the clips it was trained on; None for images.
+        target_dim: Size of the embedding of where a step goes, of a student that is told it beside time and guidance (TCD);
+            None for one that is not.
     """
 
     method: str
@@ -60,6 +62,7 @@ class Record:
     scheduler: dict
     resolution: int | None = None
     num_frames: int | None = None
+    target_dim: int | None = None
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Self:
@@ -187,7 +190,7 @@ def _fault(record: Record) -> str | None:
         return f"w_min, w_max and recommended_guidance_scale must be finite and w_min at most w_max, got {scales}"
     if not isinstance(steps, Integral) or steps < 1:
         return f"recommended_num_inference_steps must be a whole number of at least 1, got {steps!r}"
-    for name in ("resolution", "num_frames"):
+    for name in ("resolution", "num_frames", "target_dim"):
         if (value := getattr(record, name)) is not None and not (isinstance(value, Integral) and value > 0):
             return f"{name} must be a whole number of at least 1 or null, got {value!r}"
     if not isinstance(record.scheduler, dict):

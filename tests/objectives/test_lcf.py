@@ -34,7 +34,7 @@ from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_pipeline
 from cm_diffusers.record import RECORD, base_model_of, read_record, write_record
-from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student, with_guidance_of
+from cm_diffusers.tasks.finished_students import FinetuneConfig, load_student, with_guidance_of
 from cm_diffusers.types import Batch, Networks, Progress
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tiny import tiny_scheduler, tiny_unet, tiny_vae
 from tiny_flow import tiny_sd3_transformer
 
 from cm_diffusers.diffusion.process import DiscreteVP
-from cm_diffusers.diffusion.teaching import Guiding, embedded_in_time
+from cm_diffusers.diffusion.teaching import Guiding, embedded_in_time, vp_teaching
 from cm_diffusers.diffusion.trigflow import TrigFlowView
 from cm_diffusers.diffusion.views import VPView
 from cm_diffusers.models.critics import CriticConfig, make_critic
@@ -25,8 +25,10 @@ from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewa
 from cm_diffusers.objectives.flow import FlowConfig, FlowObjective
 from cm_diffusers.objectives.lcf import LCFConfig
 from cm_diffusers.objectives.lcm import LCMConfig
+from cm_diffusers.objectives.pcm import PCMConfig, PCMObjective
 from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
 from cm_diffusers.objectives.scott import SCottConfig
+from cm_diffusers.objectives.tcd import TCDConfig, TCDObjective
 from cm_diffusers.policy.policy import Policy
 from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks
 from cm_diffusers.types import Batch, Networks, Progress
@@ -81,6 +83,28 @@ def scott(prediction_type="epsilon", critic="none", lora=False, **settings):
 
     def with_critic():
         nets = networks(lora=lora)
+        nets.critic = make_critic(nets, CriticConfig(critic, critic_channels=16, critic_lora_rank=4))
+        if nets.critic is not None:
+            nets.critic.requires_grad_(False)  # as the trainer does in the student's turn
+        return nets
+
+    return Case(objective, with_critic, latents)
+
+
+def trajectories(kind, prediction_type="epsilon", lora=False, critic="none", told=False, **settings):
+    """PCM, with a critic from the first step if there is one, or TCD, told where jumps end or not."""
+    teaching = replace(
+        vp_teaching(VP, prediction_type, None if lora else 16, 50, None), target_dim=16 if told else None
+    )
+    if kind == "pcm":
+        config = PCMConfig(**settings, **({"adversarial_start": 0, "adversarial_ramp": 0} if critic != "none" else {}))
+        objective = PCMObjective(config, teaching, critic != "none")
+    else:
+        objective = TCDObjective(TCDConfig(**settings), teaching)
+
+    def with_critic():
+        student = StudentConfig(unet_time_cond_proj_dim=0 if lora else 16, lora_rank=4, lora=lora)
+        nets = make_networks(tiny_unet(dropout=0.1), student, teaching.target_dim)
         nets.critic = make_critic(nets, CriticConfig(critic, critic_channels=16, critic_lora_rank=4))
         if nets.critic is not None:
             nets.critic.requires_grad_(False)  # as the trainer does in the student's turn
@@ -156,6 +180,16 @@ CASES = {
     "scott-heads": scott(critic="heads"),
     "scott-heads-lora": scott("sample", critic="heads", lora=True, adversarial_loss="lsgan"),
     "scott-paper": scott(critic="lora_decoder", critic_inputs="clean", adversarial_weight=0.4),
+    "pcm": trajectories("pcm"),
+    "pcm-two-phases-v-heun": trajectories("pcm", "v_prediction", phases=2, solver="heun", loss_type="l2"),
+    "pcm-heads": trajectories("pcm", critic="heads"),
+    "pcm-lora-decoder": trajectories(
+        "pcm", "sample", lora=True, critic="lora_decoder", adversarial_balance="adaptive"
+    ),
+    "tcd": trajectories("tcd"),
+    "tcd-second-order-v": trajectories("tcd", "v_prediction", order=2),
+    "tcd-told": trajectories("tcd", told=True),
+    "tcd-lora-told-phases": trajectories("tcd", lora=True, told=True, phases=8),
     "scd": scm(),
     "scd-guided": scm(dim=16, w=(0.0, 2.0)),
     "scd-lora": scm(lora=True, w=(1.0, 1.0)),
@@ -229,6 +263,18 @@ def test_the_student_plays_first_and_a_critic_if_there_is_one(case):
 
 
 def test_every_new_input_learns_from_the_first_step():
-    nets = networks()
-    CASES["lcm"].objective(nets, latents(2), PROGRESS).value.backward()
-    assert nets.student.time_embedding.cond_proj.weight.grad.abs().max() > 0
+    for name in ("lcm", "tcd-told"):
+        nets = CASES[name].networks()
+        CASES[name].objective(nets, latents(2), PROGRESS).value.backward()
+        gradient = nets.student.time_embedding.cond_proj.weight.grad
+        assert (gradient.unflatten(1, (-1, 16)).abs().amax((0, 2)) > 0).all()  # of each input
+
+
+def test_a_student_ignores_new_inputs_at_first():
+    for name in ("tcd-told", "tcd-lora-told-phases"):
+        nets, x, t = CASES[name].networks(), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+        states = torch.randn(2, 5, 32)
+        told = torch.randn(2, 32 if name == "tcd-told" else 16)
+        with torch.no_grad():
+            student = nets.student.eval()(x, t, states, timestep_cond=told, return_dict=False)[0]
+            assert torch.equal(student, nets.teacher.eval()(x, t, states, return_dict=False)[0])

@@ -442,10 +442,10 @@ def test_r1_is_for_critics_that_change():
 
 def test_the_weight_follows_progress_alone():
     objective = scott(adversarial_start=10, adversarial_ramp=4, adversarial_weight=0.4)
-    weights = [objective.weight(Progress(step, 100)) for step in (0, 9, 10, 11, 14, 99)]
+    weights = [objective.adversary.weight(Progress(step, 100)) for step in (0, 9, 10, 11, 14, 99)]
     assert weights == pytest.approx([0, 0, 0, 0.1, 0.4, 0.4])
-    assert scott(adversarial_weight=0.4).weight(Progress(0, 1)) == 0.4
-    assert scott(critic=False).weight(Progress(50, 100)) == 0
+    assert scott(adversarial_weight=0.4).adversary.weight(Progress(0, 1)) == 0.4
+    assert scott(critic=False).adversary.weight(Progress(50, 100)) == 0
     assert set(scott(critic=False).players) == {"student"}
 
 

@@ -20,8 +20,8 @@ from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.teachers import load_stock
 from cm_diffusers.record import read_record
 from cm_diffusers.schedulers import FlowConsistencyScheduler
+from cm_diffusers.tasks.finished_students import FinetuneConfig, load_student
 from cm_diffusers.tasks.teachings import teaching_of_student
-from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
 
 
 STEPS = {"max_train_steps": 2, "checkpointing_steps": 2, "learning_rate": 1e-2}

@@ -4,14 +4,21 @@ Every logit counts the same: those of all places of a map, and of all maps.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import relu
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.errors import UserError
+from cm_diffusers.ranges import check_ranges
+from cm_diffusers.types import Loss, Progress
 
 
+R1_NOISE = 0.1  # standard deviation of the disturbance, in units of the latents
 FP16_SCALE = 2.0**12  # the gradient of a mean over many logits would vanish in float16
 
 
@@ -94,3 +101,101 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor, None, None]:
         return scale * ctx.saved_tensors[0], None, None
+
+
+@dataclass
+class AdversarialConfig:
+    """How much a critic counts beside a distillation, and when."""
+
+    adversarial_weight: float = HfArg(default=0.1, help="Weight of the adversarial term.")
+    adversarial_balance: Literal["fixed", "adaptive"] = HfArg(
+        default="fixed",
+        help="adaptive: the weight is in units of the distillation's gradient at the samples over the critic's, at least "
+        "0.01 and at most 10 of it, of each process and micro-batch.",
+    )
+    adversarial_start: int = HfArg(default=250, help="First step with a critic; before, distillation alone.")
+    adversarial_ramp: int = HfArg(default=250, help="Steps from there in which its weight grows from 0.")
+    adversarial_loss: Literal["hinge", "lsgan"] = HfArg(default="hinge", help="What critic and student play for.")
+    r1_weight: float = HfArg(default=0.0, help="Weight of the critic's approximate R1 penalty, e.g. 100.")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check_choices(self, adversarial_loss=ADVERSARIAL_LOSSES, adversarial_balance=("fixed", "adaptive"))
+
+
+def check_choices(config: object, **known: object) -> None:
+    """
+    Args:
+        known: Field of the config -> its choices.
+
+    Raises:
+        ValueError: A field is none of its choices.
+    """
+    for name, choices in known.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"Unknown --{name} {getattr(config, name)!r}; one of {', '.join(map(str, choices))}.")
+
+
+class Adversary:
+    """The game of student and critic beside a distillation.
+
+    Args:
+        config: See `AdversarialConfig`.
+        present: Whether there is a critic.
+    """
+
+    def __init__(self, config: AdversarialConfig, present: bool) -> None:
+        self.config, self.present, self.loss = config, present, ADVERSARIAL_LOSSES[config.adversarial_loss]
+
+    def plays(self, progress: Progress) -> bool:
+        return self.present and progress.step >= self.config.adversarial_start
+
+    def weight(self, progress: Progress) -> float:
+        """Of the adversarial term: 0, then a ramp, then `adversarial_weight`."""
+        if not self.plays(progress):
+            return 0.0
+        done, ramp = progress.step - self.config.adversarial_start, self.config.adversarial_ramp
+        return self.config.adversarial_weight * (min(1.0, done / ramp) if ramp else 1.0)
+
+    def join(
+        self, value: Tensor, online: Tensor, logits: Callable[[Tensor], Tensor], progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's loss with the critic's part, and what to log.
+
+        Args:
+            value: The distillation's, a scalar.
+            online: The student's samples `(B, ...)`, of which it was made.
+            logits: Of the critic for such samples.
+        """
+        weight = self.weight(progress)
+        if weight == 0:
+            return value, {}
+        adversarial, pull = detour(lambda fake: self.loss.generator(logits(fake)), online)
+        (hold,) = torch.autograd.grad(value, online, retain_graph=True)
+        balance = adaptive_weight(hold, pull) if self.config.adversarial_balance == "adaptive" else value.new_ones(())
+        weight = weight * balance
+        logs = {"adversarial": adversarial.detach(), "adversarial_weight": weight}
+        logs["gradient_ratio"] = weight * pull.norm() / hold.norm().clamp(min=1e-12)  # at the student's output
+        return value + weight * adversarial, logs
+
+    def judge(self, critic: nn.Module, x: Tensor, times: Tensor, cond: dict[str, Tensor]) -> Loss:
+        """The critic's loss.
+
+        Args:
+            x: Real and fake samples, `(2 B, ...)`.
+            times: What it is told of their noise `(2 B,)`.
+            cond: Of both, each `(B, ...)`.
+        """
+        size = len(x) // 2
+        if self.config.r1_weight:
+            near = x[:size] + R1_NOISE * torch.randn_like(x[:size])
+            x, times = torch.cat([x, near]), torch.cat([times, times[:size]])
+        copies = len(x) // size
+        cond = {name: torch.cat([value] * copies) for name, value in cond.items()}
+        on_real, on_fake, *on_near = critic(x, times, cond).chunk(copies)  # one call: DDP counts them
+        value = self.loss.critic(on_real, on_fake)
+        if on_near:
+            value = value + self.config.r1_weight * approximate_r1(on_real, on_near[0])
+        right = accuracy(on_real, on_fake, self.loss.boundary)
+        found = {"loss": value, "accuracy": right, "real": on_real.mean(), "fake": on_fake.mean()}
+        return Loss(value, {f"critic/{name}": number.detach() for name, number in found.items()})

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cm_diffusers.diffusion.process import Prediction, append_dims
+from cm_diffusers.diffusion.process import Prediction, append_dims, exact
 
 
 Conditions = dict[str, Tensor]
@@ -55,3 +55,8 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     frequencies = torch.exp(torch.arange(half, dtype=w.dtype, device=w.device) * -(math.log(10000.0) / (half - 1)))
     angles = 1000.0 * w[:, None] * frequencies
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+def target_embedding(s: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding `(B, dim)` of the timesteps s `(B,)` where jumps end, of frequencies from 1 to 1e-4, in float64."""
+    return guidance_embedding(exact(s) / 1000, dim)

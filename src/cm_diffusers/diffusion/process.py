@@ -191,6 +191,13 @@ def diffuse(process: Process, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return append_dims(process.alpha(t), x0) * x0 + append_dims(process.sigma(t), x0) * noise
 
 
+def diffuse_further(process: Process, x_s: Tensor, noise: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """x_t `(B, ...)` from x_s by fresh noise, at times t at or above s, each `(B,)`."""
+    kept = process.alpha(t) / process.alpha(s)
+    fresh = (process.sigma(t) ** 2 - (kept * process.sigma(s)) ** 2).clamp(min=0).sqrt()
+    return append_dims(kept, x_s) * x_s + append_dims(fresh, x_s) * noise
+
+
 def interpret(process: Process, output: Tensor, x_t: Tensor, t: Tensor, prediction_type: str) -> Prediction:
     """What `output` `(B, ...)` at x_t says about clean data and noise.
 

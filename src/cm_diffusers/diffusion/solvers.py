@@ -105,7 +105,7 @@ def ddim_sde(
         y = append_dims(process.alpha(end), x) * x0 + append_dims(along, x) * noise
         if eta > 0:
             y = y + append_dims(std, x) * _normal(x, generator)
-        x = _moved(now, end, x, y)
+        x = moved(now, end, x, y)
     return x
 
 
@@ -157,13 +157,13 @@ def er_sde(
             old = torch.where(lam.isinf(), 0, lam * shrink)
             std = alpha * (lam_end**2 - old**2).clamp(min=0).sqrt()
             y = y + append_dims(std, x) * _normal(x, generator)
-        x, last = _moved(now, end, x, y), _latest(now, end, (x0, lam), last)
+        x, last = moved(now, end, x, y), _latest(now, end, (x0, lam), last)
     return x
 
 
 def _latest(now: Tensor, end: Tensor, new: tuple[Tensor, Tensor], old: tuple | None) -> tuple[Tensor, Tensor]:
     """What the last step that went anywhere found: a step without way would hide it."""
-    return new if old is None else tuple(_moved(now, end, o, n) for o, n in zip(old, new, strict=True))
+    return new if old is None else tuple(moved(now, end, o, n) for o, n in zip(old, new, strict=True))
 
 
 def _slope_weight(phi: Callable[[Tensor], Tensor], lam: Tensor, lam_end: Tensor, lam_before: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def _slope_weight(phi: Callable[[Tensor], Tensor], lam: Tensor, lam_end: Tensor,
     return torch.where(change == 0, 0, term / change)
 
 
-def _moved(now: Tensor, end: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def moved(now: Tensor, end: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """y where there was a way to go, x itself where rounding left none."""
     return torch.where((now == end).reshape(-1, *[1] * (x.ndim - 1)).to(x.device), x, y)
 

@@ -16,9 +16,11 @@ from cm_diffusers.diffusion.guidance import (
     combine_linear,
     guidance_embedding,
     guide,
+    target_embedding,
 )
 from cm_diffusers.diffusion.preconditioning import lcm_scalings
-from cm_diffusers.diffusion.process import DiscreteVP, Process, RectifiedFlow, append_dims
+from cm_diffusers.diffusion.process import DiscreteVP, Process, RectifiedFlow, append_dims, as_like, exact
+from cm_diffusers.diffusion.solvers import SOLVERS, moved
 from cm_diffusers.diffusion.times import shifted, shifted_grid, solver_grid
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch
@@ -68,6 +70,7 @@ class Teaching:
         scalings: t `(B,)` -> c_skip and c_out `(B,)` of the jump c_skip x_t + c_out x0.
         call: How a network is called.
         guiding: How guidance reaches teacher and student.
+        target_dim: Size of the embedding of where a jump ends; None for a student that is not told.
     """
 
     process: Process
@@ -78,6 +81,7 @@ class Teaching:
     scalings: Callable[[Tensor], tuple[Tensor, Tensor]]
     call: Call = call_unet
     guiding: Guiding = Guiding()
+    target_dim: int | None = None
 
     @property
     def starts_from_noise(self) -> bool:
@@ -126,13 +130,43 @@ class Teaching:
         c_skip, c_out = self.scalings(t)
         return append_dims(c_skip, x_t) * x_t + append_dims(c_out, x_t) * x0
 
+    def jump_to(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Conditions,
+        w: Tensor | None,
+        solver: str = "ddim",
+    ) -> Tensor:
+        """The trajectory function f(x_t, t, s) (2402.19159, Sec. 4.1), `(B, ...)`: a step of the network's own prediction.
+
+        Args:
+            s: Where it ends `(B,)`, at or below t; at t it is x_t itself, whatever the network says.
+            w: As for `jump`.
+            solver: One of `SOLVERS`; of the second order it asks the network twice.
+        """
+        cond = cond if w is None else self.guiding.student(cond, w)
+        if self.target_dim is not None:
+            cond = with_target(cond, as_like(target_embedding(s, self.target_dim), x_t))
+        denoise = self.denoiser(network)
+        x_s = SOLVERS[solver](lambda x, time: denoise(x, time, cond), self.process, x_t, t, s)
+        return moved(t, s, x_t, x_s)
+
+
+def with_target(cond: Conditions, embedding: Tensor) -> Conditions:
+    """Conditions of a UNet that is told where its jump ends `(B, dim)`, beside its guidance where it is told that."""
+    guidance = [cond["timestep_cond"]] if "timestep_cond" in cond else []
+    return cond | {"timestep_cond": torch.cat([*guidance, embedding], 1)}
+
 
 def vp_teaching(
     process: DiscreteVP,
     prediction_type: str,
     guidance_embedding_dim: int | None,
     num_solver_steps: int = 50,
-    timestep_scaling: float = 10.0,
+    timestep_scaling: float | None = 10.0,
 ) -> Teaching:
     """Of a UNet of Stable Diffusion, on the grid and with the scalings of LCM (2310.04378).
 
@@ -141,7 +175,7 @@ def vp_teaching(
         prediction_type: What teacher and student predict.
         guidance_embedding_dim: Of the student, or None where it has none (LoRA).
         num_solver_steps: Points of the grid.
-        timestep_scaling: Scale of t in the scalings.
+        timestep_scaling: Scale of t in the scalings; None for jumps without: f is x0.
     """
     grid = solver_grid(process.num_train_timesteps, num_solver_steps)
     return Teaching(
@@ -150,9 +184,14 @@ def vp_teaching(
         torch.arange(process.num_train_timesteps),
         grid,
         (grid - int(grid[0]) - 1).clamp(min=0),
-        lambda t: lcm_scalings(t, timestep_scaling),
+        without_scalings if timestep_scaling is None else lambda t: lcm_scalings(t, timestep_scaling),
         guiding=Guiding(told=None if guidance_embedding_dim is None else embedded_in_time(guidance_embedding_dim)),
     )
+
+
+def without_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out `(B,)` of f = x0."""
+    return torch.zeros_like(exact(t)), torch.ones_like(exact(t))
 
 
 def embedded_in_time(dim: int) -> Told:
@@ -177,7 +216,7 @@ def flow_teaching(call: Call, shift: float, num_solver_steps: int = 50, guiding:
         shifted(share, shift),
         grid,
         torch.cat([grid.new_zeros(1), grid[:-1]]),
-        lambda t: (torch.zeros_like(t), torch.ones_like(t)),
+        without_scalings,
         call,
         guiding,
     )

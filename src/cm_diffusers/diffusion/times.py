@@ -5,7 +5,9 @@ on the CPU, where float64 is.
 """
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,44 @@ def solver_grid(num_train_timesteps: int, num_solver_steps: int) -> Tensor:
         )
     skip = num_train_timesteps // num_solver_steps
     return torch.arange(1, num_solver_steps + 1) * skip - 1
+
+
+def phase_edges(points: int, phases: int) -> Tensor:
+    """Where the phases of a grid begin (2405.18407): indices `(phases,)`, ascending from 0, as the authors' code has them.
+
+    Raises:
+        ValueError: There are fewer points than phases.
+    """
+    if not 1 <= phases <= points:
+        raise UserError(f"--phases {phases} do not fit on {points} points (--num_ddim_timesteps): give 1 to {points}.")
+    return torch.from_numpy(np.floor(np.linspace(0, points, phases, endpoint=False)).astype(np.int64))
+
+
+class Phases(NamedTuple):
+    """Of a grid of N times.
+
+    Attributes:
+        end: Where jumps from each of them end `(N,)`.
+        start: The greatest time of its phase `(N,)`.
+        starts: Of the phases, ascending `(phases,)`: what is sampled.
+    """
+
+    end: Tensor
+    start: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, grid: Tensor, before: Tensor, phases: int) -> "Phases":
+        """
+        Args:
+            grid: Ascending times `(N,)`.
+            before: The time one spacing below each `(N,)`; a phase ends before its first time.
+            phases: Their number, see `phase_edges`.
+        """
+        edges = phase_edges(len(grid), phases)
+        phase = torch.searchsorted(edges, torch.arange(len(grid)), right=True) - 1
+        starts = torch.cat([before[edges[1:]], grid[-1:]])
+        return cls(before[edges][phase], starts[phase], starts)
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Several pipelines on the same prompts or classes and seeds, measured against the same real images and teacher."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -49,6 +50,11 @@ class EvaluationConfig:
         default_factory=lambda: [8.0],
         help="Guidance scales; a student whose guidance is distilled into its weights has its own, and one without "
         "prompts none.",
+    )
+    gammas: list[float] | None = HfArg(
+        default=None,
+        help="Shares of fresh noise to sample with, of pipelines whose scheduler has one (PCM, TCD, students of flows), a row "
+        "each; the student's own if not given.",
     )
     num_images: int = HfArg(
         default=1000, help="Images per row of the table, each for the caption or class of one real image."
@@ -150,8 +156,15 @@ class Comparison:
         heads = self.reference.captions or ["" if label is None else str(label) for label in self.reference.labels]
         return image_grid(strips, labels, heads[:GRID_COLUMNS])
 
-    def measure(self, source: str, name: str, steps: list[int], keep: Keep = forget) -> None:
-        """Rows and strips of one pipeline, at every guidance scale that it has not of its own; `keep` as for `run`."""
+    def measure(
+        self, source: str, name: str, steps: list[int], keep: Keep = forget, gammas: list[float] | None = None
+    ) -> None:
+        """Rows and strips of one pipeline, at every guidance scale that it has not of its own.
+
+        Args:
+            keep: As for `run`.
+            gammas: Instead of the config's.
+        """
         pipe = self._load(source)
         record = read_record(source)
         scales: list[float | None] = list(self.config.guidance_scales)
@@ -160,11 +173,20 @@ class Comparison:
         elif record is not None and record.guidance == "distilled":
             scales = [record.recommended_guidance_scale]
         side = self.side or (record and record.resolution)
-        for guidance in scales:
-            for count in steps:
+        for label, gamma in self._named(pipe, name, gammas or self.config.gammas or []):
+            if gamma is not None:
+                pipe.scheduler.register_to_config(gamma=gamma)
+            for guidance, count in product(scales, steps):
                 is_reference = source == self.config.teacher and count == self.config.reference_steps
-                self._measure(pipe, name, count, guidance, side, is_reference)
+                self._measure(pipe, label, count, guidance, side, is_reference)
                 keep(self.rows)
+
+    @staticmethod
+    def _named(pipe: DiffusionPipeline, name: str, gammas: list[float]) -> list[tuple[str, float | None]]:
+        """Names of rows, and gammas to sample with, None for the pipeline's own."""
+        if not gammas or "gamma" not in pipe.scheduler.config:
+            return [(name, None)]
+        return [(f"{name}, gamma {gamma:g}", gamma) for gamma in gammas]
 
     def _load(self, source: str) -> DiffusionPipeline:
         config = self.config

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, TCDScheduler, UNet2DConditionModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -50,10 +50,13 @@ def load_pipeline(
     Raises:
         ValueError: if `source` holds neither a whole pipeline as its record says nor a LoRA with its record.
     """
-    folder = Path(source)
-    if not is_single_file(source) and folder.exists() and not (folder / "model_index.json").is_file():
+    folder, record = Path(source), read_record(source)
+    told = (
+        record is not None and record.target_dim is not None
+    )  # where each step goes, which stock pipelines do not say
+    if not (told or is_single_file(source)) and folder.exists() and not (folder / "model_index.json").is_file():
         return load_pipeline(base_model(folder), dtype, device, source, single_file_config)
-    if not folder.is_file() and pipeline_index(source).get("_class_name") in WITHOUT_PROMPT:
+    if told or (not folder.is_file() and pipeline_index(source).get("_class_name") in WITHOUT_PROMPT):
         pipe = ConsistencyPipeline.from_pretrained(source, dtype=dtype)
     else:
         pipe = load_stock(source, dtype, single_file_config if folder.is_file() else None)
@@ -154,16 +157,19 @@ def generate(
         pipe: Any pipeline with the arguments `prompt`, `generator`, `num_inference_steps`, `height`, `width`.
         prompts: N prompts.
         seeds: N seeds, of CPU generators, so that they mean the same on every device.
-        num_inference_steps: Steps; the scheduler's `recommended_sigmas` are taken if they are so many.
+        num_inference_steps: Steps; the scheduler's `recommended_sigmas` or `recommended_timesteps` are taken if they are so many.
         guidance_scale: In the pipeline's own convention.
         batch_size: Images drawn at once.
         resolution: Height and width in pixels; None: the pipeline's default.
-        eta: Of pipelines that take it, for DDIM's noise; None: the pipeline's default.
+        eta: Of pipelines that take it, for DDIM's noise; None: the pipeline's default, or gamma of a student's `TCDScheduler`.
         num_frames: Of clips; None for images.
 
     Returns:
         Images (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1], rounded to 8 bits and on the CPU, and the seconds they took after a warm-up.
     """
+
+    if eta is None and isinstance(pipe.scheduler, TCDScheduler):
+        eta = pipe.scheduler.config.get("gamma")
 
     def ask(rows: slice, steps: int) -> dict[str, Any]:
         arguments = _schedule(pipe, steps) | guided(pipe, guidance_scale)
@@ -205,8 +211,10 @@ def generate_unprompted(
 
 
 def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
-    recommended = pipe.scheduler.config.get("recommended_sigmas") or []
-    return {"sigmas": recommended} if len(recommended) == steps else in_steps(pipe, steps)
+    for way in ("sigmas", "timesteps"):
+        if len(recommended := pipe.scheduler.config.get(f"recommended_{way}") or []) == steps:
+            return {way: recommended}
+    return in_steps(pipe, steps)
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.adapters import WithoutAdapters, add_lora
+from cm_diffusers.models.adapters import WithoutAdapters, add_lora, target_names
 from cm_diffusers.models.casting import cast
 from cm_diffusers.models.families.base import family_of
 from cm_diffusers.models.quantization import QUANTIZATIONS
+from cm_diffusers.models.target_input import TARGET_INPUT, add_target_input
 from cm_diffusers.types import Networks
 
 
@@ -79,14 +80,21 @@ def require_autocast(config: StudentNetworkConfig, mixed_precision: str) -> None
         raise UserError(f"--cast_teacher_unet {cast} needs --mixed_precision {cast}, but that is {mixed_precision}.")
 
 
-def make_networks(teacher: nn.Module, config: StudentNetworkConfig) -> Networks:
-    """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student."""
+def make_networks(teacher: nn.Module, config: StudentNetworkConfig, target_dim: int | None = None) -> Networks:
+    """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student.
+
+    Args:
+        target_dim: Of a student that is told where its jumps end, which it ignores at first.
+    """
     if config.lora:
         cast(teacher, config.loaded_dtype)
         names = config.lora_target_modules
+        if target_dim is not None:
+            add_target_input(teacher, target_dim)
+            names = [*target_names(teacher, names), TARGET_INPUT]
         student = add_lora(teacher, config.lora_rank, config.lora_alpha, config.lora_dropout, names)
         return Networks(student, teacher=WithoutAdapters(student))
-    student = make_student(teacher, config.guidance_embedding_dim(teacher))
+    student = make_student(teacher, (config.guidance_embedding_dim(teacher) or 0) + (target_dim or 0) or None)
     cast(teacher, DTYPES[config.cast_teacher_unet])
     return Networks(student, target=frozen_copy(student), teacher=teacher)
 

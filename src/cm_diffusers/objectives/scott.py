@@ -7,26 +7,18 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.diffusion.adversarial import ADVERSARIAL_LOSSES, accuracy, adaptive_weight, approximate_r1, detour
+from cm_diffusers.diffusion.adversarial import AdversarialConfig, Adversary, check_choices
 from cm_diffusers.diffusion.distances import DISTANCES
 from cm_diffusers.diffusion.process import as_like, diffuse
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import NOISE_SCALES, ddim_sde, er_sde
 from cm_diffusers.diffusion.teaching import Teaching
 from cm_diffusers.errors import UserError
-from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
-ADVERSARIAL_FLAGS = (  # those that need a critic
-    "adversarial_weight adversarial_balance adversarial_start adversarial_ramp adversarial_loss critic_inputs "
-    "renoise_below real_source r1_weight"
-)
-R1_NOISE = 0.1  # standard deviation of the disturbance, in units of the latents
-
-
 @dataclass
-class SCottConfig:
+class SCottConfig(AdversarialConfig):
     """How the consistency target is formed, and what the critic does. Sec. 4 of the paper and its Tables 5 to 7."""
 
     num_ddim_timesteps: int = HfArg(default=50, help="Points of the sampler's time grid; trained is every time.")
@@ -43,15 +35,6 @@ class SCottConfig:
     shift: float | None = HfArg(
         default=None, help="Teachers of a flow: shift of the times; that of the teacher's scheduler if not given."
     )
-    adversarial_weight: float = HfArg(default=0.1, help="Weight of the adversarial term; 0.4 in the paper.")
-    adversarial_balance: Literal["fixed", "adaptive"] = HfArg(
-        default="fixed",
-        help="adaptive: the weight is in units of the distillation's gradient at the samples over the critic's, at least "
-        "0.01 and at most 10 of it, of each process and micro-batch.",
-    )
-    adversarial_start: int = HfArg(default=250, help="First step with a critic; before, distillation alone.")
-    adversarial_ramp: int = HfArg(default=250, help="Steps from there in which its weight grows from 0.")
-    adversarial_loss: Literal["hinge", "lsgan"] = HfArg(default="hinge", help="What critic and student play for.")
     critic_inputs: Literal["renoised", "clean"] = HfArg(
         default="renoised",
         help="renoised: real and fake with one random amount of noise. clean: as they are (the paper); the time that the "
@@ -65,17 +48,18 @@ class SCottConfig:
     real_source: Literal["data", "target"] = HfArg(
         default="data", help="What is real: the data, or the student's own target, at the price of another one."
     )
-    r1_weight: float = HfArg(default=0.0, help="Weight of the critic's approximate R1 penalty, e.g. 100.")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        choices = {"noise_scale": NOISE_SCALES, "sde": ("er_sde", "ddim"), "solver_order": (1, 2)}
-        choices |= {"loss_type": DISTANCES, "adversarial_loss": ADVERSARIAL_LOSSES}
-        choices |= {"adversarial_balance": ("fixed", "adaptive")}
-        choices |= {"critic_inputs": ("renoised", "clean"), "real_source": ("data", "target")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"Unknown --{name} {getattr(self, name)!r}; one of {', '.join(map(str, known))}.")
+        super().__post_init__()
+        check_choices(
+            self,
+            noise_scale=NOISE_SCALES,
+            sde=("er_sde", "ddim"),
+            solver_order=(1, 2),
+            loss_type=DISTANCES,
+            critic_inputs=("renoised", "clean"),
+            real_source=("data", "target"),
+        )
 
 
 class SCottObjective:
@@ -95,7 +79,7 @@ class SCottObjective:
         if config.renoise_below > (most := len(teaching.times)):
             raise UserError(f"--renoise_below is {config.renoise_below}, but the teacher has {most} timesteps.")
         self.config, self.teaching = config, teaching
-        self.adversarial = ADVERSARIAL_LOSSES[config.adversarial_loss]
+        self.adversary = Adversary(config, critic)
         self.players = {"student": self} | ({"critic": self.judge} if critic else {})
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
@@ -106,25 +90,18 @@ class SCottObjective:
         )  # first: its activations are gone before the student's are kept
         online = self.teaching.jump(nets.student, x_t, t, batch.cond, w)
         value = DISTANCES[self.config.loss_type](online, target).mean()  # Eq. 1 with weight 1
-        logs, weight = {"w": w.mean(), "consistency": value.detach()}, self.weight(progress)
-        if weight == 0:
-            return Loss(value, logs)
+        logs = {"w": w.mean(), "consistency": value.detach()}
 
-        def persuade(fake: Tensor) -> Tensor:
+        def logits(fake: Tensor) -> Tensor:
             x, times = self.shown([fake], [t])
-            return self.adversarial.generator(nets.critic(x, times, batch.cond))
+            return nets.critic(x, times, batch.cond)
 
-        adversarial, pull = detour(persuade, online)
-        (hold,) = torch.autograd.grad(value, online, retain_graph=True)
-        balance = adaptive_weight(hold, pull) if self.config.adversarial_balance == "adaptive" else value.new_ones(())
-        weight = weight * balance
-        logs |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
-        logs["gradient_ratio"] = weight * pull.norm() / hold.norm().clamp(min=1e-12)  # at the student's output
-        return Loss(value + weight * adversarial, logs)
+        value, more = self.adversary.join(value, online, logits, progress)
+        return Loss(value, logs | more)
 
     def judge(self, nets: Networks, batch: Batch, progress: Progress) -> Loss | None:
         """The critic's turn (Eq. 6): it does not move before its term counts."""
-        if progress.step < self.config.adversarial_start:
+        if not self.adversary.plays(progress):
             return None
         x_t, number, w = self.draw(batch)
         t = self.teaching.times[number]
@@ -132,26 +109,7 @@ class SCottObjective:
             fake = self.teaching.jump(nets.student, x_t, t, batch.cond, w)
         real = batch.x0 if self.config.real_source == "data" else self.target(nets, batch, x_t, number, w)
         x, times = self.shown([real, fake], [torch.zeros_like(t), t])
-        if self.config.r1_weight:
-            near = x[: len(t)] + R1_NOISE * torch.randn_like(real)
-            x, times = torch.cat([x, near]), torch.cat([times, times[: len(t)]])
-        copies = len(x) // len(t)
-        cond = {name: torch.cat([value] * copies) for name, value in batch.cond.items()}
-        on_real, on_fake, *on_near = nets.critic(x, times, cond).chunk(copies)  # one call: DDP counts them
-        value = self.adversarial.critic(on_real, on_fake)
-        if on_near:
-            value = value + self.config.r1_weight * approximate_r1(on_real, on_near[0])
-        right = accuracy(on_real, on_fake, self.adversarial.boundary)
-        found = {"loss": value, "accuracy": right, "real": on_real.mean(), "fake": on_fake.mean()}
-        return Loss(value, {f"critic/{name}": number.detach() for name, number in found.items()})
-
-    def weight(self, progress: Progress) -> float:
-        """Of the adversarial term: 0, then a ramp, then `adversarial_weight`."""
-        done = progress.step - self.config.adversarial_start
-        if done < 0 or "critic" not in self.players:
-            return 0.0
-        ramp = self.config.adversarial_ramp
-        return self.config.adversarial_weight * (min(1.0, done / ramp) if ramp else 1.0)
+        return self.adversary.judge(nets.critic, x, times, batch.cond)
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy data `(B, ...)`, the numbers of its times `(B,)`, any but the first, and guidance strengths `(B,)`."""

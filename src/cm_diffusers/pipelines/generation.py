@@ -12,7 +12,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
-from cm_diffusers.diffusion.guidance import guidance_embedding
+from cm_diffusers.diffusion.guidance import guidance_embedding, target_embedding
 from cm_diffusers.errors import UserError
 from cm_diffusers.pipelines import checks
 from cm_diffusers.pipelines.ip_adapter import image_embeddings
@@ -57,6 +57,7 @@ class Request:
     callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None
     callback_on_step_end_tensor_inputs: list[str]
     sigmas: list[float] | None = None
+    eta: float | None = None
 
     @property
     def batch(self) -> int:
@@ -170,6 +171,7 @@ def _schedule(pipe: DiffusionPipeline, start: FromNoise, ask: Request, device: t
         **ways,
         "original_inference_steps": ask.original_inference_steps,
         "strength": start.strength if start.strength < 1 else None,
+        "gamma": ask.eta,
     }
     options = {name: value for name, value in options.items() if value is not None}
     if refused := sorted(set(options) - set(inspect.signature(pipe.scheduler.set_timesteps).parameters)):
@@ -195,7 +197,8 @@ def _state(
         state.add_time_ids = rows.repeat(len(state.prompt_embeds), 1)
     if pipe.manners.guidance == "embedded":
         w = torch.full((batch,), pipe.guidance_scale - 1.0)
-        state.w_embedding = guidance_embedding(w, pipe.unet.config.time_cond_proj_dim).to(latents)
+        dim = pipe.unet.config.time_cond_proj_dim - (pipe.manners.target_dim or 0)
+        state.w_embedding = guidance_embedding(w, dim).to(latents)
     state.image_embeds = image_embeddings(
         pipe, ask.ip_adapter_image, ask.ip_adapter_image_embeds, batch, guided, device
     )
@@ -246,7 +249,7 @@ def _predict(pipe: DiffusionPipeline, start: FromNoise, state: State, t: Tensor)
         x,
         t,
         encoder_hidden_states=state.prompt_embeds[rows],
-        timestep_cond=state.w_embedding,
+        timestep_cond=_told(pipe, state, t, len(x)),
         cross_attention_kwargs=pipe.cross_attention_kwargs,
         added_cond_kwargs=added or None,
         return_dict=False,
@@ -255,6 +258,15 @@ def _predict(pipe: DiffusionPipeline, start: FromNoise, state: State, t: Tensor)
         return output
     unconditional, conditional = output.chunk(2)
     return unconditional + pipe.guidance_scale * (conditional - unconditional)
+
+
+def _told(pipe: DiffusionPipeline, state: State, t: Tensor, size: int) -> Tensor | None:
+    """What the UNet is told beside its time `(size, ...)`: its guidance, and where the step goes, if it knows them."""
+    if (dim := pipe.manners.target_dim) is None:
+        return state.w_embedding
+    s = torch.full((size,), pipe.scheduler.target_timestep(t))
+    guidance = [] if state.w_embedding is None else [state.w_embedding]
+    return torch.cat([*guidance, target_embedding(s, dim).to(state.latents)], 1)
 
 
 def _output(pipe: DiffusionPipeline, ask: Request, latents: Tensor) -> StableDiffusionPipelineOutput | tuple:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import adapter_layers
+from cm_diffusers.models.target_input import add_target_input_of, settle_target_input
 from cm_diffusers.pipelines.lora import (
     PARTS,
     Source,
@@ -87,7 +88,9 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
             raise UserError(f"adapter_name must be without dots, got {adapter_name!r}.")
         before = {part: active(getattr(self, part)) for part in PARTS if getattr(self, part, None) is not None}
         with self._all_or_nothing(before):
-            layers = layers_of(self, read_lora(source, **kwargs))
+            file = read_lora(source, **kwargs)
+            add_target_input_of(file.state_dict, self.unet)
+            layers = layers_of(self, file)
             name = adapter_name or free_name(self)
             put_on(self, layers, name, low_cpu_mem_usage, hotswap)
         record = folder and read_record(folder, **hub)
@@ -173,6 +176,7 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
 
     def _after_lora(self, replaced: Collection[str] = ()) -> None:
         """Follows what was taken off: the record is that of the last student's LoRA that is left, or the one before all."""
+        settle_target_input(self.unet)
         roles = self._roles
         left = (set(getattr(self.unet, "peft_config", {})) | (set(self.fused_loras) - roles.fused)) - set(replaced)
         gone = [name for name in roles.students if name not in left]
@@ -224,6 +228,7 @@ class LoraLoaderMixin(RecordedMixin, StableDiffusionXLLoraLoaderMixin):
                 super().delete_adapters(sorted(new))
                 for part, names in active_before.items():
                     activate(getattr(self, part), sorted(names))
+            settle_target_input(self.unet)
             raise
 
     def _adapters(self) -> set[str]:

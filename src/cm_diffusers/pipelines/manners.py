@@ -10,6 +10,7 @@ from torch import nn
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import family_of
+from cm_diffusers.models.target_input import knows_target
 from cm_diffusers.record import Record
 from cm_diffusers.schedulers.scheduling_consistency import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_edm_consistency import EDMConsistencyScheduler
@@ -63,6 +64,7 @@ class Manners:
         lowest, highest: Guidance scales an embedded student was trained with; None where nothing tells.
         guidance_scale, num_inference_steps: What to sample with unless the caller says otherwise.
         guided: As in `Family`: what callers give for a scale, which messages name.
+        target_dim: As in `Record`.
     """
 
     guidance: str
@@ -71,13 +73,15 @@ class Manners:
     guidance_scale: float
     num_inference_steps: int
     guided: Callable[[float], Mapping[str, float | str]] = field(compare=False, repr=False)
+    target_dim: int | None = None
 
     @classmethod
     def of(cls, record: Record | None, network: nn.Module) -> "Manners":
         guided = family_of(_whole(network)).guided
         if record is not None and contradiction(record, network) is None:
             scales = (record.w_min + 1, record.w_max + 1, record.recommended_guidance_scale)
-            return cls(record.guidance, *scales, record.recommended_num_inference_steps, guided)
+            steps, target_dim = record.recommended_num_inference_steps, record.target_dim
+            return cls(record.guidance, *scales, steps, guided, target_dim)
         if _embeds(network):
             return cls("embedded", None, None, LCM_GUIDANCE_SCALE, LCM_STEPS, guided)
         return cls("distilled", None, None, 1.0, LCM_STEPS, guided)
@@ -143,14 +147,18 @@ def _whole(network: nn.Module) -> nn.Module:
     return getattr(network, "_orig_mod", network)  # of a compiled one
 
 
-def _embeds(network: nn.Module) -> bool:
+def _embeds(network: nn.Module, target_dim: int | None = None) -> bool:
+    """Whether guidance is an input, beside another one of this size if there is that."""
     network = _whole(network)
-    return family_of(network).guidance(network) == "embedded"
+    told = family_of(network).guidance(network) == "embedded"
+    return told and (target_dim is None or network.config.time_cond_proj_dim > target_dim)
 
 
 def contradiction(record: Record, network: nn.Module) -> str | None:
-    """How the record contradicts the network about guidance, which the network decides; None if it does not."""
-    embeds = _embeds(network)
+    """How the record contradicts the network about its inputs, on which the network decides; None if it does not."""
+    if record.target_dim is not None and not knows_target(network):
+        return "The record says that the network is told where each step goes, but this network has no input for that"
+    embeds = _embeds(network, record.target_dim)
     if embeds == (record.guidance == "embedded"):
         return None
     takes = "takes guidance as an embedding" if embeds else "takes no embedding of guidance"

@@ -237,6 +237,7 @@ class ConsistencyPipeline(
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
         sigmas: list[float] | None = None,
+        eta: float | None = None,
     ) -> StableDiffusionPipelineOutput | tuple:
         """Images for prompts.
 
@@ -263,6 +264,7 @@ class ConsistencyPipeline(
             callback_on_step_end: (pipe, step, timestep, tensors) -> tensors to replace, or None.
             callback_on_step_end_tensor_inputs: Which ones it is given; "denoised" is a preview of the result.
             sigmas: Noise levels instead of a number of steps, descending, for students of CD, ECT and sCD.
+            eta: gamma of the sampling, 0 to 1, as stock pipelines hand it to `TCDScheduler`; by default the scheduler's own.
 
         Raises:
             ValueError: The request is malformed, or the student cannot fulfil it.
@@ -275,7 +277,9 @@ class ConsistencyPipeline(
             return None
         if self.is_xl:
             return StableDiffusionXLPipeline
-        return LatentConsistencyModelPipeline if self.unet.config.time_cond_proj_dim else StableDiffusionPipeline
+        is_lcm = self.scheduler.config.get("boundary_scalings") != "none"  # the other hands TCDScheduler its eta
+        embeds = is_lcm and self.unet.config.time_cond_proj_dim
+        return LatentConsistencyModelPipeline if embeds else StableDiffusionPipeline
 
     def _begin(self, ask: Request) -> None:
         """Takes up a request, if the student can fulfil it."""

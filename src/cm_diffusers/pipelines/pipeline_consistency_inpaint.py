@@ -53,6 +53,7 @@ class ConsistencyInpaintPipeline(ConsistencyPipeline):
         target_size: Size | None = None,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
+        eta: float | None = None,
     ) -> StableDiffusionPipelineOutput | tuple:
         """Images from images, masks and prompts; the arguments are those of `ConsistencyPipeline`, and
 

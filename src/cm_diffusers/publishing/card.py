@@ -14,6 +14,8 @@ REWARD_GRADIENTS = "[RG-LCD](https://arxiv.org/abs/2403.11027), [DRaFT](https://
 CM = "[Consistency Models](https://arxiv.org/abs/2303.01469)"
 SCM = "[sCM](https://arxiv.org/abs/2410.11081)"
 MATCHING = "[rCM](https://arxiv.org/abs/2510.08431), [DMD](https://arxiv.org/abs/2311.18828)"  # of --dmd_weight
+PCM = "[Phased Consistency Models](https://arxiv.org/abs/2405.18407)"
+TCD = "[Trajectory Consistency Distillation](https://arxiv.org/abs/2402.19159)"
 ANIMATELCM = "[AnimateLCM](https://arxiv.org/abs/2402.00769)"
 EDM_METHODS = {  # in EDM's coordinates
     "cd": ("Consistency model (CD)", "distilled from", CM),
@@ -32,6 +34,10 @@ METHODS = {  # method of the record, with "-lora" where that is so -> title, how
     "lcm-lora": ("LCM-LoRA", "distilled from", LCM_LORA),
     "scott": ("Stochastic consistency distillation (SCott)", "distilled from", SCOTT),
     "scott-lora": ("Stochastic consistency distillation (SCott, LoRA)", "distilled from", f"{SCOTT}, {LCM_LORA}"),
+    "pcm": ("Phased consistency model (PCM)", "distilled from", PCM),
+    "pcm-lora": ("Phased consistency model (PCM, LoRA)", "distilled from", f"{PCM}, {LCM_LORA}"),
+    "tcd": ("Trajectory consistency model (TCD)", "distilled from", TCD),
+    "tcd-lora": ("Trajectory consistency model (TCD, LoRA)", "distilled from", f"{TCD}, {LCM_LORA}"),
     "lcf": ("Latent consistency fine-tuning", "fine-tuned from", LCM),
     "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
     "rlcm": ("Consistency model tuned for a reward (RLCM)", "tuned from", RLCM),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cm_diffusers.models.adapters import adapter_layers
 from cm_diffusers.models.casting import HALVES
 from cm_diffusers.models.families.base import family_of
+from cm_diffusers.models.target_input import TARGET_INPUT
 from cm_diffusers.pipelines.lora import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from cm_diffusers.publishing.student_kinds import LORA_WEIGHTS
 
@@ -34,7 +35,8 @@ class Lora(NamedTuple):
         config: The fields of its `LoraConfig` that say how it is put on.
         alphas: For each adapted layer the alpha that is true for it: a reader scales by alpha / rank, so it is the
             layer's scale times its rank, whatever ranks and alphas the config holds.
-        names: Of each adapted layer for other programs; empty where these would lose the alphas, see `Family.lora_name`.
+        names: Of each adapted layer for other programs, which have no input of the target; empty where these would lose the
+            alphas, see `Family.lora_name`.
         header: What other programs show and sort by.
         half: What half precision is for its network.
     """
@@ -54,7 +56,8 @@ class Lora(NamedTuple):
         layers = {path: one for path, one in network.named_modules() if isinstance(one, BaseTunerLayer)}
         alphas = {path: float(one.scaling[adapter] * one.r[adapter]) for path, one in layers.items()}
         family = family_of(network)
-        names = {path: family.lora_name(path, network) for path in layers} if family.lora_name else {}
+        others = [path for path in layers if path != TARGET_INPUT]
+        names = {path: family.lora_name(path, network) for path in others} if family.lora_name else {}
         names, half = {} if None in names.values() else names, HALVES[family.network]
         return cls(tensors, lora_config(network), alphas, names, _header(network, adapter), half)
 

@@ -13,6 +13,7 @@ from cm_diffusers.publishing.card import EDM_METHODS, MATCHING, METHODS, TAGS, c
 from cm_diffusers.publishing.flow_kinds import guidance_of
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.publishing.student_kinds import Kind, count, is_lora, usage
+from cm_diffusers.publishing.trajectory_kinds import sampler_of
 from cm_diffusers.record import Record
 
 
@@ -68,7 +69,8 @@ def model_card(
 
 def _for_other_tools(file: str, record: Record) -> str:
     steps, scale = count(record.recommended_num_inference_steps), record.recommended_guidance_scale
-    return f"For ComfyUI and A1111: `{file}` as the checkpoint, with the sampler `lcm`, {steps} and CFG {scale:g}."
+    sampler = sampler_of(record)
+    return f"For ComfyUI and A1111: `{file}` as the checkpoint, with the sampler {sampler}, {steps} and CFG {scale:g}."
 
 
 def _front(record: Record, provenance: Provenance, task: str, measured: Measured | None) -> ModelCardData:
@@ -94,7 +96,7 @@ def _front(record: Record, provenance: Provenance, task: str, measured: Measured
 
 def _method_tags(method: str) -> list[str]:
     """What the Hub may list it under, from the general to the method."""
-    general = [] if method == "edm" else ["consistency-model"] if method in EDM_METHODS else ["lcm"]
+    general = [] if method in ("edm", "pcm", "tcd") else ["consistency-model"] if method in EDM_METHODS else ["lcm"]
     return [*general, method]
 
 

@@ -10,6 +10,7 @@ from diffusers import (
     LCMScheduler,
     MotionAdapter,
     SchedulerMixin,
+    TCDScheduler,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
@@ -44,14 +45,37 @@ def lcm_scheduler(teacher: DiffusionPipeline, original_inference_steps: int, tim
     )
 
 
+def tcd_scheduler(
+    teacher: DiffusionPipeline, original_inference_steps: int, gamma: float, timesteps: list[int] | None
+) -> TCDScheduler:
+    """The stock scheduler of jumps without scalings, in whose config the fields of `ConsistencyScheduler` ride.
+
+    Args:
+        timesteps: To sample at, as many as are recommended; None for any number on the grid.
+    """
+    bounds = {
+        "clip_sample": False,
+        "thresholding": False,
+        "set_alpha_to_one": False,
+    }  # as it samples, whatever its config
+    scheduler = TCDScheduler.from_config(
+        teacher.scheduler.config, original_inference_steps=original_inference_steps, **bounds
+    )
+    scheduler.register_to_config(gamma=gamma, boundary_scalings="none", recommended_timesteps=timesteps)
+    return scheduler
+
+
 def lcm_pipeline(teacher: DiffusionPipeline, student: nn.Module, scheduler: SchedulerMixin) -> DiffusionPipeline:
     """The stock pipeline a student samples in.
 
     Stable Diffusion XL's, and those of flows, take students with and without embedded guidance. Of the earlier ones' only
-    LCM's takes an embedding; other students keep the teacher's class.
+    LCM's takes an embedding; other students keep the teacher's class, and so do those that TCD's scheduler samples, which
+    LCM's pipeline hands no eta.
     """
     parts = {family_of(student).network: student, "scheduler": scheduler}
-    if isinstance(student, UNet2DConditionModel) and not (is_xl(student) or student.config.time_cond_proj_dim):
+    told = isinstance(student, UNet2DConditionModel) and student.config.time_cond_proj_dim
+    told = told and not isinstance(scheduler, TCDScheduler)
+    if isinstance(student, UNet2DConditionModel) and not (is_xl(student) or told):
         pipe = type(teacher)(**teacher.components | parts, requires_safety_checker=False)
     else:
         pipe = stock_pipeline(teacher, **parts)
@@ -60,9 +84,11 @@ def lcm_pipeline(teacher: DiffusionPipeline, student: nn.Module, scheduler: Sche
 
 
 def lcm_record(
-    base_model: str, guidance: str, w_min: float, w_max: float, guidance_scale: float, scheduler: LCMScheduler
+    base_model: str, guidance: str, w_min: float, w_max: float, guidance_scale: float, scheduler: SchedulerMixin
 ) -> Record:
-    return Record("lcm", base_model, guidance, w_min, w_max, guidance_scale, 4, scheduler_entry(scheduler))
+    recommended = scheduler.config.get("recommended_timesteps") or scheduler.config.get("recommended_sigmas")
+    steps = len(recommended) if recommended else 4
+    return Record("lcm", base_model, guidance, w_min, w_max, guidance_scale, steps, scheduler_entry(scheduler))
 
 
 def scheduler_entry(scheduler: SchedulerMixin) -> dict[str, object]:

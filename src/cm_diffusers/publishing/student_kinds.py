@@ -5,9 +5,17 @@ from typing import NamedTuple
 
 from cm_diffusers.models.families.base import family_tagged
 from cm_diffusers.models.stored import header
+from cm_diffusers.publishing import trajectory_kinds
 from cm_diffusers.publishing.card import code_block
 from cm_diffusers.publishing.flow_kinds import flow_values
 from cm_diffusers.publishing.provenance import Provenance
+from cm_diffusers.publishing.trajectory_kinds import (
+    TOLD,
+    TOLD_LORA,
+    is_of_trajectories,
+    sampler_of,
+    trajectory_values,
+)
 from cm_diffusers.record import Record, is_of_flow
 
 
@@ -52,6 +60,8 @@ class Kind(NamedTuple):
         if is_of_flow(record):
             clips = family_tagged(provenance.family).clips
             return KINDS[f"flow{' clips' if clips else ''}{' lora' if is_lora(provenance) else ''}"]
+        if is_of_trajectories(record):
+            return KINDS[f"trajectory{' lora' if is_lora(provenance) else ''}"]
         of_sprint = record.scheduler.get("_class_name") == "SCMScheduler"
         return KINDS[f"{'sprint ' * of_sprint}lora" if is_lora(provenance) else "text"]
 
@@ -91,7 +101,9 @@ def usage(record: Record, provenance: Provenance, base: str, single_file: bool, 
     """
     kind, values, stock = Kind.of(record, provenance), _values(record, provenance, base), is_stock(record)
     parts = [kind.package[0], code_block(kind.package[1], values)]
-    if stock:
+    if record.target_dim is not None:
+        parts.append(TOLD_LORA if kind in LORAS else TOLD)
+    elif stock:
         parts += [kind.alone[0].format(**values), code_block(kind.alone[1], values)]
     elif not single_file:
         parts.append(_needed(provenance))
@@ -119,6 +131,7 @@ def _values(record: Record, provenance: Provenance, base: str) -> dict[str, obje
         "base": base,
         "steps": record.recommended_num_inference_steps,
         "scale": float(record.recommended_guidance_scale),
+        "lcm": sampler_of(record),
         "frames": provenance.settings.get("sample_n_frames", 16),
         "size": f", height={record.resolution}, width={record.resolution}" if record.resolution else "",
         "weights": LORA_WEIGHTS,
@@ -127,6 +140,7 @@ def _values(record: Record, provenance: Provenance, base: str) -> dict[str, obje
         "asked": f"batch_size=2, {asked}" if provenance.num_classes else asked,
         "calls": "\n".join(_image_calls(record, asked)),
         **(flow_values(record, family_tagged(provenance.family)) if is_of_flow(record) else {}),
+        **(trajectory_values(record) if is_of_trajectories(record) else {}),
     }
 
 
@@ -153,7 +167,7 @@ def _needed(provenance: Provenance) -> str:
 
 
 ELSEWHERE = (
-    "For ComfyUI, A1111 and kohya's tools: the same file, `{weights}`, with the sampler `lcm`, {steps} steps, CFG {scale:g} "
+    "For ComfyUI, A1111 and kohya's tools: the same file, `{weights}`, with the sampler {lcm}, {steps} steps, CFG {scale:g} "
     "and strength 1."
 )
 FLOW_ELSEWHERE = (
@@ -261,6 +275,10 @@ frames = pipe(
 KINDS = {
     "text": OF_TEXT,
     "lora": OF_TEXT._replace(alone=("With diffusers alone:", LORA_ALONE + CALL)),
+    "trajectory": OF_TEXT._replace(alone=(trajectory_kinds.ALONE, ALONE + trajectory_kinds.CALL)),
+    "trajectory lora": OF_TEXT._replace(
+        alone=(trajectory_kinds.ALONE, trajectory_kinds.LORA_ALONE + trajectory_kinds.CALL)
+    ),
     "sprint lora": OF_TEXT._replace(alone=("With diffusers alone:", SPRINT_LORA_ALONE + CALL)),
     "images": Kind(
         "unconditional-image-generation",
@@ -278,4 +296,4 @@ KINDS = {
     "flow clips": OF_FLOW_CLIPS,
     "flow clips lora": OF_FLOW_CLIPS._replace(alone=(FLOW_ALONE, FLOW_LORA_ALONE + FLOW_CLIP_CALL)),
 }
-LORAS = [KINDS[name] for name in ("lora", "sprint lora", "flow lora", "flow clips lora")]
+LORAS = [KINDS[name] for name in ("lora", "trajectory lora", "sprint lora", "flow lora", "flow clips lora")]

@@ -30,8 +30,8 @@ from cm_diffusers.ranges import check_ranges
 from cm_diffusers.record import Record, first_model_of
 from cm_diffusers.rewards import Reward
 from cm_diffusers.rewards.base import Metadata
+from cm_diffusers.tasks.finished_students import FinetuneConfig, load_ddim, load_student
 from cm_diffusers.tasks.teachings import loop_scheduler, teaching_of, told_of
-from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_ddim, load_student
 from cm_diffusers.types import Networks
 
 

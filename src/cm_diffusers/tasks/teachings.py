@@ -1,46 +1,65 @@
 """What objectives of latent consistency are told of a teacher or a student, whatever its family."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
+import torch
 from diffusers import DiffusionPipeline, SanaSprintPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.teaching import Guiding, Teaching, Told, embedded_in_time, flow_teaching, vp_teaching
+from cm_diffusers.diffusion.times import Phases, solver_grid
 from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import family_of, network_of
-from cm_diffusers.publishing.pipelines import lcm_scheduler
+from cm_diffusers.models.target_input import check_takes_target
+from cm_diffusers.publishing.pipelines import lcm_scheduler, tcd_scheduler
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_trigflow_consistency import TrigFlowConsistencyScheduler
 from cm_diffusers.tasks.image_models import ImageModel
 
 
 class OnGrid(Protocol):
-    """The config of a method that is sampled on a grid of times."""
+    """The config of a method that is sampled on a grid of times; with `timestep_scaling_factor`, if its jumps have scalings."""
 
     num_ddim_timesteps: int
-    timestep_scaling_factor: float
     shift: float | None
 
 
-def teaching_of(teacher: DiffusionPipeline, guidance_embedding_dim: int | None, method: OnGrid) -> Teaching:
+class OfTrajectories(OnGrid, Protocol):
+    """That of a method whose jumps end anywhere: it is sampled with this gamma, and where it has phases at their starts."""
+
+    gamma: float
+    phases: int | None
+
+
+def teaching_of(
+    teacher: DiffusionPipeline, guidance_embedding_dim: int | None, method: OnGrid, target_dim: int | None = None
+) -> Teaching:
     """
     Args:
         guidance_embedding_dim: Of the student's own embedding; None where it has none, or has the teacher's.
+        target_dim: Of the embedding of where a jump ends; None for a student that is not told.
 
     Raises:
         ValueError: A flag is for teachers of another kind, or a shift is missing.
     """
+    if target_dim is not None:
+        check_takes_target(network_of(teacher))
+    return replace(_teaching_of(teacher, guidance_embedding_dim, method), target_dim=target_dim)
+
+
+def _teaching_of(teacher: DiffusionPipeline, guidance_embedding_dim: int | None, method: OnGrid) -> Teaching:
     network = network_of(teacher)
     family = family_of(network)
     process, points = family.process(teacher), method.num_ddim_timesteps
     if isinstance(process, DiscreteVP):
         refuse_changed(method, "shift", "for a teacher that is no flow")
         prediction_type = family.prediction_type(teacher)
-        return vp_teaching(process, prediction_type, guidance_embedding_dim, points, method.timestep_scaling_factor)
+        return vp_teaching(process, prediction_type, guidance_embedding_dim, points, scaling_of(method))
     refuse_changed(method, "timestep_scaling_factor", "for a teacher of a flow, whose jump needs no scalings")
     shift, kind = method.shift or shift_of(teacher.scheduler), family.guidance(network)
     told = family.told(network) if kind == "embedded" or guidance_embedding_dim is not None else None
@@ -93,12 +112,38 @@ def loop_scheduler(student: DiffusionPipeline) -> SchedulerMixin:
     return TrigFlowConsistencyScheduler(sigma_data=1.0, **flow)
 
 
+def scaling_of(method: OnGrid) -> float | None:
+    """Of t in the scalings; None for a method whose jumps have none."""
+    return getattr(method, "timestep_scaling_factor", None)
+
+
 def student_scheduler(teacher: DiffusionPipeline, method: OnGrid) -> SchedulerMixin:
     """What samples a student as it is trained, on the teacher's times."""
-    if isinstance(family_of(network_of(teacher)).process(teacher), DiscreteVP):
-        return lcm_scheduler(teacher, method.num_ddim_timesteps, method.timestep_scaling_factor)
-    points = method.num_ddim_timesteps
-    return FlowConsistencyScheduler(shift=method.shift or shift_of(teacher.scheduler), original_inference_steps=points)
+    points, scaling = method.num_ddim_timesteps, scaling_of(method)
+    family = family_of(network_of(teacher))
+    process = family.process(teacher)
+    if isinstance(process, DiscreteVP):
+        if scaling is not None:
+            return lcm_scheduler(teacher, points, scaling)
+        grid = solver_grid(process.num_train_timesteps, points)
+        return tcd_scheduler(teacher, points, method.gamma, starts_of(grid, method))
+    options = {}
+    if scaling is None:
+        options["gamma"] = method.gamma
+        if family.sigmas != "unknown" and (
+            starts := starts_of(torch.arange(1, points + 1, dtype=torch.float64) / points, method)
+        ):
+            options["recommended_sigmas"] = starts
+    shift = method.shift or shift_of(teacher.scheduler)
+    return FlowConsistencyScheduler(shift=shift, original_inference_steps=points, **options)
+
+
+def starts_of(grid: Tensor, method: OfTrajectories) -> list | None:
+    """The times of a grid at which phases start, descending; None without phases."""
+    if method.phases is None:
+        return None
+    before = torch.cat([grid.new_zeros(1), grid[:-1]])
+    return Phases.of(grid, before, method.phases).starts.flip(0).tolist()
 
 
 def shift_of(scheduler: SchedulerMixin) -> float:

@@ -11,6 +11,8 @@ from diffusers import DiffusionPipeline
 from cm_diffusers.data.clip_config import OF_FILES, OF_IMAGES, ClipConfig
 from cm_diffusers.data.clip_latents import check_frames
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.diffusion.adversarial import AdversarialConfig
+from cm_diffusers.diffusion.times import phase_edges
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import target_names
@@ -19,13 +21,16 @@ from cm_diffusers.models.families.base import answers_clips, family_of, latents_
 from cm_diffusers.models.quantization import check_quantization
 from cm_diffusers.models.students import StudentConfig, StudentNetworkConfig, make_student, require_autocast
 from cm_diffusers.models.teachers import is_late
-from cm_diffusers.objectives.scott import ADVERSARIAL_FLAGS, SCottConfig
+from cm_diffusers.objectives.pcm import PCMConfig
+from cm_diffusers.objectives.scott import SCottConfig
+from cm_diffusers.objectives.tcd import TCDConfig
 
 
 OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_target_modules"
 OF_FULL = "unet_time_cond_proj_dim"
 FEW_STEPS = ("turbo", "schnell", "sprint", "lightning", "distilled")  # in names of models that were distilled
 logger = logging.getLogger(__name__)
+OF_CRITIC_INPUTS = "critic_inputs renoise_below real_source"  # of SCott
 
 
 def check_student(config: StudentNetworkConfig, mixed_precision: str) -> None:
@@ -137,14 +142,38 @@ def check_scott(method: SCottConfig, judge: CriticConfig, max_train_steps: int) 
         ValueError: A flag that would have no effect, or a critic that could not play.
     """
     refuse_changed(method, "eta" if method.sde == "er_sde" else "noise_scale solver_order", f"with --sde {method.sde}")
-    refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
     if judge.critic == "none":
-        refuse_changed(method, ADVERSARIAL_FLAGS, "with --critic none")
-        return
+        refuse_changed(method, OF_CRITIC_INPUTS, "with --critic none")
     refuse_changed(method, "renoise_below" * (method.critic_inputs == "clean"), "with --critic_inputs clean")
     if judge.critic == "vision" and method.critic_inputs != "clean":
         raise UserError("--critic vision judges images without noise: give it --critic_inputs clean.")
-    if method.adversarial_start >= max_train_steps:
+    _check_adversary(method, judge, max_train_steps)
+
+
+def check_pcm(method: PCMConfig, judge: CriticConfig, max_train_steps: int) -> None:
+    """As `check_scott`."""
+    if judge.critic == "vision":
+        raise UserError(
+            "--critic vision judges images without noise, and jumps end in noise: take heads or lora_decoder."
+        )
+    phase_edges(method.num_ddim_timesteps, method.phases)
+    _check_adversary(method, judge, max_train_steps)
+
+
+def check_tcd(method: TCDConfig) -> None:
+    """
+    Raises:
+        ValueError: The phases do not fit on the grid.
+    """
+    if method.phases is not None:
+        phase_edges(method.num_ddim_timesteps, method.phases)
+
+
+def _check_adversary(method: AdversarialConfig, judge: CriticConfig, max_train_steps: int) -> None:
+    refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
+    if judge.critic == "none":
+        refuse_changed(method, " ".join(field.name for field in fields(AdversarialConfig)), "with --critic none")
+    elif method.adversarial_start >= max_train_steps:
         raise UserError(
             f"The critic would start at step {method.adversarial_start} (--adversarial_start) of {max_train_steps}: give "
             "it an earlier step, or --critic none."
