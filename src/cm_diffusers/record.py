@@ -48,6 +48,7 @@ class Record:
             `FlowConsistencyScheduler` with the shift of its training, its gamma and `recommended_sigmas`.
         resolution: Side in pixels of the square images or frames it was trained on; older records do not tell.
         num_frames: Frames of the clips it was trained on; None for images.
+        one_step: Whether it makes samples of pure noise in one step, and can do nothing else.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Record:
     scheduler: dict
     resolution: int | None = None
     num_frames: int | None = None
+    one_step: bool = False
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Self:
@@ -190,6 +192,8 @@ def _fault(record: Record) -> str | None:
     for name in ("resolution", "num_frames"):
         if (value := getattr(record, name)) is not None and not (isinstance(value, Integral) and value > 0):
             return f"{name} must be a whole number of at least 1 or null, got {value!r}"
+    if not isinstance(record.one_step, bool):
+        return f"one_step must be true or false, got {record.one_step!r}"
     if not isinstance(record.scheduler, dict):
         return f"scheduler must be a dict, got {record.scheduler!r}"
     shift = record.scheduler.get("shift")

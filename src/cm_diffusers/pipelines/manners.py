@@ -62,6 +62,7 @@ class Manners:
         guidance: As in `Record`.
         lowest, highest: Guidance scales an embedded student was trained with; None where nothing tells.
         guidance_scale, num_inference_steps: What to sample with unless the caller says otherwise.
+        one_step: As in `Record`.
     """
 
     guidance: str
@@ -69,12 +70,13 @@ class Manners:
     highest: float | None
     guidance_scale: float
     num_inference_steps: int
+    one_step: bool = False
 
     @classmethod
     def of(cls, record: Record | None, network: nn.Module) -> "Manners":
         if record is not None and contradiction(record, network) is None:
             scales = (record.w_min + 1, record.w_max + 1, record.recommended_guidance_scale)
-            return cls(record.guidance, *scales, record.recommended_num_inference_steps)
+            return cls(record.guidance, *scales, record.recommended_num_inference_steps, record.one_step)
         if _embeds(network):
             return cls("embedded", None, None, LCM_GUIDANCE_SCALE, LCM_STEPS)
         return cls("distilled", None, None, 1.0, LCM_STEPS)
@@ -99,6 +101,26 @@ class Manners:
                 )
         else:
             self._check_distilled(guidance_scale, negative)
+
+    def check_way(self, steps: int | None, from_noise: bool) -> None:
+        """
+        Args:
+            steps: The caller's; None where the scheduler or the record decides.
+            from_noise: Whether sampling starts from pure noise.
+
+        Raises:
+            ValueError: The student knows only the one step from pure noise to the data.
+        """
+        if self.one_step and not from_noise:
+            raise UserError(
+                "This student makes images of pure noise alone, in one step: it cannot change an image that it is given; use "
+                "it as text to image, or another student for this."
+            )
+        if self.one_step and steps not in (None, 1):
+            raise UserError(
+                f"This student makes its images in one step, which no other can follow: leave the number of steps out or give 1, "
+                f"not {steps}."
+            )
 
     def _check_embedded(self, guidance_scale: float, negative: bool) -> None:
         if negative:
