@@ -52,7 +52,7 @@ class BOOTObjective:
     """Of noise e the student answers y(e, t), where x_t = alpha_t y + sigma_t e is the teacher's way from there.
 
     The way begins with the teacher's own answer to pure noise, y(e, T) = D(e, T), and a step of its ODE takes y(e, t) to
-    y(e, s) (the signal-ODE, Eq. 8; with DDIM y_s = (1 - r) D(x_t, t) + r y_t with r = e^(lam_t - lam_s), between 0 and 1,
+    y(e, s) (the paper's Signal-ODE; with DDIM y_s = (1 - r) D(x_t, t) + r y_t with r = e^(lam_t - lam_s), between 0 and 1,
     lam = log(alpha / sigma)). Left alone, each equation has the solutions of all beginnings: the loss at T chooses.
 
     The student's network is shown the same noise at every t. Told t, as in the paper, it would have its answer ready at t = 0,
@@ -82,13 +82,13 @@ class BOOTObjective:
             target = self.along(self.teaching.guided(nets.teacher, batch, w), y_t, noise, t, s)
         y_s = self.signal(nets.student, noise, s, batch.cond, w)
         share = append_dims((t - s) / self.teaching.grid[-1], noise)  # delta, where all of time is 1
-        way = ((y_s - target) / share).square().mean()  # Eq. 9
+        way = ((y_s - target) / share).square().mean()  # its bootstrapping loss
         boundary = self.boundary(nets, batch, noise, w)
         logs = {"w": w.mean(), "way": way.detach(), "boundary": boundary.detach()}
         return Loss(way + self.config.boundary_weight * boundary, logs)
 
     def boundary(self, nets: Networks, batch: Batch, noise: Tensor, w: Tensor) -> Tensor:
-        """How far the signal of some of the batch is at T from the teacher's answer to pure noise (Eq. 10)."""
+        """How far the signal of some of the batch is at T from the teacher's answer to pure noise."""
         some = slice(-(-batch.size // BOUNDARY_EVERY))
         cond, uncond = ({name: value[some] for name, value in each.items()} for each in (batch.cond, batch.uncond))
         noise, w = noise[some], w[some]

@@ -191,7 +191,7 @@ UNSTATED = {
 
 ONE_STEP = (
     "It answers pure noise with its image, and nothing else: more steps make it worse, and it can neither change nor fill in a "
-    "given image. Of cm_diffusers, the pipelines refuse both; of other programs, ask for one step, text to image."
+    "given image. The pipelines of cm_diffusers refuse both; ask other programs for text to image in one step."
 )
 FUSED = "This is a whole pipeline: what was trained, or a LoRA, was put into the weights of the model it belongs on."
 IDLE = {  # by `lora`
