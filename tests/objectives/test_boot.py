@@ -258,7 +258,9 @@ def zero_snr():
 @pytest.mark.parametrize(("prediction_type", "solver"), [("epsilon", "ddim"), ("v_prediction", "heun")])
 def test_without_signal_at_the_end_what_cannot_be_is_refused(prediction_type, solver):
     config = BOOTConfig(solver=solver)
-    with pytest.raises(ValueError, match=r"^The teacher has zero terminal SNR: .* needs a v-prediction or sample teacher"):
+    with pytest.raises(
+        ValueError, match=r"^The teacher has zero terminal SNR: .* needs a v-prediction or sample teacher"
+    ):
         BOOTObjective(config, vp_teaching(zero_snr(), prediction_type, None), (4,))
 
 

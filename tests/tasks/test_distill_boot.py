@@ -17,6 +17,7 @@ from cm_diffusers import ConsistencyImg2ImgPipeline, ConsistencyPipeline
 from cm_diffusers.evaluation.candidates import Candidate
 from cm_diffusers.pipelines.stock import stock_entry
 from cm_diffusers.record import RECORD, read_record
+from cm_diffusers.tasks import summary
 
 
 PROMPTS = ["a photo of a bag", "a coat", "an ankle boot"]
@@ -86,7 +87,9 @@ def test_more_steps_are_refused(home: Path, asked: dict) -> None:
 
 def test_so_is_an_image_to_start_from(home: Path) -> None:
     pipe = ConsistencyImg2ImgPipeline.from_pretrained(home / "full" / "pipeline")
-    with pytest.raises(ValueError, match=r"^This student makes images of pure noise alone, in one step: it cannot change"):
+    with pytest.raises(
+        ValueError, match=r"^This student makes images of pure noise alone, in one step: it cannot change"
+    ):
         pipe(PROMPTS[0], torch.rand(1, 3, 32, 32), num_inference_steps=1)
 
 
@@ -102,8 +105,11 @@ def test_the_file_that_travels_refuses_them_too(home: Path) -> None:
 def test_it_is_measured_in_one_step(home: Path) -> None:
     folder = str(home / "full" / "pipeline")
     Candidate.of(folder).check_steps([1])
-    with pytest.raises(ValueError, match=r"makes its images in one step: measure it by itself, with 1 step and no other\.$"):
+    with pytest.raises(
+        ValueError, match=r"makes its images in one step: measure it by itself, with 1 step and no other\.$"
+    ):
         Candidate.of(folder).check_steps([1, 2])
+    assert " ".join(summary._next(Path(folder), {})["measure"]).count("--num_inference_steps 1") == 1
 
 
 def test_older_readers_read_the_record_and_older_records_are_read(home: Path, tmp_path: Path) -> None:
