@@ -12,7 +12,7 @@ from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.objectives.boot import BOOTConfig, BOOTObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
-from cm_diffusers.tasks.boot import distill_alone, latent_shape
+from cm_diffusers.tasks.boot import distill, latent_shape
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image_checks import check_distilled
@@ -31,7 +31,7 @@ def main() -> None:
     teacher = load_teacher(source, student.loaded_dtype, late=True)
     teaching = teaching_of(teacher, student.guidance_embedding_dim(network_of(teacher)), method)
     objective = BOOTObjective(method, teaching, latent_shape(teacher, data.resolution))
-    if address := distill_alone(teacher, objective, optim, configs, repo_id):
+    if address := distill(teacher, objective, optim, configs, repo_id):
         print(address)
 
 

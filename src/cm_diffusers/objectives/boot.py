@@ -76,9 +76,8 @@ class BOOTObjective:
         like = next(iter(batch.cond.values()))
         noise = torch.randn(batch.size, *self.shape, device=like.device)
         w = torch.empty(batch.size, device=like.device).uniform_(self.config.w_min, self.config.w_max)
-        with torch.no_grad():  # first, so that its activations are gone before the student's are kept
-            with rewind_rng(like.device):  # the student draws the same dropout masks
-                y_t = self.signal(nets.student, noise, t, batch.cond, w)
+        with torch.no_grad(), rewind_rng(like.device):  # y_s has the dropout masks of y_t
+            y_t = self.signal(nets.student, noise, t, batch.cond, w)
             target = self.along(self.teaching.guided(nets.teacher, batch, w), y_t, noise, t, s)
         y_s = self.signal(nets.student, noise, s, batch.cond, w)
         share = append_dims((t - s) / self.teaching.grid[-1], noise)  # delta, where all of time is 1

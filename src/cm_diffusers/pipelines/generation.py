@@ -1,7 +1,7 @@
 """The one sampling run behind the consistency pipelines."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ class Request:
     def steps(self) -> int | None:
         """Number of steps, where it says one."""
         times = self.sigmas if self.timesteps is None else self.timesteps
-        return self.num_inference_steps if times is None else len(times)
+        return len(times) if isinstance(times, Sized) else self.num_inference_steps
 
     @property
     def negative(self) -> bool:

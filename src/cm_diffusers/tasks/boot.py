@@ -43,14 +43,14 @@ def latent_shape(teacher: DiffusionPipeline, resolution: int) -> tuple[int, int,
     return latents.channels, resolution // latents.downscale, resolution // latents.downscale
 
 
-def distill_alone(
+def distill(
     teacher: DiffusionPipeline,
     objective: BOOTObjective,
     optim: OptimConfig,
     configs: Sequence[object],
     repo_id: str | None,
 ) -> str | None:
-    """As `distill` of `text_to_image`, of prompts, which the student answers in one step.
+    """As the `distill` of `text_to_image`, of prompts alone, which the student answers in one step.
 
     Args:
         teacher: Without its network (`load_teacher`'s `late`).
