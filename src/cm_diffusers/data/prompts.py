@@ -6,6 +6,7 @@ synonyms.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -155,7 +156,7 @@ def load_prompts(source: str | Path | Sequence[str]) -> list[Prompt]:
 def named_prompts(words: Sequence[str]) -> list[Prompt]:
     """As `load_prompts`, of a flag's words: prompts, or the name of one set or file."""
     first, *others = words or [""]
-    is_source = not others and (first in PROMPT_SETS or first.endswith(PROMPT_FILES) or Path(first).is_file())
+    is_source = not others and (first in PROMPT_SETS or first.endswith(PROMPT_FILES) or os.path.isfile(first))
     return load_prompts(first if is_source else words)
 
 
