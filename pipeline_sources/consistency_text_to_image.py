@@ -81,8 +81,8 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
             kwargs: The other arguments of `StableDiffusionPipeline.__call__`.
 
         Raises:
-            ValueError: A negative prompt for a student that has no unconditional branch, or gamma or the number of steps is
-                out of range.
+            ValueError: A negative prompt for a student that has no unconditional branch, several steps for one that knows one, or
+                gamma or the number of steps is out of range.
         """
         if gamma is not None and not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be from 0 (deterministic) to 1 (fresh noise in every step), got {gamma}.")
@@ -97,7 +97,10 @@ class PortableConsistencyPipeline(StableDiffusionPipeline):
         steps = defaults["recommended_num_inference_steps"] if num_inference_steps is None else num_inference_steps
         if not isinstance(steps, Integral) or steps < 1:
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}.")
-        if num_inference_steps is None and timesteps is None and sigmas is None:
+        times = sigmas if timesteps is None else timesteps
+        if self.record.get("one_step") and (steps if times is None else len(times)) != 1:
+            raise ValueError("This student makes its images in one step: leave the number of steps out or give 1.")
+        if num_inference_steps is None and times is None:
             sigmas = self.scheduler.config.get("recommended_sigmas")
         if (side := self.record.get("resolution")) is not None:
             kwargs = {"height": side, "width": side} | {name: x for name, x in kwargs.items() if x is not None}

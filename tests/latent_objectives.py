@@ -2,6 +2,7 @@
 
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.diffusion.teaching import vp_teaching
+from cm_diffusers.objectives.boot import BOOTConfig, BOOTObjective
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
@@ -10,6 +11,12 @@ from cm_diffusers.objectives.scott import SCottConfig, SCottObjective
 def lcm_of(config: LCMConfig, process: DiscreteVP, prediction_type: str, dim: int | None) -> LCMObjective:
     grid = config.num_ddim_timesteps, config.timestep_scaling_factor
     return LCMObjective(config, vp_teaching(process, prediction_type, dim, *grid))
+
+
+def boot_of(
+    config: BOOTConfig, process: DiscreteVP, prediction_type: str, dim: int | None, shape: tuple[int, ...]
+) -> BOOTObjective:
+    return BOOTObjective(config, vp_teaching(process, prediction_type, dim, config.num_ddim_timesteps), shape)
 
 
 def lcf_of(

@@ -13,7 +13,7 @@ INTERVALS = {
     "(-inf, inf)": "logit_mean p_mean reward_weights time_mean time_start",
     "[-1, inf)": "w w_min w_max",
     "[0, inf)": """
-        adam_weight_decay adaptive_power critic_learning_rate diffusion_weight dmd_weight dsm_weight generation_guidance_scale guidance_scale guidance_scales huber_c
+        adam_weight_decay adaptive_power boundary_weight critic_learning_rate diffusion_weight dmd_weight dsm_weight generation_guidance_scale guidance_scale guidance_scales huber_c
         kl_coef kl_in_advantage kl_weight l1_weight learning_rate mapping_b mapping_k r1_weight stop_diversity stop_held_out stop_kl
         tangent_c validation_guidance_scale
     """,

@@ -50,6 +50,7 @@ class Record:
         num_frames: Frames of the clips it was trained on; None for images.
         target_dim: Size of the embedding of where a step goes, of a student that is told it beside time and guidance (TCD);
             None for one that is not.
+        one_step: Whether it makes samples of pure noise in one step, and can do nothing else.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Record:
     resolution: int | None = None
     num_frames: int | None = None
     target_dim: int | None = None
+    one_step: bool = False
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Self:
@@ -193,6 +195,8 @@ def _fault(record: Record) -> str | None:
     for name in ("resolution", "num_frames", "target_dim"):
         if (value := getattr(record, name)) is not None and not (isinstance(value, Integral) and value > 0):
             return f"{name} must be a whole number of at least 1 or null, got {value!r}"
+    if not isinstance(record.one_step, bool):
+        return f"one_step must be true or false, got {record.one_step!r}"
     if not isinstance(record.scheduler, dict):
         return f"scheduler must be a dict, got {record.scheduler!r}"
     shift = record.scheduler.get("shift")

@@ -1,14 +1,22 @@
 """Prompts from files, lists and known sets."""
 
 import json
+from collections.abc import Callable
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 import pytest
-from tiny import FASHION_LABELS
+import torch
+from diffusers import DiffusionPipeline
+from tiny import FASHION_LABELS, tiny_pipeline
+from tiny_xl import tiny_xl_pipeline
 
-from cm_diffusers.data.prompts import ARTICLES, PROMPT_SETS, Prompt, hardest_prompts, load_prompts
+from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.prompts import ARTICLES, PROMPT_SETS, Prompt, hardest_prompts, load_prompts, named_prompts
+from cm_diffusers.data.prompts_alone import PromptDataConfig, batches_of_prompts
 from cm_diffusers.evaluation.metrics import label_in_prompt
+from cm_diffusers.types import Batch
 
 
 def test_known_sets_are_those_of_ddpo() -> None:
@@ -83,6 +91,40 @@ def test_refuses_unknown_names_and_empty_lists() -> None:
     for empty in ([], ["a bag", ""], ["a bag", None]):
         with pytest.raises(ValueError, match="The list must hold at least one prompt"):
             load_prompts(empty)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])
+def test_batches_of_prompts_alone(make: Callable[[], DiffusionPipeline], tmp_path: Path) -> None:
+    """Every prompt as often as the others, whole and empty, and the sizes that XL is told; the seed decides the order."""
+    texts, encoders = ["a bag", "a coat", "an ankle boot", "a bag"], Encoders.from_pipeline(make())
+    config = PromptDataConfig(texts, resolution=32, train_batch_size=2, latent_cache_dir=str(tmp_path))
+
+    def epoch(seed: int) -> list[Batch]:
+        return list(islice(batches_of_prompts(config, encoders, seed)(0), 2))
+
+    found = epoch(0)
+    assert sorted(text for batch in found for text in batch.texts) == sorted(texts)
+    empty = encoders.encode_prompts([""])["encoder_hidden_states"]
+    for batch in found:
+        assert batch.x0 is None
+        expected = encoders.encode_prompts(batch.texts)["encoder_hidden_states"]
+        torch.testing.assert_close(batch.cond["encoder_hidden_states"], expected, rtol=2e-3, atol=2e-3)  # float16
+        torch.testing.assert_close(
+            batch.uncond["encoder_hidden_states"], empty.expand(2, -1, -1), rtol=2e-3, atol=2e-3
+        )
+        sizes = [[32, 32, 0, 0, 32, 32]] * 2
+        assert [each["time_ids"].tolist() for each in (batch.cond, batch.uncond) if "time_ids" in each] == (
+            [sizes, sizes] if make is tiny_xl_pipeline else []
+        )
+    assert len({tuple(tuple(batch.texts) for batch in epoch(seed)) for seed in range(6)}) > 1
+
+
+def test_the_words_of_a_flag_are_prompts_or_name_them(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("a bag\n\na coat\n")
+    assert [text for text, _ in named_prompts([str(tmp_path / "some.txt")])] == ["a bag", "a coat"]
+    assert named_prompts(["fashion"]) == load_prompts("fashion")
+    assert [text for text, _ in named_prompts(["a lone bag"])] == ["a lone bag"]
+    assert [text for text, _ in named_prompts(["fashion", "a bag"])] == ["fashion", "a bag"]
 
 
 def test_the_hardest_prompts_have_the_lowest_mean_reward() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from diffusers import LCMScheduler
-from latent_objectives import lcf_of, lcm_of, scott_of
+from latent_objectives import boot_of, lcf_of, lcm_of, scott_of
 from tiny import tiny_scheduler, tiny_unet, tiny_vae
 from tiny_flow import tiny_sd3_transformer
 
@@ -20,6 +20,7 @@ from cm_diffusers.models.families import sd3
 from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective, AutoencoderWithPosterior
+from cm_diffusers.objectives.boot import BOOTConfig
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
 from cm_diffusers.objectives.flow import FlowConfig, FlowObjective
@@ -63,6 +64,16 @@ def networks(**settings):
 def lcm(prediction_type="epsilon", lora=False, **settings):
     objective = lcm_of(LCMConfig(**settings), VP, prediction_type, None if lora else 16)
     return Case(objective, lambda: networks(lora=lora), latents)
+
+
+def boot(prediction_type="epsilon", lora=False, **settings):
+    def prompts(size):
+        batch = latents(size)
+        batch.x0 = None
+        return batch
+
+    objective = boot_of(BOOTConfig(**settings), VP, prediction_type, None if lora else 16, (4, 8, 8))
+    return Case(objective, lambda: networks(lora=lora), prompts)
 
 
 def lcf(prediction_type="epsilon", embedded=True, lora=False, **settings):
@@ -175,6 +186,9 @@ CASES = {
     "lcm-lora-epsilon": lcm(lora=True),
     "lcm-lora-v": lcm("v_prediction", lora=True),
     "lcm-lora-sample": lcm("sample", lora=True),
+    "boot": boot(),
+    "boot-heun-v": boot("v_prediction", solver="heun", num_ddim_timesteps=20),
+    "boot-lora-sample": boot("sample", lora=True),
     "scott": scott(),
     "scott-ddim-huber-v": scott("v_prediction", sde="ddim", loss_type="huber"),
     "scott-heads": scott(critic="heads"),

@@ -6,6 +6,7 @@ synonyms.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +19,7 @@ from cm_diffusers.errors import UserError, readable
 ARTICLES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 PLURAL = ("trousers",)
+PROMPT_FILES = (".txt", ".jsonl")
 SIMPLE_ANIMALS = """
 cat; dog; horse; monkey; rabbit; zebra; spider; bird; sheep; deer; cow; goat; lion; tiger; bear; raccoon; fox; wolf;
 lizard; beetle; ant; butterfly; fish; shark; whale; dolphin; squirrel; mouse; rat; snake; turtle; frog; chicken; duck;
@@ -149,6 +151,13 @@ def load_prompts(source: str | Path | Sequence[str]) -> list[Prompt]:
         where = source if isinstance(source, str | Path) else "The list"
         raise UserError(f"{where} must hold at least one prompt, and none that is empty or no text.")
     return found
+
+
+def named_prompts(words: Sequence[str]) -> list[Prompt]:
+    """As `load_prompts`, of a flag's words: prompts, or the name of one set or file."""
+    first, *others = words or [""]
+    is_source = not others and (first in PROMPT_SETS or first.endswith(PROMPT_FILES) or os.path.isfile(first))
+    return load_prompts(first if is_source else words)
 
 
 def hardest_prompts(rewards: Mapping[str, Sequence[float]], k: int) -> list[str]:

@@ -76,8 +76,13 @@ class Candidate:
     def check_steps(self, steps: Iterable[int]) -> None:
         """
         Raises:
-            ValueError: Its scheduler has not so many steps.
+            ValueError: Its scheduler has not so many steps, or it knows one alone.
         """
+        steps = list(steps)
+        if self.record is not None and self.record.one_step and steps != [1]:
+            raise UserError(
+                f"{self.source} makes its images in one step: measure it by itself, with 1 step and no other."
+            )
         if (scheduler := self._scheduler()) is None:
             return
         for count in steps:

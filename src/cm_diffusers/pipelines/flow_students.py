@@ -179,6 +179,8 @@ class FlowStudentMixin(CarriedSchedulerMixin, RecordedMixin):
         guided = manners.guided
         name, none = next(iter(guided(1.0).items()))
         scale = given[name] - none + 1 if name in given else manners.guidance_scale  # in the convention of records
+        told = given.get("num_inference_steps") if times is None else steps
+        manners.check_way(told, not {"image", "strength"} & given.keys())
         self._check(manners, scale, name, given)
         return dict(asked) | {**in_steps(self, steps), **guided(scale), **self._size(given), **given}
 

@@ -1,7 +1,7 @@
 """The one sampling run behind the consistency pipelines."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,12 @@ class Request:
         return checks.count(self.prompt, self.prompt_embeds) * self.num_images_per_prompt
 
     @property
+    def steps(self) -> int | None:
+        """Number of steps, where it says one."""
+        times = self.sigmas if self.timesteps is None else self.timesteps
+        return len(times) if isinstance(times, Sized) else self.num_inference_steps
+
+    @property
     def negative(self) -> bool:
         asked = (self.negative_prompt, self.negative_prompt_2, self.negative_prompt_embeds)
         return any(argument is not None for argument in asked)
@@ -121,6 +127,7 @@ def _check(pipe: DiffusionPipeline, start: FromNoise, ask: Request) -> Size:
     checks.check_embeddings({name: getattr(ask, name) for name in names}, pipe.is_xl, _width(pipe))
     if sum(way is not None for way in (ask.num_inference_steps, ask.timesteps, ask.sigmas)) > 1:
         raise UserError("Give num_inference_steps, timesteps or sigmas, not more than one of them.")
+    pipe.manners.check_way(ask.steps, type(start) is FromNoise)
     checks.check_output(ask.output_type, ask.callback_inputs, pipe._callback_tensor_inputs)
     checks.check_generators(ask.generator, ask.batch)
     checks.check_ip_adapter(pipe, ask.ip_adapter_image, ask.ip_adapter_image_embeds)

@@ -65,6 +65,7 @@ class Manners:
         guidance_scale, num_inference_steps: What to sample with unless the caller says otherwise.
         guided: As in `Family`: what callers give for a scale, which messages name.
         target_dim: As in `Record`.
+        one_step: As in `Record`.
     """
 
     guidance: str
@@ -74,14 +75,15 @@ class Manners:
     num_inference_steps: int
     guided: Callable[[float], Mapping[str, float | str]] = field(compare=False, repr=False)
     target_dim: int | None = None
+    one_step: bool = False
 
     @classmethod
     def of(cls, record: Record | None, network: nn.Module) -> "Manners":
         guided = family_of(_whole(network)).guided
         if record is not None and contradiction(record, network) is None:
             scales = (record.w_min + 1, record.w_max + 1, record.recommended_guidance_scale)
-            steps, target_dim = record.recommended_num_inference_steps, record.target_dim
-            return cls(record.guidance, *scales, steps, guided, target_dim)
+            steps, told = record.recommended_num_inference_steps, (guided, record.target_dim, record.one_step)
+            return cls(record.guidance, *scales, steps, *told)
         if _embeds(network):
             return cls("embedded", None, None, LCM_GUIDANCE_SCALE, LCM_STEPS, guided)
         return cls("distilled", None, None, 1.0, LCM_STEPS, guided)
@@ -114,6 +116,26 @@ class Manners:
     def _told(self, scale: float) -> str:
         """A guidance scale as callers give it."""
         return f"{self.guided(scale)[self._argument]:g}"
+
+    def check_way(self, steps: int | None, from_noise: bool) -> None:
+        """
+        Args:
+            steps: The caller's; None where the scheduler or the record decides.
+            from_noise: Whether sampling starts from pure noise.
+
+        Raises:
+            ValueError: The student knows only the one step from pure noise to the data.
+        """
+        if self.one_step and not from_noise:
+            raise UserError(
+                "This student makes images of pure noise alone, in one step: it cannot change an image that it is given; use "
+                "it as text to image, or another student for this."
+            )
+        if self.one_step and steps not in (None, 1):
+            raise UserError(
+                f"This student makes its images in one step, which no other can follow: leave the number of steps out or give 1, "
+                f"not {steps}."
+            )
 
     def _check_embedded(self, guidance_scale: float, negative: bool) -> None:
         if negative:

@@ -9,6 +9,7 @@ from cm_diffusers.publishing.provenance import Provenance
 LCM = "[Latent Consistency Models](https://arxiv.org/abs/2310.04378)"
 LCM_LORA = "[LCM-LoRA](https://arxiv.org/abs/2311.05556)"
 SCOTT = "[SCott](https://arxiv.org/abs/2403.01505)"
+BOOT = "[BOOT](https://arxiv.org/abs/2306.05544)"
 RLCM = "[RLCM](https://arxiv.org/abs/2404.03673)"
 REWARD_GRADIENTS = "[RG-LCD](https://arxiv.org/abs/2403.11027), [DRaFT](https://arxiv.org/abs/2309.17400)"
 CM = "[Consistency Models](https://arxiv.org/abs/2303.01469)"
@@ -38,6 +39,8 @@ METHODS = {  # method of the record, with "-lora" where that is so -> title, how
     "pcm-lora": ("Phased consistency model (PCM, LoRA)", "distilled from", f"{PCM}, {LCM_LORA}"),
     "tcd": ("Trajectory consistency model (TCD)", "distilled from", TCD),
     "tcd-lora": ("Trajectory consistency model (TCD, LoRA)", "distilled from", f"{TCD}, {LCM_LORA}"),
+    "boot": ("Student of one step (BOOT)", "distilled from", BOOT),
+    "boot-lora": ("Student of one step (BOOT, LoRA)", "distilled from", BOOT),
     "lcf": ("Latent consistency fine-tuning", "fine-tuned from", LCM),
     "lcf-lora": ("Latent consistency fine-tuning (LoRA)", "fine-tuned from", f"{LCM}, {LCM_LORA}"),
     "rlcm": ("Consistency model tuned for a reward (RLCM)", "tuned from", RLCM),

@@ -48,9 +48,10 @@ def model_card(
     if rewards := provenance.settings.get("rewards"):
         origin += f", for {cell(' + '.join(rewards))}"
     alone = f"trained on {cell(provenance.data)} with cm_diffusers, after {paper}"
-    steps = count(record.recommended_num_inference_steps)
+    steps = "one step" if record.one_step else f"about {count(record.recommended_num_inference_steps)}"
     sections = [
-        f"Makes {kind.makes} in about {steps}. It was {origin if base else alone}.",
+        f"Makes {kind.makes} in {steps}. It was {origin if base else alone}.",
+        *([ONE_STEP] if record.one_step else []),
         *([_guidance(record, provenance)] if text else _classes(provenance)),
         *([FUSED] if provenance.fused else []),
         _license(provenance, bool(base)),
@@ -96,7 +97,9 @@ def _front(record: Record, provenance: Provenance, task: str, measured: Measured
 
 def _method_tags(method: str) -> list[str]:
     """What the Hub may list it under, from the general to the method."""
-    general = [] if method in ("edm", "pcm", "tcd") else ["consistency-model"] if method in EDM_METHODS else ["lcm"]
+    general = (
+        [] if method in ("edm", "pcm", "tcd", "boot") else ["consistency-model"] if method in EDM_METHODS else ["lcm"]
+    )
     return [*general, method]
 
 
@@ -192,6 +195,10 @@ UNSTATED = {
     False: "The data it was trained on states no licence where this was trained; look for it before you use this model.",
 }
 
+ONE_STEP = (
+    "It answers pure noise with its image, and nothing else: more steps make it worse, and it can neither change nor fill in a "
+    "given image. The pipelines of cm_diffusers refuse both; ask other programs for text to image in one step."
+)
 FUSED = "This is a whole pipeline: what was trained, or a LoRA, was put into the weights of the model it belongs on."
 IDLE = {  # by `lora`
     True: {"unet_time_cond_proj_dim", "ema_decay"},

@@ -1,6 +1,5 @@
 """What the scripts of reward fine-tuning share: the model, what it is asked for, and what its images are worth."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -13,7 +12,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.found import Found
-from cm_diffusers.data.prompts import PROMPT_SETS, Prompt, load_prompts
+from cm_diffusers.data.prompts import Prompt, named_prompts
 from cm_diffusers.data.ragged import joined
 from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.errors import UserError
@@ -36,7 +35,6 @@ from cm_diffusers.types import Networks
 
 
 ENCODED_AT_ONCE = 64  # prompts
-PROMPT_FILES = (".txt", ".jsonl")
 
 
 @dataclass
@@ -81,9 +79,7 @@ class RewardConfig:
         Raises:
             ValueError: As `load_prompts` of `data.prompts`.
         """
-        (first, *others) = self.prompts or [""]
-        is_source = not others and (first in PROMPT_SETS or first.endswith(PROMPT_FILES) or os.path.isfile(first))
-        return load_prompts(first if is_source else self.prompts)
+        return named_prompts(self.prompts)
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,8 @@ def _next(folder: Path, flags: dict[str, Any]) -> dict[str, list[str]]:
         against += ["--pretrained_motion_adapter", flags["pretrained_motion_adapter"]]
     if record is not None and record.guidance == "embedded" and not record.w_min <= USUAL - 1 <= record.w_max:
         against += ["--guidance_scales", f"{record.recommended_guidance_scale:g}"]
+    if record is not None and record.one_step:
+        against += ["--num_inference_steps", "1"]
     commands = {"measure": _script(name, "--pipelines", place, *against, *data, "--output_dir", out)}
     if record is not None and not flags.get("push_to_hub"):
         commands["share"] = _script("share", "--folder", place, "--evaluation", out, "--push_to_hub")

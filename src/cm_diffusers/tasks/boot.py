@@ -1,0 +1,97 @@
+"""A student of one step, distilled with prompts alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.prompts_alone import PromptDataConfig, batches_of_prompts
+from cm_diffusers.data.teacher_latents import check_side
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.models.critics import CriticConfig
+from cm_diffusers.models.families.base import answers_clips, latents_of, network_of
+from cm_diffusers.models.quantization import quantization_config
+from cm_diffusers.models.students import StudentConfig, make_networks
+from cm_diffusers.models.teachers import TeacherConfig, load_network, network_name, release_encoders
+from cm_diffusers.objectives.boot import BOOTObjective
+from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record
+from cm_diffusers.publishing.provenance import describe_run
+from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
+from cm_diffusers.tasks.publish import publish, save_student
+from cm_diffusers.tasks.summary import announce
+from cm_diffusers.tasks.teachings import student_scheduler
+from cm_diffusers.tasks.text_to_image_checks import check_late
+from cm_diffusers.types import Networks
+
+
+WHAT_A_RUN_IS = (TeacherConfig, StudentConfig, PromptDataConfig)  # beside method and training
+
+
+def latent_shape(teacher: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
+    """Of what the network sees of a square image of so many pixels, (C, h, w).
+
+    Raises:
+        ValueError: Its pipeline would not make images of this size.
+    """
+    check_side(teacher, resolution)
+    latents = latents_of(teacher)
+    return latents.channels, resolution // latents.downscale, resolution // latents.downscale
+
+
+def distill(
+    teacher: DiffusionPipeline,
+    objective: BOOTObjective,
+    optim: OptimConfig,
+    configs: Sequence[object],
+    repo_id: str | None,
+) -> str | None:
+    """As the `distill` of `text_to_image`, of prompts alone, which the student answers in one step.
+
+    Args:
+        teacher: Without its network (`load_teacher`'s `late`).
+        configs: The script's, for its flags and for the card; those of `WHAT_A_RUN_IS` among them.
+    """
+    given, method = {type(config): config for config in configs}, objective.config
+    source, student, data = (given[kind] for kind in WHAT_A_RUN_IS)
+    train, validation = given[TrainConfig], given[ValidationConfig]
+    refuse_changed(validation, "validation_nfe", "here: the student makes its images in one step")
+    scheduler = student_scheduler(teacher, method)
+
+    def make_pipeline(network: nn.Module) -> DiffusionPipeline:
+        return lcm_pipeline(teacher, network, scheduler)
+
+    guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
+    told = min(max(validation.validation_guidance_scale, method.w_min + 1), method.w_max + 1)
+    scale = 1.0 if guidance == "distilled" else told
+    grid = sample_grid(replace(validation, validation_nfe=[1]), make_pipeline, teacher, scale, data.resolution)
+    quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
+    check_late(teacher, student, False, CriticConfig("none"))
+    batches = None
+
+    def after_the_prompts(*place: object) -> Networks:
+        nonlocal batches
+        batches = batches_of_prompts(data, Encoders.from_pipeline(teacher), train.seed, *place)
+        if student.lora and not validation.validation_prompts:
+            release_encoders(teacher)
+        load_network(teacher, source, student.loaded_dtype, quantization)
+        seed_everything(train.seed)  # adapters start alike, whatever the cache held
+        return make_networks(network_of(teacher), student)
+
+    settings = [given[kind] for kind in WHAT_A_RUN_IS]
+    trainer = Trainer(train, after_the_prompts, objective, optim, settings, callbacks=[grid])
+    result = "lora" if student.lora else "pipeline"
+    trainer.fit(announce(trainer, batches, configs, result))
+    base = source.pretrained_teacher_model
+    record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
+    record = replace(
+        record, method="boot", resolution=data.resolution, one_step=True, recommended_num_inference_steps=1
+    )
+    record = replace(record, num_frames=1 if answers_clips(teacher) else None)
+    describe = partial(describe_run, configs, teacher, base, "prompts alone")
+    return publish(trainer, result, configs, describe, partial(save_student, student, make_pipeline, record), repo_id)
