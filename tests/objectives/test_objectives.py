@@ -31,7 +31,7 @@ from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
 from cm_diffusers.objectives.scott import SCottConfig
 from cm_diffusers.objectives.tcd import TCDConfig, TCDObjective
 from cm_diffusers.policy.policy import Policy
-from cm_diffusers.tasks.text_to_image import FinetuneConfig, finetune_networks
+from cm_diffusers.tasks.finished_students import FinetuneConfig, finetune_networks
 from cm_diffusers.types import Batch, Networks, Progress
 
 
