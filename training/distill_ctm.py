@@ -5,6 +5,7 @@ import cm_diffusers.engine.early
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.models.critics import CriticConfig, make_view_critic
 from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.with_target import with_target
@@ -18,21 +19,25 @@ from cm_diffusers.tasks.image_runs import (
     trainable_copy,
 )
 from cm_diffusers.tasks.teachings import guiding_of
+from cm_diffusers.tasks.text_to_image_checks import check_adversary
 from cm_diffusers.types import Networks
 
 
-CONFIGS = (StartConfig, CTMConfig, *SHARED_CONFIGS)
+CONFIGS = (StartConfig, CTMConfig, CriticConfig, *SHARED_CONFIGS)
 
 
 def main() -> None:
     configs = parse_configs(CONFIGS, __doc__)
     given = dict(zip(CONFIGS, configs, strict=True))
-    method = given[CTMConfig]
+    method, judge = given[CTMConfig], given[CriticConfig]
+    check_adversary(method, judge, given[TrainConfig].max_train_steps)
     seed_everything(given[TrainConfig].seed)
     model = load_image_model(given[StartConfig])
-    objective = CTMObjective(method, model.view, guiding=guiding_of(model, model.view.told))
     student = trainable_copy(with_target(model.network), given[DropoutConfig])
-    nets = Networks(student, target=frozen_copy(student), teacher=model.network)
+    critic = make_view_critic(model.network, model.view, judge)
+    nets = Networks(student, target=frozen_copy(student), teacher=model.network, critic=critic)
+    guiding = guiding_of(model, model.view.told)
+    objective = CTMObjective(method, model.view, guiding=guiding, critic=critic is not None)
     scheduler = student_scheduler(model, method, given[ResultConfig], "edm", method.num_scales, gamma=0.0)
     train_images("ctm", model, nets, objective, scheduler, configs, (method.w, method.w))
 

@@ -1,6 +1,7 @@
 """Consistency trajectory models against data whose flow between any two noise levels is known exactly."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cm_diffusers.diffusion.process import EDM, append_dims
 from cm_diffusers.diffusion.times import karras_grid
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.critics import CriticConfig, make_view_critic
 from cm_diffusers.models.with_target import with_target
 from cm_diffusers.objectives.cd import CDConfig, CDObjective
 from cm_diffusers.objectives.ctm import CTMConfig, CTMObjective
@@ -193,3 +195,51 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         CTMConfig(teacher_intervals=18)
     with pytest.raises(UserError, match="no unconditional branch"):
         ctm(w=1.0)(oracle_networks(), Batch(draw(4)), PROGRESS)
+
+
+# ---- the critic
+
+
+def with_critic(nets: Networks) -> Networks:
+    torch.manual_seed(2)
+    critic = make_view_critic(nets.teacher, VIEW, CriticConfig("heads", critic_channels=8))
+    for head in critic.heads:
+        nn.init.normal_(head[-1].weight)
+    return replace(nets, critic=critic)
+
+
+def test_the_critic_moves_the_student_by_its_share_and_only_when_it_plays() -> None:
+    nets, x0 = with_critic(tiny_networks()), torch.randn(4, 3, 8, 8)
+    settings = {"teacher_intervals": 1, "dsm_weight": 0, "adversarial_start": 5, "adversarial_ramp": 0}
+    judged = CTMObjective(CTMConfig(**settings, adversarial_weight=0.5), VIEW, critic=True)
+    values = {}
+    for step in (4, 5):
+        torch.manual_seed(1)
+        loss = judged(nets, Batch(x0), Progress(step, 10))
+        values[step] = loss.value.item()
+        assert (judged.judge(nets, Batch(x0), Progress(step, 10)) is None) == (step == 4)
+    assert values[5] - values[4] == pytest.approx(0.5 * loss.logs["adversarial"].item(), rel=1e-3)
+    loss.value.backward()
+    assert all(p.grad is None for net in (nets.teacher, nets.target) for p in net.parameters())
+
+
+def test_the_critic_learns_alone_from_data_and_what_two_jumps_make() -> None:
+    """Features of frozen attention lie in memory as torch's backward pass of a norm cannot bear."""
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    teacher = UNet2DModel(**sizes, **blocks, attention_head_dim=8).requires_grad_(False).eval()
+    student = with_target(teacher)
+    nets = with_critic(Networks(student, target=copy.deepcopy(student).requires_grad_(False), teacher=teacher))
+    judged = CTMObjective(CTMConfig(adversarial_start=0, adversarial_ramp=0), VIEW, critic=True)
+    loss = judged.judge(nets, Batch(torch.randn(6, 3, 8, 8)), Progress(0, 10))
+    loss.value.backward()
+    assert loss.value.item() > 0
+    assert all(p.grad is not None for p in nets.critic.parameters())
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_critics_that_read_text_are_refused() -> None:
+    with pytest.raises(UserError, match="--critic vision judges images with their text"):
+        make_view_critic(tiny_networks().teacher, VIEW, CriticConfig("vision"))
+    assert make_view_critic(tiny_networks().teacher, VIEW, CriticConfig("none")) is None

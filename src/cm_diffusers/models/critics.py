@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.diffusion.denoisers import unet_arguments
+from cm_diffusers.diffusion.denoisers import Call, call_unet, unet_arguments
+from cm_diffusers.diffusion.views import View
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters
 from cm_diffusers.models.block_outputs import block_outputs
@@ -132,14 +133,19 @@ class TeacherFeatureCritic(nn.Module):
         teacher: What to call, as a UNet.
         unet: The network inside it, whose blocks are looked at.
         channels: Width of the heads.
+        call: How it is called.
     """
 
-    def __init__(self, teacher: nn.Module, unet: UNet2DConditionModel, channels: int) -> None:
+    def __init__(
+        self, teacher: nn.Module, unet: UNet2DConditionModel | UNet2DModel, channels: int, call: Call = call_unet
+    ) -> None:
         super().__init__()
         down, widths = list(unet.down_blocks)[-2:], list(unet.config.block_out_channels)[-2:]
         mid = [] if unet.mid_block is None else [unet.mid_block]
-        _require_text([*unet.down_blocks, *mid], "down and mid blocks")
+        if isinstance(unet, UNet2DConditionModel):
+            _require_text([*unet.down_blocks, *mid], "down and mid blocks")
         self._teacher, self._unet, self._blocks = [teacher], [unet], [*down, *mid]  # lists: not registered
+        self._call = call
         self.heads = nn.ModuleList(_head(width, channels) for width in [*widths, *widths[-1:] * len(mid)])
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -152,10 +158,13 @@ class TeacherFeatureCritic(nn.Module):
         """What the blocks answer `(B, C', H', W')` each, in float32. The teacher stops after the last of them."""
 
         def run() -> None:
-            self._teacher[0](x, t, **unet_arguments(cond), return_dict=False)
+            self._call(self._teacher[0], x, t, cond)
 
         found = block_outputs(self._unet[0], self._blocks, run)
-        return [(output[0] if isinstance(output, tuple) else output).float() for output in found]
+        found = [output[0] if isinstance(output, tuple) else output for output in found]
+        return [
+            output.float().contiguous() for output in found
+        ]  # of others GroupNorm of torch 2.13 crashes backward on CPUs
 
 
 class LoRADecoderCritic(nn.Module):
@@ -182,6 +191,21 @@ class LoRADecoderCritic(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Logits `(B, H W)` of x `(B, C, H, W)` at times t `(B,)`, zero at first."""
         return self.unet(x, t, **unet_arguments(cond), return_dict=False)[0].flatten(1).float()
+
+
+def make_view_critic(teacher: nn.Module, view: View, config: CriticConfig) -> nn.Module | None:
+    """The critic of a distillation without prompts, which is told noise levels; None if there shall be none.
+
+    Raises:
+        ValueError: It is of a kind that reads text.
+    """
+    if config.critic == "none":
+        return None
+    if config.critic != "heads":
+        raise UserError(
+            f"--critic {config.critic} judges images with their text, but this teacher reads none: take heads or none."
+        )
+    return TeacherFeatureCritic(teacher, teacher, config.critic_channels, view)
 
 
 def _head(width: int, channels: int) -> nn.Sequential:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.diffusion.adversarial import adaptive_weight
+from cm_diffusers.diffusion.adversarial import AdversarialConfig, Adversary, adaptive_weight, check_choices
 from cm_diffusers.diffusion.distances import huber_c, l2, load_lpips, perceptual, pseudo_huber
 from cm_diffusers.diffusion.guidance import Conditions, Denoiser
 from cm_diffusers.diffusion.preconditioning import edm_scalings
@@ -19,7 +19,6 @@ from cm_diffusers.diffusion.teaching import Guiding
 from cm_diffusers.diffusion.times import karras_grid, sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas, edm_denoiser
 from cm_diffusers.errors import UserError
-from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -33,7 +32,7 @@ MOST_DSM = 1e4  # of its adaptive weight
 
 
 @dataclass
-class CTMConfig:
+class CTMConfig(AdversarialConfig):
     """Where jumps begin and end, and what they are compared with. Defaults are those of CIFAR-10."""
 
     sigma_min: float = HfArg(default=0.002, help="Least noise of the grid; a jump to the data is told it.")
@@ -56,9 +55,8 @@ class CTMConfig:
     w: float = HfArg(default=0.0, help="Guidance of the teacher; w = guidance_scale - 1, so 0 means none.")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.loss_type not in ("l2", "huber", "lpips"):
-            raise UserError(f"Unknown --loss_type {self.loss_type!r}; one of l2, huber, lpips.")
+        super().__post_init__()
+        check_choices(self, loss_type=("l2", "huber", "lpips"))
         if self.teacher_intervals >= self.num_scales:
             raise UserError(
                 f"--teacher_intervals is {self.teacher_intervals}, but a grid of --num_scales {self.num_scales} has "
@@ -74,6 +72,7 @@ class CTMObjective:
         view: How student and teacher are called; the student is told the end of a jump, `target_timestep`, too.
         lpips: For lpips, what compares images, see `perceptual`; the package lpips if None.
         guiding: How guidance reaches the teacher.
+        critic: Whether there is one, in `Networks.critic`: (x `(B, ...)`, sigma `(B,)`, cond) -> logits `(B, N)`.
     """
 
     def __init__(
@@ -82,13 +81,15 @@ class CTMObjective:
         view: View,
         lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
         guiding: Guiding = Guiding(),  # noqa: B008 (frozen)
+        critic: bool = False,
     ) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view, self.guiding = config, view, guiding
         self.grid = karras_grid(config.num_scales, config.sigma_min, config.sigma_max, config.rho)
         plain = {"l2": l2, "huber": lambda x, y: pseudo_huber(x, y, huber_c(x[0].numel()))}
         self.distance = plain.get(config.loss_type) or perceptual(lpips or load_lpips())
-        self.players = {"student": self}
+        self.adversary = Adversary(config, critic)
+        self.players = {"student": self} | ({"critic": self.judge} if critic else {})
 
     def __call__(self, nets: Networks, batch: Batch, progress: Progress) -> Loss:
         x0, cond = batch.x0, batch.cond
@@ -103,15 +104,33 @@ class CTMObjective:
         fake = self.data(nets.target, self.landed(outputs[: len(x0)], x_t, t, s), s, cond)
         value = self.distance(fake, goal).mean()  # Eq. 10
         logs = {"consistency": value.detach(), "teacher_intervals": x0.new_tensor(len(between) - 1)}
+        total, more = self.adversary.join(value, fake, lambda fake: nets.critic(*self.shown([fake]), cond), progress)
+        logs |= more
         if self.config.dsm_weight == 0:
-            return Loss(value, logs)
+            return Loss(total, logs)
         denoised = self.denoised(outputs[len(x0) :], noisy, sigma)
         weight = as_like(1 / edm_scalings(sigma, self.view.sigma_data)[1].square(), x0)
         matching = (weight * (denoised - x0).square().flatten(1).mean(1)).mean()  # Eq. 12, as EDM's Eq. 8
         hold, pull = (torch.autograd.grad(one, outputs, retain_graph=True)[0] for one in (value, matching))
         balance = self.config.dsm_weight * adaptive_weight(hold, pull, 0.0, MOST_DSM)  # Eq. 14
         logs |= {"dsm": matching.detach(), "dsm_weight": balance}
-        return Loss(value + balance * matching, logs)
+        return Loss(total + balance * matching, logs)
+
+    @torch.no_grad()
+    def judge(self, nets: Networks, batch: Batch, progress: Progress) -> Loss | None:
+        """The critic's turn (Eq. 13): fake is what the student makes of the data's own trajectories, by two jumps."""
+        if not self.adversary.plays(progress):
+            return None
+        t, _, s, _ = self.times(len(batch.x0), 1)
+        x_t = batch.x0 + append_dims(t, batch.x0) * torch.randn_like(batch.x0)
+        fake = self.data(nets.target, self.jump(nets.student, x_t, t, s, batch.cond), s, batch.cond)
+        with torch.enable_grad():
+            return self.adversary.judge(nets.critic, *self.shown([batch.x0, fake]), batch.cond)
+
+    def shown(self, samples: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the critic sees `(N B, ...)` of N times B samples, and the noise `(N B,)` that it is told: alike for all N."""
+        sigma, noise = self.denoising_times(len(samples[0])), torch.randn_like(samples[0])
+        return torch.cat([x + append_dims(sigma, x) * noise for x in samples]), sigma.repeat(len(samples))
 
     def intervals(self, progress: Progress) -> int:
         """m, with P(m) proportional to m (App. D.2); the same in all processes, which call the teacher equally often."""

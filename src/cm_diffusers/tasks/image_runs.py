@@ -19,6 +19,7 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.students import HALF, StudentNetworkConfig
@@ -36,6 +37,7 @@ from cm_diffusers.tasks.callbacks import ImageValidationConfig, image_grids
 from cm_diffusers.tasks.image_models import ClassConfig, ImageModel, NewModelConfig, StartConfig
 from cm_diffusers.tasks.publish import publish
 from cm_diffusers.tasks.summary import announce
+from cm_diffusers.tasks.text_to_image import critic_optim
 from cm_diffusers.types import Networks
 
 
@@ -52,6 +54,7 @@ WHAT_A_RUN_IS = (  # beside method and training
     DropoutConfig,
     ClassConfig,
     DataConfig,
+    CriticConfig,
 )
 
 
@@ -209,6 +212,8 @@ def train_images(
         validation, lambda unet: model.sampler(without_weight(unet), scheduler), scheduler, resolution, scale
     )
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
+    if nets.critic is not None and CriticConfig in given:
+        optim = {"student": optim, "critic": critic_optim(given[CriticConfig], optim)}
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
     batches = model.batches(data, classes, train.seed, *trainer.place)
     if lora and not (data.streaming or validation.validation_prompts):

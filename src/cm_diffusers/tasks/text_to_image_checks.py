@@ -147,7 +147,7 @@ def check_scott(method: SCottConfig, judge: CriticConfig, max_train_steps: int) 
     refuse_changed(method, "renoise_below" * (method.critic_inputs == "clean"), "with --critic_inputs clean")
     if judge.critic == "vision" and method.critic_inputs != "clean":
         raise UserError("--critic vision judges images without noise: give it --critic_inputs clean.")
-    _check_adversary(method, judge, max_train_steps)
+    check_adversary(method, judge, max_train_steps)
 
 
 def check_pcm(method: PCMConfig, judge: CriticConfig, max_train_steps: int) -> None:
@@ -157,7 +157,7 @@ def check_pcm(method: PCMConfig, judge: CriticConfig, max_train_steps: int) -> N
             "--critic vision judges images without noise, and jumps end in noise: take heads or lora_decoder."
         )
     phase_edges(method.num_ddim_timesteps, method.phases)
-    _check_adversary(method, judge, max_train_steps)
+    check_adversary(method, judge, max_train_steps)
 
 
 def check_tcd(method: TCDConfig) -> None:
@@ -169,7 +169,11 @@ def check_tcd(method: TCDConfig) -> None:
         phase_edges(method.num_ddim_timesteps, method.phases)
 
 
-def _check_adversary(method: AdversarialConfig, judge: CriticConfig, max_train_steps: int) -> None:
+def check_adversary(method: AdversarialConfig, judge: CriticConfig, max_train_steps: int) -> None:
+    """
+    Raises:
+        ValueError: A flag that would have no effect, or a critic that could not play.
+    """
     refuse_changed(judge, unused_flags(judge), f"with --critic {judge.critic}")
     if judge.critic == "none":
         refuse_changed(method, " ".join(field.name for field in fields(AdversarialConfig)), "with --critic none")
