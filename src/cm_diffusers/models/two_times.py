@@ -37,7 +37,7 @@ class ClassAndTarget(nn.Module):
 
 
 class TwoTimeUNet2DModel(UNet2DModel):
-    """The network of a consistency trajectory model (2310.02279, Sec. 5.1): g(x, t, s) with a second embedding for s.
+    """The network of a consistency trajectory model (2310.02279): g(x, t, s) with a second embedding for s.
 
     What it adds is zero at first, so that the network is the one that it was made from, wherever a jump ends. Its config is
     that of a `UNet2DModel`.

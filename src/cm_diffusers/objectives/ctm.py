@@ -26,7 +26,7 @@ DSM_MEAN, DSM_STD, DSM_SHARE = (
     -1.2,
     1.2,
     0.7,
-)  # of ln sigma, and of the grid's upper end, half of the draws each (App. D.2)
+)  # of ln sigma, and of the grid's upper end, half of the draws each (the authors' code)
 
 MOST_DSM = 1e4  # of its adaptive weight
 
@@ -99,10 +99,12 @@ class CTMObjective:
             teach, x_u = self.teacher(nets, batch), x_t
             for start, end in pairwise(between):
                 x_u = heun_step(teach, EDM(), x_u, start, end)
-            goal = self.data(nets.target, self.jump(nets.student, x_u, u, s, cond), s, cond)  # Eq. 9
+            goal = self.data(
+                nets.target, self.jump(nets.student, x_u, u, s, cond), s, cond
+            )  # soft matching, its target
         outputs, noisy, sigma = self.outputs(nets.student, x_t, t, s, batch)
         fake = self.data(nets.target, self.landed(outputs[: len(x0)], x_t, t, s), s, cond)
-        value = self.distance(fake, goal).mean()  # Eq. 10
+        value = self.distance(fake, goal).mean()
         logs = {"consistency": value.detach(), "teacher_intervals": x0.new_tensor(len(between) - 1)}
         total, more = self.adversary.join(value, fake, lambda fake: nets.critic(*self.shown([fake]), cond), progress)
         logs |= more
@@ -110,15 +112,15 @@ class CTMObjective:
             return Loss(total, logs)
         denoised = self.denoised(outputs[len(x0) :], noisy, sigma)
         weight = as_like(1 / edm_scalings(sigma, self.view.sigma_data)[1].square(), x0)
-        matching = (weight * (denoised - x0).square().flatten(1).mean(1)).mean()  # Eq. 12, as EDM's Eq. 8
+        matching = (weight * (denoised - x0).square().flatten(1).mean(1)).mean()  # as 2206.00364, Eq. 8
         hold, pull = (torch.autograd.grad(one, outputs, retain_graph=True)[0] for one in (value, matching))
-        balance = self.config.dsm_weight * adaptive_weight(hold, pull, 0.0, MOST_DSM)  # Eq. 14
+        balance = self.config.dsm_weight * adaptive_weight(hold, pull, 0.0, MOST_DSM)  # 2012.09841, Eq. 7
         logs |= {"dsm": matching.detach(), "dsm_weight": balance}
         return Loss(total + balance * matching, logs)
 
     @torch.no_grad()
     def judge(self, nets: Networks, batch: Batch, progress: Progress) -> Loss | None:
-        """The critic's turn (Eq. 13): fake is what the student makes of the data's own trajectories, by two jumps."""
+        """The critic's turn: fake is what the student makes of the data's own trajectories, by two jumps."""
         if not self.adversary.plays(progress):
             return None
         t, _, s, _ = self.times(len(batch.x0), 1)
@@ -133,7 +135,7 @@ class CTMObjective:
         return torch.cat([x + append_dims(sigma, x) * noise for x in samples]), sigma.repeat(len(samples))
 
     def intervals(self, progress: Progress) -> int:
-        """m, with P(m) proportional to m (App. D.2); the same in all processes, which call the teacher equally often."""
+        """m, with P(m) proportional to m, as in the authors' code; the same in all processes, which call the teacher equally often."""
         weights = torch.arange(1, self.config.teacher_intervals + 1, dtype=torch.float64)
         return 1 + int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(progress.step)))
 
@@ -160,7 +162,7 @@ class CTMObjective:
         return self.view(student, torch.cat([x_t, noisy]), torch.cat([t, sigma]), told), noisy, sigma
 
     def denoising_times(self, batch_size: int) -> Tensor:
-        """sigma `(B,)`: one half lognormal, the other even on the grid's upper end (App. D.2)."""
+        """sigma `(B,)`: one half lognormal, the other even on the grid's upper end."""
         c = self.config
         drawn = sample_lognormal(batch_size, DSM_MEAN, DSM_STD, c.sigma_min, c.sigma_max)
         low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
@@ -179,7 +181,7 @@ class CTMObjective:
         return self.jump(average, x, s, torch.zeros_like(s), cond)
 
     def landed(self, output: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """G = s / t x + (1 - s / t) g (Eq. 6) of the network's F."""
+        """G = s / t x + (1 - s / t) g of the network's F."""
         return append_dims(s / t, x) * x + append_dims(1 - s / t, x) * self.denoised(output, x, t)
 
     def denoised(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
