@@ -1233,6 +1233,7 @@ class ConsistencyScheduler(SteppingScheduler):
         gamma: The share of fresh noise, 0 to 1.
         rescale_betas_zero_snr: Rescale the betas to zero terminal SNR (2305.08891, Algorithm 1).
         boundary_scalings: "lcm" for `cm_diffusers.diffusion.preconditioning.lcm_scalings`, "none" for f = x0_hat (TCD).
+        recommended_timesteps: What `set_timesteps` takes when it is asked for as many: those of a student's phases (PCM).
 
     Attributes:
         noise_sampler: Draws every injected noise, in place of `randn_tensor`, when it is set: called with the shape of
@@ -1265,6 +1266,7 @@ class ConsistencyScheduler(SteppingScheduler):
         gamma: float = 1.0,
         sigma_data: float = 0.5,
         boundary_scalings: str = "lcm",
+        recommended_timesteps: list[int] | None = None,
     ) -> None:
         one_of("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         one_of("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
@@ -1288,7 +1290,8 @@ class ConsistencyScheduler(SteppingScheduler):
         """Choose the timesteps of the next sampling run.
 
         Args:
-            num_inference_steps: So many timesteps, evenly spaced on the distillation grid.
+            num_inference_steps: So many timesteps: the recommended ones if they are so many, else evenly spaced on the
+                distillation grid.
             original_inference_steps: Points of that grid; the config's number by default.
             timesteps: These timesteps instead, descending.
             strength: The share of the grid, or of `timesteps`, that remains, from its less noisy end.
@@ -1301,8 +1304,10 @@ class ConsistencyScheduler(SteppingScheduler):
             raise UserError("Give exactly one of num_inference_steps and timesteps.")
         total = len(self.alphas_cumprod)
         points = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
-        grid = distillation_grid(total, points)
-        if timesteps is None:
+        grid, recommended = distillation_grid(total, points), self.config.recommended_timesteps
+        if recommended and (strength, original_inference_steps, num_inference_steps) == (1, None, len(recommended)):
+            schedule = list(recommended)
+        elif timesteps is None:
             schedule = spread(grid, num_inference_steps, strength)
         else:
             schedule = chosen(timesteps, grid, total, strength)
@@ -1324,6 +1329,12 @@ class ConsistencyScheduler(SteppingScheduler):
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The sample itself: this process needs no scaling."""
         return sample
+
+    def target_timestep(self, timestep: int | Tensor) -> int:
+        """Where the step that begins at a timestep goes before it adds noise: what a network is told that knows its target."""
+        index = self.index_for_timestep(timestep) if self._step_index is None else self._step_index
+        following = self._schedule[index + 1] if index + 1 < len(self._schedule) else 0
+        return self._target(following)
 
     def index_for_timestep(self, timestep: int | Tensor) -> int:
         """The place of a timestep in the schedule."""
@@ -1387,9 +1398,14 @@ class ConsistencyScheduler(SteppingScheduler):
 
     def _before_noise(self, t: int | None) -> tuple[float, float]:
         """alpha and sigma at s before the next timestep, or at the end; LCM's s is clean data, not timestep 0."""
-        if self.gamma == 1 or (t is None and self.config.set_alpha_to_one):
+        is_lcm = self.gamma == 1 and self.config.boundary_scalings == "lcm"
+        if is_lcm or (t is None and self.config.set_alpha_to_one):
             return CLEAN
-        return self._rates(int(np.floor(np.float32(1 - self.gamma) * np.float32(t or 0))))  # rounds as TCDScheduler
+        return self._rates(self._target(t or 0))
+
+    def _target(self, t: int) -> int:
+        """s = floor((1 - gamma) t), rounded as `TCDScheduler` does."""
+        return int(np.floor(np.float32(1 - self.gamma) * np.float32(t)))
 
     def _rates(self, t: int) -> tuple[float, float]:
         """alpha and sigma at a timestep, in float64."""
