@@ -278,7 +278,7 @@ def test_bad_requests_end_before_anything_is_loaded(home, method, values, messag
 def test_only_a_unet_is_told_where_its_jumps_end(home) -> None:
     if not (home / "sd3").exists():
         tiny_sd3().save_pretrained(home / "sd3")
-    with pytest.raises(SystemExit, match="--target_time embedded is for a UNet, but .* is a SD3Transformer2DModel"):
+    with pytest.raises(SystemExit, match=r"--target_time embedded is for a UNet, but .* is a SD3Transformer2DModel"):
         distil(home, "flow-tcd-full", "refused", "sd3", shift=3.0, target_time="embedded")
 
 
