@@ -143,16 +143,17 @@ class Study(NamedTuple):
         commands: Of the variants by name. Those that no table names are trained, to start from, and not measured.
         tables: By name, as `write_study` takes them.
         evaluation: Its flags.
-        steps, gammas: Of variants with their own.
+        steps: Of variants with their own.
         measures: What the evaluation is of, "images" or "clips".
+        gammas: Of variants with a row for each of several.
     """
 
     commands: dict[str, str]
     tables: dict[str, dict]
     evaluation: str
     steps: dict[str, list[int]]
-    gammas: dict[str, list[float]]
     measures: str
+    gammas: dict[str, list[float]] = {}
 
     def comparison(self) -> Comparison | VideoComparison:
         compare, configs = MEASURES[self.measures]
@@ -185,8 +186,8 @@ def read_study(path: Path, only: list[str] | None) -> Study:
     measures = study.get("measures", "images")
     if measures not in MEASURES:
         raise ValueError(f"{path}: measures is {measures!r}; one of {', '.join(MEASURES)}.")
-    own = study.get("steps", {}), study.get("gammas", {})
-    return Study(commands, study["tables"], " ".join(study["evaluation"].split()), *own, measures)
+    steps, gammas = study.get("steps", {}), study.get("gammas", {})
+    return Study(commands, study["tables"], " ".join(study["evaluation"].split()), steps, measures, gammas)
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ class TestEqualsStock:
     @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8])
-    @pytest.mark.parametrize("gamma", [0, 0.3, 0.7])
+    @pytest.mark.parametrize("gamma", [0, 0.3, 0.7, 1])
     def test_tcd(self, gamma, num_steps, dtype, prediction_type):
         stock = TCDScheduler(prediction_type=prediction_type)
         ours = ConsistencyScheduler(prediction_type=prediction_type, gamma=gamma, **TCD)
@@ -366,6 +366,15 @@ class TestNoise:
         scheduler.set_timesteps(2)
         with pytest.raises(ValueError, match=r"noise of \(2, 4, 8, 8\), got \(4, 8, 8\)"):
             scheduler.step(torch.zeros(SHAPE), 999, torch.zeros(SHAPE))
+
+    def test_recommended_timesteps(self):
+        """As many steps as they are take them; others, or another grid, do not."""
+        scheduler = ConsistencyScheduler(recommended_timesteps=[999, 739, 499, 239])
+        for steps, expected in ((4, [999, 739, 499, 239]), (2, [999, 499])):
+            scheduler.set_timesteps(steps)
+            assert scheduler.timesteps.tolist() == expected
+        scheduler.set_timesteps(4, original_inference_steps=40)
+        assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
 
     def test_gamma_of_one_run(self):
         scheduler = ConsistencyScheduler(gamma=0.3)

@@ -1,5 +1,6 @@
 """`distill_pcm.py` and `distill_tcd.py` end to end on random pipelines: trained, resumed, published, sampled with and without this package."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -236,9 +237,10 @@ def test_a_flow(home, kind) -> None:
     run = distil(home, kind, kind, "sd3", shift=3.0)
     record, pipe = read_record(result(run)), ConsistencyPipeline.from_pretrained(result(run))
     assert isinstance(pipe.scheduler, FlowConsistencyScheduler)
-    starts = pytest.approx([1.0, 0.74, 0.5, 0.24]) if "pcm" in kind else None
+    starts = [1.0, 0.74, 0.5, 0.24] if "pcm" in kind else None
     assert record.scheduler["recommended_sigmas"] == starts
     assert pipe.scheduler.config.gamma == (0.0 if starts else 0.3)
+    assert record.recommended_num_inference_steps == 4
     ours = sampled(pipe, 4)
     index = DiffusionPipeline.load_config(home / "sd3")
     absent = {name: None for name, value in index.items() if value == [None, None]}
@@ -249,6 +251,35 @@ def test_a_flow(home, kind) -> None:
         stock.scheduler = entry.scheduler
         np.testing.assert_allclose(sampled(stock, 4, **entry.arguments), ours, atol=1e-4)
     assert np.isfinite(ours).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("pcm", {"phases": 21, "num_ddim_timesteps": 20}, "--phases 21 do not fit on 20 points"),
+        ("tcd", {"phases": 21, "num_ddim_timesteps": 20}, "--phases 21 do not fit on 20 points"),
+        ("pcm", {"critic": "vision"}, "--critic vision judges images without noise, and jumps end in noise"),
+        (
+            "pcm",
+            {"critic": "none", "adversarial_weight": 0.3},
+            "--adversarial_weight has no effect with --critic none",
+        ),
+        ("pcm", {"adversarial_start": 4, "max_train_steps": 4}, "The critic would start at step 4"),
+        ("tcd", {"lora": True, "unet_time_cond_proj_dim": 16}, "--unet_time_cond_proj_dim has no effect with --lora"),
+    ],
+)
+def test_bad_requests_end_before_anything_is_loaded(home, method, values, message) -> None:
+    given = data_flags(home / "data", home / "cache") | {"pretrained_teacher_model": home / "absent"}
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run_script(f"distill_{method}", **given | {"output_dir": home / "refused"} | values)
+    assert not (home / "refused").exists()
+
+
+def test_only_a_unet_is_told_where_its_jumps_end(home) -> None:
+    if not (home / "sd3").exists():
+        tiny_sd3().save_pretrained(home / "sd3")
+    with pytest.raises(SystemExit, match=r"--target_time embedded is for a UNet, but .* is a SD3Transformer2DModel"):
+        distil(home, "flow-tcd-full", "refused", "sd3", shift=3.0, target_time="embedded")
 
 
 def test_a_student_of_xl(home) -> None:

@@ -181,7 +181,8 @@ def _schedule(pipe: DiffusionPipeline, start: FromNoise, ask: Request, device: t
         "gamma": ask.eta,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    if refused := sorted(set(options) - set(inspect.signature(pipe.scheduler.set_timesteps).parameters)):
+    unknown = set(options) - set(inspect.signature(pipe.scheduler.set_timesteps).parameters)
+    if refused := sorted("eta" if name == "gamma" else name for name in unknown):
         raise UserError(
             f"{type(pipe.scheduler).__name__} takes no {', '.join(refused)}; leave it out, or use another scheduler."
         )
