@@ -26,6 +26,7 @@ from cm_diffusers.tasks.callbacks import ValidationConfig, sample_grid
 from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.teachings import student_scheduler
+from cm_diffusers.tasks.text_to_image import guidance_of
 from cm_diffusers.tasks.text_to_image_checks import check_late
 from cm_diffusers.types import Networks
 
@@ -66,9 +67,7 @@ def distill(
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
         return lcm_pipeline(teacher, network, scheduler)
 
-    guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
-    told = min(max(validation.validation_guidance_scale, method.w_min + 1), method.w_max + 1)
-    scale = 1.0 if guidance == "distilled" else told
+    guidance, scale = guidance_of(objective, validation)
     grid = sample_grid(replace(validation, validation_nfe=[1]), make_pipeline, teacher, scale, data.resolution)
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
     check_late(teacher, student, False, CriticConfig("none"))

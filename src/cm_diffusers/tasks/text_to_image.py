@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -84,16 +85,14 @@ def distill(
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
         return lcm_pipeline(teacher, network, scheduler)
 
-    guidance = "distilled" if objective.teaching.guiding.told is None else "embedded"
-    told = min(max(validation.validation_guidance_scale, method.w_min + 1), method.w_max + 1)
-    scale = 1.0 if guidance == "distilled" else told
+    guidance, scale = guidance_of(objective, validation)
     judge = given.get(CriticConfig, CriticConfig("none"))
     frames = checked_frames(clips, data, teacher, bool(generation.prompts_file), judge)
     base, target_dim = source.pretrained_teacher_model, objective.teaching.target_dim
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
     record = replace(record, method=name, resolution=data.resolution, num_frames=frames, target_dim=target_dim)
-    shown = telling(make_pipeline, record)
-    grid = sample_grid(validation, shown, teacher, scale, data.resolution, clips.sample_n_frames)
+    picture = data.resolution, clips.sample_n_frames
+    grid = sample_grid(validation, telling(make_pipeline, record), teacher, scale, *picture)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
     check_late(teacher, student, bool(generation.prompts_file), judge)
@@ -117,6 +116,14 @@ def distill(
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
     return publish(trainer, result, configs, describe, save, repo_id)
+
+
+def guidance_of(objective: Any, validation: ValidationConfig) -> tuple[str, float]:
+    """What guidance is to the student, as in `Record`, and the scale to sample it with."""
+    if objective.teaching.guiding.told is None:
+        return "distilled", 1.0
+    low, high = objective.config.w_min + 1, objective.config.w_max + 1
+    return "embedded", min(max(validation.validation_guidance_scale, low), high)
 
 
 def telling(make_pipeline: MakePipeline, record: Record) -> MakePipeline:
