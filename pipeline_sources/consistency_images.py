@@ -34,6 +34,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from cm_diffusers.models.classes import classes_of
 from cm_diffusers.models.double_norm import double_normed
 from cm_diffusers.pipelines.latents import decode, dtype_of
 from cm_diffusers.pipelines.manners import IN_SIGMA
@@ -130,8 +131,8 @@ class PortableImagesPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_inference_steps, device, timesteps, sigmas)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        if labels is None and self.unet.config.num_class_embeds is not None:
-            labels = _drawn(self.unet.config.num_class_embeds, batch, generator)
+        if labels is None and (known := classes_of(self.unet)) is not None:
+            labels = _drawn(known, batch, generator)
         labels = None if labels is None else labels.to(device)
         x = latents.to(device, dtype) * scheduler.init_noise_sigma
         told = {"encoder_hidden_states": None} if isinstance(self.unet, UNet2DConditionModel) else {}

@@ -1161,6 +1161,15 @@ def _drawn(classes: int, batch: int, generator: Generators) -> Tensor:
     return torch.randint(classes, (batch,), generator=generator, device=device).cpu()
 
 
+ANY_CLASS = "any_class"  # in the config of a network whose last class stands for all of them
+
+
+def classes_of(unet: nn.Module) -> int | None:
+    """How many classes it knows, without the one for any; None if it takes none."""
+    known = unet.config.num_class_embeds
+    return known if known is None or unet.config.get(ANY_CLASS) is None else known - 1
+
+
 def _affine(vae: ModelMixin, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
     """Scale and mean (1, C, 1, 1) by which latents differ from what the VAE computes."""
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
@@ -1350,8 +1359,8 @@ class PortableImagesPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_inference_steps, device, timesteps, sigmas)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        if labels is None and self.unet.config.num_class_embeds is not None:
-            labels = _drawn(self.unet.config.num_class_embeds, batch, generator)
+        if labels is None and (known := classes_of(self.unet)) is not None:
+            labels = _drawn(known, batch, generator)
         labels = None if labels is None else labels.to(device)
         x = latents.to(device, dtype) * scheduler.init_noise_sigma
         told = {"encoder_hidden_states": None} if isinstance(self.unet, UNet2DConditionModel) else {}

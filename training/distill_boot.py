@@ -15,7 +15,7 @@ from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.tasks.boot import distill, latent_shape
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
-from cm_diffusers.tasks.text_to_image_checks import check_distilled
+from cm_diffusers.tasks.text_to_image_checks import check_distilled, warn_of_guidance
 
 
 CONFIGS = (
@@ -27,6 +27,7 @@ def main() -> None:
     source, student, data, method, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)
+    warn_of_guidance(source.pretrained_teacher_model, method.w_max)
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     teacher = load_teacher(source, student.loaded_dtype, late=True)
     teaching = teaching_of(teacher, student.guidance_embedding_dim(network_of(teacher)), method)

@@ -2,11 +2,14 @@
 
 import cm_diffusers.engine.early
 
+import torch
+
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.models.critics import CriticConfig, make_view_critic
 from cm_diffusers.models.dropout import DropoutConfig
+from cm_diffusers.models.recomputation import recompute_activations
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.models.with_target import with_target
 from cm_diffusers.objectives.ctm import CTMConfig, CTMObjective
@@ -18,7 +21,6 @@ from cm_diffusers.tasks.image_runs import (
     train_images,
     trainable_copy,
 )
-from cm_diffusers.tasks.teachings import guiding_of
 from cm_diffusers.tasks.text_to_image_checks import check_adversary
 from cm_diffusers.types import Networks
 
@@ -36,10 +38,12 @@ def main() -> None:
     student = trainable_copy(with_target(model.network), given[DropoutConfig])
     critic = make_view_critic(model.network, model.view, judge)
     nets = Networks(student, target=frozen_copy(student), teacher=model.network, critic=critic)
-    guiding = guiding_of(model, model.view.told)
-    objective = CTMObjective(method, model.view, guiding=guiding, critic=critic is not None)
+    if given[TrainConfig].gradient_checkpointing:
+        recompute_activations(nets.target)  # which the gradient passes through, too
+    torch._functorch.config.donated_buffer = False  # of compiled networks, which it passes through twice
+    objective = CTMObjective(method, model.view, critic=critic is not None)
     scheduler = student_scheduler(model, method, given[ResultConfig], "edm", method.num_scales, gamma=0.0)
-    train_images("ctm", model, nets, objective, scheduler, configs, (method.w, method.w))
+    train_images("ctm", model, nets, objective, scheduler, configs)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.trainer import TrainConfig
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.classes import ANY_CLASS
 from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.models.with_target import with_target
 from cm_diffusers.objectives.mean_flow import MeanFlowConfig, MeanFlowObjective
@@ -36,15 +37,17 @@ def main() -> None:
             raise UserError(
                 "--condition_dropout hides classes: give --num_classes and --label_column, or leave it out."
             )
-        given[ClassConfig] = replace(given[ClassConfig], num_classes=known + 1)
     seed_everything(given[TrainConfig].seed)
-    model = new_image_model(*(given[kind] for kind in NEW_MODEL_CONFIGS), PartialState().device)
+    classes = replace(given[ClassConfig], num_classes=known + 1) if method.condition_dropout else given[ClassConfig]
+    parts = given | {ClassConfig: classes}
+    model = new_image_model(*(parts[kind] for kind in NEW_MODEL_CONFIGS), PartialState().device)
+    if method.condition_dropout:
+        model.network.register_to_config(**{ANY_CLASS: known})
     objective = MeanFlowObjective(method, model.view, known if method.condition_dropout else None)
     student = trainable_copy(with_target(model.network), given[DropoutConfig])
     scheduler = student_scheduler(model, method, given[ResultConfig], "edm", GRID, gamma=0.0)
-    train_images(
-        "mean_flow", model, Networks(student), objective, scheduler, tuple(given.values()), (method.w, method.w)
-    )
+    w = (1 + method.w) / (1 - method.guidance_mix) - 1
+    train_images("mean_flow", model, Networks(student), objective, scheduler, configs, (w, w))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,12 @@ def test_a_mean_flow_from_images_alone_with_guidance(home: Path, tmp_path: Path)
     run_script("train_mean_flow", **of_data(home), **settings, **COMMON, output_dir=tmp_path / "run")
     pipe, record = (read(tmp_path / "run" / "pipeline") for read in (ConsistencyPipeline.from_pretrained, read_record))
     assert (record.method, record.base_model) == ("mean_flow", "")
-    assert pipe.unet.config.num_class_embeds == 4  # the last is any
+    assert (record.guidance, record.w_min, record.w_max) == ("distilled", 3.0, 3.0)  # (1 + w) / (1 - kappa) = 4
+    assert (pipe.num_classes, pipe.unet.config.num_class_embeds) == (3, 4)  # the last is any
+    training = json.loads((tmp_path / "run" / "pipeline" / "training.json").read_text())
+    assert "--num_classes 3" in training["command"]
+    drawn = pipe(batch_size=64, output_type="pt").class_labels
+    assert drawn.max() == 2
     images = pipe(class_labels=[0, 3], num_inference_steps=2, output_type="pt").images
     assert images.isfinite().all()
 

@@ -78,6 +78,11 @@ def adaptive_weight(hold: Tensor, pull: Tensor, least: float = 0.01, most: float
     return (hold.norm() / pull.norm().clamp(min=1e-12)).nan_to_num(0.0).clamp(least, most).detach()
 
 
+def gradient_at(x: Tensor, value: Tensor, retain_graph: bool = False) -> Tensor:
+    """Of a scalar, `(B, ...)`: on its way through a network in float16 it would vanish."""
+    return torch.autograd.grad(value * FP16_SCALE, x, retain_graph=retain_graph)[0] / FP16_SCALE
+
+
 def detour(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """loss(x) and its gradient at x, the same shape as x.
 
@@ -86,7 +91,7 @@ def detour(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]
     """
     leaf = x.detach().requires_grad_()
     value = loss(leaf)
-    gradient = torch.autograd.grad(value * FP16_SCALE, leaf)[0] / FP16_SCALE
+    gradient = gradient_at(leaf, value)
     return _Known.apply(x, value.detach(), gradient), gradient
 
 
@@ -171,7 +176,7 @@ class Adversary:
         if weight == 0:
             return value, {}
         adversarial, pull = detour(lambda fake: self.loss.generator(logits(fake)), online)
-        (hold,) = torch.autograd.grad(value, online, retain_graph=True)
+        hold = gradient_at(online, value, retain_graph=True)
         balance = adaptive_weight(hold, pull) if self.config.adversarial_balance == "adaptive" else value.new_ones(())
         weight = weight * balance
         logs = {"adversarial": adversarial.detach(), "adversarial_weight": weight}

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.guidance import Denoiser
+from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 
 
@@ -66,6 +67,8 @@ def log_likelihood(
 
     start = np.concatenate([x.double().cpu().numpy().ravel(), np.zeros(len(x))])
     path = solve_ivp(slope, (begin, end), start, "RK45", t_eval=[end], rtol=tolerance, atol=tolerance)
+    if not path.success:
+        raise UserError(f"The probability-flow ODE could not be solved to --tolerance {tolerance}: {path.message}")
     final = torch.from_numpy(path.y[:, -1])
     noise, integral = final[: x.numel()].reshape(len(x), size), final[x.numel() :]
     prior = -noise.square().sum(1) / (2 * sigma_max**2) - size * math.log(sigma_max * math.sqrt(2 * math.pi))

@@ -35,7 +35,8 @@ def knows_target(unet: nn.Module) -> bool:
 def add_target_input(unet: UNet2DConditionModel, dim: int) -> None:
     """Gives a UNet the input, with weight 0, for a LoRA to act on; its config stays, so who does not know of it samples on."""
     linear = unet.time_embedding.linear_1
-    layer = nn.Linear(dim, linear.in_features, bias=False, device=linear.weight.device, dtype=linear.weight.dtype)
+    dtype = linear.weight.dtype if linear.weight.is_floating_point() else unet.dtype  # of a quantized layer
+    layer = nn.Linear(dim, linear.in_features, bias=False, device=linear.weight.device, dtype=dtype)
     unet.time_embedding.cond_proj = layer.requires_grad_(False)
     layer.weight.zero_()
 

@@ -67,5 +67,8 @@ class TwoTimeUNet2DModel(UNet2DModel):
             target_timestep: What it is told of the end of the jump, `(B,)` or one for all, in the units of `timestep`; that
                 one itself, the plain denoiser, if None.
         """
-        end = torch.as_tensor(timestep if target_timestep is None else target_timestep, device=sample.device)
-        return super().forward(sample, timestep, (class_labels, end.expand(len(sample))), return_dict)
+        end = torch.as_tensor(timestep if target_timestep is None else target_timestep)
+        end = end.float() if end.dtype == torch.float64 else end  # which not every device has
+        return super().forward(
+            sample, timestep, (class_labels, end.to(sample.device).expand(len(sample))), return_dict
+        )

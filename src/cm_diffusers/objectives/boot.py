@@ -68,6 +68,11 @@ class BOOTObjective:
 
     def __init__(self, config: BOOTConfig, teaching: Teaching, shape: tuple[int, ...]) -> None:
         teaching.check_start(config.solver == "ddim", "--solver ddim", config.solver)
+        if not (teaching.grid > teaching.before).all():
+            raise UserError(
+                f"--num_ddim_timesteps {config.num_ddim_timesteps} makes a first step of the grid that goes nowhere; give at most half "
+                "as many as the teacher has."
+            )
         self.config, self.teaching, self.shape = config, teaching, shape
         self.players = {"student": self}
 

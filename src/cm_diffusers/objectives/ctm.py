@@ -9,13 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.diffusion.adversarial import AdversarialConfig, Adversary, adaptive_weight, check_choices
+from cm_diffusers.diffusion.adversarial import (
+    AdversarialConfig,
+    Adversary,
+    adaptive_weight,
+    check_choices,
+    gradient_at,
+)
 from cm_diffusers.diffusion.distances import huber_c, l2, load_lpips, perceptual, pseudo_huber
-from cm_diffusers.diffusion.guidance import Conditions, Denoiser
+from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.diffusion.preconditioning import edm_scalings
 from cm_diffusers.diffusion.process import EDM, append_dims, as_like
+from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import heun_step
-from cm_diffusers.diffusion.teaching import Guiding
 from cm_diffusers.diffusion.times import karras_grid, sample_lognormal
 from cm_diffusers.diffusion.views import View, check_sigmas, edm_denoiser
 from cm_diffusers.errors import UserError
@@ -52,7 +58,6 @@ class CTMConfig(AdversarialConfig):
         help="Weight of denoising score matching, in units of the jumps' gradient over its own; 0 is none, and the jump from a "
         "level to itself is learned from those to its neighbours alone.",
     )
-    w: float = HfArg(default=0.0, help="Guidance of the teacher; w = guidance_scale - 1, so 0 means none.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +76,6 @@ class CTMObjective:
         config: See `CTMConfig`.
         view: How student and teacher are called; the student is told the end of a jump, `target_timestep`, too.
         lpips: For lpips, what compares images, see `perceptual`; the package lpips if None.
-        guiding: How guidance reaches the teacher.
         critic: Whether there is one, in `Networks.critic`: (x `(B, ...)`, sigma `(B,)`, cond) -> logits `(B, N)`.
     """
 
@@ -80,11 +84,10 @@ class CTMObjective:
         config: CTMConfig,
         view: View,
         lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-        guiding: Guiding = Guiding(),  # noqa: B008 (frozen)
         critic: bool = False,
     ) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
-        self.config, self.view, self.guiding = config, view, guiding
+        self.config, self.view = config, view
         self.grid = karras_grid(config.num_scales, config.sigma_min, config.sigma_max, config.rho)
         plain = {"l2": l2, "huber": lambda x, y: pseudo_huber(x, y, huber_c(x[0].numel()))}
         self.distance = plain.get(config.loss_type) or perceptual(lpips or load_lpips())
@@ -96,27 +99,31 @@ class CTMObjective:
         t, u, s, between = self.times(len(x0), self.intervals(progress))
         x_t = x0 + append_dims(t, x0) * torch.randn_like(x0)
         with torch.no_grad():  # first, so that its activations are gone before the student's are kept
-            teach, x_u = self.teacher(nets, batch), x_t
+            denoise, x_u = edm_denoiser(self.view, nets.teacher), x_t
             for start, end in pairwise(between):
-                x_u = heun_step(teach, EDM(), x_u, start, end)
-            goal = self.data(
-                nets.target, self.jump(nets.student, x_u, u, s, cond), s, cond
-            )  # soft matching, its target
-        outputs, noisy, sigma = self.outputs(nets.student, x_t, t, s, batch)
-        fake = self.data(nets.target, self.landed(outputs[: len(x0)], x_t, t, s), s, cond)
-        value = self.distance(fake, goal).mean()
+                x_u = heun_step(lambda x, t: denoise(x, t, cond), EDM(), x_u, start, end)
+            with rewind_rng(x0.device):  # both jumps on the other side draw the same dropout masks
+                goal = self.data(nets.target, self.jump(nets.student, x_u, u, s, cond), s, cond)
+        output = self.view(nets.student, x_t, t, self.told(cond, s, x_t))
+        fake = self.data(nets.target, self.landed(output, x_t, t, s), s, cond)
+        value = self.distance(fake, goal).mean()  # soft matching
         logs = {"consistency": value.detach(), "teacher_intervals": x0.new_tensor(len(between) - 1)}
         total, more = self.adversary.join(value, fake, lambda fake: nets.critic(*self.shown([fake]), cond), progress)
-        logs |= more
-        if self.config.dsm_weight == 0:
-            return Loss(total, logs)
-        denoised = self.denoised(outputs[len(x0) :], noisy, sigma)
+        if self.config.dsm_weight > 0:
+            matching, pull = self.matching(nets.student, batch)
+            hold = gradient_at(output, value, retain_graph=True)
+            balance = self.config.dsm_weight * adaptive_weight(hold, pull, 0.0, MOST_DSM)  # 2012.09841, Eq. 7
+            total, more = total + balance * matching, more | {"dsm": matching.detach(), "dsm_weight": balance}
+        return Loss(total, logs | more)
+
+    def matching(self, student: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Denoising score matching (2206.00364, Eq. 8), a scalar, and its gradient at the network's output `(B, ...)`."""
+        x0, sigma = batch.x0, self.denoising_times(len(batch.x0))
+        x = x0 + append_dims(sigma, x0) * torch.randn_like(x0)
+        output = self.view(student, x, sigma, self.told(batch.cond, sigma, x))
         weight = as_like(1 / edm_scalings(sigma, self.view.sigma_data)[1].square(), x0)
-        matching = (weight * (denoised - x0).square().flatten(1).mean(1)).mean()  # as 2206.00364, Eq. 8
-        hold, pull = (torch.autograd.grad(one, outputs, retain_graph=True)[0] for one in (value, matching))
-        balance = self.config.dsm_weight * adaptive_weight(hold, pull, 0.0, MOST_DSM)  # 2012.09841, Eq. 7
-        logs |= {"dsm": matching.detach(), "dsm_weight": balance}
-        return Loss(total + balance * matching, logs)
+        value = (weight * (self.denoised(output, x, sigma) - x0).square().flatten(1).mean(1)).mean()
+        return value, gradient_at(output, value, retain_graph=True)
 
     @torch.no_grad()
     def judge(self, nets: Networks, batch: Batch, progress: Progress) -> Loss | None:
@@ -146,28 +153,13 @@ class CTMObjective:
         between = self.grid[start - torch.arange(m + 1)[:, None]]
         return between[0], between[-1], torch.where(end > 0, self.grid[end], 0.0), between
 
-    def outputs(
-        self, student: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """F of the jumps `(B, ...)`, and below them those of denoising; noisy data `(B, ...)` and its sigma `(B,)` for these.
-
-        One call, for processes count them.
-        """
-        if self.config.dsm_weight == 0:
-            return self.view(student, x_t, t, self.told(batch.cond, s, x_t)), x_t, t
-        sigma = self.denoising_times(len(x_t))
-        noisy = batch.x0 + append_dims(sigma, x_t) * torch.randn_like(x_t)
-        cond = {name: torch.cat([value, value]) for name, value in batch.cond.items()}
-        told = self.told(cond, torch.cat([s, sigma]), x_t)
-        return self.view(student, torch.cat([x_t, noisy]), torch.cat([t, sigma]), told), noisy, sigma
-
     def denoising_times(self, batch_size: int) -> Tensor:
         """sigma `(B,)`: one half lognormal, the other even on the grid's upper end."""
         c = self.config
         drawn = sample_lognormal(batch_size, DSM_MEAN, DSM_STD, c.sigma_min, c.sigma_max)
         low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
         upper = (high + DSM_SHARE * torch.rand(batch_size, dtype=torch.float64) * (low - high)) ** c.rho
-        return torch.where(torch.arange(batch_size) % 2 == 0, drawn, upper)
+        return torch.where(torch.rand(batch_size) < 0.5, drawn, upper)
 
     def jump(self, network: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Conditions) -> Tensor:
         """G(x, t, s), `(B, ...)`; x itself where t = s."""
@@ -193,14 +185,3 @@ class CTMObjective:
         """What a student is told whose jump ends at s; at the data, sigma_min."""
         end = as_like(self.view.told(s.clamp(min=self.config.sigma_min)), x)
         return cond | {"target_timestep": end}
-
-    def teacher(self, nets: Networks, batch: Batch) -> Denoiser:
-        """The denoiser that is distilled."""
-        denoise = edm_denoiser(self.view, nets.teacher)
-        if self.config.w == 0:
-            return lambda x, t: denoise(x, t, batch.cond)
-        if not batch.uncond:
-            raise UserError(
-                f"--w {self.config.w} guides the teacher, but the data has no unconditional branch; give --w 0."
-            )
-        return self.guiding.teacher(denoise, batch, batch.x0.new_full((len(batch.x0),), self.config.w))

@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.adversarial import check_choices
 from cm_diffusers.diffusion.distances import DISTANCES
-from cm_diffusers.diffusion.process import RectifiedFlow, diffuse, exact
+from cm_diffusers.diffusion.process import RectifiedFlow, as_like, diffuse, exact
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import SOLVERS
 from cm_diffusers.diffusion.teaching import Teaching
@@ -92,7 +92,9 @@ class TCDObjective:
             with rewind_rng(device):  # the student draws the same dropout masks
                 target = teaching.jump_to(nets.target or nets.student, x_before, before, s, batch.cond, w, self.step)
         online = teaching.jump_to(nets.student, x_t, t, s, batch.cond, w, self.step)
-        return Loss(DISTANCES[config.loss_type](online, target).mean(), {"w": w.mean(), "s": exact(s).mean().float()})
+        return Loss(
+            DISTANCES[config.loss_type](online, target).mean(), {"w": w.mean(), "s": as_like(exact(s).mean(), x0)}
+        )
 
     def ends(self, number: Tensor) -> Tensor:
         """Where jumps from these times of the grid end `(B,)`: at most where the teacher's step does, uniformly."""

@@ -26,6 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.classes import classes_of
 from cm_diffusers.models.double_norm import double_normed
 from cm_diffusers.models.two_times import TwoTimeUNet2DModel
 from cm_diffusers.pipelines import checks
@@ -117,8 +118,8 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the network knows, None if it takes none."""
-        return self.unet.config.num_class_embeds
+        """How many classes the network knows, None if it takes none; one more, for any class, may stand after them."""
+        return classes_of(self.unet)
 
     @property
     def num_timesteps(self) -> int:
@@ -242,10 +243,9 @@ class ConsistencyImagesPipeline(CarriedSchedulerMixin, RecordedMixin, DiffusionP
         if self.num_classes is None:
             raise UserError("This student knows no classes; leave class_labels out.")
         values = labels if isinstance(labels, list) else [labels] * batch
-        if not all(isinstance(value, Integral) and 0 <= value < self.num_classes for value in values):
-            raise UserError(
-                f"class_labels must be whole numbers from 0 to {self.num_classes - 1}, one or a list; got {labels!r}."
-            )
+        last = self.unet.config.num_class_embeds - 1
+        if not all(isinstance(value, Integral) and 0 <= value <= last for value in values):
+            raise UserError(f"class_labels must be whole numbers from 0 to {last}, one or a list; got {labels!r}.")
         return torch.tensor(values)
 
 

@@ -62,6 +62,7 @@ def distill(
     source, student, data = (given[kind] for kind in WHAT_A_RUN_IS)
     train, validation = given[TrainConfig], given[ValidationConfig]
     refuse_changed(validation, "validation_nfe", "here: the student makes its images in one step")
+    refuse_changed(train, "ema_decay", "with boot: it has no averaged target")
     scheduler = student_scheduler(teacher, method)
 
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
@@ -80,7 +81,7 @@ def distill(
             release_encoders(teacher)
         load_network(teacher, source, student.loaded_dtype, quantization)
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
-        return make_networks(network_of(teacher), student)
+        return replace(make_networks(network_of(teacher), student), target=None)  # which BOOT does not have
 
     settings = [given[kind] for kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, after_the_prompts, objective, optim, settings, callbacks=[grid])

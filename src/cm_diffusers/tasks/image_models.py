@@ -29,6 +29,7 @@ from cm_diffusers.diffusion.views import EDMView, View
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
+from cm_diffusers.models.classes import classes_of
 from cm_diffusers.models.double_norm import add_double_norm
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.families.base import network_of
@@ -148,7 +149,7 @@ class ImageModel:
                 raise UserError("--label_column has no effect on a model that reads text: leave it out.")
             source = streaming_batches if data.streaming else text_image_batches
             return source(data, Encoders.from_pipeline(self.pipe), seed, rank, world_size, device)
-        known = self.network.config.num_class_embeds
+        known = classes_of(self.network)
         if classes.num_classes not in (None, known) or (classes.label_column and known is None):
             found = "takes no classes" if known is None else f"has {known} classes"
             raise UserError(f"The network {found}: leave out --num_classes{' and --label_column' * (known is None)}.")

@@ -19,6 +19,7 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import TrainConfig, Trainer
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.classes import classes_of
 from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout
 from cm_diffusers.models.families.base import family_of, network_of
@@ -208,6 +209,8 @@ def train_images(
     repo_id = check_hub(hub, train.output_dir, train.report_to)
     resolution, (guidance, scale) = None if model.pipe is None else data.resolution, _guidance(model, nets, w)
     lora = StudentNetworkConfig in given and given[StudentNetworkConfig].lora
+    if getattr(nets.student, "is_told_target", False):  # in one jump, too
+        validation = replace(validation, validation_nfe=validation.validation_nfe or [1, 2, 4])
     grids = image_grids(
         validation, lambda unet: model.sampler(without_weight(unet), scheduler), scheduler, resolution, scale
     )
@@ -221,7 +224,7 @@ def train_images(
     kind = "lora" if lora else "pipeline"
     trainer.fit(announce(trainer, batches, configs, kind))
     base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
-    known = None if model.pipe else model.network.config.num_class_embeds
+    known = None if model.pipe else classes_of(model.network)
     describe = partial(describe_run, configs, model.pipe, base, source_name(data), num_classes=known)
 
     def save(unet: nn.Module, folder: Path, provenance: Provenance) -> None:
@@ -240,7 +243,7 @@ def train_images(
 def _guidance(model: ImageModel, nets: Networks, w: tuple[float, float]) -> tuple[str, float]:
     """What guidance is to the student, as in `Record`, and the scale to sample it with."""
     if model.pipe is None:
-        return "none", 1.0
+        return "distilled" if w != (0.0, 0.0) else "none", 1.0
     student = without_weight(nets.student)
     if family_of(student).guidance(student) != "embedded":
         return "distilled", 1.0
