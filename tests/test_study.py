@@ -141,9 +141,10 @@ def test_rows_stay_with_what_made_them(tmp_path):
 
 def test_every_study_names_what_it_has(tmp_path):
     for path in STUDIES:
-        commands, _, evaluation, _, measures = study.read_study(path, None)
-        assert all(command.split()[0].startswith("training/") and "{" not in command for command in commands.values())
-        parse_configs(study.MEASURES[measures][1], "", shlex.split(evaluation))
+        found = study.read_study(path, None)
+        commands = found.commands.values()
+        assert all(command.split()[0].startswith("training/") and "{" not in command for command in commands)
+        parse_configs(study.MEASURES[found.measures][1], "", shlex.split(found.evaluation))
     (tmp_path / "a.toml").write_text(
         'evaluation = ""\n[pieces]\n[variants]\none = "x"\n[tables.t]\nvariants = ["two"]\n'
     )

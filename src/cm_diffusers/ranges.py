@@ -52,7 +52,7 @@ INTERVALS = {
     "[1, 1024]": """
         bucket_step frames_per_clip generation_steps inner_epochs latent_channels layers_per_block motion_max_seq_length
         motion_num_attention_heads norm_num_groups num_attention_heads num_crops num_frames num_inference_steps num_shown
-        num_probes num_starts order reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
+        num_probes num_starts reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
         validation_teacher_steps
     """,
     "[2, 1024]": "guard_samples sample_n_frames",

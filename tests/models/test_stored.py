@@ -19,7 +19,7 @@ from cm_diffusers.evaluation.sampling import load_pipeline
 from cm_diffusers.models.stored import check_stored, check_weights, header
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
 from cm_diffusers.record import read_record, write_record
-from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
+from cm_diffusers.tasks.finished_students import FinetuneConfig, load_student
 
 
 LOADERS = {

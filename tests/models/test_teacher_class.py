@@ -21,7 +21,7 @@ from tiny_xl import tiny_xl_pipeline
 from cm_diffusers.evaluation.sampling import load_pipeline
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher, stock_pipeline
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_scheduler
-from cm_diffusers.tasks.text_to_image import FinetuneConfig, load_student
+from cm_diffusers.tasks.finished_students import FinetuneConfig, load_student
 
 
 WITHOUT_CHECKER = {"requires_safety_checker": False}

@@ -40,7 +40,7 @@ from publishing.test_publish_images import CLASSES, saved, scheduler_of, student
 
 PAPERS = {
     "cd": "2303.01469", "ct": "2303.01469", "ict": "2310.14189", "slct": "2502.01441", "ect": "2406.14548",
-    "sct": "2410.11081", "scd": "2410.11081", "edm": "2206.00364",
+    "sct": "2410.11081", "scd": "2410.11081", "ctm": "2310.02279", "mean_flow": "2505.13447", "edm": "2206.00364",
 }  # fmt: skip
 STOCK = Record("cd", "ada/diffusion", "none", 0.0, 0.0, 1.0, 2, {"_class_name": "CMStochasticIterativeScheduler"})
 OURS = replace(STOCK, scheduler={"_class_name": "EDMConsistencyScheduler", "recommended_sigmas": [80.0, 0.821]})
@@ -107,7 +107,7 @@ def test_front_matter() -> None:
 @pytest.mark.parametrize("method", EDM_METHODS)
 def test_it_says_what_was_done(method: str) -> None:
     card = model_card(replace(OURS, method=method), MADE)
-    how = "distilled" if method in ("cd", "scd") else "tuned"
+    how = "distilled" if method in ("cd", "scd", "ctm") else "tuned"
     assert f"# {EDM_METHODS[method][0]} of ada/diffusion\n" in card
     assert f"It was {how} from [ada/diffusion](https://huggingface.co/ada/diffusion) with cm_diffusers, after" in card
     assert f"https://arxiv.org/abs/{PAPERS[method]}), and trained on ada/photos.\n" in card

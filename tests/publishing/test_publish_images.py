@@ -396,6 +396,6 @@ class TestRecord:
 
     def test_another_method_is_refused(self) -> None:
         with pytest.raises(
-            ValueError, match="Unknown method 'lcm'; give one of cd, ct, ict, slct, ect, sct, scd, edm"
+            ValueError, match="Unknown method 'lcm'; give one of cd, ct, ict, slct, ect, sct, scd, ctm, mean_flow, edm"
         ):
             images_record("lcm", "", "none", 0.0, EDMConsistencyScheduler(), 1)

@@ -278,6 +278,8 @@ def test_record_says_how_to_sample(home, either, published) -> None:
         "recommended_num_inference_steps": 4,
         "resolution": 32,
         "num_frames": None,
+        "target_dim": None,
+        "one_step": False,
     }
     assert scheduler["_class_name"] == "LCMScheduler"
     for name in ("original_inference_steps", "timestep_scaling", "prediction_type", "beta_schedule", "steps_offset"):

@@ -132,7 +132,7 @@ def test_guidance_acts_where_it_is_told(runs) -> None:
     few, usual, many = (drawn(pipe, **scale) for scale in ({"guidance_scale": 2.0}, {}, {"guidance_scale": 6.0}))
     assert (few - many).abs().max() > 1e-3
     torch.testing.assert_close(usual, drawn(pipe, guidance_scale=4.0))
-    with pytest.warns(UserWarning, match=r"outside the 2.0 to 6.0"):
+    with pytest.warns(UserWarning, match="outside the 2 to 6 that"):
         drawn(pipe, guidance_scale=9.0)
 
 

@@ -19,7 +19,14 @@ from tasks.test_image_runs import COMMON, home, of_data, of_model, shape  # noqa
 
 
 ROOT = Path(__file__).parents[2]
-CTM = {"num_scales": 6, "teacher_intervals": 3, "ema_decay": 0.9}
+CTM = {"num_scales": 6, "teacher_intervals": 3, "ema_decay": 0.9, "critic": "none"}
+JUDGED = {
+    "critic": "heads",
+    "critic_channels": 8,
+    "adversarial_start": 1,
+    "adversarial_ramp": 1,
+    "adversarial_balance": "adaptive",
+}
 
 
 def expected(pipe: ConsistencyPipeline, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
@@ -38,7 +45,8 @@ def expected(pipe: ConsistencyPipeline, noise: torch.Tensor, labels: torch.Tenso
 @pytest.mark.parametrize("model", ["edm/pipeline", "ddpm"])
 def test_a_trajectory_model_of_a_diffusion_model(home: Path, tmp_path: Path, model: str) -> None:  # noqa: F811
     bounds = {"edm/pipeline": {}, "ddpm": {"sigma_min": 0.011}}[model]
-    run_script("distill_ctm", **of_model(home, model), **CTM, **COMMON, **bounds, output_dir=tmp_path / "run")
+    judged = JUDGED if model == "ddpm" else {}
+    run_script("distill_ctm", **of_model(home, model), **CTM | judged, **COMMON, **bounds, output_dir=tmp_path / "run")
     folder = tmp_path / "run" / "pipeline"
     pipe, record = ConsistencyPipeline.from_pretrained(folder), read_record(folder)
     assert (record.method, record.guidance) == ("ctm", "none")
@@ -110,7 +118,9 @@ def test_a_trajectory_model_resumes_as_it_would_have_gone_on(home: Path, tmp_pat
 def test_what_cannot_be_told_where_to_jump_is_refused(home: Path, tmp_path: Path) -> None:  # noqa: F811
     settings = {"sigma_min": 0.03, "sigma_max": 14.5, "resolution": 32, "latent_cache_dir": home / "cache"}
     with pytest.raises(SystemExit, match="a UNet2DConditionModel, which cannot be told where to jump"):
-        run_script("distill_ctm", **of_model(home, "text"), **COMMON | settings, output_dir=tmp_path / "run")
+        run_script(
+            "distill_ctm", **of_model(home, "text"), critic="none", **COMMON | settings, output_dir=tmp_path / "run"
+        )
     given = {k: v for k, v in of_data(home).items() if k not in ("num_classes", "label_column")}
     with pytest.raises(SystemExit, match="--condition_dropout hides classes"):
         run_script("train_mean_flow", **given, condition_dropout=0.1, **COMMON, output_dir=tmp_path / "run")
