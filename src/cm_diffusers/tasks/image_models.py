@@ -4,6 +4,7 @@ With the network goes all that is needed to train and publish it: its view, VAE,
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -51,6 +52,9 @@ from cm_diffusers.tasks.image_starts import check_diffusion, check_start, text_v
 from cm_diffusers.types import Batch
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass
 class StartConfig:
     """The diffusion model to start from."""
@@ -58,7 +62,7 @@ class StartConfig:
     pretrained_teacher_model: str = HfArg(
         help="Folder or Hub id of a diffusion model: of train_edm.py, DDPM or DDIM (UNet2DModel), Stable Diffusion (XL) or a "
         "text-to-image flow (Stable Diffusion 3, Sana, Flux, Qwen-Image, Z-Image ...); or a .safetensors file of Stable "
-        "Diffusion (XL)."
+        "Diffusion (XL). distill_ctm.py takes models without prompts, and evaluate_likelihood.py also a student of its."
     )
     teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
     teacher_variant: str | None = HfArg(default=None, help='Variant of the weight files, e.g. "fp16".')
@@ -200,6 +204,10 @@ def _edm_model(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> 
     """A diffusion model of this package."""
     settings = pipe.scheduler.config
     check_diffusion(path, settings, sigma_data)
+    if pipe.record is not None and pipe.record.guidance == "distilled":
+        logger.warning(
+            "%s has guidance of %.3g in its weights: so will have what comes of it.", path, pipe.record.w_max + 1
+        )
     mean, std = pipe.config.get("latents_mean"), pipe.config.get("latents_std")
     statistics = None if std is None else LatentStatistics(mean, std)
     vae = None if pipe.vae is None else pipe.vae.requires_grad_(False).eval()
