@@ -35,7 +35,7 @@ myst_heading_anchors = 3
 myst_ref_domains = ["std", "py"]  # that of sphinx-argparse cannot be asked
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_merge_streams = True
 nb_output_stderr = "remove"
 
