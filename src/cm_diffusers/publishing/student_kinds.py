@@ -106,18 +106,20 @@ def usage(record: Record, provenance: Provenance, base: str, single_file: bool, 
     elif stock:
         parts += [kind.alone[0].format(**values), code_block(kind.alone[1], values)]
     elif not single_file:
-        parts.append(_needed(provenance))
+        parts += _needed(kind, provenance, values)
     if kind in (*LORAS, KINDS["clips"]) and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if kind in LORAS:
         parts += [*(text.format(**values) for text in _elsewhere(record, provenance, named)), EXACT]
     if single_file:
-        parts += [SINGLE_FILE, code_block(BESIDE + kind.beside[not stock], values)]
+        parts += [SINGLE_FILE, code_block(BY_FILE + kind.beside[not stock], {**values, "file": provenance.name})]
     return parts
 
 
 def _elsewhere(record: Record, provenance: Provenance, named: bool) -> list[str]:
-    """How other programs sample a LoRA."""
+    """How other programs sample a LoRA; nothing of one that is told where it jumps, as they do not tell it."""
+    if record.target_dim is not None:
+        return []
     if is_of_flow(record):
         return [FLOW_ELSEWHERE] if named and family_tagged(provenance.family).comfyui else []
     return [NOT_ELSEWHERE if record.guidance == "embedded" else ELSEWHERE]
@@ -159,11 +161,13 @@ def count(steps: int) -> str:
     return f"{steps} step{'s' if steps > 1 else ''}"
 
 
-def _needed(provenance: Provenance) -> str:
+def _needed(kind: Kind, provenance: Provenance, values: dict[str, object]) -> list[str]:
     """What samples a student that diffusers alone cannot."""
     file = None if is_lora(provenance) else SAMPLED_BY.get(provenance.family)  # it knows no LoRA's scheduler
-    other = f", or its single file `pipelines/{file}` given as `custom_pipeline`" if file else ""
-    return f"{PACKAGE_NEEDED}{other}."
+    if file is None:
+        return [f"{PACKAGE_NEEDED}."]
+    given = {**values, "file": f"pipelines/{file}"}
+    return [f"{PACKAGE_NEEDED}, {OR_FILE.format(**given)}", code_block(BY_FILE + kind.beside[1], given)]
 
 
 ELSEWHERE = (
@@ -189,11 +193,12 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}")
 """
-BESIDE = """
+BY_FILE = """
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{file}", trust_remote_code=True)
 """
+OR_FILE = "or its single file `{file}`, code that runs on your machine, so read it first:"
 AS_RECOMMENDED = 'image = pipe("your prompt").images[0]'
 CALL = 'image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}{size}).images[0]'
 LORA_ALONE = """
