@@ -71,13 +71,6 @@ def is_lora(provenance: Provenance) -> bool:
     return bool(provenance.settings.get("lora")) and not provenance.fused
 
 
-def own_file(name: str) -> Path | None:
-    """A single file of this project, where they lie: in the installed package, or in the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    places = (package / "single_files" / name, package.parents[1] / "pipelines" / name)
-    return next((place for place in places if place.is_file()), None)
-
-
 def knows_names(folder: Path, provenance: Provenance) -> bool:
     """Whether other programs know the names in the file of a LoRA in a folder: not those for a family that has its own."""
     file, family = folder / LORA_WEIGHTS, family_tagged(provenance.family or "")
