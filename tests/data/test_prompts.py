@@ -125,6 +125,14 @@ def test_the_words_of_a_flag_are_prompts_or_name_them(tmp_path: Path) -> None:
     assert named_prompts(["fashion"]) == load_prompts("fashion")
     assert [text for text, _ in named_prompts(["a lone bag"])] == ["a lone bag"]
     assert [text for text, _ in named_prompts(["fashion", "a bag"])] == ["fashion", "a bag"]
+    for word in ("fashionable", "animals", "bag.", "a bag/coat", "fashon bag"):
+        assert named_prompts([word]) == [Prompt(word, {})]
+
+
+@pytest.mark.parametrize("word", ["fashon", "Fashion", "simple-animals", "nothere.csv", "data/prompts"])
+def test_a_misspelt_set_or_file_is_no_prompt(word: str) -> None:
+    with pytest.raises(ValueError, match=f"no file of prompts {word}; give one, or one of .*, fashion"):
+        named_prompts([word])
 
 
 def test_the_hardest_prompts_have_the_lowest_mean_reward() -> None:

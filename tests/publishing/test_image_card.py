@@ -153,21 +153,32 @@ def test_one_step_is_shown_where_it_is_another_call_and_makes_images() -> None:
 def test_who_can_load_the_folder() -> None:
     for name in ("EDMConsistencyScheduler", "TrigFlowConsistencyScheduler"):
         ours = replace(OURS, scheduler={**OURS.scheduler, "_class_name": name})
-        assert PACKAGE_NEEDED in model_card(ours, MADE)
-        assert len(codes(model_card(ours, MADE))) == 1
+        _, by_file = codes(model_card(ours, MADE))
+        assert 'custom_pipeline="pipelines/consistency_images.py", trust_remote_code=True' in by_file
+        assert f"{PACKAGE_NEEDED}, or its single file" in model_card(ours, MADE)
     assert PACKAGE_NEEDED not in model_card(STOCK, MADE)
     assert len(codes(model_card(STOCK, MADE))) == 2
 
 
-@pytest.mark.parametrize(("kind", "blocks"), [("pixels", 2), ("latents", 1)])
-def test_the_code_runs(kind: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_in_the_weights_is_told() -> None:
+    """Of a mean flow, which was trained to it."""
+    guided = replace(OURS, method="mean_flow", guidance="distilled", w_min=1.5, w_max=1.5)
+    said = "Guidance is in the weights, at a scale of 2.5 where 1 is none: sampling takes no scale."
+    assert f"\n\n{said}\n\n" in model_card(guided, MADE)
+    assert "uidance" not in model_card(replace(guided, guidance="none", w_min=0.0, w_max=0.0), MADE)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_the_code_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package, and with diffusers: alone, or by the single file of the checkout."""
+    (tmp_path / "pipelines").symlink_to(PIPELINES)
     monkeypatch.chdir(tmp_path)
     pipe, _ = student(kind)
     record = images_record("ict", "", "none", 0.0, pipe.scheduler, 2)
     provenance = replace(ALONE, name="student", num_classes=CLASSES)
     save_pipeline(pipe, tmp_path / "student", False, record, provenance)
     found = codes((tmp_path / "student/README.md").read_text())
-    assert len(found) == blocks
+    assert len(found) == 2
     for code in found:
         names = {}
         exec(code, names)
@@ -210,21 +221,24 @@ class TestText:
         assert front(card)["widget"] == [{"text": "a red bag"}, {"text": "a coat"}]
         assert "(`guidance_scale` 3) is in the weights: sample with `guidance_scale` 1." in card
         assert PACKAGE_NEEDED in card
-        assert ['pipe("your prompt")' in code for code in codes(card)] == [True]
+        assert ['pipe("your prompt")' in code for code in codes(card)] == [True, True]
 
     def test_one_without_guidance_says_so(self) -> None:
         record = replace(OURS, guidance="distilled")
         assert "Trained without guidance: sample with `guidance_scale` 1." in model_card(record, PROVENANCE_OF_IT)
 
     def test_its_code_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "pipelines").symlink_to(PIPELINES)
         monkeypatch.chdir(tmp_path)
         pipe = text_pipeline(tiny_pipeline(), tiny_unet(), scheduler_of(vp_view()))
         record = images_record("cd", "ada/teacher", "distilled", 0.0, pipe.scheduler, 1)
         save_pipeline(pipe, tmp_path / "student", False, record, replace(PROVENANCE_OF_IT, name="student"))
-        (code,) = codes((tmp_path / "student/README.md").read_text())
-        names = {}
-        exec(code, names)
-        assert names["image"].size == (32, 32)
+        found = codes((tmp_path / "student/README.md").read_text())
+        assert len(found) == 2
+        for code in found:
+            names = {}
+            exec(code, names)
+            assert names["image"].size == (32, 32)
 
 
 class TestProvenance:
@@ -398,13 +412,14 @@ class TestSharing:
 
     def test_what_samples_a_student_that_has_no_file(self, tmp_path: Path) -> None:
         xl = text_pipeline(tiny_xl_pipeline(), tiny_xl_unet(), scheduler_of(vp_view()))
+        read = "code that runs on your machine, so read it first:\n\n```python"
         end = {
-            "latents": ", or its single file `pipelines/consistency_images.py` given as `custom_pipeline`.",
-            "text": ", or its single file `pipelines/consistency_text_to_image.py` given as `custom_pipeline`.",
-            "xl": ".",
+            "latents": f", or its single file `pipelines/consistency_images.py`, {read}",
+            "text": f", or its single file `pipelines/consistency_text_to_image.py`, {read}",
+            "xl": ".\n",
         }
         latents = self.finished("latents", tmp_path)
         prepare(ShareConfig(str(latents)))
         folders = {"latents": latents, "text": self.text(tmp_path / "text"), "xl": self.text(tmp_path / "xl", xl)}
         for kind, folder in folders.items():
-            assert f"\n\n{PACKAGE_NEEDED}{end[kind]}\n\n" in (folder / "README.md").read_text()
+            assert f"\n\n{PACKAGE_NEEDED}{end[kind]}\n" in (folder / "README.md").read_text()

@@ -377,6 +377,15 @@ def test_a_lora_on_an_embedded_student_is_not_offered_to_comfyui() -> None:
     assert "the same file, `pytorch_lora_weights.safetensors`, with the sampler `lcm`, 4 steps, CFG 1" in card
 
 
+def test_a_lora_that_is_told_where_it_jumps_is_not_recommended_to_comfyui() -> None:
+    scheduler = {"_class_name": "TCDScheduler", "gamma": 0.3}
+    record = replace(RECORD, method="tcd", guidance="distilled", scheduler=scheduler)
+    assert "For ComfyUI" in model_card(record, LORA)
+    told = model_card(replace(record, target_dim=8), LORA)
+    assert "ComfyUI" not in told
+    assert "but not as it was trained" in told
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A run that ended with a student; its last validation grid is red."""

@@ -264,7 +264,11 @@ def test_a_flow(home, kind) -> None:
             {"critic": "none", "adversarial_weight": 0.3},
             "--adversarial_weight has no effect with --critic none",
         ),
-        ("pcm", {"adversarial_start": 4, "max_train_steps": 4}, "The critic would start at step 4"),
+        (
+            "pcm",
+            {"adversarial_start": 4, "max_train_steps": 4},
+            "of 4: give it an earlier step, the run more --max_train_steps, or",
+        ),
         ("tcd", {"lora": True, "unet_time_cond_proj_dim": 16}, "--unet_time_cond_proj_dim has no effect with --lora"),
     ],
 )

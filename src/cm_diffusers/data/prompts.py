@@ -7,7 +7,9 @@ synonyms.
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ ARTICLES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 PLURAL = ("trousers",)
 PROMPT_FILES = (".txt", ".jsonl")
+OF_PATHS = re.compile(r"[/\\]|\.[a-z]\w*$", re.IGNORECASE)  # in a single word
+ALIKE = 0.8  # from such a likeness on a word is taken for a misspelt set
 SIMPLE_ANIMALS = """
 cat; dog; horse; monkey; rabbit; zebra; spider; bird; sheep; deer; cow; goat; lion; tiger; bear; raccoon; fox; wolf;
 lizard; beetle; ant; butterfly; fish; shark; whale; dolphin; squirrel; mouse; rat; snake; turtle; frog; chicken; duck;
@@ -154,10 +158,14 @@ def load_prompts(source: str | Path | Sequence[str]) -> list[Prompt]:
 
 
 def named_prompts(words: Sequence[str]) -> list[Prompt]:
-    """As `load_prompts`, of a flag's words: prompts, or the name of one set or file."""
+    """As `load_prompts`, of a flag's words: prompts, or the name of one set or file.
+
+    Raises:
+        ValueError: As there; a single word that nearly names a set, or could only be a path, is no prompt.
+    """
     first, *others = words or [""]
-    is_source = not others and (first in PROMPT_SETS or first.endswith(PROMPT_FILES) or os.path.isfile(first))
-    return load_prompts(first if is_source else words)
+    names = not others and (first.endswith(PROMPT_FILES) or os.path.isfile(first) or _is_name(first))
+    return load_prompts(first if names else words)
 
 
 def hardest_prompts(rewards: Mapping[str, Sequence[float]], k: int) -> list[str]:
@@ -176,6 +184,11 @@ def hardest_prompts(rewards: Mapping[str, Sequence[float]], k: int) -> list[str]
 def with_article(noun: str) -> str:
     """ "a bag", "an ankle boot", "trousers"."""
     return noun if noun in PLURAL else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _is_name(text: str) -> bool:
+    alike = get_close_matches(text.lower(), PROMPT_SETS, n=1, cutoff=ALIKE)
+    return len(text.split()) == 1 and bool(alike or OF_PATHS.search(text))
 
 
 def _listed(text: str) -> tuple[str, ...]:

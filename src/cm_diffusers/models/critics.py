@@ -38,8 +38,9 @@ class CriticConfig:
     critic: Literal["heads", "lora_decoder", "vision", "none"] = HfArg(
         default="heads",
         help="heads: small heads on features of the frozen teacher. lora_decoder: a copy of the teacher, a UNet, with adapters "
-        "in its decoder (the paper's). vision: heads on features of the decoded images, by --critic_backbone; needs "
-        "--critic_inputs clean. none: no adversarial term.",
+        "in its decoder, as SCott's paper has it; for distill_scott.py and distill_pcm.py. vision: heads on features of the "
+        "decoded images, by --critic_backbone; for distill_scott.py alone, with --critic_inputs clean. none: no adversarial "
+        "term.",
     )
     critic_channels: int = HfArg(default=128, help="Width of each head.")
     critic_backbone: str = HfArg(

@@ -27,7 +27,7 @@ EDM_METHODS = {  # in EDM's coordinates
     "sct": ("Continuous-time consistency model (sCT)", "tuned from", SCM),
     "scd": ("Continuous-time consistency model (sCD)", "distilled from", SCM),
     "ctm": ("Consistency trajectory model (CTM)", "distilled from", "[CTM](https://arxiv.org/abs/2310.02279)"),
-    "mean_flow": ("Mean flow", "tuned from", "[MeanFlow](https://arxiv.org/abs/2505.13447)"),
+    "mean_flow": ("Mean flow (MeanFlow)", "tuned from", "[MeanFlow](https://arxiv.org/abs/2505.13447)"),
     "edm": ("Diffusion model in EDM's coordinates", "tuned from", "[EDM](https://arxiv.org/abs/2206.00364)"),
 }
 METHODS = {  # method of the record, with "-lora" where that is so -> title, how, paper

@@ -52,7 +52,7 @@ def model_card(
     sections = [
         f"Makes {kind.makes} in {steps}. It was {origin if base else alone}.",
         *([ONE_STEP] if record.one_step else []),
-        *([_guidance(record, provenance)] if text else _classes(provenance)),
+        *([_guidance(record, provenance)] if text else _without_prompts(record, provenance)),
         *([FUSED] if provenance.fused else []),
         _license(provenance, bool(base)),
         "## Use",
@@ -140,13 +140,17 @@ def _guidance(record: Record, provenance: Provenance) -> str:
     return f"This student cannot be guided: `{name}` has no effect, and there is no negative prompt."
 
 
-def _classes(provenance: Provenance) -> list[str]:
-    known = provenance.num_classes
-    if known is None:
-        return []
-    return [
-        f"It knows {known} classes: `class_labels` are numbers from 0 to {known - 1}, drawn at random if not given."
-    ]
+def _without_prompts(record: Record, provenance: Provenance) -> list[str]:
+    """Its classes, and guidance that was trained into it."""
+    said, known = [], provenance.num_classes
+    if known is not None:
+        said.append(
+            f"It knows {known} classes: `class_labels` are numbers from 0 to {known - 1}, drawn at random if not given."
+        )
+    if record.guidance == "distilled" and record.w_max > 0:
+        scale = f"{record.w_max + 1:g}"
+        said.append(f"Guidance is in the weights, at a scale of {scale} where 1 is none: sampling takes no scale.")
+    return said
 
 
 def _measurements(measured: Measured) -> list[str]:

@@ -8,7 +8,7 @@ from cm_diffusers.pipelines.recorded import PROVENANCE, RecordedMixin
 from cm_diffusers.places import public
 from cm_diffusers.publishing.model_card import model_card
 from cm_diffusers.publishing.provenance import Provenance, as_provenance, write_provenance
-from cm_diffusers.publishing.student_kinds import PIPELINE_FILE, SAMPLED_BY, own_file
+from cm_diffusers.publishing.student_kinds import PIPELINE_FILE, SAMPLED_BY
 
 
 OURS = "\n- cm_diffusers\n"  # the tag in the front matter of our cards
@@ -56,6 +56,13 @@ def _put_single_file(pipe: RecordedMixin, folder: Path) -> None:
     needs_text = hasattr(pipe, "tokenizer")
     family = "stable-diffusion" if needs_text else None
     known = not needs_text or not (pipe.is_xl or hasattr(pipe, "motion_adapter"))
-    file = own_file(SAMPLED_BY[family]) if known else None
+    file = _own_file(SAMPLED_BY[family]) if known else None
     if file and not (folder / PIPELINE_FILE).exists():
         shutil.copyfile(file, folder / PIPELINE_FILE)
+
+
+def _own_file(name: str) -> Path | None:
+    """A single file of this project, where they lie: in the installed package, or in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "single_files" / name, package.parents[1] / "pipelines" / name)
+    return next((place for place in places if place.is_file()), None)

@@ -22,6 +22,10 @@ from cm_diffusers.record import Record, is_of_flow
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "pipeline.py"  # as diffusers looks for it where custom_pipeline is a folder or Hub id
 SHOWN = 4  # noise levels that are named one by one
+JUMPING = (
+    "ctm",
+    "mean_flow",
+)  # methods whose students end at the data in one jump, too, without fresh noise in several
 OWN_SCHEDULERS = ("EDMConsistencyScheduler", "TrigFlowConsistencyScheduler")  # that stock ones only carry
 PACKAGE_NEEDED = "Diffusers alone cannot sample this student: cm_diffusers must be installed"
 SAMPLED_BY = {  # family of the teacher -> single file of the root folder `pipelines`
@@ -71,13 +75,6 @@ def is_lora(provenance: Provenance) -> bool:
     return bool(provenance.settings.get("lora")) and not provenance.fused
 
 
-def own_file(name: str) -> Path | None:
-    """A single file of this project, where they lie: in the installed package, or in the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    places = (package / "single_files" / name, package.parents[1] / "pipelines" / name)
-    return next((place for place in places if place.is_file()), None)
-
-
 def knows_names(folder: Path, provenance: Provenance) -> bool:
     """Whether other programs know the names in the file of a LoRA in a folder: not those for a family that has its own."""
     file, family = folder / LORA_WEIGHTS, family_tagged(provenance.family or "")
@@ -106,18 +103,20 @@ def usage(record: Record, provenance: Provenance, base: str, single_file: bool, 
     elif stock:
         parts += [kind.alone[0].format(**values), code_block(kind.alone[1], values)]
     elif not single_file:
-        parts.append(_needed(provenance))
+        parts += _needed(kind, provenance, values)
     if kind in (*LORAS, KINDS["clips"]) and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if kind in LORAS:
         parts += [*(text.format(**values) for text in _elsewhere(record, provenance, named)), EXACT]
     if single_file:
-        parts += [SINGLE_FILE, code_block(BESIDE + kind.beside[not stock], values)]
+        parts += [SINGLE_FILE, code_block(BY_FILE + kind.beside[not stock], {**values, "file": provenance.name})]
     return parts
 
 
 def _elsewhere(record: Record, provenance: Provenance, named: bool) -> list[str]:
-    """How other programs sample a LoRA."""
+    """How other programs sample a LoRA; nothing of one that is told where it jumps, as they do not tell it."""
+    if record.target_dim is not None:
+        return []
     if is_of_flow(record):
         return [FLOW_ELSEWHERE] if named and family_tagged(provenance.family).comfyui else []
     return [NOT_ELSEWHERE if record.guidance == "embedded" else ELSEWHERE]
@@ -150,7 +149,8 @@ def _image_calls(record: Record, asked: str) -> list[str]:
     steps = len(sigmas) or record.recommended_num_inference_steps
     levels = f"at the noise levels {', '.join(f'{sigma:g}' for sigma in sigmas)}"
     calls = [f"images = pipe({asked}).images  # {levels if 0 < len(sigmas) <= SHOWN else f'in {count(steps)}'}"]
-    if record.method != "edm" and record.scheduler.get("gamma") != 0 and steps > 1:
+    to_the_data = record.scheduler.get("gamma") != 0 or record.method in JUMPING
+    if record.method != "edm" and to_the_data and steps > 1:
         calls.append(f"images = pipe({asked}, num_inference_steps=1).images  # in one step")
     return calls
 
@@ -159,11 +159,13 @@ def count(steps: int) -> str:
     return f"{steps} step{'s' if steps > 1 else ''}"
 
 
-def _needed(provenance: Provenance) -> str:
+def _needed(kind: Kind, provenance: Provenance, values: dict[str, object]) -> list[str]:
     """What samples a student that diffusers alone cannot."""
     file = None if is_lora(provenance) else SAMPLED_BY.get(provenance.family)  # it knows no LoRA's scheduler
-    other = f", or its single file `pipelines/{file}` given as `custom_pipeline`" if file else ""
-    return f"{PACKAGE_NEEDED}{other}."
+    if file is None:
+        return [f"{PACKAGE_NEEDED}."]
+    given = {**values, "file": f"pipelines/{file}"}
+    return [f"{PACKAGE_NEEDED}, {OR_FILE.format(**given)}", code_block(BY_FILE + kind.beside[1], given)]
 
 
 ELSEWHERE = (
@@ -189,11 +191,12 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}")
 """
-BESIDE = """
+BY_FILE = """
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{file}", trust_remote_code=True)
 """
+OR_FILE = "or its single file `{file}`, code that runs on your machine, so read it first:"
 AS_RECOMMENDED = 'image = pipe("your prompt").images[0]'
 CALL = 'image = pipe("your prompt", num_inference_steps={steps}, guidance_scale={scale}{size}).images[0]'
 LORA_ALONE = """

@@ -180,7 +180,7 @@ def check_adversary(method: AdversarialConfig, judge: CriticConfig, max_train_st
     elif method.adversarial_start >= max_train_steps:
         raise UserError(
             f"The critic would start at step {method.adversarial_start} (--adversarial_start) of {max_train_steps}: give "
-            "it an earlier step, or --critic none."
+            "it an earlier step, the run more --max_train_steps, or --critic none."
         )
 
 
