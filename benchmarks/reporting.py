@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -33,6 +34,12 @@ def interleaved(
             measured[name].append(seconds(action))
             reset()
     return {name: values[3:] for name, values in measured.items()}
+
+
+def ratio(times: dict[str, list[tuple[float, float]]], name: str, others: list[str], clock: int) -> float:
+    """Of one thing to the sum of others, the median over the rounds; by the wall (clock 0) or in CPU time (1)."""
+    rounds = zip(times[name], *(times[other] for other in others), strict=True)
+    return median(one[clock] / sum(part[clock] for part in parts) for one, *parts in rounds)
 
 
 def write_report(folder: Path, name: str, table: str, numbers: dict) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 from distillation import Action, StepConfig, data_config, the_teacher
-from reporting import interleaved, write_report
+from reporting import interleaved, ratio, write_report
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import Encoders
@@ -118,17 +118,11 @@ def ratios(times: dict[str, list[tuple[float, float]]], clock: int) -> dict[str,
     "step / passes": 1.10 at most is wanted. "step / plain step": 3.0 at most. "tangent / teacher": how many passes
     without gradient a tangent costs.
     """
-    rounds = {name: [pair[clock] for pair in values] for name, values in times.items()}
-
-    def ratio(name: str, others: list[str]) -> float:
-        sums = [sum(parts) for parts in zip(*(rounds[other] for other in others), strict=True)]
-        return median(a / b for a, b in zip(rounds[name], sums, strict=True))
-
     return {
         kind: {
-            "step / passes": ratio(f"{kind}/step", [f"{kind}/{name}" for name in PASSES]),
-            "step / plain step": ratio(f"{kind}/step", ["plain/step"]),
-            "tangent / teacher": ratio(f"{kind}/tangent", [f"{kind}/teacher"]),
+            "step / passes": ratio(times, f"{kind}/step", [f"{kind}/{name}" for name in PASSES], clock),
+            "step / plain step": ratio(times, f"{kind}/step", ["plain/step"], clock),
+            "tangent / teacher": ratio(times, f"{kind}/tangent", [f"{kind}/teacher"], clock),
         }
         for kind in TANGENTS
     }

@@ -1,6 +1,7 @@
 """The benchmark counts the passes a step really makes, and its reference loop does the same arithmetic."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,15 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import tangent_step  # noqa: E402
 import train_step  # noqa: E402
+import trajectory_step  # noqa: E402
 from distillation import BenchmarkConfig, Distillation, the_teacher  # noqa: E402
 from reference_lcm_step import ReferenceLCM, pixel_batches  # noqa: E402
 from tangent_step import TangentStepConfig, Training  # noqa: E402
+from trajectory_step import TrajectoryStepConfig  # noqa: E402
 
 from cm_diffusers.engine.optimizers import OptimConfig  # noqa: E402
 from cm_diffusers.objectives.lcm import LCMConfig  # noqa: E402
-from cm_diffusers.types import Progress  # noqa: E402
+from cm_diffusers.types import Networks, Progress  # noqa: E402
 
 
 B = 3
@@ -38,6 +41,21 @@ def config(tmp_path: Path) -> BenchmarkConfig:
 @pytest.fixture
 def tangents(tmp_path: Path) -> TangentStepConfig:
     return TangentStepConfig(**small(tmp_path), output_dir=str(tmp_path / "report"))
+
+
+@pytest.fixture
+def trajectories(tmp_path: Path) -> TrajectoryStepConfig:
+    unet = {
+        "block_out_channels": [16, 16],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ["DownBlock2D"] * 2,
+        "up_block_types": ["UpBlock2D"] * 2,
+    }
+    (tmp_path / "unet.json").write_text(json.dumps(unet))
+    return TrajectoryStepConfig(
+        **small(tmp_path), unet_config=str(tmp_path / "unet.json"), output_dir=str(tmp_path / "report")
+    )
 
 
 def small(tmp_path: Path) -> dict[str, object]:
@@ -61,6 +79,24 @@ def count_calls(module: nn.Module) -> list[tuple[bool, int]]:
     """Filled with (gradients on?, batch size) of every call."""
     calls = []
     module.register_forward_pre_hook(lambda _, args: calls.append((torch.is_grad_enabled(), len(args[0]))))
+    return calls
+
+
+def record_passes(nets: Networks) -> list[trajectory_step.Pass]:
+    """Filled with every call as `PASSES` has it, its samples counted; the critic's own look at its teacher left out."""
+    calls = []
+
+    def watch(name: str, network: nn.Module) -> None:
+        def look(_: nn.Module, args: tuple) -> None:
+            graph = torch.is_grad_enabled()
+            if not (name == "teacher" and graph):
+                gradient = "none" if not graph else "input" if args[0].requires_grad else "weights"
+                calls.append((name, len(args[0]), gradient))
+
+        network.register_forward_pre_hook(look)
+
+    for name, network in nets.items():
+        watch(name, network)
     return calls
 
 
@@ -208,3 +244,32 @@ def test_table_of_tiny_tangents(tangents: TangentStepConfig, tmp_path: Path) -> 
     rows = [line.split(" | ") for line in tangent_step.as_table(tangents, times).splitlines() if line.startswith("|")]
     assert [row[0].strip("| ") for row in rows[2:]] == [*tangent_step.TANGENTS, "plain step"]
     assert {len(row) for row in rows} == {8}
+
+
+@pytest.mark.parametrize("kind", trajectory_step.PASSES)
+def test_a_step_of_a_trajectory_makes_the_passes_that_are_measured(
+    trajectories: TrajectoryStepConfig, tmp_path: Path, kind: str
+) -> None:
+    one = trajectory_step.Training(trajectories, kind, tmp_path)
+    calls = record_passes(one.trainer.nets)
+    wanted = [(name, math.ceil(share * B), gradient) for name, share, gradient in trajectory_step.PASSES[kind]]
+    one.step()
+    assert sorted(calls) == sorted(wanted)
+    assert all(p.grad is None for p in one.trainer.student.parameters())
+    for action in one.passes().values():
+        action()
+    assert sorted(calls) == sorted(wanted * 2)
+    assert any(p.grad is not None for p in one.trainer.student.parameters())
+
+
+def test_table_of_tiny_trajectories(trajectories: TrajectoryStepConfig, tmp_path: Path) -> None:
+    times = trajectory_step.measure(trajectories, tmp_path)
+    names = {f"{kind}/{one[0]}" for kind, passes in trajectory_step.PASSES.items() for one in passes}
+    assert times.keys() == names | {f"{kind}/step" for kind in trajectory_step.PASSES}
+    assert {len(values) for values in times.values()} == {2}
+    times |= {"TCD/step": [(9.0, 5.0)] * 2, "TCD/student": [(3.0, 2.0)] * 2}
+    times |= {"TCD/target": [(1.0, 1.0)] * 2, "TCD/teacher": [(2.0, 1.0)] * 2}
+    table = trajectory_step.as_table(trajectories, times)
+    rows = {cells[0]: cells for cells in ([c.strip(" |") for c in line.split(" | ")] for line in table.splitlines())}
+    assert rows["TCD"] == ["TCD", "9000.0", "3000.0", "1000.0", "2000.0", "–", "1.50", "1.25"]
+    assert rows["mean flow"][3:6] == ["–"] * 3
