@@ -30,6 +30,7 @@ EDM_METHODS = {  # in EDM's coordinates
     "mean_flow": ("Mean flow (MeanFlow)", "tuned from", "[MeanFlow](https://arxiv.org/abs/2505.13447)"),
     "edm": ("Diffusion model in EDM's coordinates", "tuned from", "[EDM](https://arxiv.org/abs/2206.00364)"),
 }
+JUMPING = ("ctm", "mean_flow")  # whose students end at the data in one jump, too, without fresh noise in several
 METHODS = {  # method of the record, with "-lora" where that is so -> title, how, paper
     "lcm": ("Latent consistency model", "distilled from", LCM),
     "lcm-lora": ("LCM-LoRA", "distilled from", LCM_LORA),

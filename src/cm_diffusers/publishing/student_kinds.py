@@ -6,7 +6,7 @@ from typing import NamedTuple
 from cm_diffusers.models.families.base import family_tagged
 from cm_diffusers.models.stored import header
 from cm_diffusers.publishing import trajectory_kinds
-from cm_diffusers.publishing.card import code_block
+from cm_diffusers.publishing.card import JUMPING, code_block
 from cm_diffusers.publishing.flow_kinds import flow_values
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.publishing.trajectory_kinds import (
@@ -22,10 +22,6 @@ from cm_diffusers.record import Record, is_of_flow
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "pipeline.py"  # as diffusers looks for it where custom_pipeline is a folder or Hub id
 SHOWN = 4  # noise levels that are named one by one
-JUMPING = (
-    "ctm",
-    "mean_flow",
-)  # methods whose students end at the data in one jump, too, without fresh noise in several
 OWN_SCHEDULERS = ("EDMConsistencyScheduler", "TrigFlowConsistencyScheduler")  # that stock ones only carry
 PACKAGE_NEEDED = "Diffusers alone cannot sample this student: cm_diffusers must be installed"
 SAMPLED_BY = {  # family of the teacher -> single file of the root folder `pipelines`
@@ -149,8 +145,7 @@ def _image_calls(record: Record, asked: str) -> list[str]:
     steps = len(sigmas) or record.recommended_num_inference_steps
     levels = f"at the noise levels {', '.join(f'{sigma:g}' for sigma in sigmas)}"
     calls = [f"images = pipe({asked}).images  # {levels if 0 < len(sigmas) <= SHOWN else f'in {count(steps)}'}"]
-    to_the_data = record.scheduler.get("gamma") != 0 or record.method in JUMPING
-    if record.method != "edm" and to_the_data and steps > 1:
+    if record.method in JUMPING or (record.method != "edm" and record.scheduler.get("gamma") != 0 and steps > 1):
         calls.append(f"images = pipe({asked}, num_inference_steps=1).images  # in one step")
     return calls
 
