@@ -52,7 +52,7 @@ Pass = tuple[str, float, str]
 JUMP: list[Pass] = [("teacher", 2, "none"), ("target", 1, "none"), ("student", 1, "weights")]
 FAKE: list[Pass] = [("student", 1, "none"), ("target", 1, "none")]  # CTM's two jumps to the data
 JUDGED: list[Pass] = [("critic", 2, "weights"), ("critic", 1, "input")]
-CTM: list[Pass] = [("teacher", 1, "none")] * 2 + [*FAKE, ("target", 1, "input"), ("student", 2, "weights")]
+CTM: list[Pass] = [("teacher", 1, "none")] * 2 + [*FAKE, ("target", 1, "input")] + [("student", 1, "weights")] * 2
 PASSES: dict[str, list[Pass]] = {
     "PCM": JUMP,
     "PCM with critic": [*JUMP, *JUMP[:2], ("student", 1, "none"), *JUDGED],
