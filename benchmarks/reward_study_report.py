@@ -128,7 +128,7 @@ def write_reward_study(
     if runs:
         figure, picture = plot(runs, *special), grid(runs, prompts)
         replace_file(folder / "curves.png", lambda path: figure.savefig(path, dpi=120, format="png"))
-        replace_file(folder / "grid.png", lambda path: picture.save(path, format="PNG"))
+        replace_file(folder / "grid.png", lambda path: picture.save(path, format="PNG", optimize=True))
     return table
 
 

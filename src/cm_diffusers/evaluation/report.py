@@ -185,7 +185,7 @@ def write_report(
     """
     table = markdown_table(rows, setting)
     write_table(folder, table, table_json(rows, setting, weights))
-    replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
+    replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG", optimize=True))
     replace_file(folder / "plot.png", lambda path: plot(rows, setting).savefig(path, dpi=150, format="png"))
     remove_partial(folder)
     return table

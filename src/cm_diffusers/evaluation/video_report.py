@@ -143,7 +143,7 @@ def write_report(
     heads = [f"{prompts[0]}: {frames[0]}", *frames[1:]]
     grid = image_grid([part.clips[0] for part in shown], [part.label for part in shown], heads)
     replace_file(folder / "plot.png", lambda path: plot(rows, setting).savefig(path, dpi=150, format="png"))
-    replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
+    replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG", optimize=True))
     for name in dict.fromkeys(part.pipeline for part in shown):
         write_animation(folder / clips_of(name), [part for part in shown if part.pipeline == name], prompts)
     remove_partial(folder)
