@@ -28,13 +28,9 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
-DSM_MEAN, DSM_STD, DSM_SHARE = (
-    -1.2,
-    1.2,
-    0.7,
-)  # of ln sigma, and of the grid's upper end, half of the draws each (the authors' code)
-
-MOST_DSM = 1e4  # of its adaptive weight
+DSM_MEAN, DSM_STD = -1.2, 1.2  # of ln sigma in half of the draws of denoising, as in the authors' code
+DSM_SHARE = 0.7  # of the grid, from its upper end: where the other half lies, evenly
+MOST_DSM = 1e4  # of the adaptive weight of denoising
 
 
 @dataclass
