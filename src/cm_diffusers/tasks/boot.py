@@ -89,9 +89,8 @@ def distill(
     trainer.fit(announce(trainer, batches, configs, result))
     base = source.pretrained_teacher_model
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
-    record = replace(
-        record, method="boot", resolution=data.resolution, one_step=True, recommended_num_inference_steps=1
-    )
-    record = replace(record, num_frames=1 if answers_clips(teacher) else None)
+    steps = {"one_step": True, "recommended_num_inference_steps": 1}
+    frames = 1 if answers_clips(teacher) else None
+    record = replace(record, method="boot", resolution=data.resolution, num_frames=frames, **steps)
     describe = partial(describe_run, configs, teacher, base, "prompts alone")
     return publish(trainer, result, configs, describe, partial(save_student, student, make_pipeline, record), repo_id)
