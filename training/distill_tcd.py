@@ -8,7 +8,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.target_input import TARGET_DIM

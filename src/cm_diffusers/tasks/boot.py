@@ -13,7 +13,8 @@ from cm_diffusers.data.teacher_latents import check_side
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.families.base import answers_clips, latents_of, network_of
 from cm_diffusers.models.quantization import quantization_config

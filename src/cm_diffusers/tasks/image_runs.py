@@ -17,7 +17,8 @@ from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.classes import classes_of
 from cm_diffusers.models.critics import CriticConfig
