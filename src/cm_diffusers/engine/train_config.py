@@ -6,6 +6,7 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.launcher import take_launched
+from cm_diffusers.errors import UserError
 from cm_diffusers.ranges import check_ranges
 
 
@@ -45,6 +46,17 @@ class TrainConfig:
     )
     checkpointing_steps: int = HfArg(default=500, help="Optimizer steps between checkpoints.")
     checkpoints_total_limit: int | None = HfArg(default=None, help="Keep only the newest so many checkpoints.")
+    branch_steps: list[int] = HfArg(
+        default_factory=list,
+        help="Steps with a checkpoint that stays whatever --checkpoints_total_limit says: training/branch.py cools down from it.",
+    )
+    snapshot_steps: int = HfArg(
+        default=0,
+        help="Steps between raw weights that stay in snapshots/, for training/combine.py and export_average.py; 0 keeps none.",
+    )
+    snapshot_window: list[int] = HfArg(
+        default_factory=list, help="First and last step of those; all of the run if not given."
+    )
     resume_from_checkpoint: str | None = HfArg(
         default=None, help='"latest" (the start, where there is none yet), or a checkpoint folder; bit-exact.'
     )
@@ -55,3 +67,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         take_launched(self)
         check_ranges(self)
+        _check_window(self)
+
+
+def _check_window(config: TrainConfig) -> None:
+    window, every = config.snapshot_window, config.snapshot_steps
+    if window and not every:
+        raise UserError("--snapshot_window has no effect without --snapshot_steps: give both, or leave it out.")
+    if window and (len(window) != 2 or window[0] > window[1]):
+        raise UserError(
+            f"--snapshot_window is a first and a last step, but it is {' '.join(map(str, window))}: give two, the first not above "
+            "the last."
+        )
+    last = min(window[1] if window else config.max_train_steps, config.max_train_steps)
+    if every and last // every * every < (window[0] if window else every):
+        raise UserError(
+            f"--snapshot_steps {every} keeps nothing of the steps {window[0] if window else 1} to {last}: give fewer."
+        )

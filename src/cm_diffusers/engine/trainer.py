@@ -13,12 +13,14 @@ from tqdm.auto import tqdm
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.accelerator import any_rank, make_accelerator, start_trackers
 from cm_diffusers.engine.averages import Averages, ema_update
+from cm_diffusers.engine.branching import check_stages
 from cm_diffusers.engine.identity import run_defaults, run_identity
 from cm_diffusers.engine.interrupts import stop_request
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.run_folder import RunFolder
+from cm_diffusers.engine.snapshots import is_due, write_weights
 from cm_diffusers.engine.state import load_state, write_state
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError, optional, writable
@@ -80,6 +82,9 @@ class Trainer:
                 module.compile()
         self.averages = Averages(self.nets.student, config.export_ema_decay, config.ema_sigma_rels)
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
+        cooldowns = [player.optim.lr_cooldown_steps for player in self.players]
+        is_branch = self.folder.checkpoint is not None and not self.folder.continues
+        check_stages(objective, cooldowns, config.max_train_steps, is_branch)
         self._resume()
 
     @property
@@ -131,8 +136,9 @@ class Trainer:
                 self._log(loss, images / (time.perf_counter() - started), bar)
                 for callback in self.steering:
                     callback(self, loss)
+                self._keep_weights()
                 ends = self.step == config.max_train_steps or bool(self.stopping)
-                if ends or self.step % config.checkpointing_steps == 0:
+                if ends or self.step % config.checkpointing_steps == 0 or self.step in config.branch_steps:
                     last_saved = self.save()
                 for callback in self.callbacks:
                     with optional(f"What shows step {self.step}"):
@@ -219,6 +225,11 @@ class Trainer:
             write_state(self, source)
         self.accelerator.wait_for_everyone()
         return self.step
+
+    def _keep_weights(self) -> None:
+        config = self.config
+        if self.accelerator.is_main_process and is_due(self.step, config.snapshot_steps, config.snapshot_window):
+            write_weights(self.output_dir, self.step, self.student)
 
     def _resume(self) -> None:
         """From the folder's checkpoint, or from the one before if that is damaged."""

@@ -163,4 +163,5 @@ def critic_optim(config: CriticConfig, student: OptimConfig) -> OptimConfig:
         lr_scheduler="constant",
         lr_warmup_steps=0,
         lr_cooldown_steps=0,
+        lr_cooldown_shape="1-sqrt",
     )
