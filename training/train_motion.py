@@ -68,8 +68,7 @@ def main() -> None:
     trainer.fit(announce(trainer, batches, configs, "motion_adapter"))
 
     def save(network, folder, provenance):
-        trained = motion_adapter_of(network, adapter)
-        save_motion_adapter(trained, scheduler, folder, result.save_fp16, provenance)
+        save_motion_adapter(motion_adapter_of(network, adapter), scheduler, folder, result.save_fp16, provenance)
 
     describe = partial(describe_run, configs, image, source.pretrained_teacher_model, data.source)
     if address := publish(trainer, "motion_adapter", configs, describe, save, repo_id):

@@ -108,11 +108,7 @@ class Staged(ToyObjective):
 
 
 def test_a_cooldown_over_a_change_of_stage_is_told(tmp_path, caplog) -> None:
-    trainer = toy_trainer(
-        tmp_path / "run", objective=Staged(), optim=CONSTANT, checkpointing_steps=1, max_train_steps=8
-    )
-    trainer.fit(source())
-    trainer.end()
+    constant_run(tmp_path / "run", objective=Staged())
     assert "curriculum" not in caplog.text
     with pytest.raises(
         ValueError, match=r"last stage at step 6, .* falling since step 4.*--lr_cooldown_steps 2, or a checkpoint from"
