@@ -3,11 +3,6 @@
 import re
 
 
-# Where files lay and who pushed them is nobody's business, and a token least of all.
-PRIVATE = set(
-    "output_dir overwrite_output_dir cache_dir latent_cache_dir resume_from_checkpoint report_to "
-    "tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token".split()
-)
 LOCAL = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\|file:")  # how a path of a machine begins
 STEPS = re.compile(r"[\\/]+")
 ADDRESS = r"\s*[A-Za-z][\w+.-]*://"

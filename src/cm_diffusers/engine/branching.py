@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cm_diffusers.engine.recipes import flags_of, with_recipes
 from cm_diffusers.errors import UserError
-from cm_diffusers.places import PRIVATE, without_secrets
+from cm_diffusers.places import without_secrets
 from cm_diffusers.types import Objective, Progress
 
 
@@ -24,11 +24,14 @@ logger = logging.getLogger(__name__)
 
 COMMAND = "command"  # in `run.json`: the script's file name, and its flags
 SCHEDULE = ("lr_scheduler", "lr_cooldown_steps", "lr_cooldown_shape")  # flags that may change where the rate does not
-OF_ONE_RUN = PRIVATE | {"branch_steps", "snapshot_steps", "snapshot_window"}  # flags that a branch has of its own
+OF_ONE_RUN = set(  # flags of which a branch has its own, or none: a token least of all
+    "output_dir overwrite_output_dir resume_from_checkpoint branch_steps snapshot_steps snapshot_window "
+    "push_to_hub hub_model_id hub_private_repo hub_token".split()
+)
 
 
 def command_line() -> list[str]:
-    """Of this process, recipes written out, without what says where files go and who pushes them."""
+    """Of this process, recipes written out, without what says where its result goes."""
     words = [word for name, words in flags_of(with_recipes(None)) if name not in OF_ONE_RUN for word in words]
     return [Path(sys.argv[0]).name, *map(without_secrets, words)]
 

@@ -19,10 +19,16 @@ from cm_diffusers.engine.launcher import DEFAULTS
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import network_of, tag_of
 from cm_diffusers.pipelines.recorded import PROVENANCE
-from cm_diffusers.places import LOCAL, PRIVATE, public
+from cm_diffusers.places import LOCAL, public
 
 
 logger = logging.getLogger(__name__)
+
+# Where files lay and who pushed them is nobody's business, and a token least of all.
+PRIVATE = set(
+    "output_dir overwrite_output_dir cache_dir latent_cache_dir resume_from_checkpoint report_to "
+    "tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token".split()
+)
 
 
 @dataclass(frozen=True)
