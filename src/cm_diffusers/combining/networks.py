@@ -62,7 +62,7 @@ class LoraNetwork:
 
     def __init__(self, network: nn.Module, snapshots: Snapshots, rank: int | None = None) -> None:
         (self.adapter,) = network.peft_config
-        self.config, self.snapshots = network.peft_config[self.adapter], snapshots
+        self.network, self.config, self.snapshots = network, network.peft_config[self.adapter], snapshots
         self.layers = {path: one for path, one in network.named_modules() if isinstance(one, BaseTunerLayer)}
         self.scales = {path: layer.scaling[self.adapter] for path, layer in self.layers.items()}
         self.bases = {path: layer.base_layer.weight.detach().clone() for path, layer in self.layers.items()}

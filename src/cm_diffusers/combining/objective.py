@@ -56,7 +56,8 @@ class ObjectiveConfig:
     feature_extractor: str = HfArg(default="inception", help='"inception", or the folder of a saved ImageClassifier.')
     bootstrap_samples: int = HfArg(default=200, help="Resamples of the hold-out's images.")
     confidence: float = HfArg(
-        default=0.95, help="Share of the resamples in which the found vector must beat the best baseline to be published."
+        default=0.95,
+        help="Share of the resamples in which the found vector must beat the best baseline to be published.",
     )
 
     def check(self) -> None:
@@ -165,6 +166,10 @@ class Sheet:
         total = sum(values) if name in LOWER_IS_BETTER else -sum(values)
         return total if values and math.isfinite(total) else math.inf
 
+    def shown(self, value: float) -> float:
+        """A value as tables have it."""
+        return value if self.config.objective in LOWER_IS_BETTER else -value
+
     def differences(self, found: Features, baseline: Features) -> np.ndarray:
         """Objective of one less that of the other, `(bootstrap_samples,)`: the drawn images are resampled, the same of both.
 
@@ -172,7 +177,9 @@ class Sheet:
         """
         rng, count = np.random.default_rng(self.config.seed), len(self.real)
         draws = [rng.integers(count, size=count).tolist() for _ in range(self.config.bootstrap_samples)]
-        return np.array([self._resampled(found, rows) - self._resampled(baseline, rows) for rows in tqdm(draws, "Bootstrap")])
+        return np.array(
+            [self._resampled(found, rows) - self._resampled(baseline, rows) for rows in tqdm(draws, "Bootstrap")]
+        )
 
     def _resampled(self, features: Features, chosen: Sequence[int]) -> float:
         wanted = [self.config.objective]
@@ -225,7 +232,5 @@ def make_bench(config: ObjectiveConfig, data: ReferenceConfig, source: Path) -> 
     else:
         refuse_changed(config, "guidance_scale", "on a pipeline without prompts")
     seeds = (config.seed, config.of_holdout)
-    sheets = [
-        Sheet(config, extractor, one, seed, sampler) for one, seed in zip(references, seeds, strict=True)
-    ]
+    sheets = [Sheet(config, extractor, one, seed, sampler) for one, seed in zip(references, seeds, strict=True)]
     return Bench(sampler, *sheets)

@@ -1,8 +1,7 @@
 """From a finished run to a published combination of its snapshots: baselines, search, hold-out, result."""
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,22 +13,20 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.combining.log import LOG, Entry, SearchLog
 from cm_diffusers.combining.networks import LoraNetwork, WholeNetwork, student_of
-from cm_diffusers.combining.objective import Bench, ObjectiveConfig, Sheet
+from cm_diffusers.combining.objective import Sheet
 from cm_diffusers.combining.search import SearchConfig, Tried, search
-from cm_diffusers.combining.vectors import EMA, POWER, SINGLE, UNIFORM, Baseline, baselines
+from cm_diffusers.combining.vectors import EMA, KINDS, SINGLE, Baseline
 from cm_diffusers.combining.weights import Snapshots
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.snapshots import FOLDER, Kept, list_weights
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.candidates import check_output
-from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.report import Row
 from cm_diffusers.measured import weights_digest
 from cm_diffusers.models.students import HALF
 
 
-logger = logging.getLogger(__name__)
-FOUND, LAST = "found", "last"
+FOUND = "found"
 RESULTS = ("pipeline", "lora")
 
 
@@ -189,7 +186,9 @@ def searched(
         found = {one.name: evaluate(one.name, one.vector) for one in known}
         least = min(found.values(), key=lambda entry: entry.value)
         if least.value == np.inf:
-            raise UserError(f"No average of the snapshots draws images whose {sheet.config.objective} can be measured.")
+            raise UserError(
+                f"No average of the snapshots draws images whose {sheet.config.objective} can be measured."
+            )
         emas = [found[one.name] for one in known if one.kind == EMA]
         anchor = min(emas, key=lambda entry: entry.value)
 
@@ -205,12 +204,12 @@ def searched(
 
 def chosen(found: Mapping[str, Entry], known: Sequence[Baseline]) -> dict[str, Entry]:
     """What is told of the baselines: the last snapshot, and the best of each kind."""
-    told = {f"{LAST} ({[one.name for one in known if one.kind == SINGLE][-1]})": None}
-    told = {name: found[name[len(LAST) + 2 : -1]] for name in told}
-    for kind in (SINGLE, UNIFORM, EMA, POWER):
-        if names := [one.name for one in known if one.kind == kind]:
-            best = min(names, key=lambda name: found[name].value)
-            told[best if kind == UNIFORM else f"best {kind} ({best})" if kind == SINGLE else f"best {best}"] = found[best]
+    last = [one for one in known if one.kind == SINGLE][-1]
+    told = {f"last ({last.which})": found[last.name]}
+    for kind in KINDS:
+        names = [one.name for one in known if one.kind == kind]
+        best = min(names, key=lambda name: found[name].value)
+        told[best if len(names) == 1 else f"best {best}"] = found[best]
     return told
 
 
@@ -222,16 +221,24 @@ def judged(network: WholeNetwork | LoraNetwork, sheet: Sheet, told: Mapping[str,
         features[name] = sheet.draw()
         rows = sheet.rows(features[name])
         contenders.append(Contender(name, entry, sheet.value(rows), rows))
-    best = min(contenders[:-1], key=lambda one: one.entry.value)
-    if features[FOUND] is None or features[best.name] is None:
-        return Verdict(contenders, best, np.array([np.inf]), features[FOUND] is not None)
-    differences = sheet.differences(features[FOUND], features[best.name])
-    accepted = (differences < 0).mean() >= sheet.config.confidence and contenders[-1].value < best.value
+    last, best = contenders[-1], min(contenders[:-1], key=lambda one: one.entry.value)
+    both = features[FOUND], features[best.name]
+    differences = np.array([last.value - best.value]) if None in both else sheet.differences(*both)
+    accepted = (differences < 0).mean() >= sheet.config.confidence and last.value < best.value
     return Verdict(contenders, best, differences, bool(accepted))
 
 
 def identity(source: Source, *configs: object) -> dict[str, Any]:
     """All that the values of a search, and the order of its vectors, depend on."""
-    later = {"bootstrap_samples", "confidence", "holdout_seed", "cache_dir", "output_dir", "resume", "save_fp16", "lora_rank"}
+    later = {
+        "bootstrap_samples",
+        "confidence",
+        "holdout_seed",
+        "cache_dir",
+        "output_dir",
+        "resume",
+        "save_fp16",
+        "lora_rank",
+    }
     settings = {name: value for config in configs for name, value in asdict(config).items() if name not in later}
     return settings | {"steps": [one.step for one in source.kept], "weights": weights_digest(source.result)}

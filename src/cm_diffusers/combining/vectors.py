@@ -8,21 +8,25 @@ import numpy as np
 from cm_diffusers.engine.averages import power_of
 
 
-SINGLE, UNIFORM, EMA, POWER = "single", "uniform (SWA)", "EMA", "power function"
+KINDS = SINGLE, UNIFORM, EMA, POWER = "single", "uniform", "EMA", "power function"
 
 
 class Baseline(NamedTuple):
     """An average without a search.
 
     Attributes:
-        kind: One of the four above.
-        name: With its number, as "EMA 0.9".
+        kind: One of `KINDS`.
+        which: Of its kind.
         vector: `(K,)`.
     """
 
     kind: str
-    name: str
+    which: str
     vector: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} ({self.which})"
 
 
 def one_hot(count: int, index: int) -> np.ndarray:
@@ -57,7 +61,7 @@ def baselines(steps: Sequence[int], rates: Sequence[float], sigma_rels: Sequence
     count = len(steps)
     return [
         *(Baseline(SINGLE, f"step {step}", one_hot(count, i)) for i, step in enumerate(steps)),
-        Baseline(UNIFORM, UNIFORM, uniform(count)),
-        *(Baseline(EMA, f"{EMA} {rate:g}", ema(count, rate)) for rate in rates),
-        *(Baseline(POWER, f"{POWER} {width:g}", power_function(steps, width)) for width in sigma_rels),
+        Baseline(UNIFORM, "SWA", uniform(count)),
+        *(Baseline(EMA, f"{rate:g}", ema(count, rate)) for rate in rates),
+        *(Baseline(POWER, f"{width:g}", power_function(steps, width)) for width in sigma_rels),
     ]
