@@ -182,7 +182,8 @@ def plot_history(report: Report) -> "Figure":
     tried = [i for i in range(len(values)) if i not in known]
     axes.plot(tried, shown(values[tried]), ".", markersize=3, label="search")
     axes.axhline(report.shown(least), linestyle=":", color="grey", label="best baseline")
-    axes.set(xlabel="evaluation", ylabel=report.objective)
+    axes.set(xlabel="evaluation", ylabel="objective on the search set")
+    axes.set_title(report.objective, fontsize=8, wrap=True)
     axes.legend()
     warn_of_few(figure, report.config.num_images)
     return figure

@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.combining.log import LOG, Entry, SearchLog
 from cm_diffusers.combining.networks import LoraNetwork, WholeNetwork, student_of
 from cm_diffusers.combining.objective import Sheet
-from cm_diffusers.combining.search import SearchConfig, Tried, search
+from cm_diffusers.combining.search import SearchConfig, Tried, find_best
 from cm_diffusers.combining.vectors import EMA, KINDS, SINGLE, Baseline
 from cm_diffusers.combining.weights import Snapshots
 from cm_diffusers.engine.cli import refuse_changed
@@ -197,7 +197,7 @@ def searched(
             return entry.value + config.pull * abs(anchor.value) * float(apart)
 
         starts = [Tried(pulled(entry), np.array(entry.vector)) for entry in found.values()]
-        best = search(lambda vector: pulled(evaluate(FOUND, vector)), starts, config)
+        best = find_best(lambda vector: pulled(evaluate(FOUND, vector)), starts, config)
     tried = (entry for entry in log.entries if entry.name == FOUND)
     return found, next(entry for entry in tried if entry.vector == best.vector.tolist())
 
@@ -230,15 +230,6 @@ def judged(network: WholeNetwork | LoraNetwork, sheet: Sheet, told: Mapping[str,
 
 def identity(source: Source, *configs: object) -> dict[str, Any]:
     """All that the values of a search, and the order of its vectors, depend on."""
-    later = {
-        "bootstrap_samples",
-        "confidence",
-        "holdout_seed",
-        "cache_dir",
-        "output_dir",
-        "resume",
-        "save_fp16",
-        "lora_rank",
-    }
-    settings = {name: value for config in configs for name, value in asdict(config).items() if name not in later}
+    idle = "run_dir window bootstrap_samples confidence holdout_seed cache_dir output_dir resume save_fp16 lora_rank".split()
+    settings = {name: value for config in configs for name, value in asdict(config).items() if name not in idle}
     return settings | {"steps": [one.step for one in source.kept], "weights": weights_digest(source.result)}

@@ -42,7 +42,7 @@ class Tried(NamedTuple):
     vector: np.ndarray
 
 
-def search(value: Callable[[np.ndarray], float], starts: Sequence[Tried], config: SearchConfig) -> Tried:
+def find_best(value: Callable[[np.ndarray], float], starts: Sequence[Tried], config: SearchConfig) -> Tried:
     """The best vector that was tried beside the starts.
 
     Args:

@@ -21,7 +21,9 @@ TARGETS = ["to_q", "conv1", "to_k"]
 
 def provenance(**settings: object) -> Provenance:
     told = {"data": "somebody's pictures", "license": {}, "command": "python training/distill_lcm.py", "commit": "abc"}
-    return Provenance(name="lcm", base_id=None, family="stable-diffusion", settings={"max_train_steps": 30} | settings, **told)
+    return Provenance(
+        name="lcm", base_id=None, family="stable-diffusion", settings={"max_train_steps": 30} | settings, **told
+    )
 
 
 def snapshot(run: Path, step: int, network: torch.nn.Module, noise: float = 0.02) -> None:
