@@ -28,7 +28,7 @@ SCHEDULERS = sorted((SRC / "schedulers").glob("scheduling_*.py"))
 SELF_CONTAINED = sorted((ROOT / "pipelines").glob("*.py"))
 # Arrows point to the left: a wing imports those before it, never one after it.
 WINGS = """
-    diffusion models schedulers engine policy pipelines data objectives evaluation rewards publishing tasks
+    diffusion models schedulers engine policy pipelines data objectives evaluation rewards publishing combining tasks
 """.split()
 NOUNS = {"types", "record", "measured", "errors", "markdown", "places", "pixels", "ranges", "quiet", "extras"}
 ALLOWED = {"torch", "numpy", "diffusers", "transformers", "huggingface_hub", *sys.stdlib_module_names}

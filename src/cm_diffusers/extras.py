@@ -23,6 +23,7 @@ LPIPS = Need("lpips", "lpips", "metrics")
 FIDELITY = Need("torch_fidelity", "torch-fidelity", "metrics")
 TORCHVISION = Need("torchvision", "torchvision", "metrics")
 POT = Need("ot", "POT", "train")
+CMA = Need("cma", "cma", "cma")
 PYAV = Need("av", "av", "video")
 TRACKERS = {
     name: Need(name, name, extra)
@@ -39,6 +40,7 @@ NEEDS = {  # flag -> how its value begins -> what it needs; what depends on the 
     "quantize_teacher": {"bnb": BITSANDBYTES, "torchao": TORCHAO},
     "loss_type": {"lpips": LPIPS},
     "coupling": {"ot": POT},
+    "search": {"cma": CMA},
     "feature_extractor": {"inception": FIDELITY},
     "rewards": {"multi_view": TORCHVISION},
     "held_out_rewards": {"multi_view": TORCHVISION},

@@ -15,30 +15,30 @@ INTERVALS = {
     "[0, inf)": """
         adam_weight_decay adaptive_power boundary_weight critic_learning_rate diffusion_weight dmd_weight dsm_weight generation_guidance_scale guidance_scale guidance_scales huber_c
         kl_coef kl_in_advantage kl_weight l1_weight learning_rate mapping_b mapping_k r1_weight stop_diversity stop_held_out stop_kl
-        tangent_c validation_guidance_scale
+        pull step_weights tangent_c validation_guidance_scale
     """,
     "(0, inf)": """
-        adam_epsilon adaptive_c adv_clip adversarial_weight clip_range crop_zoom final_std logit_std lora_alpha p_std recommended_sigmas reward_weight
+        adam_epsilon adaptive_c adv_clip adversarial_weight clip_range crop_zoom final_std logit_std lora_alpha mutation_std p_std recommended_sigmas reward_weight
         rho robust_c shift sigma_data sigma_max sigma_min tangent_step time_range time_std timestep_scaling_factor tolerance
     """,
     "(0, inf]": "max_grad_norm",
-    "[1, inf)": "bucket_max_ratio q",
+    "[1, inf)": "alpha_max bucket_max_ratio q",
     "[0, 1]": "condition_dropout diffusion_share ema_decay eta gammas instant_share proportion_empty_prompts",
     "[0, 1)": """
-        adam_beta1 adam_beta2 critic_adam_beta1 critic_adam_beta2 dropout export_ema_decay guidance_mix label_smoothing lora_dropout
+        adam_beta1 adam_beta2 critic_adam_beta1 critic_adam_beta2 dropout ema_rates export_ema_decay guidance_mix label_smoothing lora_dropout
     """,
-    "(0, 1)": "target_decay_0",
-    "(0, 0.2886)": "ema_sigma_rels sigma_rel",
-    "[0, 4294967295]": "seed validation_seeds",
+    "(0, 1)": "confidence target_decay_0",
+    "(0, 0.2886)": "ema_sigma_rels sigma_rel sigma_rels",
+    "[0, 4294967295]": "holdout_seed search_seed seed validation_seeds",
     "[1, 1000000000]": """
         branch_steps checkpointing_steps checkpoints_total_limit cooldown_steps generated_samples guard_steps logging_steps max_train_samples max_train_steps
         validation_steps
     """,
     "[0, 1000000000]": """
-        adversarial_ramp adversarial_start lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples
+        adversarial_ramp adversarial_start lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples window
     """,
     "[1, 1000000]": """
-        buffer_size discretization_s_0 discretization_s_1 latent_samples min_count num_classes num_clips num_ddim_timesteps
+        bootstrap_samples buffer_size discretization_s_0 discretization_s_1 evaluations latent_samples min_count num_classes num_clips num_ddim_timesteps
         num_gifs phases renoise_below samples_per_rollout shuffle_buffer_size solver_interval
     """,
     "[2, 1000000]": "num_images num_scales num_videos",
@@ -55,7 +55,7 @@ INTERVALS = {
         num_probes num_starts reference_steps sample_stride segments solver_steps teacher_intervals teacher_steps text_layers unet_layers_per_block validation_nfe
         validation_teacher_steps
     """,
-    "[2, 1024]": "guard_samples sample_n_frames",
+    "[2, 1024]": "guard_samples population sample_n_frames",
     "[0, 1024]": "dataloader_num_workers guard_prompts validation_images",
 }
 RANGES = {name: interval for interval, names in INTERVALS.items() for name in names.split()}

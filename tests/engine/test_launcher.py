@@ -12,7 +12,7 @@ from toys import assert_same, forget_accelerate, source, tensors, toy_trainer
 from cm_diffusers.engine import launcher
 from cm_diffusers.engine.cli import parse_configs
 from cm_diffusers.engine.train_config import TrainConfig
-from cm_diffusers.publishing.provenance import _command
+from cm_diffusers.publishing.provenance import command_of
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_flags_that_are_not_given_are_the_launchers(launched, monkeypatch) -> No
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert settings() == ("bf16", 4, True)
     assert settings("--mixed_precision", "bf16", "--gradient_accumulation_steps", "4") == ("bf16", 4, True)
-    assert "--gradient_accumulation_steps 4 --mixed_precision bf16 --compile" in _command([TrainConfig()])
+    assert "--gradient_accumulation_steps 4 --mixed_precision bf16 --compile" in command_of([TrainConfig()])
 
 
 def test_flags_that_are_not_given_are_the_config_files(launched) -> None:

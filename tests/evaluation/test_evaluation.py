@@ -509,7 +509,7 @@ def test_wrong_input_gets_one_sentence(
     parts: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], message: str
 ) -> None:
     """Before anything is drawn."""
-    monkeypatch.setattr(comparison, "generate", None)
+    monkeypatch.setattr(comparison, "sample", None)
     with pytest.raises(ValueError, match=message) as error:
         evaluate(parts, monkeypatch, **{name: value.format(parts=parts) for name, value in flags.items()})
     assert "\n" not in str(error.value)
@@ -537,7 +537,7 @@ def test_rows_of_an_evaluation_that_fails_are_kept(parts: Path, monkeypatch: pyt
             raise MemoryError
         return generate(pipe, prompts, seeds, steps, *rest)
 
-    monkeypatch.setattr(comparison, "generate", fails)
+    monkeypatch.setattr(comparison, "sample", fails)
     with pytest.raises(MemoryError):
         evaluate(parts, monkeypatch, num_inference_steps="1 2", output_dir=f"{parts / 'failed'}")
     assert [path.name for path in (parts / "failed").iterdir()] == ["partial"]

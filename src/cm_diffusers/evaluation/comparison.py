@@ -15,11 +15,12 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.candidates import Candidate, common_side
-from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
+from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
+from cm_diffusers.evaluation.quality import asked_of, quality
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Keep, Row, Setting, forget, hardware, row_names
-from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline, reads_prompts, takes_classes
+from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts, sample
 from cm_diffusers.measured import REAL, TEACHER, weights_digest
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.models.single_file import is_single_file
@@ -202,12 +203,9 @@ class Comparison:
         side: int | None,
         is_reference: bool,
     ) -> None:
-        config, asked, prompted = self.config, self._asked(pipe, name), reads_prompts(pipe)
+        config, asked, prompted = self.config, asked_of(pipe, self.reference, name), reads_prompts(pipe)
         seeds = range(config.seed, config.seed + config.num_images)
-        if prompted:
-            images, seconds = generate(pipe, asked, seeds, steps, guidance, config.eval_batch_size, side)
-        else:
-            images, seconds = generate_unprompted(pipe, seeds, steps, config.eval_batch_size, asked)
+        images, seconds = sample(pipe, asked, seeds, steps, guidance, config.eval_batch_size, side)
         features = extract_features(self.extractor, images, bar="features")
         if is_reference:
             self.teacher[guidance] = features
@@ -227,16 +225,6 @@ class Comparison:
         scale = "" if guidance is None else f", {guidance:g}"
         self.strips.append((f"{name}, {steps} steps{scale}", images[:GRID_COLUMNS]))
 
-    def _asked(self, pipe: DiffusionPipeline, name: str) -> list[str] | list[int] | None:
-        """What each image is asked to show: a caption, a class or nothing."""
-        if reads_prompts(pipe):
-            return self.reference.prompts
-        if not takes_classes(pipe):
-            return None
-        if None in self.reference.labels:
-            raise UserError(f"{name} draws classes, but the reference names none: give --label_column.")
-        return self.reference.labels
-
     def _ceiling(self, other: Reference) -> Row:
         """Real images measured as if a pipeline had drawn them: what chance alone leaves of each number."""
         features = extract_features(self.extractor, other.images)
@@ -246,17 +234,7 @@ class Comparison:
         return {**row, "resolution": other.images.shape[-1], **quality}
 
     def _quality(self, features: Tensor, asked: list[str] | list[int] | None, labels: list[int | None]) -> Row:
-        """Of images that were asked to show something, also how varied they are for each, and whether they do."""
-        kid, kid_std = metrics.kernel_distance(self.real, features)
-        logits = None if asked is None else classify(self.extractor, features)
-        return {
-            "fid": metrics.frechet_distance(self.real, features),
-            "kid": kid,
-            "kid_std": kid_std,
-            **metrics.neighbour_metrics(self.real, features),
-            "vendi": None if asked is None else metrics.prompt_vendi_score(features, list(map(str, asked))),
-            "agreement": None if logits is None else metrics.prompt_agreement(logits, labels),
-        }
+        return quality(self.extractor, self.real, features, asked, labels)
 
     def _to_teacher(self, features: Tensor, guidance: float | None) -> float | None:
         """The teacher's samples are those of the same guidance scale, or of its first where it has not that one."""

@@ -210,6 +210,26 @@ def generate_unprompted(
     return images.expand(-1, 3, -1, -1), seconds
 
 
+def sample(
+    pipe: DiffusionPipeline,
+    asked: Sequence[str] | Sequence[int] | None,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float | None,
+    batch_size: int,
+    resolution: int | None = None,
+) -> tuple[Tensor, float]:
+    """As `generate` for a pipeline that reads prompts, and as `generate_unprompted` for another.
+
+    Args:
+        asked: Prompts, classes or None, as the pipeline needs.
+        guidance_scale, resolution: Of a pipeline that reads prompts.
+    """
+    if reads_prompts(pipe):
+        return generate(pipe, asked, seeds, num_inference_steps, guidance_scale, batch_size, resolution)
+    return generate_unprompted(pipe, seeds, num_inference_steps, batch_size, asked)
+
+
 def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
     for way in ("sigmas", "timesteps"):
         if len(recommended := pipe.scheduler.config.get(f"recommended_{way}") or []) == steps:

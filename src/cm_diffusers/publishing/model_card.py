@@ -10,6 +10,7 @@ from cm_diffusers.measured import TEACHER, Measured, distance_name
 from cm_diffusers.pipelines.manners import BURNS_ABOVE
 from cm_diffusers.places import public
 from cm_diffusers.publishing.card import EDM_METHODS, MATCHING, METHODS, TAGS, card, made_by
+from cm_diffusers.publishing.combined_card import combined
 from cm_diffusers.publishing.flow_kinds import guidance_of
 from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.publishing.student_kinds import Kind, count, is_lora, usage
@@ -59,6 +60,7 @@ def model_card(
         *usage(record, provenance, base, single_file, named),
         *[_for_other_tools(file, record) for file in checkpoints],
         *(_measurements(measured) if measured else []),
+        *(combined(provenance.combination) if provenance.combination else []),
         *([f"## Samples\n\n{_caption(record, text, measured)}\n\n![Sample grid]({grid})"] if grid else []),
         "## Training",
         made_by(provenance),

@@ -47,6 +47,7 @@ class Provenance:
         settings: Flags and their values, without paths of the machine and without anything about the Hub.
         num_classes: Of a network that takes `class_labels`.
         fused: Whether a LoRA, or motion modules, lie in the weights of a whole pipeline.
+        combination: Of weights that a run kept, see `publishing/combined_card.py`; None for what a training ended with.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Provenance:
     settings: dict[str, object]
     num_classes: int | None = None
     fused: bool = False
+    combination: dict[str, object] | None = None
 
 
 def describe_run(
@@ -88,7 +90,7 @@ def describe_run(
         family=_family(teacher),
         data=public(data),
         license=read_license(data, "dataset") if source is None else read_license(source),
-        command=_command(configs),
+        command=command_of(configs),
         commit=_commit(),
         settings={key: value for key, value in settings.items() if key not in {*PRIVATE, *left_out}},
         num_classes=num_classes,
@@ -157,7 +159,7 @@ def read_license(source: str, repo_type: str = "model") -> dict[str, str]:
     return found if found.get("license") or "license" not in found else {}
 
 
-def _command(configs: Iterable[object]) -> str:
+def command_of(configs: Iterable[object]) -> str:
     """The script with every flag that is not its default, as `accelerate launch` starts it if on several processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     words = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]

@@ -103,7 +103,8 @@ def usage(record: Record, provenance: Provenance, base: str, single_file: bool, 
     if kind in (*LORAS, KINDS["clips"]) and not provenance.base_id:
         parts.append(f"`{base}` is not on the Hub: give the place where you have it.")
     if kind in LORAS:
-        parts += [*(text.format(**values) for text in _elsewhere(record, provenance, named)), EXACT]
+        texts = [*_elsewhere(record, provenance, named), EXACT]
+        parts += [text.format(**values, made="combined" if provenance.combination else "trained") for text in texts]
     if single_file:
         parts += [SINGLE_FILE, code_block(BY_FILE + kind.beside[not stock], {**values, "file": provenance.name})]
     return parts
@@ -175,7 +176,7 @@ NOT_ELSEWHERE = (
     "ComfyUI and A1111 cannot sample this one: the network that it belongs on takes guidance as an input, which they do not "
     "give."
 )
-EXACT = "For PEFT: `peft/`, exactly what was trained; with this package, it is what is loaded."
+EXACT = "For PEFT: `peft/`, exactly what was {made}; with this package, it is what is loaded."
 WITH_PACKAGE = """
 from cm_diffusers import ConsistencyPipeline
 
