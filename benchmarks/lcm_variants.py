@@ -28,6 +28,7 @@ from cm_diffusers.publishing.hub import HubConfig
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import distill
+from cm_diffusers.tasks.watching import WatchConfig
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
 
@@ -107,7 +108,7 @@ class VariedLCM:
 
 CONFIGS = (
     TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, VariantConfig, OptimConfig, TrainConfig,
-    ValidationConfig, HubConfig,
+    ValidationConfig, WatchConfig, HubConfig,
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ INTERVALS = {
     "[0, 4294967295]": "holdout_seed search_seed seed validation_seeds",
     "[1, 1000000000]": """
         branch_steps checkpointing_steps checkpoints_total_limit cooldown_steps generated_samples guard_steps logging_steps max_train_samples max_train_steps
-        validation_steps
+        stop_interval stop_patience validation_steps
     """,
     "[0, 1000000000]": """
         adversarial_ramp adversarial_start lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples window

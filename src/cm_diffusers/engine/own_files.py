@@ -24,16 +24,16 @@ IN_RESULT = re.compile(
 IN_CHECKPOINT = re.compile(r"state\.json|[^/]+\.safetensors")
 IN_RUN = re.compile(
     r"samples/step-\d+\.(?:png|gif|webp|mp4)"
-    r"|averages/step-\d+/[^/]+\.safetensors|snapshots/step-\d+/student\.safetensors"
-    r"|rewards\.(?:json|png)|metrics\.json"
+    r"|averages/step-\d+/[^/]+\.safetensors|(?:best|snapshots)/step-\d+/student\.safetensors"
+    r"|(?:rewards|watch)\.(?:json|png)|metrics\.json"
 )
 LEFTOVER = re.compile(
-    rf"\.(?P<of>(?:checkpoint-\d+|step-\d+|rewards|{'|'.join(RESULTS)})(?:\.\w+)?)\.(?P<kind>partial|pruned|replaced)"
+    rf"\.(?P<of>(?:checkpoint-\d+|step-\d+|rewards|watch|{'|'.join(RESULTS)})(?:\.\w+)?)\.(?P<kind>partial|pruned|replaced)"
 )
 LATER = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.(?:png|gif|webp|mp4))?")
-HOLD_LEFTOVERS = ("averages", "samples", "snapshots")  # beside the run's folder itself
+HOLD_LEFTOVERS = ("averages", "best", "samples", "snapshots")  # beside the run's folder itself
 LOGS = re.compile(r"(?:[\d.]+/)?(?:events\.out\.tfevents\.[^/]+|hparams\.yml)")
-FOLDERS = re.compile(rf"checkpoint-\d+|samples|averages|snapshots|later-\d+|{'|'.join(RESULTS)}")
+FOLDERS = re.compile(rf"checkpoint-\d+|samples|averages|best|snapshots|later-\d+|{'|'.join(RESULTS)}")
 LOCK = ".lock"  # of the process that writes into the folder; no file of a run: it stays where it is, and vanishes
 
 
