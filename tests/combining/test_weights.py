@@ -94,7 +94,7 @@ def test_the_vector_of_an_ema_gives_the_running_ema(tmp_path: Path) -> None:
 
 def test_another_network_is_refused(run: Path) -> None:
     save_file(state(1) | {"float32": torch.zeros(5, 8)}, run / FOLDER / "step-40.safetensors")
-    with pytest.raises(ValueError, match="step-40.* are of different networks: 1 tensors differ, such as float32"):
+    with pytest.raises(ValueError, match=r"step-40.* are of different networks: 1 tensors differ, such as float32"):
         Snapshots(list_weights(run))
     (run / FOLDER / "step-40.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"step-40\.safetensors is no whole safetensors file"):
