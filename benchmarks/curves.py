@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.errors import UserError
-from cm_diffusers.evaluation.report import replace_file
+from cm_diffusers.evaluation.report import write_plot
 
 
 @dataclass
@@ -60,8 +60,7 @@ def main() -> None:
         )
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure = draw(scalars, config.tags)
-    replace_file(output, lambda aside: figure.savefig(aside, dpi=110, format="png"))
+    write_plot(output, draw(scalars, config.tags), 110)
 
 
 if __name__ == "__main__":

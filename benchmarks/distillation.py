@@ -16,7 +16,8 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.diffusion.process import as_like
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig, make_networks

@@ -12,7 +12,7 @@ from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_words
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.objectives.lcm import LCMConfig

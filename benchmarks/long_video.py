@@ -27,7 +27,7 @@ from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance
 from cm_diffusers.evaluation.real_clips import RealClips, load_real_clips
-from cm_diffusers.evaluation.report import filled_columns, hardware, headed, replace_file
+from cm_diffusers.evaluation.report import filled_columns, hardware, headed, write_plot
 from cm_diffusers.evaluation.video_report import Shown, write_animation
 from cm_diffusers.evaluation.video_sampling import load_video_pipeline
 from cm_diffusers.places import public
@@ -227,7 +227,7 @@ def main() -> None:
         "distances": comparison.distances,
     }
     write_report(folder, "long_video", table, numbers)
-    replace_file(folder / "plot.png", lambda path: plot(comparison.distances).savefig(path, dpi=120, format="png"))
+    write_plot(folder / "plot.png", plot(comparison.distances), 120)
     write_animation(folder / "long_video.gif", comparison.shown, comparison.prompts[: config.num_shown])
     print(table)
 

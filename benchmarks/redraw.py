@@ -12,7 +12,7 @@ from PIL import Image
 
 from cm_diffusers.evaluation import report, video_report
 from cm_diffusers.evaluation.grids import MARGIN, SMALLEST
-from cm_diffusers.evaluation.report import replace_file
+from cm_diffusers.evaluation.report import replace_file, write_plot
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,5 +102,5 @@ if __name__ == "__main__":
         if draw:
             plot = page.with_name("plot.png" if page.stem == "table" else f"{page.stem}.png")
             dpi = 150 if page.stem == "table" else study_report.DPI
-            replace_file(plot, lambda path, draw=draw, dpi=dpi: draw().savefig(path, dpi=dpi, format="png"))
+            write_plot(plot, draw(), dpi)
     replace_file(RESULTS / "students" / "teaser.png", lambda path: teaser().save(path, format="PNG", optimize=True))

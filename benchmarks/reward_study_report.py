@@ -14,7 +14,7 @@ from study_report import grouped, spread
 from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.report import Row, filled_columns, replace_file
+from cm_diffusers.evaluation.report import Row, filled_columns, replace_file, write_plot
 from cm_diffusers.measured import distance_name
 
 
@@ -127,7 +127,7 @@ def write_reward_study(
     replace_file(folder / "rows.json", lambda path: path.write_text(numbers, "utf-8"))
     if runs:
         figure, picture = plot(runs, *special), grid(runs, prompts)
-        replace_file(folder / "curves.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+        write_plot(folder / "curves.png", figure, 120)
         replace_file(folder / "grid.png", lambda path: picture.save(path, format="PNG", optimize=True))
     return table
 

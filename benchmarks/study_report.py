@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cm_diffusers.evaluation import report, video_report
-from cm_diffusers.evaluation.report import Row, Setting, replace_file
+from cm_diffusers.evaluation.report import Row, Setting, replace_file, write_plot
 from cm_diffusers.evaluation.video_report import VideoSetting
 from cm_diffusers.measured import BASELINES, REAL, REAL_CLIPS, TEACHER
 
@@ -45,9 +45,7 @@ def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Sett
     made = list(pages(tables, rows, setting))
     for page in made:
         replace_file(folder / f"{page.name}.md", lambda path, text=page.text: path.write_text(text, "utf-8"))
-        replace_file(
-            folder / f"{page.name}.png", lambda path, plot=page.plot: plot().savefig(path, dpi=DPI, format="png")
-        )
+        write_plot(folder / f"{page.name}.png", page.plot(), DPI)
     numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
     replace_file(folder / "rows.json", lambda path: path.write_text(numbers, "utf-8"))
     return "\n".join(page.text for page in made)

@@ -22,7 +22,8 @@ from cm_diffusers.diffusion.trigflow import TrigFlowView, trigflow_denoiser
 from cm_diffusers.diffusion.views import VPView
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.report import hardware
 from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective

@@ -28,7 +28,8 @@ from cm_diffusers.diffusion.guidance import Conditions
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.report import hardware
 from cm_diffusers.models.critics import CriticConfig, make_critic, make_view_critic
 from cm_diffusers.models.dropout import DropoutConfig

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from latent_objectives import lcm_of
 from PIL import Image
-from tiny import FASHION_LABELS, tiny_pipeline
+from tiny import FASHION_LABELS, tiny_pipeline, tiny_scheduler, tiny_unet
 from torch import nn
 
 
@@ -20,15 +21,18 @@ import tangent_step  # noqa: E402
 import train_step  # noqa: E402
 import trajectory_step  # noqa: E402
 from distillation import BenchmarkConfig, Distillation, the_teacher  # noqa: E402
+from lcm_variants import VariantConfig, VariedLCM  # noqa: E402
 from reference_lcm_step import ReferenceLCM, pixel_batches  # noqa: E402
 from tangent_step import TangentStepConfig, Training  # noqa: E402
 from trajectory_step import TrajectoryStepConfig  # noqa: E402
 
+from cm_diffusers.diffusion.process import DiscreteVP  # noqa: E402
 from cm_diffusers.engine.optimizers import OptimConfig  # noqa: E402
 from cm_diffusers.objectives.lcm import LCMConfig  # noqa: E402
-from cm_diffusers.types import Networks, Progress  # noqa: E402
+from cm_diffusers.types import Batch, Networks, Progress  # noqa: E402
 
 
+VP = DiscreteVP.from_scheduler(tiny_scheduler())
 B = 3
 GRAD, FREE = (True, B), (False, B)
 
@@ -273,3 +277,41 @@ def test_table_of_tiny_trajectories(trajectories: TrajectoryStepConfig, tmp_path
     rows = {cells[0]: cells for cells in ([c.strip(" |") for c in line.split(" | ")] for line in table.splitlines())}
     assert rows["TCD"] == ["TCD", "9000.0", "3000.0", "1000.0", "2000.0", "–", "1.50", "1.25"]
     assert rows["mean flow"][3:6] == ["–"] * 3
+
+
+def varied_loss(batch: Batch, networks: Networks, **changes) -> float:
+    torch.manual_seed(3)
+    method = VariantConfig(w_min=0.0, w_max=4.0, **changes)
+    return VariedLCM(method, lcm_of(method, VP, "epsilon", 16).teaching, 0.95)(
+        networks, batch, Progress(0, 10)
+    ).value.item()
+
+
+def test_variants_of_lcm_begin_at_lcm_itself_and_differ_where_they_say() -> None:
+    teacher, student = tiny_unet(), tiny_unet(time_cond_proj_dim=16)
+    networks = Networks(student, target=student, teacher=teacher)
+    words = {"encoder_hidden_states": torch.randn(4, 5, 32)}
+    batch = Batch(torch.randn(4, 4, 8, 8), words, {"encoder_hidden_states": torch.randn(4, 5, 32)})
+    torch.manual_seed(3)
+    lcm = lcm_of(LCMConfig(w_min=0.0, w_max=4.0), VP, "epsilon", 16)(networks, batch, Progress(0, 10)).value.item()
+    assert varied_loss(batch, networks) == lcm
+    changes = [
+        {"distance": "l2"}, {"distance": "adaptive"}, {"distance": "sample_huber"}, {"huber_c": 0.03}, {"time_power": 1.0},
+        {"guidance_pairs": True}, {"coarse_share": 0.5},
+    ]  # fmt: skip
+    losses = [varied_loss(batch, networks, **change) for change in changes]
+    assert len({varied_loss(batch, networks), *losses}) == 1 + len(changes)
+
+
+def test_variants_of_lcm_draw_the_times_that_they_say() -> None:
+    method = VariantConfig(time_power=1.0, coarse_share=0.5)
+    objective = VariedLCM(method, lcm_of(method, VP, "epsilon", 16).teaching, 0.95)
+    t, s = objective.times(40_000, Progress(5, 10))
+    assert set((t - s).tolist()) == {20, 19}  # the first time of the grid goes to 0
+    numbers = (t + 1) // 20  # 1 to 50: the mean of k drawn with k is (2 N + 1) / 3
+    assert numbers.double().mean().item() == pytest.approx(101 / 3, rel=0.01)
+    t, s = objective.times(1000, Progress(4, 10))
+    assert set((t - s).tolist()) == {40, 39}
+    assert ((t + 1) // 20 % 2 == 0).all()
+    slower = VariedLCM(VariantConfig(last_ema_decay=0.9), objective.teaching, 0.5)
+    assert [slower.target_decay(Progress(n, 10)) for n in (0, 5, 10)] == pytest.approx([0.5, 0.7, 0.9])

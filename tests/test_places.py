@@ -10,7 +10,8 @@ from toys import ToyObjective, forget_accelerate, rows, toy_network
 from cm_diffusers.engine import cli
 from cm_diffusers.engine.accelerator import make_accelerator
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.places import without_secrets
 from cm_diffusers.types import Networks
 

@@ -11,7 +11,8 @@ from cm_diffusers.data.video import VideoDataConfig, video_batches
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.motion import MotionConfig, check_frames, load_motion_adapter, motion_scheduler
 from cm_diffusers.models.motion_base import load_image_model
 from cm_diffusers.models.students import require_autocast

@@ -4,7 +4,7 @@ import cm_diffusers.engine.early
 
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.objectives.cd import CDConfig, CDObjective

@@ -6,7 +6,7 @@ import torch
 
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.critics import CriticConfig, make_view_critic
 from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.models.recomputation import recompute_activations

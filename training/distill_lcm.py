@@ -8,7 +8,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
@@ -18,16 +18,17 @@ from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import distill, text_dtype
 from cm_diffusers.tasks.text_to_image_checks import check_distilled, warn_of_guidance
+from cm_diffusers.tasks.watching import WatchConfig
 
 
 CONFIGS = (
     TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig,
-    HubConfig,
+    WatchConfig, HubConfig,
 )  # fmt: skip
 
 
 def main() -> None:
-    source, student, _, _, _, method, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
+    source, student, _, _, _, method, optim, train, _, _, hub = configs = parse_configs(CONFIGS, __doc__)
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)
     warn_of_guidance(source.pretrained_teacher_model, method.w_max)

@@ -5,7 +5,7 @@ import cm_diffusers.engine.early
 from cm_diffusers.diffusion.trigflow import TrigFlowView
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.students import StudentNetworkConfig
 from cm_diffusers.objectives.scm import SCDConfig, SCMConfig, SCMObjective
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model

@@ -8,7 +8,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig
@@ -19,16 +19,17 @@ from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.teachings import teaching_of
 from cm_diffusers.tasks.text_to_image import critic_optim, distill, text_dtype
 from cm_diffusers.tasks.text_to_image_checks import check_distilled, check_scott, warn_of_guidance
+from cm_diffusers.tasks.watching import WatchConfig
 
 
 CONFIGS = (
     TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, SCottConfig, CriticConfig, OptimConfig, TrainConfig,
-    ValidationConfig, HubConfig,
+    ValidationConfig, WatchConfig, HubConfig,
 )  # fmt: skip
 
 
 def main() -> None:
-    source, student, _, _, _, method, judge, optim, train, _, hub = configs = parse_configs(CONFIGS, __doc__)
+    source, student, _, _, _, method, judge, optim, train, _, _, hub = configs = parse_configs(CONFIGS, __doc__)
     check_scott(method, judge, train.max_train_steps)
     seed_everything(train.seed)
     check_distilled(student, train.mixed_precision)

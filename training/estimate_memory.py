@@ -13,7 +13,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_words, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.recipes import shipped
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import read_text
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig

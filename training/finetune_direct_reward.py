@@ -11,7 +11,8 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.objectives.direct_reward import DirectRewardConfig, DirectRewardObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.rewards import load_rewards, require_differentiable

@@ -11,7 +11,8 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.teachers import load_network, release_encoders

@@ -6,7 +6,8 @@ from cm_diffusers.data.rollouts import RolloutConfig, Rollouts
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
 from cm_diffusers.rewards import load_rewards, require_differentiable

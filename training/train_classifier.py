@@ -16,7 +16,8 @@ from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_reference
 from cm_diffusers.models.classifier import ImageClassifier

@@ -6,7 +6,7 @@ from accelerate import PartialState
 
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.students import frozen_copy
 from cm_diffusers.objectives.ct import CTConfig, CTObjective
 from cm_diffusers.tasks.image_models import NEW_MODEL_CONFIGS, NewModelConfig, new_image_model

@@ -15,7 +15,8 @@ from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.small_stable_diffusion import SmallStableDiffusionConfig, new_pipeline
 from cm_diffusers.models.students import TextConditionedUNet
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective

@@ -12,7 +12,8 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.families.base import family_of
 from cm_diffusers.objectives.flow import FlowConfig, FlowObjective
 from cm_diffusers.publishing.pipelines import save_pipeline

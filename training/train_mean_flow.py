@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.classes import ANY_CLASS
 from cm_diffusers.models.dropout import DropoutConfig

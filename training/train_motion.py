@@ -10,7 +10,8 @@ from cm_diffusers.diffusion.process import DiscreteVP
 from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.motion import (
     MotionConfig,
     NewMotionConfig,
@@ -67,8 +68,7 @@ def main() -> None:
     trainer.fit(announce(trainer, batches, configs, "motion_adapter"))
 
     def save(network, folder, provenance):
-        trained = motion_adapter_of(network, adapter)
-        save_motion_adapter(trained, scheduler, folder, result.save_fp16, provenance)
+        save_motion_adapter(motion_adapter_of(network, adapter), scheduler, folder, result.save_fp16, provenance)
 
     describe = partial(describe_run, configs, image, source.pretrained_teacher_model, data.source)
     if address := publish(trainer, "motion_adapter", configs, describe, save, repo_id):

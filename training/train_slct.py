@@ -10,7 +10,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.diffusion.coupling import check_batch
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.objectives.slct import SLCTConfig, SLCTObjective, freeze_norm_scales
 from cm_diffusers.tasks.image_models import NEW_MODEL_CONFIGS, NewModelConfig, new_image_model
 from cm_diffusers.tasks.image_runs import SHARED_CONFIGS, ResultConfig, student_scheduler, train_images

@@ -6,7 +6,7 @@ from dataclasses import replace
 from cm_diffusers.diffusion.times import karras_grid
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.dropout import DropoutConfig
 from cm_diffusers.objectives.time_rescaling import TimeRescalingConfig, TimeRescalingObjective
 from cm_diffusers.tasks.image_models import StartConfig, load_image_model

@@ -31,11 +31,11 @@ INTERVALS = {
     "(0, 0.2886)": "ema_sigma_rels sigma_rel sigma_rels",
     "[0, 4294967295]": "holdout_seed search_seed seed validation_seeds",
     "[1, 1000000000]": """
-        checkpointing_steps checkpoints_total_limit generated_samples guard_steps logging_steps max_train_samples max_train_steps
-        validation_steps
+        branch_steps checkpointing_steps checkpoints_total_limit cooldown_steps generated_samples guard_steps logging_steps max_train_samples max_train_steps
+        stop_interval stop_patience validation_steps
     """,
     "[0, 1000000000]": """
-        adversarial_ramp adversarial_start lr_cooldown_steps lr_warmup_steps stage_steps step tangent_warmup_steps test_samples train_samples window
+        adversarial_ramp adversarial_start lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples window
     """,
     "[1, 1000000]": """
         bootstrap_samples buffer_size discretization_s_0 discretization_s_1 evaluations latent_samples min_count num_classes num_clips num_ddim_timesteps

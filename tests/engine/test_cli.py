@@ -13,7 +13,7 @@ from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine import cli, flag_names
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.recipes import shipped
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.tasks.reward_runs import RewardConfig
 

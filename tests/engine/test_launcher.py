@@ -11,7 +11,7 @@ from toys import assert_same, forget_accelerate, source, tensors, toy_trainer
 
 from cm_diffusers.engine import launcher
 from cm_diffusers.engine.cli import parse_configs
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.publishing.provenance import command_of
 
 

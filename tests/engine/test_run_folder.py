@@ -11,7 +11,7 @@ from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.own_files import RESULTS, is_run_file
 from cm_diffusers.engine.run_folder import refuse_inputs_inside
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.publishing.folders import written_aside
 
 

@@ -35,7 +35,7 @@ from toys import (
 from cm_diffusers.engine import accelerator as accelerator_module
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.types import Batch, Loss, Networks
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,7 +19,7 @@ from cm_diffusers.errors import UserError, writable
 
 logger = logging.getLogger(__name__)
 
-PREFIX, STATE, FILES = "checkpoint-", "state.json", "files"
+PREFIX, STATE, FILES, BRANCH_POINT = "checkpoint-", "state.json", "files", "branch_point"
 NEEDED = ("step", "identity", "players")  # in every `state.json`
 
 
@@ -200,12 +200,18 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {output_dir} holds: {have}.")
 
 
+def _is_branch_point(path: Path) -> bool:
+    with suppress(OSError, ValueError):  # damaged: as any other
+        return bool(json.loads((path / STATE).read_text("utf-8")).get(BRANCH_POINT))
+    return False
+
+
 def prune_checkpoints(output_dir: Path, limit: int) -> None:
     """Keep the newest `limit` checkpoints; renamed first, so that a half-deleted one is never taken for a whole one.
 
-    One with files of the user in it stays.
+    One to branch from, or with files of the user in it, stays.
     """
-    for old in list_checkpoints(output_dir)[:-limit]:
+    for old in [path for path in list_checkpoints(output_dir) if not _is_branch_point(path)][:-limit]:
         if foreign := foreign_files(old, is_checkpoint_file):
             logger.warning("%s is kept, for %s in it is not of a checkpoint.", old, foreign[0])
             continue

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from cm_diffusers.engine.branching import is_schedule
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.stored import header
 from cm_diffusers.places import without_secrets
@@ -22,7 +23,8 @@ from cm_diffusers.record import base_model_of, read_record
 # Settings a resumed run may change: they say how long, where and how fast, not what.
 MAY_CHANGE = set(
     "output_dir overwrite_output_dir max_train_steps gradient_checkpointing compile allow_tf32 checkpointing_steps "
-    "checkpoints_total_limit resume_from_checkpoint report_to tracker_project_name logging_steps "
+    "checkpoints_total_limit branch_steps snapshot_steps snapshot_window resume_from_checkpoint report_to "
+    "tracker_project_name logging_steps "
     "cache_dir latent_cache_dir cache_latents dataloader_num_workers encode_batch_size save_fp16".split()
 )
 FINGERPRINTS, DATA = "fingerprints", "data"  # key of the identity; and in it that of the data, beside flags of models
@@ -151,6 +153,7 @@ def refuse_other_run(path: Path, saved: dict, identity: dict, defaults: dict, *,
         saved: Its identity. What it lacks, of an older release, had the default; flags that are no more do not count.
         identity: Of the run that would go on from it.
         defaults: As `run_defaults`.
+            What schedules the learning rate may change; see `check_rates`.
         knows_data: Whether `identity` has the data's fingerprint, if there is one; before that, names are not compared.
 
     Raises:
@@ -161,7 +164,8 @@ def refuse_other_run(path: Path, saved: dict, identity: dict, defaults: dict, *,
     both = was.keys() & now.keys()
     by_content = both | {FINGERPRINTS} | (NAMES_OF_DATA if DATA in was and (DATA in both or not knows_data) else set())
     before = {name: saved.get(name, defaults.get(name, value)) for name, value in identity.items()}
-    if changed := sorted(name for name in identity.keys() - by_content if before[name] != identity[name]):
+    compared = {name for name in identity.keys() - by_content if not is_schedule(name)}
+    if changed := sorted(name for name in compared if before[name] != identity[name]):
         differences = ", ".join(f"{name} was {before[name]!r}, now {identity[name]!r}" for name in changed)
         raise UserError(
             f"{path} belongs to a run with other settings ({differences}); use the same ones, or start afresh."

@@ -31,11 +31,10 @@ class OptimConfig:
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm; inf does not clip.")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"
-    ] = HfArg(
-        default="constant_with_warmup", help="Shape of the learning rate; wsd is warm-up, stable, 1-sqrt cooldown."
-    )
+    ] = HfArg(default="constant_with_warmup", help="Shape of the learning rate; wsd is warm-up, stable, cooldown.")
     lr_warmup_steps: int = HfArg(default=0, help="Steps of linear warm-up (all but 'constant').")
     lr_cooldown_steps: int = HfArg(default=0, help="Steps of the cooldown at the end, for wsd.")
+    lr_cooldown_shape: Literal["1-sqrt", "linear", "cosine"] = HfArg(default="1-sqrt", help="Of that cooldown.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -80,25 +79,34 @@ def _adamp(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Op
 OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit, "radam": _radam, "adamp": _adamp}
 
 
-def wsd_factor(step: int, warmup: int, cooldown: int, max_steps: int) -> float:
-    """Warm-up, stable, then 1 - sqrt(progress of the cooldown) (2405.18392, Sec. 3)."""
+COOLDOWNS = {  # share of the cooldown that is over -> factor of the rate
+    "1-sqrt": lambda share: 1 - math.sqrt(share),  # 2405.18392, Sec. 3
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+}
+
+
+def wsd_factor(step: int, warmup: int, cooldown: int, max_steps: int, shape: str = "1-sqrt") -> float:
+    """Warm-up, stable, cooldown."""
     if step < warmup:
         return step / warmup
     into_cooldown = step - (max_steps - cooldown)
-    return 1.0 if into_cooldown <= 0 else max(0.0, 1 - math.sqrt(into_cooldown / cooldown))
+    return 1.0 if into_cooldown <= 0 else COOLDOWNS[shape](min(1.0, into_cooldown / cooldown))
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
     """A scheduler to step once per optimizer step, on every rank."""
     if config.lr_scheduler != "wsd" and config.lr_cooldown_steps:
         raise UserError(f"--lr_cooldown_steps acts with --lr_scheduler wsd, not {config.lr_scheduler!r}.")
+    if not config.lr_cooldown_steps and config.lr_cooldown_shape != "1-sqrt":
+        raise UserError("--lr_cooldown_shape has no effect without --lr_cooldown_steps: give both, or leave it out.")
     if config.lr_warmup_steps + config.lr_cooldown_steps > max_steps:
         raise UserError(
             f"--lr_warmup_steps {config.lr_warmup_steps} and --lr_cooldown_steps {config.lr_cooldown_steps} take more than the "
             f"{max_steps} steps of the run (--max_train_steps): shorten them."
         )
     if config.lr_scheduler == "wsd":
-        warmup, cooldown = config.lr_warmup_steps, config.lr_cooldown_steps
-        return LambdaLR(optimizer, lambda step: wsd_factor(step, warmup, cooldown, max_steps))
+        stages = config.lr_warmup_steps, config.lr_cooldown_steps, max_steps, config.lr_cooldown_shape
+        return LambdaLR(optimizer, lambda step: wsd_factor(step, *stages))
     counts = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": max_steps}
     return get_scheduler(config.lr_scheduler, optimizer, **counts)

@@ -24,16 +24,16 @@ IN_RESULT = re.compile(
 IN_CHECKPOINT = re.compile(r"state\.json|[^/]+\.safetensors")
 IN_RUN = re.compile(
     r"samples/step-\d+\.(?:png|gif|webp|mp4)"
-    r"|averages/step-\d+/[^/]+\.safetensors"
-    r"|rewards\.(?:json|png)|metrics\.json"
+    r"|averages/step-\d+/[^/]+\.safetensors|(?:best|snapshots)/step-\d+/student\.safetensors"
+    r"|(?:rewards|watch)\.(?:json|png)|metrics\.json"
 )
 LEFTOVER = re.compile(
-    rf"\.(?P<of>(?:checkpoint-\d+|step-\d+|rewards|{'|'.join(RESULTS)})(?:\.\w+)?)\.(?P<kind>partial|pruned|replaced)"
+    rf"\.(?P<of>(?:checkpoint-\d+|step-\d+|rewards|watch|{'|'.join(RESULTS)})(?:\.\w+)?)\.(?P<kind>partial|pruned|replaced)"
 )
 LATER = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.(?:png|gif|webp|mp4))?")
-HOLD_LEFTOVERS = ("averages", "samples")  # beside the run's folder itself
+HOLD_LEFTOVERS = ("averages", "best", "samples", "snapshots")  # beside the run's folder itself
 LOGS = re.compile(r"(?:[\d.]+/)?(?:events\.out\.tfevents\.[^/]+|hparams\.yml)")
-FOLDERS = re.compile(rf"checkpoint-\d+|samples|averages|later-\d+|{'|'.join(RESULTS)}")
+FOLDERS = re.compile(rf"checkpoint-\d+|samples|averages|best|snapshots|later-\d+|{'|'.join(RESULTS)}")
 LOCK = ".lock"  # of the process that writes into the folder; no file of a run: it stays where it is, and vanishes
 
 
@@ -107,14 +107,16 @@ def move_own(source: Path, goal: Path, is_ours: Callable[[str], bool]) -> None:
 
 
 def set_later_aside(run: Path, step: int) -> Path | None:
-    """Move checkpoints of later steps, with averages and samples, into `later-<n>`; None if there is no such checkpoint.
+    """Move checkpoints of later steps, with averages, samples and snapshots, into `later-<n>`; None if there is no such checkpoint.
 
     Checkpoints go last, the newest first: a kill in between leaves whole ones up to some step, as the end of a run does.
     """
-    found = [*run.glob("averages/step-*"), *run.glob("samples/step-*"), *run.glob("checkpoint-*")]
+    found = [
+        path for kind in (*(f"{name}/step-*" for name in HOLD_LEFTOVERS), "checkpoint-*") for path in run.glob(kind)
+    ]
     steps = {path: int(match[1]) for path in found if (match := LATER.fullmatch(path.name))}
     later = sorted((path for path in steps if steps[path] > step), key=lambda path: (path.parent == run, -steps[path]))
-    if not later or later[-1].parent != run:  # averages and samples alone: a kill before their checkpoint was whole
+    if not later or later[-1].parent != run:  # without a checkpoint: a kill before their checkpoint was whole
         return None
     goal = run / f"later-{next(i for i in range(1, 10**6) if not (run / f'later-{i}').exists())}"
     for path in later:

@@ -45,6 +45,11 @@ class Player:
         self.lr_scheduler.step()
         return {f"{self.name}/grad_norm": norm.detach(), f"{self.name}/learning_rate": learning_rate}
 
+    def scheduled_rate(self) -> float:
+        """The learning rate that the schedule has where it stands."""
+        scheduler = self.lr_scheduler
+        return scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch)
+
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Named tensors by file stem, and JSON."""
         tensors, rest = checkpoints.split_optimizer_state(self.optimizer.state_dict())

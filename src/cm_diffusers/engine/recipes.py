@@ -38,10 +38,10 @@ def with_recipes(argv: Sequence[str] | None) -> list[str]:
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", action="append", default=[])
     found, rest = parser.parse_known_args(argv)
-    recipe = _flags([word for name in found.recipe for word in _words(name)])
-    given = {name for name, _ in _flags(rest)}
+    recipe = flags_of([word for name in found.recipe for word in _words(name)])
+    given = {name for name, _ in flags_of(rest)}
     recipe = [(name, words) for name, words in recipe if name not in _superseded(given)]
-    return [word for _, words in _scaled(recipe, _flags(rest)) for word in words] + rest
+    return [word for _, words in _scaled(recipe, flags_of(rest)) for word in words] + rest
 
 
 def _words(recipe: str) -> list[str]:
@@ -50,8 +50,8 @@ def _words(recipe: str) -> list[str]:
         return shlex.split(read_text(path), comments=True)
 
 
-def _flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag's name, and its words."""
+def flags_of(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag's name, and its words with it."""
     found = []
     for word in words:
         if word.startswith("--") or not found:

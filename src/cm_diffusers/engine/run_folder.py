@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from cm_diffusers.engine import checkpoints
+from cm_diffusers.engine.branching import COMMAND, command_line
 from cm_diffusers.engine.identity import DATA, FINGERPRINTS, refuse_other_run
 from cm_diffusers.engine.lock import FolderLock
 from cm_diffusers.engine.own_files import (
@@ -169,7 +170,7 @@ class RunFolder:
             if not self.continues:
                 _refuse_used(self.path, self.overwrite)  # another run may have ended here since
             clear_leftovers(self.path)
-            content = json.dumps(self.identity | {LOGS: self.logs}, indent=1)
+            content = json.dumps(self.identity | {LOGS: self.logs, COMMAND: command_line()}, indent=1)
             (self.path / PARTIAL).write_text(content)  # before anything is moved: the disk may be full
             replaced = self._set_later_aside(step) if self.continues else self._set_aside()
             os.replace(self.path / PARTIAL, self.path / IDENTITY)

@@ -1,21 +1,58 @@
-"""Weights that a run kept on its way, to be combined afterwards."""
+"""Raw weights of a run, kept every few steps: what averages and combinations are made of afterwards."""
 
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
 
-FOLDER = "snapshots"  # of a run: step-<n>.safetensors
+from cm_diffusers.engine.checkpoints import trainable_state, write_folder
+from cm_diffusers.errors import UserError
+
+
+FOLDER, STEM = "snapshots", "student"  # of a run: snapshots/step-<n>/student.safetensors
 
 
 class Kept(NamedTuple):
-    """The raw weights of a step."""
+    """Weights of a run at a step, not averaged: what trains of them, and buffers; of a LoRA student its adapters alone."""
 
     step: int
     path: Path
 
 
+def is_due(step: int, every: int, window: list[int]) -> bool:
+    """
+    Args:
+        every: Steps between two; 0 keeps none.
+        window: First and last step of it; empty for the whole run.
+    """
+    return every > 0 and step % every == 0 and (not window or window[0] <= step <= window[1])
+
+
+def write_weights(run: Path, step: int, student: nn.Module) -> None:
+    write_folder(run / FOLDER / f"step-{step}", {STEM: trainable_state(student)})
+
+
 def list_weights(run: Path) -> list[Kept]:
-    """Those of a run, by step."""
-    found = (run / FOLDER).glob("step-*.safetensors")
-    numbered = [(path.stem.removeprefix("step-"), path) for path in found]
-    return sorted(Kept(int(step), path) for step, path in numbered if step.isdigit())
+    """Of a run, by step."""
+    found = run.glob(f"{FOLDER}/step-*/{STEM}.safetensors")
+    return sorted(Kept(int(path.parent.name.removeprefix("step-")), path) for path in found)
+
+
+def weights_within(run: Path, window: list[int] | None) -> list[Kept]:
+    """Those of a window.
+
+    Args:
+        window: First and last step; None for all.
+
+    Raises:
+        ValueError: There are none.
+    """
+    kept = list_weights(run)
+    if not kept:
+        raise UserError(f"{run} has no folder {FOLDER} with weights to choose from: train with --snapshot_steps.")
+    first, last = window or (kept[0].step, kept[-1].step)
+    if not (inside := [one for one in kept if first <= one.step <= last]):
+        raise UserError(
+            f"{run} keeps no weights between steps {first} and {last}; it has those of {kept[0].step} to {kept[-1].step}."
+        )
+    return inside

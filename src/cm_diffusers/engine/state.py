@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cm_diffusers.engine import checkpoints
+from cm_diffusers.engine.branching import check_rates
 
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def write_state(trainer: Trainer, source: dict[str, Tensor]) -> None:
         ValueError: It cannot be written; the one before stands.
     """
     files, state = trainer.averages.state(), {"step": trainer.step, "identity": trainer.identity, "players": {}}
+    state[checkpoints.BRANCH_POINT] = trainer.step in trainer.config.branch_steps
     for player in trainer.players:
         tensors, state["players"][player.name] = player.state()
         files |= tensors
@@ -47,6 +49,7 @@ def load_state(trainer: Trainer, path: Path) -> dict[str, Tensor]:
 
     Raises:
         OtherNetworkError, DamagedCheckpointError: It cannot be; what of it was loaded before that stays.
+        ValueError: The schedule of the learning rate does not go on from there.
     """
     files, state = checkpoints.read_checkpoint(path)
     with checkpoints.undamaged(path):
@@ -58,5 +61,6 @@ def load_state(trainer: Trainer, path: Path) -> dict[str, Tensor]:
         if trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler.load_state_dict(state["grad_scaler"])
         trainer.step = int(state["step"])
+    check_rates(trainer, path, state)
     logger.info("Resumed from %s at step %d", path, trainer.step)
     return files.get("source", {})

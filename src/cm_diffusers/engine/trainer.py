@@ -4,81 +4,31 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.accelerator import any_rank, make_accelerator, start_trackers
 from cm_diffusers.engine.averages import Averages, ema_update
+from cm_diffusers.engine.branching import check_stages
 from cm_diffusers.engine.identity import run_defaults, run_identity
 from cm_diffusers.engine.interrupts import stop_request
-from cm_diffusers.engine.launcher import take_launched
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.run_folder import RunFolder
+from cm_diffusers.engine.snapshots import is_due, write_weights
 from cm_diffusers.engine.state import load_state, write_state
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError, optional, writable
 from cm_diffusers.models.recomputation import recompute_activations
-from cm_diffusers.ranges import check_ranges
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainConfig:
-    """How long and how a run trains, and what it leaves behind."""
-
-    output_dir: str = HfArg(default="runs/latest", help="Where checkpoints, samples, logs and the result go.")
-    overwrite_output_dir: bool = HfArg(
-        default=False,
-        help="Replace an earlier run in --output_dir, no file of yours: set aside until training has ended, then removed.",
-    )
-    seed: int = HfArg(default=0, help="Seeds data order, noise, times and dropout; a run is a function of it.")
-    max_train_steps: int = HfArg(default=1000, help="Optimizer steps in all, those before a resume included.")
-    gradient_accumulation_steps: int | None = HfArg(default=None, help="Micro-batches per optimizer step; 1 if unset.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in backward to save memory.")
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(
-        default=None,
-        help="Autocast dtype; weights stay float32. If not given, that of accelerate's launcher or config file, or no.",
-    )
-    compile: bool | None = HfArg(
-        default=None,
-        help="torch.compile every network; if not given, as accelerate's launcher or config file says, or not.",
-        metadata={"nargs": "?", "const": True},
-    )
-    allow_tf32: bool = HfArg(
-        default=False, help="TF32 matrix products and convolutions on NVIDIA GPUs from Ampere on."
-    )
-    ema_decay: float = HfArg(default=0.95, help="Rate of the EMA target network, where the method has one.")
-    export_ema_decay: float = HfArg(
-        default=0.0, help="Rate of the average that is validated and published; 0 publishes the last weights."
-    )
-    ema_sigma_rels: list[float] = HfArg(
-        default_factory=list,
-        help="Widths of power-function averages that every checkpoint leaves in averages/, e.g. 0.05 0.1; "
-        "training/export_average.py makes a pipeline with any other width from them.",
-    )
-    checkpointing_steps: int = HfArg(default=500, help="Optimizer steps between checkpoints.")
-    checkpoints_total_limit: int | None = HfArg(default=None, help="Keep only the newest so many checkpoints.")
-    resume_from_checkpoint: str | None = HfArg(
-        default=None, help='"latest" (the start, where there is none yet), or a checkpoint folder; bit-exact.'
-    )
-    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = HfArg(default="tensorboard", help="Tracker.")
-    tracker_project_name: str = HfArg(default="cm_diffusers", help="Project name for the tracker.")
-    logging_steps: int = HfArg(default=10, help="Optimizer steps between entries in the tracker.")
-
-    def __post_init__(self) -> None:
-        take_launched(self)
-        check_ranges(self)
 
 
 class Trainer:
@@ -132,6 +82,9 @@ class Trainer:
                 module.compile()
         self.averages = Averages(self.nets.student, config.export_ema_decay, config.ema_sigma_rels)
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
+        cooldowns = [player.optim.lr_cooldown_steps for player in self.players]
+        is_branch = self.folder.checkpoint is not None and not self.folder.continues
+        check_stages(objective, cooldowns, config.max_train_steps, is_branch)
         self._resume()
 
     @property
@@ -183,8 +136,9 @@ class Trainer:
                 self._log(loss, images / (time.perf_counter() - started), bar)
                 for callback in self.steering:
                     callback(self, loss)
+                self._keep_weights()
                 ends = self.step == config.max_train_steps or bool(self.stopping)
-                if ends or self.step % config.checkpointing_steps == 0:
+                if ends or self.step % config.checkpointing_steps == 0 or self.step in config.branch_steps:
                     last_saved = self.save()
                 for callback in self.callbacks:
                     with optional(f"What shows step {self.step}"):
@@ -271,6 +225,11 @@ class Trainer:
             write_state(self, source)
         self.accelerator.wait_for_everyone()
         return self.step
+
+    def _keep_weights(self) -> None:
+        config = self.config
+        if self.accelerator.is_main_process and is_due(self.step, config.snapshot_steps, config.snapshot_window):
+            write_weights(self.output_dir, self.step, self.student)
 
     def _resume(self) -> None:
         """From the folder's checkpoint, or from the one before if that is damaged."""

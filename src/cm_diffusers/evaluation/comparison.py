@@ -182,6 +182,13 @@ class Comparison:
                 self._measure(pipe, label, count, guidance, side, is_reference)
                 keep(self.rows)
 
+    def look(self, pipe: DiffusionPipeline, steps: int, guidance: float | None) -> Row:
+        """The quality of what a pipeline draws now, kept nowhere."""
+        config, asked = self.config, asked_of(pipe, self.reference, "the student")
+        seeds = range(config.seed, config.seed + config.num_images)
+        images, _ = sample(pipe, asked, seeds, steps, guidance, config.eval_batch_size, self.side)
+        return self._quality(extract_features(self.extractor, images), asked, self.labels)
+
     @staticmethod
     def _named(pipe: DiffusionPipeline, name: str, gammas: list[float]) -> list[tuple[str, float | None]]:
         """Names of rows, and gammas to sample with, None for the pipeline's own."""

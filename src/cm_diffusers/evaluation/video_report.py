@@ -17,6 +17,7 @@ from cm_diffusers.evaluation.report import (
     replace_file,
     table_json,
     warn_of_few,
+    write_plot,
     write_table,
 )
 from cm_diffusers.markdown import cell
@@ -142,7 +143,7 @@ def write_report(
     frames = [f"frame {number + 1}" for number in range(setting.num_frames)]
     heads = [f"{prompts[0]}: {frames[0]}", *frames[1:]]
     grid = image_grid([part.clips[0] for part in shown], [part.label for part in shown], heads)
-    replace_file(folder / "plot.png", lambda path: plot(rows, setting).savefig(path, dpi=150, format="png"))
+    write_plot(folder / "plot.png", plot(rows, setting), 150)
     replace_file(folder / "grid.png", lambda path: grid.save(path, format="PNG", optimize=True))
     for name in dict.fromkeys(part.pipeline for part in shown):
         write_animation(folder / clips_of(name), [part for part in shown if part.pipeline == name], prompts)

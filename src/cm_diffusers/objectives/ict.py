@@ -68,8 +68,11 @@ class ICTObjective:
     def grid(self, progress: Progress) -> Tensor:
         """The ascending sigmas trained at."""
         config = self.config
-        intervals = doubling_intervals(progress, config.discretization_s_0, config.discretization_s_1)
-        return karras_grid(intervals + 1, config.sigma_min, config.sigma_max, config.rho)
+        return karras_grid(self.stage(progress) + 1, config.sigma_min, config.sigma_max, config.rho)
+
+    def stage(self, progress: Progress) -> int:
+        """Number of intervals of the grid."""
+        return doubling_intervals(progress, self.config.discretization_s_0, self.config.discretization_s_1)
 
     def consistency(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """f(x, sigma) = c_skip x + c_out F (2303.01469, Eq. 5), `(B, ...)`."""

@@ -103,8 +103,11 @@ class SLCTObjective:
     def grid(self, progress: Progress) -> Tensor:
         """The ascending sigmas trained at."""
         config = self.config
-        intervals = doubling_intervals(progress, config.discretization_s_0, config.discretization_s_1)
-        return karras_grid(intervals + 1, config.sigma_min, config.sigma_max, config.rho)
+        return karras_grid(self.stage(progress) + 1, config.sigma_min, config.sigma_max, config.rho)
+
+    def stage(self, progress: Progress) -> int:
+        """Number of intervals of the grid."""
+        return doubling_intervals(progress, self.config.discretization_s_0, self.config.discretization_s_1)
 
     def low(self, t: Tensor, grid: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
         """Which samples `(B,)` get the diffusion loss, and how many of all do on average.

@@ -13,7 +13,8 @@ from cm_diffusers.data.teacher_latents import check_side
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.families.base import answers_clips, latents_of, network_of
 from cm_diffusers.models.quantization import quantization_config
@@ -28,6 +29,7 @@ from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.teachings import student_scheduler
 from cm_diffusers.tasks.text_to_image import guidance_of
 from cm_diffusers.tasks.text_to_image_checks import check_late
+from cm_diffusers.tasks.watching import WatchConfig, make_watch
 from cm_diffusers.types import Networks
 
 
@@ -60,7 +62,7 @@ def distill(
     """
     given, method = {type(config): config for config in configs}, objective.config
     source, student, data = (given[kind] for kind in WHAT_A_RUN_IS)
-    train, validation = given[TrainConfig], given[ValidationConfig]
+    train, validation, watch = given[TrainConfig], given[ValidationConfig], given[WatchConfig]
     refuse_changed(validation, "validation_nfe", "here: the student makes its images in one step")
     refuse_changed(train, "ema_decay", "with boot: it has no averaged target")
     scheduler = student_scheduler(teacher, method)
@@ -70,6 +72,7 @@ def distill(
 
     guidance, scale = guidance_of(objective, validation)
     grid = sample_grid(replace(validation, validation_nfe=[1]), make_pipeline, teacher, scale, data.resolution)
+    watching = make_watch(watch, make_pipeline, scale, data.resolution)
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
     check_late(teacher, student, False, CriticConfig("none"))
     batches = None
@@ -77,7 +80,7 @@ def distill(
     def after_the_prompts(*place: object) -> Networks:
         nonlocal batches
         batches = batches_of_prompts(data, Encoders.from_pipeline(teacher), train.seed, *place)
-        if student.lora and not validation.validation_prompts:
+        if student.lora and not validation.validation_prompts and watch.stop_when is None:
             release_encoders(teacher)
         load_network(teacher, source, student.loaded_dtype, quantization)
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
@@ -85,7 +88,7 @@ def distill(
 
     settings = [given[kind] for kind in WHAT_A_RUN_IS]
     trainer = Trainer(train, after_the_prompts, objective, optim, settings, callbacks=[grid])
-    result = "lora" if student.lora else "pipeline"
+    result, watcher = "lora" if student.lora else "pipeline", watching(trainer)
     trainer.fit(announce(trainer, batches, configs, result))
     base = source.pretrained_teacher_model
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
@@ -93,4 +96,6 @@ def distill(
     frames = 1 if answers_clips(teacher) else None
     record = replace(record, method="boot", resolution=data.resolution, num_frames=frames, **steps)
     describe = partial(describe_run, configs, teacher, base, "prompts alone")
-    return publish(trainer, result, configs, describe, partial(save_student, student, make_pipeline, record), repo_id)
+    return publish(
+        trainer, result, configs, describe, partial(save_student, student, make_pipeline, record), repo_id, watcher
+    )

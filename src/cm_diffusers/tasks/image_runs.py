@@ -17,7 +17,8 @@ from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.classes import classes_of
 from cm_diffusers.models.critics import CriticConfig
@@ -39,6 +40,7 @@ from cm_diffusers.tasks.image_models import ClassConfig, ImageModel, NewModelCon
 from cm_diffusers.tasks.publish import publish
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.text_to_image import critic_optim
+from cm_diffusers.tasks.watching import WatchConfig, make_watch
 from cm_diffusers.types import Networks
 
 
@@ -72,7 +74,8 @@ class ResultConfig:
 
 
 SHARED_CONFIGS = (
-    DropoutConfig, ClassConfig, DataConfig, OptimConfig, TrainConfig, ImageValidationConfig, ResultConfig, HubConfig,
+    DropoutConfig, ClassConfig, DataConfig, OptimConfig, TrainConfig, ImageValidationConfig, WatchConfig, ResultConfig,
+    HubConfig,
 )  # fmt: skip
 
 
@@ -203,7 +206,7 @@ def train_images(
         w: Least and greatest guidance that is distilled into a student of text, which recommends their mean where it is told.
     """
     given = {type(config): config for config in configs}
-    classes, data, optim, train, validation, result, hub = (given[kind] for kind in SHARED_CONFIGS[1:])
+    classes, data, optim, train, validation, watch, result, hub = (given[kind] for kind in SHARED_CONFIGS[1:])
     if nets.target is None or hasattr(objective, "target_decay"):
         refuse_changed(train, "ema_decay", f"with {name}: it has no averaged target, or one on a schedule")
     repo_id = check_hub(hub, train.output_dir, train.report_to)
@@ -214,14 +217,21 @@ def train_images(
     grids = image_grids(
         validation, lambda unet: model.sampler(without_weight(unet), scheduler), scheduler, resolution, scale
     )
+    watching = make_watch(
+        watch,
+        lambda unet: model.sampler(without_weight(unet), scheduler),
+        None if resolution is None else scale,
+        data.resolution,
+    )
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     if nets.critic is not None and CriticConfig in given:
         optim = {"student": optim, "critic": critic_optim(given[CriticConfig], optim)}
     trainer = Trainer(train, nets, objective, optim, settings, callbacks=[grids])
     batches = model.batches(data, classes, train.seed, *trainer.place)
-    if lora and not (data.streaming or validation.validation_prompts):
+    if lora and not (data.streaming or validation.validation_prompts or watch.stop_when):
         release_encoders(model.pipe)
     kind = "lora" if lora else "pipeline"
+    watcher = watching(trainer)
     trainer.fit(announce(trainer, batches, configs, kind))
     base = given[StartConfig].pretrained_teacher_model if StartConfig in given else None
     known = None if model.pipe else classes_of(model.network)
@@ -236,7 +246,7 @@ def train_images(
         else:
             save_pipeline(pipe, folder, result.save_fp16, record, provenance)
 
-    if address := publish(trainer, kind, configs, describe, save, repo_id):
+    if address := publish(trainer, kind, configs, describe, save, repo_id, watcher):
         logger.info("Published: %s", address)
 
 

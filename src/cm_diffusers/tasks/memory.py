@@ -12,7 +12,7 @@ from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.clip_latents import check_frames
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.casting import kept_whole

@@ -1,6 +1,7 @@
 """The end of a training: its result described, saved and pushed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cm_diffusers.publishing.provenance import Provenance
 from cm_diffusers.record import Record
 from cm_diffusers.tasks.callbacks import show_end
 from cm_diffusers.tasks.summary import conclude
+from cm_diffusers.tasks.watching import Watch
 
 
 def publish(
@@ -23,6 +25,7 @@ def publish(
     describe: Callable[[str], Provenance],
     save: Callable[[nn.Module, Path, Provenance], None],
     repo_id: str | None,
+    watch: Watch | None = None,
 ) -> str | None:
     """Draw and save what was trained, say where it is and what comes next, push it where that was asked for, and end the run.
 
@@ -32,6 +35,7 @@ def publish(
         describe: Name that the card shall give -> provenance.
         save: (trained network, folder, provenance) -> None.
         repo_id: On the Hub; None to save alone.
+        watch: Of the run, whose best weights are the result; None for the last ones.
 
     Returns:
         The address on the Hub; None where nothing was pushed, and beside the main process.
@@ -41,7 +45,10 @@ def publish(
         folder = trainer.output_dir / result
         show_end(trainer)
         provenance = describe(repo_id or str(folder))
-        with trainer.export_weights() as network:
+        if watch is not None:
+            seen = {"published_step": watch.best["step"], f"{watch.config.stop_when}_when_best": watch.best["value"]}
+            provenance = replace(provenance, settings=provenance.settings | seen)
+        with trainer.export_weights() if watch is None else watch.best_weights(trainer) as network:
             save(network, folder, provenance)
         conclude(trainer, configs, result)
         if repo_id:

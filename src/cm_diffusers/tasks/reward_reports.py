@@ -15,7 +15,7 @@ from cm_diffusers.data.rollouts import Task
 from cm_diffusers.diffusion.process import home_of_float64
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError
-from cm_diffusers.evaluation.report import replace_file
+from cm_diffusers.evaluation.report import replace_file, write_plot
 from cm_diffusers.ranges import check_ranges
 from cm_diffusers.rewards import Reward, load_reward
 from cm_diffusers.tasks.callbacks import ValidationConfig, has_ended, sample_grid
@@ -181,8 +181,7 @@ def reward_curves(history: RewardHistory, guard: Guard) -> Callable[[Trainer, Lo
         rollouts = [dict(zip(COLUMNS, row, strict=True)) for row in history.rows]
         content = json.dumps({"rollouts": rollouts, "looks": looks}, indent=1) + "\n"
         replace_file(trainer.output_dir / f"{CURVES}.json", lambda path: path.write_text(content, "utf-8"))
-        figure = plot(rollouts, looks)
-        replace_file(trainer.output_dir / f"{CURVES}.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+        write_plot(trainer.output_dir / f"{CURVES}.png", plot(rollouts, looks), 120)
 
     return callback
 

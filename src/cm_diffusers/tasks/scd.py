@@ -4,7 +4,7 @@ import copy
 from dataclasses import fields
 
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.engine.trainer import TrainConfig
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.casting import cast
 from cm_diffusers.models.dropout import DropoutConfig, set_dropout

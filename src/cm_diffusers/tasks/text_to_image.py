@@ -14,7 +14,8 @@ from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
-from cm_diffusers.engine.trainer import TrainConfig, Trainer
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.quantization import quantization_config
@@ -39,11 +40,12 @@ from cm_diffusers.tasks.publish import publish, save_student
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.tasks.teachings import student_scheduler
 from cm_diffusers.tasks.text_to_image_checks import check_late, checked_frames
+from cm_diffusers.tasks.watching import WatchConfig, make_watch
 from cm_diffusers.types import Networks
 
 
 OF_A_DISTILLATION = (
-    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, TrainConfig, ValidationConfig,
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, TrainConfig, ValidationConfig, WatchConfig,
 )  # fmt: skip
 WHAT_A_RUN_IS = (
     TeacherConfig,
@@ -79,7 +81,7 @@ def distill(
         As `publish`.
     """
     given, method = {type(config): config for config in configs}, objective.config
-    source, student, data, generation, clips, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
+    source, student, data, generation, clips, train, validation, watch = (given[kind] for kind in OF_A_DISTILLATION)
     scheduler = student_scheduler(teacher, method)
 
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
@@ -93,6 +95,7 @@ def distill(
     record = replace(record, method=name, resolution=data.resolution, num_frames=frames, target_dim=target_dim)
     picture = data.resolution, clips.sample_n_frames
     grid = sample_grid(validation, telling(make_pipeline, record), teacher, scale, *picture)
+    watching = make_watch(watch, telling(make_pipeline, record), scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
     check_late(teacher, student, bool(generation.prompts_file), judge)
@@ -103,7 +106,7 @@ def distill(
         if generation.prompts_file:  # the teacher draws the data
             complete()
         batches = training_batches(data, generation, teacher, train.seed, *place, clips)
-        if not needs_encoders(student, data, validation, judge):
+        if not needs_encoders(student, data, validation, judge, watch):
             release_encoders(teacher)
         complete()
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
@@ -111,11 +114,11 @@ def distill(
         return replace(nets, critic=make_critic(nets, judge, teacher.vae))
 
     trainer = Trainer(train, after_the_data, objective, optim, settings, callbacks=[grid])
-    result = "lora" if student.lora else "pipeline"
+    result, watcher = "lora" if student.lora else "pipeline", watching(trainer)
     trainer.fit(announce(trainer, batches, configs, result))
     describe = partial(describe_run, configs, teacher, base, source_name(data) or generation.prompts_file)
     save = partial(save_student, student, make_pipeline, record)
-    return publish(trainer, result, configs, describe, save, repo_id)
+    return publish(trainer, result, configs, describe, save, repo_id, watcher)
 
 
 def guidance_of(objective: Any, validation: ValidationConfig) -> tuple[str, float]:
@@ -138,17 +141,19 @@ def needs_encoders(
     data: DataConfig,
     validation: ValidationConfig,
     judge: CriticConfig | None = None,
+    watch: WatchConfig | None = None,
 ) -> bool:
     """Whether VAE or text towers are called after the cache is filled, or are part of the result."""
     judges_images = judge is not None and judge.critic == "vision"
-    return not student.lora or data.streaming or bool(validation.validation_prompts) or judges_images
+    draws = bool(validation.validation_prompts) or (watch is not None and watch.stop_when is not None)
+    return not student.lora or data.streaming or draws or judges_images
 
 
 def text_dtype(configs: Sequence[object]) -> torch.dtype:
     """Of the teacher's text towers: bfloat16 in such a run, where they encode captions for the cache and are done."""
     given = {type(config): config for config in configs}
-    _, student, data, generation, _, train, validation = (given[kind] for kind in OF_A_DISTILLATION)
-    kept = generation.prompts_file or needs_encoders(student, data, validation, given.get(CriticConfig))
+    _, student, data, generation, _, train, validation, watch = (given[kind] for kind in OF_A_DISTILLATION)
+    kept = generation.prompts_file or needs_encoders(student, data, validation, given.get(CriticConfig), watch)
     return torch.bfloat16 if train.mixed_precision == "bf16" and not kept else torch.float32
 
 
@@ -162,4 +167,5 @@ def critic_optim(config: CriticConfig, student: OptimConfig) -> OptimConfig:
         lr_scheduler="constant",
         lr_warmup_steps=0,
         lr_cooldown_steps=0,
+        lr_cooldown_shape="1-sqrt",
     )

@@ -1,0 +1,71 @@
+"""Cool a constant-rate run down from checkpoints that it kept, each in a folder of its own, and compare what comes out."""
+
+import cm_diffusers.engine.early
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from accelerate import PartialState
+from transformers.hf_argparser import HfArg
+
+from cm_diffusers.engine.branching import command_of
+from cm_diffusers.engine.checkpoints import list_checkpoints, read_state
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.errors import UserError
+from cm_diffusers.measured import RESULTS
+
+
+@dataclass
+class BranchConfig:
+    """Where branches begin and how they end (2405.18392)."""
+
+    checkpoints: list[str] = HfArg(help="Checkpoint folders of runs; --branch_steps of a training keeps them.")
+    cooldown_steps: list[int] = HfArg(help="Optimizer steps of the branches: one number for all, or one for each.")
+    cooldown_shape: Literal["1-sqrt", "linear", "cosine"] = HfArg(default="1-sqrt", help="How the rate falls to 0.")
+    evaluation: str | None = HfArg(
+        default=None, help="Flags of evaluate.py, a recipe: the branches are compared in one table."
+    )
+    output_dir: str = HfArg(default="runs/branches", help="Gets a folder for each branch; finished ones stay.")
+
+
+CONFIGS = (BranchConfig,)
+
+
+def run_script(name: str, words: list[str]) -> None:
+    """A script beside this one, in this process, which may be one of several."""
+    sys.argv = [str(Path(__file__).with_name(name)), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def result(folder: Path) -> Path | None:
+    return next((folder / name for name in RESULTS if (folder / name).is_dir()), None)
+
+
+def main() -> None:
+    (config,) = parse_configs(CONFIGS, __doc__)
+    places, counts = [Path(place) for place in config.checkpoints], config.cooldown_steps
+    if len(counts) not in (1, len(places)):
+        raise UserError(
+            f"--cooldown_steps has {len(counts)} for {len(places)} --checkpoints: give one, or one for each."
+        )
+    counts, commands = counts * (len(places) // len(counts)), [command_of(place) for place in places]
+    steps = [read_state(place)["step"] for place in places]
+    names = [f"{place.resolve().parent.name}-{s}+{n}" for place, s, n in zip(places, steps, counts, strict=True)]
+    folders = [Path(config.output_dir) / name for name in names]
+    for place, step, count, (name, *words), folder in zip(places, steps, counts, commands, folders, strict=True):
+        if not result(folder):
+            start = "latest" if list_checkpoints(folder) else place
+            more = {"resume_from_checkpoint": start, "output_dir": folder, "max_train_steps": step + count}
+            more |= {"lr_scheduler": "wsd", "lr_cooldown_steps": count, "lr_cooldown_shape": config.cooldown_shape}
+            run_script(name, words + [word for flag, value in more.items() for word in (f"--{flag}", str(value))])
+    results = [str(result(folder)) for folder in folders]
+    print("\n".join(results))
+    if config.evaluation and PartialState().is_main_process:
+        words = ["--recipe", config.evaluation, "--output_dir", f"{config.output_dir}/evaluation"]
+        run_script("evaluate.py", [*words, "--pipelines", *results, "--names", *names])
+
+
+if __name__ == "__main__":
+    run(main)
