@@ -21,7 +21,7 @@ from cm_diffusers.combining.objective import ObjectiveConfig, Sheet, make_bench
 from cm_diffusers.combining.runs import chosen, judged, searched
 from cm_diffusers.combining.search import SearchConfig
 from cm_diffusers.combining.vectors import baselines
-from cm_diffusers.engine.snapshots import FOLDER, list_weights
+from cm_diffusers.engine.snapshots import list_weights
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.report import Row
@@ -265,10 +265,11 @@ def test_the_bootstrap_is_paired() -> None:
 
 
 WRONG = {
-    "no snapshots": ({"run_dir": "{home}/teacher"}, "has no snapshots in a folder snapshots: at least two are combined"),
-    "one snapshot": ({"run_dir": "{home}/one"}, "has one snapshot alone in snapshots"),
+    "no snapshots": ({"run_dir": "{home}/teacher"}, "has no folder snapshots with weights to choose from: train with --snapshot_steps"),
+    "one snapshot": ({"run_dir": "{home}/one"}, "keeps the weights of step 10 alone: at least two are combined"),
     "not ended": ({"run_dir": "{home}/unended"}, "has neither a folder pipeline nor a folder lora: the training has not ended"),
-    "window": ({"window": [11, 29]}, "--window 11 29 has 1 of the snapshots, of steps 10, 20, 30"),
+    "window": ({"window": [11, 29]}, "keeps the weights of step 20 alone in --window 11 29: at least two are combined"),
+    "empty window": ({"window": [11, 19]}, "keeps no weights between steps 11 and 19; it has those of 10 to 30"),
     "half a window": ({"window": 10}, "--window takes the first and the last step, but 1 numbers were given"),
     "column": ({"objective": "beauty"}, "argument --objective: invalid choice: 'beauty'"),
     "column without its data": ({"objective": "vendi"}, "--objective vendi cannot be measured on these images"),
@@ -293,7 +294,7 @@ def test_what_cannot_be_combined_is_refused_in_one_sentence(whole: Path, tmp_pat
     for name in ("one", "unended"):
         (whole / name).mkdir(exist_ok=True)
         for step in STEPS[: 1 if name == "one" else 2]:
-            if not (whole / name / FOLDER / f"step-{step}.safetensors").exists():
+            if step not in [one.step for one in list_weights(whole / name)]:
                 snapshot(whole / name, step, tiny_unet())
     (whole / "logged").mkdir(exist_ok=True)
     (whole / "logged" / "search.jsonl").touch()
