@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from scripts import image_folder
 from tiny import tiny_pipeline
 
-from cm_diffusers.engine.checkpoints import trainable_state
-from cm_diffusers.engine.snapshots import FOLDER
+from cm_diffusers.engine.checkpoints import trainable_state, write_folder
+from cm_diffusers.engine.snapshots import FOLDER, STEM
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.publishing.pipelines import lcm_pipeline, lcm_record, lcm_scheduler, save_lora, save_pipeline
@@ -33,8 +32,12 @@ def snapshot(run: Path, step: int, network: torch.nn.Module, noise: float = 0.02
         name: value + noise * torch.randn(value.shape, generator=generator)
         for name, value in trainable_state(network).items()
     }
-    (run / FOLDER).mkdir(parents=True, exist_ok=True)
-    save_file(state, run / FOLDER / f"step-{step}.safetensors")
+    keep(run, step, state)
+
+
+def keep(run: Path, step: int, state: dict[str, torch.Tensor]) -> None:
+    """As `engine.snapshots.write_weights`, of any tensors."""
+    write_folder(run / FOLDER / f"step-{step}", {STEM: state})
 
 
 def whole_run(home: Path) -> Path:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from finished_runs import STEPS, TARGETS, snapshot
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tiny import tiny_unet
 from torch import Tensor

@@ -26,17 +26,17 @@ def test_every_baseline_has_the_sum_one_and_a_name_of_its_own() -> None:
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.15])
 def test_a_power_function_has_its_width_and_is_the_running_average(sigma_rel: float) -> None:
     """With a snapshot of every step; the running one weighs step tau with the integral over (tau - 1, tau]."""
-    steps = np.arange(1, 2001)
+    steps = np.arange(1, 401)
     weights = power_function(steps.tolist(), sigma_rel)
     mean = (weights * steps).sum()
-    assert np.sqrt((weights * (steps - mean) ** 2).sum()) / 2000 == pytest.approx(sigma_rel, rel=0.01)
-    model = nn.Linear(2000, 1, bias=False)
+    assert np.sqrt((weights * (steps - mean) ** 2).sum()) / 400 == pytest.approx(sigma_rel, rel=0.01)
+    model = nn.Linear(400, 1, bias=False)
     running = MovingAverage(model, power_rate(sigma_rel))
-    for step in range(1, 2001):
-        model.weight.data = torch.eye(2000)[step - 1 : step]  # the average of these is the vector itself
+    for step in range(1, 401):
+        model.weight.data = torch.eye(400)[step - 1 : step]  # the average of these is the vector itself
         running.live["weight"] = model.weight
         running.update(step)
-    assert np.abs(running.average["weight"].detach()[0].numpy() - weights).sum() < 0.02
+    assert np.abs(running.average["weight"].detach()[0].numpy() - weights).sum() < 0.06
 
 
 def test_a_power_function_looks_at_steps_not_at_places() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from finished_runs import keep
 from torch import Tensor, nn
 
 from cm_diffusers.combining.vectors import ema, one_hot
 from cm_diffusers.combining.weights import Snapshots
 from cm_diffusers.engine.averages import MovingAverage
-from cm_diffusers.engine.snapshots import FOLDER, list_weights
+from cm_diffusers.engine.snapshots import list_weights
 
 
 def state(seed: int) -> dict[str, Tensor]:
@@ -34,20 +34,14 @@ def state(seed: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    (tmp_path / FOLDER).mkdir()
     for step in (300, 20, 1000):
-        save_file(state(step), tmp_path / FOLDER / f"step-{step}.safetensors")
+        keep(tmp_path, step, state(step))
     return tmp_path
 
 
 def combined(run: Path, alphas: np.ndarray, **options: object) -> dict[str, Tensor]:
     snapshots = Snapshots(list_weights(run), **options)
     return dict(snapshots.combined(alphas, list(snapshots.shapes)))
-
-
-def test_the_snapshots_are_in_the_order_of_their_steps(run: Path) -> None:
-    (run / FOLDER / "step-7.safetensors.partial").touch()
-    assert [one.step for one in list_weights(run)] == [20, 300, 1000]
 
 
 @pytest.mark.parametrize(("index", "step"), [(0, 20), (1, 300), (2, 1000)])
@@ -78,14 +72,13 @@ def test_sums_are_rounded_once_at_the_end(run: Path) -> None:
 
 def test_the_vector_of_an_ema_gives_the_running_ema(tmp_path: Path) -> None:
     """The first snapshot is where it starts."""
-    (run := tmp_path / FOLDER).mkdir()
     model = nn.Linear(6, 5)
     average = MovingAverage(model, lambda step: 0.7)
     for step in range(8):
         if step:
             nn.init.normal_(model.weight)
             average.update(step)
-        save_file(model.state_dict(), run / f"step-{step}.safetensors")
+        keep(tmp_path, step, model.state_dict())
     found = combined(tmp_path, ema(8, 0.7))
     torch.testing.assert_close(found["weight"], average.average["weight"], atol=1e-6, rtol=0)
     assert ema(8, 0.7)[0] == pytest.approx(0.7**7)
@@ -93,11 +86,11 @@ def test_the_vector_of_an_ema_gives_the_running_ema(tmp_path: Path) -> None:
 
 
 def test_another_network_is_refused(run: Path) -> None:
-    save_file(state(1) | {"float32": torch.zeros(5, 8)}, run / FOLDER / "step-40.safetensors")
-    with pytest.raises(ValueError, match="step-40.* are of different networks: 1 tensors differ, such as float32"):
+    keep(run, 40, state(1) | {"float32": torch.zeros(5, 8)})
+    with pytest.raises(ValueError, match=r"step-40.* are of different networks: 1 tensors differ, such as float32"):
         Snapshots(list_weights(run))
-    (run / FOLDER / "step-40.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"step-40\.safetensors is no whole safetensors file"):
+    list_weights(run)[1].path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"step-40.* is no whole safetensors file"):
         Snapshots(list_weights(run))
 
 
@@ -126,12 +119,9 @@ print(json.dumps([peak() - before, place["3"].mean().item()]))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_twenty_are_combined_in_the_memory_of_less_than_two_and_a_half(tmp_path: Path) -> None:
     """Pages of the mapped files included, and the network that is filled."""
-    (tmp_path / FOLDER).mkdir()
     for i in range(20):
-        tensors = {str(j): torch.full((350, 350), float(i)) for j in range(40)}  # 20 MB
-        save_file(tensors, tmp_path / FOLDER / f"step-{i}.safetensors")
+        keep(tmp_path, i, {str(j): torch.full((250, 250), float(i)) for j in range(40)})  # 10 MB
     told = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, check=True)
     peak, mean = json.loads(told.stdout)
     assert mean == 9.5
-    size = sum(value.nbytes for value in load_file(tmp_path / FOLDER / "step-0.safetensors").values())
-    assert peak / size < 2.5
+    assert peak / list_weights(tmp_path)[0].path.stat().st_size < 2.5

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from finished_runs import whole_run
 from safetensors.torch import load_file, save_file
 from scripts import image_folder, models_folder, run_script
 from tiny import tiny_vae
@@ -48,6 +49,7 @@ def home(tmp_path_factory) -> Path:
     )
     run_script("train_motion", **BASE["train_motion"](home), output_dir=home / "motion")
     run_script("train_ict", **BASE["train_ict"](home), ema_sigma_rels=[0.1], output_dir=home / "ict")
+    whole_run(home / "kept")
     return home
 
 
@@ -114,6 +116,8 @@ BASE: dict[str, Callable[[Path], dict]] = {
                                   "resolution": 32, "guidance_scale": 1.5, "num_images": 6},
     "share": lambda home: {"folder": home / "ict" / "pipeline"},
     "export_average": lambda home: {"run_dir": home / "ict", "sigma_rel": 0.1},
+    "combine": lambda home: {"run_dir": home / "kept/run", "train_data_dir": home / "kept/data", "num_images": 12, "resolution": 32,
+                             "feature_extractor": home / "kept/classifier", "num_inference_steps": [1]},
     "prepare_fashion_mnist": lambda home: {"idx_dir": home / "data"},
     "prepare_moving_articles": lambda home: {"moving_articles": home / "data"},
 }  # fmt: skip
@@ -177,6 +181,11 @@ def numbers() -> list[tuple[str, dict, str]]:
         "evaluate_video": {"num_videos": [0], "frames_per_clip": [0], "crop_zoom": [0, "nan"], "num_shown": [-1], "teacher_steps": [0]},
         "rank_critics": {"num_images": [0], "num_inference_steps": [0], "guidance_scale": ["nan"]},
         "export_average": {"sigma_rel": [0, 0.5, "nan"], "step": [-1]},
+        "combine": {
+            "evaluations": [0], "population": [1], "mutation_std": [0, "nan"], "alpha_max": [0.5, "inf"], "pull": [-1, "nan"],
+            "ema_rates": [1.0, -0.1], "sigma_rels": [0.3], "step_weights": [-1, "nan"], "search_seed": [-1], "holdout_seed": [-1],
+            "bootstrap_samples": [0], "confidence": [0, 1], "window": [-1], "lora_rank": [0], "guidance_scale": [-1],
+        },
         "prepare_moving_articles": {"num_frames": [0], "train_samples": [-1], "num_gifs": [-1]},
         "prepare_fashion_mnist": {"train_samples": [-1], "seed": [-1]},
     }  # fmt: skip
@@ -212,7 +221,7 @@ def places() -> list[tuple[str, dict, str]]:
         "pretrained_teacher_model": ["distill_lcm", "distill_scott", "distill_cd", "distill_scd", "tune_ect", "tune_time", "distill_animatelcm", "train_motion"],
         "pretrained_model": ["check_jvp"],
         "pretrained_student_model": ["finetune_lcf", "finetune_rlcm", "finetune_direct_reward"],
-        "train_data_dir": ["distill_lcm", "train_ict", "train_vae", "train_classifier", "train_diffusion", "finetune_lcf", "evaluate"],
+        "train_data_dir": ["distill_lcm", "train_ict", "train_vae", "train_classifier", "train_diffusion", "finetune_lcf", "evaluate", "combine"],
         "moving_articles": ["train_motion", "evaluate_video", "prepare_moving_articles"],
         "pretrained_vae": ["train_diffusion", "train_slct"],
         "pretrained_pipeline": ["train_flow"],
@@ -224,11 +233,11 @@ def places() -> list[tuple[str, dict, str]]:
         "pipelines": ["evaluate", "evaluate_video"],
         "pipeline": ["rank_critics"],
         "backbones": ["rank_critics"],
-        "feature_extractor": ["evaluate"],
+        "feature_extractor": ["evaluate", "combine"],
         "clip_model": ["evaluate"],
         "folder": ["share"],
         "evaluation": ["share"],
-        "run_dir": ["export_average"],
+        "run_dir": ["export_average", "combine"],
         "idx_dir": ["prepare_fashion_mnist"],
         "spatial_lora": ["distill_animatelcm"],
         "prompts_file": ["distill_lcm"],

@@ -18,7 +18,7 @@ from cm_diffusers.combining.search import SearchConfig, Tried, find_best
 from cm_diffusers.combining.vectors import EMA, KINDS, SINGLE, Baseline
 from cm_diffusers.combining.weights import Snapshots
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.engine.snapshots import FOLDER, Kept, list_weights
+from cm_diffusers.engine.snapshots import Kept, weights_within
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.report import Row
@@ -94,25 +94,18 @@ def find_run(config: CombineConfig) -> Source:
         ValueError: The run has not ended, or has not two snapshots in the window.
     """
     run, window = Path(config.run_dir), config.window
-    kept = list_weights(run)
-    if len(kept) < 2:
-        found = f"one snapshot alone in {FOLDER}" if kept else f"no snapshots in a folder {FOLDER}"
-        raise UserError(f"{run} has {found}: at least two are combined, which --snapshot_steps leaves in training.")
     if window is not None and len(window) != 2:
         raise UserError(f"--window takes the first and the last step, but {len(window)} numbers were given.")
-    inside = [one for one in kept if window is None or window[0] <= one.step <= window[1]]
-    if len(inside) < 2:
-        steps = ", ".join(str(one.step) for one in kept)
-        raise UserError(
-            f"--window {window[0]} {window[1]} has {len(inside)} of the snapshots, of steps {steps}: give one with at least two."
-        )
+    if len(kept := weights_within(run, window)) < 2:
+        where = f" in --window {window[0]} {window[1]}" if window else ""
+        raise UserError(f"{run} keeps the weights of step {kept[0].step} alone{where}: at least two are combined.")
     is_lora = (run / "lora").is_dir()
     result = run / ("lora" if is_lora else "pipeline")
     if not is_lora and not (result / "model_index.json").is_file():
         raise UserError(f"{run} has neither a folder pipeline nor a folder lora: the training has not ended.")
     if not is_lora:
         refuse_changed(config, "lora_rank", "on a run that trained the whole network")
-    return Source(result, is_lora, inside)
+    return Source(result, is_lora, kept)
 
 
 @dataclass(frozen=True)

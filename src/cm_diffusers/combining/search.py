@@ -11,7 +11,7 @@ import numpy as np
 from transformers.hf_argparser import HfArg
 
 
-NARROWED = 0.01  # the last mutations, as a share of the first
+WIDER = 1.5  # mutations after a child that is better than both its parents; after another narrower by the fourth root
 
 
 @dataclass
@@ -22,9 +22,9 @@ class SearchConfig:
         default="evolution", help="Evolution of a population, or CMA-ES, which needs the package cma."
     )
     evaluations: int = HfArg(default=200, help="Vectors that the search tries, beside the baselines.")
-    population: int = HfArg(default=20, help="Vectors that stay alive; of CMA-ES those of a generation.")
+    population: int = HfArg(default=10, help="Vectors that stay alive; of CMA-ES those of a generation.")
     mutation_std: float = HfArg(
-        default=0.1, help="Standard deviation of the first changes of a coefficient; those of the evolution shrink."
+        default=0.1, help="Standard deviation of the first changes of a coefficient; both searches adapt it."
     )
     alpha_max: float = HfArg(default=2.0, help="Greatest size of a coefficient.")
     pull: float = HfArg(
@@ -65,16 +65,19 @@ def evolution(
 ) -> None:
     """Each child has its coefficients from two of the better half, and a Gaussian mutation; then the worst vector dies.
 
-    The best live on for ever. After the crossover, and after the mutation, the child is brought back by `feasible`.
+    The best live on for ever. After the crossover, and after the mutation, the child is brought back by `feasible`. The size of
+    the mutations follows the rule of one fifth of successes (Rechenberg, 1973).
     """
     alive = sorted(starts, key=lambda one: one.value)[: config.population]
-    for turn in range(config.evaluations):
-        mother, father = rng.choice(max(2, len(alive) // 2), 2, replace=False)
-        inherited = rng.random(len(starts[0].vector)) < 0.5
-        child = feasible(np.where(inherited, alive[mother].vector, alive[father].vector), config.alpha_max)
-        std = config.mutation_std * NARROWED ** (turn / config.evaluations)
-        child = feasible(child + std * rng.standard_normal(len(child)), config.alpha_max)
-        alive = sorted([*alive, Tried(value(child), child)], key=lambda one: one.value)[: config.population]
+    std = config.mutation_std
+    for _ in range(config.evaluations):
+        mother, father = (alive[i] for i in rng.choice(max(2, len(alive) // 2), 2, replace=False))
+        inherited = rng.random(len(mother.vector)) < 0.5
+        crossed = feasible(np.where(inherited, mother.vector, father.vector), config.alpha_max)
+        mutated = feasible(crossed + std * rng.standard_normal(len(crossed)), config.alpha_max)
+        child = Tried(value(mutated), mutated)
+        std *= WIDER if child.value < min(mother.value, father.value) else WIDER**-0.25
+        alive = sorted([*alive, child], key=lambda one: one.value)[: config.population]
 
 
 def cma_es(
