@@ -10,10 +10,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, TCDScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.adapters import adapter_layers
 from cm_diffusers.models.families.base import answers_clips, guided, in_steps
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import check_finite, first_line, load_stock, stock_pipeline
@@ -129,6 +130,14 @@ def _apply_lora(pipe: DiffusionPipeline, lora: str) -> None:
     scheduler = dict(record.scheduler) if record else {}
     scheduler_class = getattr(diffusers, scheduler.pop("_class_name", "LCMScheduler"))
     pipe.scheduler = scheduler_class.from_config({**pipe.scheduler.config, **scheduler})
+
+
+def set_lora_scale(pipe: DiffusionPipeline, scale: float) -> None:
+    """By how much the LoRA that `load_pipeline` put on counts: 1 as it was trained, 0 not at all."""
+    for part in pipe.components.values():
+        for layer in adapter_layers(part) if isinstance(part, nn.Module) else []:
+            for name in layer.active_adapters:
+                layer.set_scale(name, scale)
 
 
 def reads_prompts(pipe: DiffusionPipeline) -> bool:
