@@ -1,7 +1,7 @@
 """The columns of a sweep: what each says, which way is better, what it needs, and how it is measured."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from cm_diffusers.evaluation.kept import Found
 
 REWARD = "reward_"  # before the name of a reward, in the name of its column
 FEATURES, EMBEDDINGS, SCORE = "features", "embeddings", "score_"  # names of tensors of a point
-RESAMPLED_SUBSETS = 10  # of KID, where it is computed for each resample
+SUBSETS, RESAMPLED_SUBSETS = 100, 10  # of KID: of the estimate, and of each resample, where they would take long
 
 
 class Column(NamedTuple):
@@ -27,6 +27,7 @@ class Column(NamedTuple):
         better: Whether less or more is better.
         kind: What it measures.
         needs: What gives it, beside an extractor of features.
+        ends: Between which its values can lie.
     """
 
     heading: str
@@ -34,23 +35,25 @@ class Column(NamedTuple):
     better: Better
     kind: str
     needs: str = ""
+    ends: tuple[float, float] = (-np.inf, np.inf)
 
 
+SHARE = (0.0, 1.0)
 SEVERAL = "pipelines that are asked for captions or classes, and --images_per_prompt of 2 or more"
 COLUMNS = {
     "num_inference_steps": Column("NFE", "{}", "min", "cost"),
     "ms_per_image": Column("ms/image", "{:.1f}", "min", "cost"),
     "agreement": Column(
-        "agreement", "{:.3f}", "max", "consistency", "a classifier as --feature_extractor, and prompts that name its labels"
+        "agreement", "{:.3f}", "max", "consistency", "a classifier as --feature_extractor, and prompts that name its labels", SHARE
     ),
     "clip_score": Column("CLIP score", "{:.2f}", "max", "consistency", "--clip_model, and pipelines that read prompts"),
-    "fid": Column("{distance}", "{:.2f}", "min", "realism"),
+    "fid": Column("{distance}", "{:.2f}", "min", "realism", ends=(0.0, np.inf)),
     "kid": Column("KID", "{:.4f}", "min", "realism"),
     "cmmd": Column("CMMD", "{:.3f}", "min", "realism", "--cmmd_model"),
-    "precision": Column("precision", "{:.3f}", "max", "realism"),
+    "precision": Column("precision", "{:.3f}", "max", "realism", ends=SHARE),
     "density": Column("density", "{:.3f}", "max", "realism"),
-    "recall": Column("recall", "{:.3f}", "max", "diversity"),
-    "coverage": Column("coverage", "{:.3f}", "max", "diversity"),
+    "recall": Column("recall", "{:.3f}", "max", "diversity", ends=SHARE),
+    "coverage": Column("coverage", "{:.3f}", "max", "diversity", ends=SHARE),
     "vendi": Column("Vendi", "{:.2f}", "max", "diversity", SEVERAL),
     "pairwise_distance": Column("pairwise distance", "{:.3f}", "max", "diversity", SEVERAL),
 }  # fmt: skip
@@ -116,6 +119,11 @@ def parse_point(words: Sequence[str] | None, axes: Sequence[tuple[str, ...]]) ->
     return point
 
 
+def within(interval: Sequence[float], column: Column) -> list[float]:
+    """An interval, cut where the column's values end."""
+    return np.clip(interval, *column.ends).tolist()
+
+
 def by_prompt(found: Found, num_prompts: int) -> dict[str, Tensor]:
     """Columns that are means over prompts: their values (P,) of each.
 
@@ -136,7 +144,7 @@ def variety(features: Tensor, images_per_prompt: int) -> Found:
     return {f"{SCORE}{key}": torch.tensor([way(group) for group in groups]) for key, way in ways.items()}
 
 
-def of_sets(found: Found, real: Found, subsets: int = 100) -> dict[str, float]:
+def of_sets(found: Found, real: Found, subsets: int) -> dict[str, float]:
     """Columns that compare all images with real ones.
 
     Args:
@@ -152,6 +160,36 @@ def of_sets(found: Found, real: Found, subsets: int = 100) -> dict[str, float]:
     if EMBEDDINGS in real:
         values["cmmd"] = metrics.gaussian_discrepancy(real[EMBEDDINGS], found[EMBEDDINGS])
     return values
+
+
+class RealImages(NamedTuple):
+    """Features and, for CMMD, embeddings of real images, and which of them belong to a prompt.
+
+    Attributes:
+        found: By name, (N, D).
+        of_prompts: Rows of each prompt's.
+        others: Rows of no prompt.
+    """
+
+    found: Found
+    of_prompts: list[Tensor]
+    others: Tensor
+
+    @classmethod
+    def of(cls, found: Found, told: Sequence[str | int | None], prompts: Sequence[str | int | None]) -> Self:
+        """
+        Args:
+            told: Caption or class of each image.
+            prompts: Those of each prompt.
+        """
+        rows: dict[str | int | None, list[int]] = {prompt: [] for prompt in prompts}
+        others = [row for row, what in enumerate(told) if what not in rows or rows[what].append(row)]
+        return cls(found, [torch.tensor(rows[prompt]) for prompt in prompts], torch.tensor(others, dtype=torch.long))
+
+    def chosen(self, prompts: np.ndarray) -> Found:
+        """With those of some prompts, of each as often as it is named, in place of those of all."""
+        rows = torch.cat([self.others, *(self.of_prompts[prompt] for prompt in prompts)])
+        return {name: tensor[rows.to(tensor.device)] for name, tensor in self.found.items()}
 
 
 def chosen(found: Found, num_prompts: int, prompts: np.ndarray) -> Found:

@@ -61,8 +61,7 @@ def page(report: Report) -> str:
     key = " ".join(
         f'<span style="color:{colour}">● {escape(name)}</span>' for name, colour in colours(report.rows).items()
     )
-    asked = [prompt for prompt in report.prompts if prompt]
-    images = f"Images: of each prompt in turn, {escape('; '.join(asked))}." if asked else ""
+    images = f"Images, a column for each prompt: {escape('; '.join(report.prompts))}." if report.prompts else ""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -81,16 +80,15 @@ def _told(report: Report, place: int) -> dict[str, object]:
     row, numbers = report.rows[place], {key: one for key, one in report.columns.items() if key not in KNOBS}
     return {
         "name": str(row["pipeline"]),
-        "image": picture(report.shown[place], len(report.prompts)),
+        "image": picture(report.shown[place]),
         "knobs": [[KNOBS[key][0], KNOBS[key][1].format(row[key])] for key in KNOBS if row.get(key) is not None],
         "numbers": [[one.heading, number(row, key, one)] for key, one in numbers.items()],
     }
 
 
-def picture(shown: Tensor, columns: int) -> str:
-    """Images (S, 3, h, w) in bytes, those of a prompt below each other in one of the columns, as the address of a picture."""
-    count = max(1, len(shown) // columns)
-    sheet = shown.unflatten(0, (-1, count)).permute(1, 3, 0, 4, 2).flatten(2, 3).flatten(0, 1)
+def picture(shown: Tensor) -> str:
+    """Images (P, E, 3, h, w) in bytes, a column for each prompt, as the address of a picture."""
+    sheet = shown.permute(1, 3, 0, 4, 2).flatten(2, 3).flatten(0, 1)
     file = io.BytesIO()
     Image.fromarray(sheet.numpy()).save(file, format="WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cm_diffusers.evaluation.front_report import HIGH, KNOBS, LOW, Front, Report, in_words, values_of
+from cm_diffusers.evaluation.front_report import HIGH, KNOBS, LOW, Front, Report, in_words, turned, values_of
 from cm_diffusers.evaluation.fronts import non_dominated
 from cm_diffusers.evaluation.report import Row, replace_file
 from cm_diffusers.measured import TEACHER
@@ -62,9 +62,6 @@ def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) ->
         )
     on = np.flatnonzero(non_dominated(values, better))
     axes.plot(*values[on[np.argsort(values[on, 0])]].T, color="black", linewidth=0.8, zorder=1)
-    for place in on:
-        words = in_words(report.rows[place], named=False)
-        axes.annotate(words, values[place], (4, 4), textcoords="offset points", fontsize=6)
     for key, way, invert, label in zip(
         pair, better, (axes.invert_xaxis, axes.invert_yaxis), (axes.set_xlabel, axes.set_ylabel), strict=True
     ):
@@ -72,6 +69,16 @@ def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) ->
         if way == "min":
             invert()
     axes.grid(alpha=0.3)
+    for turn, place in enumerate(on[np.argsort(values[on, 0])]):
+        row = report.rows[place]
+        _name(axes, in_words(row, turned(report.rows, row)), values[place], (3, -7)[turn % 2])
+
+
+def _name(axes: "Axes", words: str, point: np.ndarray, rise: float) -> None:
+    """Beside a point, on the side where there is room."""
+    right = axes.transAxes.inverted().transform(axes.transData.transform(point))[0] > 0.5
+    style = {"textcoords": "offset points", "ha": "right" if right else "left", "fontsize": 6}
+    axes.annotate(words, point, (-6 if right else 6, rise), **style)
 
 
 def _intervals(axes: "Axes", rows: Sequence[Row], pair: tuple[str, str], colour: str) -> None:

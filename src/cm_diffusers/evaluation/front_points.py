@@ -64,7 +64,7 @@ class Measured(NamedTuple):
 
     Attributes:
         columns: Value, or value and both ends of its interval, by column.
-        shown: Some of its images (S, 3, h, w) in bytes, a few of each prompt side by side.
+        shown: Some of its images (P, E, 3, h, w) in bytes: of P prompts, E of each.
         machine: Where it was timed.
     """
 

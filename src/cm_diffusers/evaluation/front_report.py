@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -18,7 +18,7 @@ from cm_diffusers.evaluation.front_columns import Column
 from cm_diffusers.evaluation.front_points import Measured
 from cm_diffusers.evaluation.fronts import Better, hypervolume, non_dominated, worst
 from cm_diffusers.evaluation.report import Row, filled_columns, replace_file, write_table
-from cm_diffusers.evaluation.sweep import Sweep
+from cm_diffusers.evaluation.sweep import SHOWN_PROMPTS, Sweep
 from cm_diffusers.markdown import cell
 from cm_diffusers.measured import too_few
 from cm_diffusers.places import public
@@ -90,8 +90,8 @@ class Report:
 
     Attributes:
         rows: A row for each point: knobs, columns, and the ends of their intervals.
-        shown: Images of each row (S, 3, h, w) in bytes.
-        prompts: What they were asked to show, one for each group of the shown images; "" where nothing.
+        shown: Images of each row (P, E, 3, h, w) in bytes: of P prompts, E of each.
+        prompts: The P texts; none where the reference has none.
         columns: Those that a row has.
         fronts: Those asked for.
         setting: What the numbers depend on.
@@ -115,7 +115,7 @@ class Report:
         rows = [row_of(one) for one in found]
         columns = {key: one for key, one in sweep.columns.items() if any(row.get(key) is not None for row in rows)}
         fronts = [Front.of(rows, axes, sweep.columns, sweep.reference_point) for axes in sweep.axes]
-        texts = (sweep.judging.texts or [""])[:: sweep.config.images_per_prompt]
+        texts = (sweep.judging.texts or [])[:: sweep.config.images_per_prompt][:SHOWN_PROMPTS]
         digests = {one.point.pipeline: sweep.digests[one.point.source] for one in found}
         setting = setting_of(sweep) | {"hardware": "; ".join(sorted({one.machine for one in found}))}
         return cls(rows, [one.shown for one in found], texts, columns, fronts, setting, digests)
@@ -154,10 +154,15 @@ def setting_of(sweep: Sweep) -> dict[str, object]:
     }
 
 
-def in_words(row: Row, named: bool = True) -> str:
-    """The knobs of a row."""
-    keys = [key for key in KNOBS if row.get(key) is not None and (named or key != "pipeline")]
-    return ", ".join(KNOBS[key][2].format(row[key]) for key in keys)
+def in_words(row: Row, keys: Collection[str] = tuple(KNOBS)) -> str:
+    """The knobs of a row, or those that are named."""
+    return ", ".join(KNOBS[key][2].format(row[key]) for key in KNOBS if key in keys and row.get(key) is not None)
+
+
+def turned(rows: Sequence[Row], row: Row) -> set[str]:
+    """The knobs, but the pipeline, that are not alike in all rows of a row's pipeline."""
+    own = [other for other in rows if other["pipeline"] == row["pipeline"]]
+    return {key for key in KNOBS if len({other[key] for other in own}) > 1}
 
 
 def number(row: Row, key: str, column: Column) -> str:

@@ -27,6 +27,8 @@ from cm_diffusers.evaluation.compared import (
 from cm_diffusers.evaluation.front_columns import (
     FEATURES,
     RESAMPLED_SUBSETS,
+    SUBSETS,
+    RealImages,
     by_prompt,
     chosen,
     known_columns,
@@ -34,6 +36,7 @@ from cm_diffusers.evaluation.front_columns import (
     parse_axes,
     parse_point,
     variety,
+    within,
 )
 from cm_diffusers.evaluation.front_points import FrontsConfig, Measured, Point
 from cm_diffusers.evaluation.fronts import bootstrap
@@ -48,7 +51,12 @@ from cm_diffusers.record import read_record
 
 POINTS = "points"  # folder of what was found of each point
 SHOWN_PROMPTS, SHOWN_EACH, SHOWN_SIDE = 6, 2, 96  # images that a page shows of each point, and their largest side
-SECONDS, MACHINE, SHOWN = "seconds", "machine", "shown"  # names of tensors of a point, beside those of its columns
+SECONDS, MACHINE, SHOWN, ASKED = (
+    "seconds",
+    "machine",
+    "shown",
+    "asked",
+)  # names of tensors of a point, beside those of its columns
 
 
 class Sweep:
@@ -86,8 +94,11 @@ class Sweep:
         self._loaded: tuple[str, DiffusionPipeline] | None = None
         self.points, self.digests = self._all_points(candidates)
         self.kept = Kept(Path(config.output_dir) / POINTS)
-        self.real = self._on_device(self.judging.look(reference.images))
-        self.judged_by, self.real_digest = self.judging.digest, tensors_digest(self.real)
+        told = reference.captions or reference.labels
+        asked = (self.asked.captions or self.asked.labels)[:: config.images_per_prompt]
+        self.real = RealImages.of(self._on_device(self.judging.look(reference.images)), told, asked)
+        self.judged_by = self.judging.digest
+        self.compared_with = [tensors_digest(self.real.found), told, config.bootstrap_samples]
 
     @property
     def _labels(self) -> list[str]:
@@ -149,7 +160,7 @@ class Sweep:
         """A point's columns and images, from the folder where it has them."""
         drawn_as = self._key(point)
         found = self.kept.get(drawn_as, lambda: self._found(point))
-        compared = {"point": drawn_as, "real": self.real_digest, "resamples": self.config.bootstrap_samples}
+        compared = {"point": drawn_as, "compared_with": self.compared_with}
         columns = self.kept.get(compared, lambda: self._columns(found))
         values = {name: tuple(column.tolist()) for name, column in columns.items()}
         machine = bytes(found[MACHINE].tolist()).decode()
@@ -193,21 +204,29 @@ class Sweep:
             found |= self.judging.score(images, found[FEATURES], reads_prompts(pipe))
             found |= variety(found[FEATURES], config.images_per_prompt)
         machine = torch.tensor(list(hardware().encode()), dtype=torch.uint8)
-        found |= {SECONDS: torch.tensor([seconds]), MACHINE: machine}
+        found |= {SECONDS: torch.tensor([seconds]), MACHINE: machine, ASKED: torch.tensor(asked is not None)}
         return found | {SHOWN: thumbnails(images, config.images_per_prompt)}
 
     def _columns(self, found: Found) -> Found:
-        """Of each column its value (1,), or that and both ends of its interval (3,), in float64."""
-        count, samples = self.num_prompts, self.config.bootstrap_samples
-        each = by_prompt(found, count)
+        """Of each column its value (1,), or that and both ends of its interval (3,), in float64.
 
-        def measure(prompts: np.ndarray, subsets: int = RESAMPLED_SUBSETS) -> dict[str, float]:
+        Where images were asked for something, the real images of a prompt are drawn anew with it: a prompt that a resample
+        lacks would otherwise count as one that the pipeline cannot draw.
+        """
+        count, each, is_asked = self.num_prompts, by_prompt(found, self.num_prompts), bool(found[ASKED])
+
+        def measure(prompts: np.ndarray, real: Found, subsets: int) -> dict[str, float]:
             means = {name: values[torch.from_numpy(prompts)].nanmean().item() for name, values in each.items()}
-            return means | of_sets(self._on_device(chosen(found, count, prompts)), self.real, subsets)
+            return means | of_sets(self._on_device(chosen(found, count, prompts)), real, subsets)
 
-        estimates = measure(np.arange(count), 100)
-        intervals = bootstrap(measure, estimates, count, samples)
-        columns = {name: [value, *intervals.get(name, ())] for name, value in estimates.items()}
+        def resample(prompts: np.ndarray) -> dict[str, float]:
+            return measure(prompts, self.real.chosen(prompts) if is_asked else self.real.found, RESAMPLED_SUBSETS)
+
+        estimates = measure(np.arange(count), self.real.found, SUBSETS)
+        intervals = bootstrap(resample, estimates, count, self.config.bootstrap_samples)
+        columns = {
+            name: [value, *within(intervals.get(name, ()), self.columns[name])] for name, value in estimates.items()
+        }
         return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
     def _on_device(self, found: Found) -> Found:
@@ -226,8 +245,8 @@ def check_sizes(config: FrontsConfig, num_prompts: int, num_real: int) -> None:
 
 
 def thumbnails(images: Tensor, images_per_prompt: int) -> Tensor:
-    """Some of images (N, 3, H, W) in [0, 1], in bytes: a few of each of the first prompts, none larger than 96 pixels."""
-    some = images.unflatten(0, (-1, images_per_prompt))[:SHOWN_PROMPTS, :SHOWN_EACH].flatten(0, 1)
+    """A few of images (N, 3, H, W) in [0, 1] of each of the first prompts, (P, E, 3, h, w) in bytes, sides at most 96."""
+    some = images.unflatten(0, (-1, images_per_prompt))[:SHOWN_PROMPTS, :SHOWN_EACH]
     factor = max(1, max(some.shape[-2:]) / SHOWN_SIDE)
-    small = adaptive_avg_pool2d(some, [round(side / factor) for side in some.shape[-2:]])
-    return (small * 255).round().byte()
+    small = adaptive_avg_pool2d(some.flatten(0, 1), [round(side / factor) for side in some.shape[-2:]])
+    return (small * 255).round().byte().unflatten(0, some.shape[:2])
