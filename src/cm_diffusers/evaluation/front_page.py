@@ -69,7 +69,7 @@ def page(report: Report) -> str:
 <title>Fronts</title><style>{STYLE}</style></head><body>
 <h1>Fronts</h1><p>{key}</p><p>Better is to the right and up; the line joins the points that no other beats in both columns.</p>
 <main><div id="fronts">{"".join(_figure(report, front) for front in report.fronts)}</div>
-<aside>Point at a point, or go from one to the next with the tabulator.</aside></main>
+<aside aria-live="polite">Point at a point, or go from one to the next with the tabulator.</aside></main>
 <p>{images} {escape(setting_words(report.setting))}</p>
 <script type="application/json" id="rows">{rows}</script><script>{SCRIPT}</script></body></html>
 """

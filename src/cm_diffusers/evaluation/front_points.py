@@ -65,7 +65,7 @@ class Measured(NamedTuple):
     Attributes:
         columns: Value, or value and both ends of its interval, by column.
         shown: Some of its images (P, E, 3, h, w) in bytes: of P prompts, E of each.
-        machine: Where it was timed.
+        machine: Where and how it was timed.
     """
 
     point: Point

@@ -117,7 +117,7 @@ class Report:
         fronts = [Front.of(rows, axes, sweep.columns, sweep.reference_point) for axes in sweep.axes]
         texts = (sweep.judging.texts or [])[:: sweep.config.images_per_prompt][:SHOWN_PROMPTS]
         digests = {one.point.pipeline: sweep.digests[one.point.source] for one in found}
-        setting = setting_of(sweep) | {"hardware": "; ".join(sorted({one.machine for one in found}))}
+        setting = setting_of(sweep) | {"speed": "; ".join(sorted({one.machine for one in found}))}
         return cls(rows, [one.shown for one in found], texts, columns, fronts, setting, digests)
 
 
@@ -147,7 +147,6 @@ def setting_of(sweep: Sweep) -> dict[str, object]:
         **named,
         "reference": public(sweep.data.dataset_name or sweep.data.train_data_dir),
         "dtype": config.dtype,
-        "batch_size": config.eval_batch_size,
         "neighbours": metrics.NEIGHBOURS,
         "coverage_ceiling": metrics.coverage_ceiling(sweep.num_real, count),
         "bootstrap_samples": config.bootstrap_samples,
@@ -184,21 +183,23 @@ def markdown(report: Report) -> str:
     for place, front in enumerate(report.fronts, 1):
         own = ", ".join(f"{cell(name)} {volume:.4g}" for name, volume in front.hypervolumes.items())
         parts.append(f"Front {place}: {cell(front.caption(report.columns))}. Of each pipeline alone: {own}.")
-    return "\n\n".join([*parts, setting_words(report.setting)]) + "\n"
+    return "\n\n".join([*parts, cell(setting_words(report.setting))]) + "\n"
 
 
 def setting_words(setting: Mapping[str, object]) -> str:
-    """What the numbers depend on, in Markdown."""
+    """What the numbers depend on."""
     images = (
         f"{setting['images_per_prompt']} images of each of {setting['num_prompts']} prompts, seed {setting['seed']}"
     )
     extractors = f"extractor {setting['extractor']}"
     for name, words in {"clip_model": "CLIP score by", "cmmd_model": "CMMD by"}.items():
         extractors += f", {words} {setting[name]}" if setting[name] else ""
+    if setting["bootstrap_samples"]:
+        images += f", intervals of {setting['bootstrap_samples']} resamples of prompts"
     return (
-        f"{cell(images)}; {cell(extractors)}; {setting['num_real_images']} real images of {cell(setting['reference'])}; neighbour "
+        f"{images}; {extractors}; {setting['num_real_images']} real images of {setting['reference']}; neighbour "
         f"metrics with k = {setting['neighbours']}, coverage of real by real images {setting['coverage_ceiling']:.3f}. Speed on "
-        f"{setting['hardware']}, {setting['dtype']}, batch size {setting['batch_size']}. NFE counts steps."
+        f"{setting['speed']}. NFE counts steps."
     )
 
 

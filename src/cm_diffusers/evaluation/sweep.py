@@ -203,7 +203,8 @@ class Sweep:
         if asked is not None:
             found |= self.judging.score(images, found[FEATURES], reads_prompts(pipe))
             found |= variety(found[FEATURES], config.images_per_prompt)
-        machine = torch.tensor(list(hardware().encode()), dtype=torch.uint8)
+        timed = f"{hardware()}, {config.dtype}, batch size {config.eval_batch_size}"
+        machine = torch.tensor(list(timed.encode()), dtype=torch.uint8)
         found |= {SECONDS: torch.tensor([seconds]), MACHINE: machine, ASKED: torch.tensor(asked is not None)}
         return found | {SHOWN: thumbnails(images, config.images_per_prompt)}
 
