@@ -234,6 +234,7 @@ def test_classes_gammas_and_pipelines_that_are_asked_for_nothing(home: Path, tmp
     assert [knobs(row) for row in found["rows"]] == [
         (name, 2, None, gamma, None) for name in ("classes", "plain") for gamma in (0, 1)
     ]
+    assert {row["resolution"] for row in found["rows"]} == {16}
     assert found["fronts"][0]["axes"] == ["agreement", "fid", "vendi"]
     assert set(found["fronts"][0]["members"]) <= {0, 1}
     for row in found["rows"][2:]:
@@ -270,6 +271,15 @@ def test_clip_models_give_their_columns(home: Path, tmp_path: Path) -> None:
     ]
     expected = 1000 * (sum(kernels) - 2 * torch.exp(-squared / 200).mean()).item()
     assert row["cmmd"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_images_of_different_sizes_are_told(home: Path, tmp_path: Path) -> None:
+    flags = {"pipelines": [home / "plain", home / "teacher"], "names": ["small", "large"], "resolution": None}
+    found = fronts(home, tmp_path, **flags)
+    assert [row["resolution"] for row in found["rows"]] == [16, 32]
+    lines = (tmp_path / "table.md").read_text("utf-8").splitlines()
+    assert [line.split(" | ")[-2] for line in lines[2:4]] == ["16", "32"]
+    assert lines[5].startswith("**Rows have images of different sizes (px)")
 
 
 def test_a_reference_point_that_is_given_is_taken(home: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.front_columns import Column
 from cm_diffusers.evaluation.front_points import Measured
 from cm_diffusers.evaluation.fronts import Better, hypervolume, non_dominated, worst
-from cm_diffusers.evaluation.report import Row, filled_columns, replace_file, write_table
+from cm_diffusers.evaluation.report import OF_SIZES, Row, filled_columns, replace_file, write_table
 from cm_diffusers.evaluation.sweep import SHOWN_PROMPTS, Sweep
 from cm_diffusers.markdown import cell
 from cm_diffusers.measured import too_few
@@ -177,9 +177,12 @@ def markdown(report: Report) -> str:
     """The table, in which fronts have numbers, the fronts, and what the numbers depend on."""
     headings = {key: (heading, form) for key, (heading, form, _) in KNOBS.items()}
     headings |= {key: (cell(one.heading), one.form) for key, one in report.columns.items() if key not in KNOBS}
+    sizes = {row["resolution"] for row in report.rows}
+    headings |= {"resolution": ("px", "{}")} if len(sizes) > 1 else {}
     marked = [row | {"fronts": report.marks(place) or None} for place, row in enumerate(report.rows)]
     few = too_few(report.setting["num_prompts"] * report.setting["images_per_prompt"])
-    parts = [filled_columns(marked, headings | {"fronts": ("on front", "{}")}), *([f"**{few}**"] if few else [])]
+    warnings = [OF_SIZES] * (len(sizes) > 1) + [few] * (few is not None)
+    parts = [filled_columns(marked, headings | {"fronts": ("on front", "{}")}), *(f"**{one}**" for one in warnings)]
     for place, front in enumerate(report.fronts, 1):
         own = ", ".join(f"{cell(name)} {volume:.4g}" for name, volume in front.hypervolumes.items())
         parts.append(f"Front {place}: {cell(front.caption(report.columns))}. Of each pipeline alone: {own}.")

@@ -51,12 +51,12 @@ from cm_diffusers.record import read_record
 
 POINTS = "points"  # folder of what was found of each point
 SHOWN_PROMPTS, SHOWN_EACH, SHOWN_SIDE = 6, 2, 96  # images that a page shows of each point, and their largest side
-SECONDS, MACHINE, SHOWN, ASKED = (
-    "seconds",
-    "machine",
+SECONDS, MACHINE = "seconds", "machine"  # names of tensors of a point: how long it took, and where
+SHOWN, SIDE, ASKED = (
     "shown",
+    "side",
     "asked",
-)  # names of tensors of a point, beside those of its columns
+)  # some images, their side in pixels, and whether they were asked for anything
 
 
 class Sweep:
@@ -164,10 +164,9 @@ class Sweep:
         columns = self.kept.get(compared, lambda: self._columns(found))
         values = {name: tuple(column.tolist()) for name, column in columns.items()}
         machine = bytes(found[MACHINE].tolist()).decode()
-        cost = {"ms_per_image": (1000 * found[SECONDS].item() / len(found[FEATURES]),)}
-        return Measured(
-            point, {"num_inference_steps": (point.num_inference_steps,), **cost, **values}, found[SHOWN], machine
-        )
+        values |= {"num_inference_steps": (point.num_inference_steps,), "resolution": (found[SIDE].item(),)}
+        values["ms_per_image"] = (1000 * found[SECONDS].item() / len(found[FEATURES]),)
+        return Measured(point, values, found[SHOWN], machine)
 
     def _key(self, point: Point) -> dict[str, object]:
         """All that the images of a point and their scores depend on."""
@@ -193,20 +192,16 @@ class Sweep:
             set_lora_scale(pipe, point.lora_scale)
         asked, record = asked_of(pipe, self.asked, point.source), read_record(point.source)
         seeds = range(config.seed, config.seed + len(self.asked.labels))
-        steps, guidance, side = (
-            point.num_inference_steps,
-            point.guidance_scale,
-            self.side or (record and record.resolution),
-        )
-        images, seconds = draw(pipe, asked, seeds, steps, guidance, config.eval_batch_size, side)
+        knobs, side = (point.num_inference_steps, point.guidance_scale), self.side or (record and record.resolution)
+        images, seconds = draw(pipe, asked, seeds, *knobs, config.eval_batch_size, side)
         found = self.judging.look(images)
         if asked is not None:
             found |= self.judging.score(images, found[FEATURES], reads_prompts(pipe))
             found |= variety(found[FEATURES], config.images_per_prompt)
         timed = f"{hardware()}, {config.dtype}, batch size {config.eval_batch_size}"
         machine = torch.tensor(list(timed.encode()), dtype=torch.uint8)
-        found |= {SECONDS: torch.tensor([seconds]), MACHINE: machine, ASKED: torch.tensor(asked is not None)}
-        return found | {SHOWN: thumbnails(images, config.images_per_prompt)}
+        found |= {SECONDS: torch.tensor(seconds), MACHINE: machine, ASKED: torch.tensor(asked is not None)}
+        return found | {SHOWN: thumbnails(images, config.images_per_prompt), SIDE: torch.tensor(images.shape[-1])}
 
     def _columns(self, found: Found) -> Found:
         """Of each column its value (1,), or that and both ends of its interval (3,), in float64.
