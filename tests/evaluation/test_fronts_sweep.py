@@ -24,7 +24,7 @@ from cm_diffusers.rewards import load_reward
 from evaluation.test_evaluation import image_folders, parts, write_reference  # noqa: F401 (fixtures)
 
 
-NAME = '<b>"odd" & |name|</b>'
+NAME = '<b>"odd" & |name| $\\q$</b>'
 PROMPTS, EACH = [f"a {label}" for label in FASHION_LABELS[:3]], 3
 
 
@@ -131,7 +131,7 @@ def test_tables_agree_and_name_the_fronts(swept: tuple[Path, dict]) -> None:
     assert [float(row["fid"]) for row in rows] == [row["fid"] for row in found["rows"]]
     lines = (out / "table.md").read_text("utf-8").splitlines()
     assert "LoRA scale | ms/image | agreement | FD-net | KID" in lines[0]
-    assert lines[6].startswith('| &lt;b>"odd" & &#124;name&#124;&lt;/b> | 1 |')
+    assert lines[6].startswith('| &lt;b>"odd" & &#124;name&#124; $\\q$&lt;/b> | 1 |')
     for place, front in enumerate(found["fronts"], 1):
         on = [number for number, row in enumerate(rows) if row[f"front {place}"] == "1"]
         assert front["members"] == on != []

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.tasks.fronts import reward_judges
 
@@ -25,3 +27,8 @@ def test_a_reward_is_known_by_its_weights_and_called_without_folders(tmp_path: P
     network.head.weight.data[0, 0] -= 1
     torch.testing.assert_close(judge(images, prompts), network(images).log_softmax(1).diagonal())
     assert reward_judges(["jpeg_compressibility"], CPU)["jpeg_compressibility"].digest == "jpeg_compressibility"
+
+
+def test_two_rewards_of_one_name_are_refused() -> None:
+    with pytest.raises(UserError, match="Two columns of --rewards would be called classifier:net: leave one out"):
+        reward_judges(["classifier:/a/net", "classifier:/b/net"], CPU)

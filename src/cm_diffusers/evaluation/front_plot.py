@@ -43,15 +43,20 @@ def plot(report: Report, front: Front) -> "Figure":
     for axes, pair in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _panel(axes, report, front, pair)
     figure.get_axes()[0].legend(fontsize="small")
-    figure.supxlabel(front.caption(report.columns), fontsize="small", wrap=True)
+    figure.supxlabel(plain(front.caption(report.columns)), fontsize="small", wrap=True)
     return figure
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib shows as it is, dollars included."""
+    return text.replace("$", r"\$")
 
 
 def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) -> None:
     values, better = values_of(report.rows, pair), [report.columns[key].better for key in pair]
     for name, colour in colours(report.rows).items():
         own = [place for place, row in enumerate(report.rows) if row["pipeline"] == name]
-        style = {"color": colour, "label": name, "marker": "s" if name == TEACHER else "o"}
+        style = {"color": colour, "label": plain(name), "marker": "s" if name == TEACHER else "o"}
         axes.scatter(*values[own].T, **style, s=24, zorder=2)
         for line in curves([report.rows[place] for place in own], pair) if name == TEACHER else []:
             axes.plot(*line.T, color=colour, linestyle="--", linewidth=1, zorder=1)
@@ -65,7 +70,7 @@ def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) ->
     for key, way, invert, label in zip(
         pair, better, (axes.invert_xaxis, axes.invert_yaxis), (axes.set_xlabel, axes.set_ylabel), strict=True
     ):
-        label(f"{report.columns[key].heading} ({'less' if way == 'min' else 'more'} is better)")
+        label(f"{plain(report.columns[key].heading)} ({'less' if way == 'min' else 'more'} is better)")
         if way == "min":
             invert()
     axes.grid(alpha=0.3)

@@ -66,10 +66,10 @@ def gaussian_discrepancy(real: Tensor, fake: Tensor) -> float:
 
     Means over all pairs, as published numbers have it: biased upwards by less than 20 / N + 20 / M for unit vectors.
     """
-    real, fake = real.double(), fake.double()
+    real, fake = real.cpu().double(), fake.cpu().double()
 
     def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
-        rows = [torch.exp(_distances(part, b).square() / (-2 * CMMD_SIGMA**2)).mean(1) for part in a.split(1024)]
+        rows = [torch.exp(torch.cdist(part, b).square() / (-2 * CMMD_SIGMA**2)).mean(1) for part in a.split(1024)]
         return torch.cat(rows).mean()
 
     squared = mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.kept import network_digest
 from cm_diffusers.places import public
 from cm_diffusers.rewards import CheckedReward, load_reward
@@ -33,6 +34,9 @@ def reward_judges(names: Sequence[str], device: torch.device) -> dict[str, Rewar
     """Rewards, loaded, by what their columns are called: their names without folders of this machine.
 
     Raises:
-        ValueError: As `load_reward`.
+        ValueError: As `load_reward`, or two would have one name.
     """
-    return {public(name): RewardJudge(load_reward(name).to(device)) for name in names}
+    shown = [public(name) for name in names]
+    if twice := [name for name in shown if shown.count(name) > 1]:
+        raise UserError(f"Two columns of --rewards would be called {twice[0]}: leave one out, or rename its folder.")
+    return {short: RewardJudge(load_reward(name).to(device)) for short, name in zip(shown, names, strict=True)}
