@@ -138,7 +138,7 @@ class Comparison:
                 self._measure(pipe, label, count, guidance, side, is_reference)
                 keep(self.rows)
 
-    def look(self, pipe: DiffusionPipeline, steps: int, guidance: float | None) -> Row:
+    def look(self, pipe: DiffusionPipeline, steps: int, guidance: float) -> Row:
         """The quality of what a pipeline draws now, kept nowhere."""
         config, asked = self.config, asked_of(pipe, self.reference, "the student")
         seeds = range(config.seed, config.seed + config.num_images)

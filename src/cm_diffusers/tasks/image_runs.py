@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers.hf_argparser import HfArg
 
@@ -214,15 +214,12 @@ def train_images(
     lora = StudentNetworkConfig in given and given[StudentNetworkConfig].lora
     if getattr(nets.student, "is_told_target", False):  # in one jump, too
         validation = replace(validation, validation_nfe=validation.validation_nfe or [1, 2, 4])
-    grids = image_grids(
-        validation, lambda unet: model.sampler(without_weight(unet), scheduler), scheduler, resolution, scale
-    )
-    watching = make_watch(
-        watch,
-        lambda unet: model.sampler(without_weight(unet), scheduler),
-        None if resolution is None else scale,
-        data.resolution,
-    )
+
+    def sampler(unet: nn.Module) -> DiffusionPipeline:
+        return model.sampler(without_weight(unet), scheduler)
+
+    grids = image_grids(validation, sampler, scheduler, resolution, scale)
+    watching = make_watch(watch, sampler, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     if nets.critic is not None and CriticConfig in given:
         optim = {"student": optim, "critic": critic_optim(given[CriticConfig], optim)}

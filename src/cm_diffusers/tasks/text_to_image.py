@@ -83,19 +83,16 @@ def distill(
     given, method = {type(config): config for config in configs}, objective.config
     source, student, data, generation, clips, train, validation, watch = (given[kind] for kind in OF_A_DISTILLATION)
     scheduler = student_scheduler(teacher, method)
-
-    def make_pipeline(network: nn.Module) -> DiffusionPipeline:
-        return lcm_pipeline(teacher, network, scheduler)
-
+    make_pipeline = partial(lcm_pipeline, teacher, scheduler=scheduler)
     guidance, scale = guidance_of(objective, validation)
     judge = given.get(CriticConfig, CriticConfig("none"))
     frames = checked_frames(clips, data, teacher, bool(generation.prompts_file), judge)
     base, target_dim = source.pretrained_teacher_model, objective.teaching.target_dim
     record = lcm_record(base, guidance, method.w_min, method.w_max, scale, scheduler)
     record = replace(record, method=name, resolution=data.resolution, num_frames=frames, target_dim=target_dim)
-    picture = data.resolution, clips.sample_n_frames
-    grid = sample_grid(validation, telling(make_pipeline, record), teacher, scale, *picture)
-    watching = make_watch(watch, telling(make_pipeline, record), scale, data.resolution)
+    told = telling(make_pipeline, record)
+    grid = sample_grid(validation, told, teacher, scale, data.resolution, clips.sample_n_frames)
+    watching = make_watch(watch, told, scale, data.resolution)
     settings = [config for kind, config in given.items() if kind in WHAT_A_RUN_IS]
     quantization = quantization_config(student.quantize_teacher, student.loaded_dtype, network_name(teacher))
     check_late(teacher, student, bool(generation.prompts_file), judge)

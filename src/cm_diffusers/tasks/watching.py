@@ -84,7 +84,7 @@ class Watch:
         config: With a column.
         comparison: Without pipelines of its own.
         make_pipeline: Of the network, as it will be published.
-        guidance_scale: To sample with; None without prompts.
+        guidance_scale: To sample with, where prompts are read.
         trainer: Whose looks up to its step are known, in its folder.
     """
 
@@ -93,7 +93,7 @@ class Watch:
         config: WatchConfig,
         comparison: Comparison,
         make_pipeline: Callable[[nn.Module], DiffusionPipeline],
-        guidance_scale: float | None,
+        guidance_scale: float,
         trainer: Trainer,
     ) -> None:
         self.config, self.comparison, self.make_pipeline, self.scale = (
@@ -193,7 +193,7 @@ class Watch:
 def make_watch(
     config: WatchConfig,
     make_pipeline: Callable[[nn.Module], DiffusionPipeline],
-    guidance_scale: float | None,
+    guidance_scale: float,
     resolution: int | None,
 ) -> Callable[[Trainer], Watch | None]:
     """What gives a trainer its watch; whatever is wrong with the evaluation is told here, before anything long.
