@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import parse_configs
-from cm_diffusers.evaluation.comparison import wanted_labels
+from cm_diffusers.evaluation.compared import wanted_labels
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.metrics import frechet_distance, prompt_agreement, prompt_vendi_score
 from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference

@@ -10,7 +10,7 @@ from cm_diffusers.errors import UserError
 
 # A bracket belongs to the range, a parenthesis does not; what is not a number lies in none.
 INTERVALS = {
-    "(-inf, inf)": "logit_mean p_mean reward_weights time_mean time_start",
+    "(-inf, inf)": "logit_mean lora_scales p_mean reward_weights time_mean time_start",
     "[-1, inf)": "w w_min w_max",
     "[0, inf)": """
         adam_weight_decay adaptive_power boundary_weight critic_learning_rate diffusion_weight dmd_weight dsm_weight generation_guidance_scale guidance_scale guidance_scales huber_c
@@ -35,17 +35,17 @@ INTERVALS = {
         stop_interval stop_patience validation_steps
     """,
     "[0, 1000000000]": """
-        adversarial_ramp adversarial_start lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples window
+        adversarial_ramp adversarial_start bootstrap_samples lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples window
     """,
     "[1, 1000000]": """
-        bootstrap_samples buffer_size discretization_s_0 discretization_s_1 evaluations latent_samples min_count num_classes num_clips num_ddim_timesteps
-        num_gifs phases renoise_below samples_per_rollout shuffle_buffer_size solver_interval
+        buffer_size discretization_s_0 discretization_s_1 evaluations latent_samples min_count num_classes num_clips num_ddim_timesteps
+        num_gifs num_prompts phases renoise_below samples_per_rollout shuffle_buffer_size solver_interval
     """,
     "[2, 1000000]": "num_images num_scales num_videos",
     "[1, 100000]": "gradient_accumulation_steps",
     "[1, 16384]": """
         block_out_channels channels critic_channels critic_lora_rank dropout_max_resolution encode_batch_size eval_batch_size
-        lora_rank resolution sample_batch_size samples_per_prompt text_hidden_size train_batch_size unet_channels
+        images_per_prompt lora_rank resolution sample_batch_size samples_per_prompt text_hidden_size train_batch_size unet_channels
     """,
     "[0, 16384]": "unet_time_cond_proj_dim",
     "[3, 16384]": "text_length",

@@ -27,7 +27,7 @@ from tiny import FASHION_LABELS, tiny_pipeline, tiny_text_encoder, tiny_tokenize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from cm_diffusers import ConsistencyImagesPipeline, EDMConsistencyScheduler
-from cm_diffusers.evaluation import comparison, metrics
+from cm_diffusers.evaluation import compared, metrics
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid, wrapped
 from cm_diffusers.evaluation.reference import ReferenceConfig, in_turns, load_reference, load_references
@@ -185,7 +185,7 @@ def test_clip_score_is_the_cosine_of_the_towers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     images, prompts = (torch.rand(3, 3, 32, 32) * 255).round() / 255, ["a bag", "a photo of a coat", "a dress"]
-    score = metrics.clip_score(images, prompts, str(tmp_path), batch_size=2)
+    score = metrics.clip_score(images, prompts, str(tmp_path))
     mean, std = torch.tensor(processor.image_processor.image_mean), torch.tensor(processor.image_processor.image_std)
     pixels = (images - mean[:, None, None]) / std[:, None, None]
     tokens = processor.tokenizer(prompts, padding=True, return_tensors="pt")
@@ -509,7 +509,7 @@ def test_wrong_input_gets_one_sentence(
     parts: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], message: str
 ) -> None:
     """Before anything is drawn."""
-    monkeypatch.setattr(comparison, "sample", None)
+    monkeypatch.setattr(compared, "generate", None)
     with pytest.raises(ValueError, match=message) as error:
         evaluate(parts, monkeypatch, **{name: value.format(parts=parts) for name, value in flags.items()})
     assert "\n" not in str(error.value)
@@ -537,7 +537,7 @@ def test_rows_of_an_evaluation_that_fails_are_kept(parts: Path, monkeypatch: pyt
             raise MemoryError
         return generate(pipe, prompts, seeds, steps, *rest)
 
-    monkeypatch.setattr(comparison, "sample", fails)
+    monkeypatch.setattr(compared, "generate", fails)
     with pytest.raises(MemoryError):
         evaluate(parts, monkeypatch, num_inference_steps="1 2", output_dir=f"{parts / 'failed'}")
     assert [path.name for path in (parts / "failed").iterdir()] == ["partial"]

@@ -18,12 +18,12 @@ from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.candidates import Candidate, common_side
-from cm_diffusers.evaluation.comparison import wanted_labels
+from cm_diffusers.evaluation.compared import asked_of, draw, wanted_labels
 from cm_diffusers.evaluation.features import InceptionFeatures, extract_features, load_extractor
-from cm_diffusers.evaluation.quality import COLUMNS, LOWER_IS_BETTER, asked_of, quality
+from cm_diffusers.evaluation.quality import COLUMNS, LOWER_IS_BETTER, quality
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Row
-from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts, sample
+from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts
 from cm_diffusers.models.classifier import ImageClassifier
 
 
@@ -74,6 +74,8 @@ class ObjectiveConfig:
             raise UserError("--step_weights are all 0: give at least one above it.")
         if len(set(steps)) < len(steps):
             raise UserError(f"--num_inference_steps names one number twice: {' '.join(map(str, steps))}.")
+        if self.bootstrap_samples == 0:
+            raise UserError("--bootstrap_samples 0 would decide nothing on the hold-out: give some, or leave it out.")
         if self.num_images <= metrics.NEIGHBOURS:
             raise UserError(f"--num_images is {self.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")
         if abs(self.of_holdout - self.seed) < self.num_images:
@@ -146,7 +148,7 @@ class Sheet:
         config, sampler, found = self.config, self.sampler, {}
         for steps in config.num_inference_steps:
             given = (steps, sampler.guidance_scale, config.eval_batch_size, sampler.resolution)
-            images, _ = sample(sampler.pipe, self.asked, self.seeds, *given)
+            images, _ = draw(sampler.pipe, self.asked, self.seeds, *given)
             if not images.isfinite().all():
                 return None
             found[steps] = extract_features(self.extractor, images)

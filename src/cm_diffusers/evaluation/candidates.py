@@ -61,6 +61,10 @@ class Candidate:
         )
 
     @property
+    def is_lora(self) -> bool:
+        return self.source != self.home
+
+    @property
     def takes_classes(self) -> bool:
         return not self.reads_prompts and self._config(UNet2DModel, "unet").get("num_class_embeds") is not None
 

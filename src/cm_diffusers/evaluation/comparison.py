@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -11,20 +10,25 @@ from PIL import Image
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.candidates import Candidate, common_side
+from cm_diffusers.evaluation.compared import (
+    ComparedConfig,
+    asked_of,
+    check_candidate,
+    draw,
+    gammas_of,
+    guidance_of,
+    wanted_labels,
+)
 from cm_diffusers.evaluation.features import extract_features, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
-from cm_diffusers.evaluation.quality import asked_of, quality
+from cm_diffusers.evaluation.quality import quality
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Keep, Row, Setting, forget, hardware, row_names
-from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts, sample
+from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts
 from cm_diffusers.measured import REAL, TEACHER, weights_digest
-from cm_diffusers.models.classifier import ImageClassifier
-from cm_diffusers.models.single_file import is_single_file
-from cm_diffusers.models.teachers import SINGLE_FILE_CONFIG
 from cm_diffusers.places import public
 from cm_diffusers.record import read_record
 
@@ -33,41 +37,13 @@ GRID_COLUMNS = 10
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(ComparedConfig):
     """Which pipelines to sample, how, and what to measure."""
 
-    pipelines: list[str] = HfArg(
-        default_factory=list, help="Pipeline folders, Hub ids, .safetensors files, or folders of published LoRAs."
-    )
-    names: list[str] | None = HfArg(
-        default=None,
-        help="Names of --pipelines in the table; if absent, those of their runs: NAME of runs/NAME/pipeline, else the "
-        "last path part.",
-    )
-    teacher: str | None = HfArg(default=None, help="Pipeline whose samples are a second reference, and a baseline.")
-    num_inference_steps: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Steps to sample with.")
     reference_steps: int = HfArg(default=50, help="Steps of the teacher's reference samples.")
-    guidance_scales: list[float] = HfArg(
-        default_factory=lambda: [8.0],
-        help="Guidance scales; a student whose guidance is distilled into its weights has its own, and one without "
-        "prompts none.",
-    )
-    gammas: list[float] | None = HfArg(
-        default=None,
-        help="Shares of fresh noise to sample with, of pipelines whose scheduler has one (PCM, TCD, students of flows), a row "
-        "each; the student's own if not given.",
-    )
     num_images: int = HfArg(
         default=1000, help="Images per row of the table, each for the caption or class of one real image."
     )
-    seed: int = HfArg(default=0, help="Image i of every pipeline starts from seed + i.")
-    eval_batch_size: int = HfArg(default=32, help="Images drawn at once.")
-    dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="Precision of the pipelines.")
-    feature_extractor: str = HfArg(default="inception", help='"inception", or the folder of a saved ImageClassifier.')
-    clip_model: str | None = HfArg(
-        default=None, help="CLIP model for the CLIP score of pipelines that read prompts, a Hub id or a folder."
-    )
-    single_file_config: str | None = HfArg(default=None, help=SINGLE_FILE_CONFIG)
     output_dir: str = HfArg(default="runs/evaluation", help="Where table.md, table.json, grid.png and plot.png go.")
 
 
@@ -84,7 +60,7 @@ class Comparison:
 
     def __init__(self, config: EvaluationConfig, data: ReferenceConfig) -> None:
         self.names, self.config, self.device = _names(config), config, PartialState().device
-        candidates = [Candidate.of(source) for source in self._sources]
+        candidates = [Candidate.of(source) for source in config.sources]
         self.side = data.resolution
         self.extractor = load_extractor(config.feature_extractor, self.device)
         if config.clip_model:
@@ -92,7 +68,7 @@ class Comparison:
         data = replace(data, resolution=data.resolution or common_side(candidates))
         self.reference, *others = load_references(data, config.num_images, 2)
         for one in candidates:
-            self._check(one)
+            check_candidate(one, self.reference, self._steps(one.source))
             self._load(one.source)  # hours may pass before it is its turn
         self.labels = wanted_labels(self.extractor, self.reference)
         self.real = extract_features(self.extractor, self.reference.images, bar="real images")
@@ -114,29 +90,12 @@ class Comparison:
             coverage_ceiling=metrics.coverage_ceiling(count, count),
         )
 
-    @property
-    def _sources(self) -> list[str]:
-        teacher = self.config.teacher
-        return self.config.pipelines if teacher is None else [teacher, *self.config.pipelines]
-
     def _steps(self, source: str) -> list[int]:
         """Of a pipeline; of the teacher the longest first."""
         config = self.config
         if source != config.teacher:
             return config.num_inference_steps
         return [config.reference_steps, *(n for n in config.num_inference_steps if n != config.reference_steps)]
-
-    def _check(self, candidate: Candidate) -> None:
-        """
-        Raises:
-            ValueError: The reference has not the captions or labels that the pipeline needs, or the pipeline not so many
-                steps.
-        """
-        candidate.check_steps(self._steps(candidate.source))
-        if candidate.reads_prompts:
-            _ = self.reference.prompts
-        elif candidate.takes_classes and None in self.reference.labels:
-            raise UserError(f"{candidate.source} draws classes, but the reference names none: give --label_column.")
 
     def run(self, keep: Keep = forget) -> list[Row]:
         """Measures the teacher, longest first, then every pipeline.
@@ -168,13 +127,10 @@ class Comparison:
         """
         pipe = self._load(source)
         record = read_record(source)
-        scales: list[float | None] = list(self.config.guidance_scales)
-        if not reads_prompts(pipe):
-            scales = [None]
-        elif record is not None and record.guidance == "distilled":
-            scales = [record.recommended_guidance_scale]
+        scales = guidance_of(pipe, record, self.config.guidance_scales)
         side = self.side or (record and record.resolution)
-        for label, gamma in self._named(pipe, name, gammas or self.config.gammas or []):
+        for gamma in gammas_of(pipe, gammas or self.config.gammas):
+            label = name if gamma is None else f"{name}, gamma {gamma:g}"
             if gamma is not None:
                 pipe.scheduler.register_to_config(gamma=gamma)
             for guidance, count in product(scales, steps):
@@ -186,15 +142,8 @@ class Comparison:
         """The quality of what a pipeline draws now, kept nowhere."""
         config, asked = self.config, asked_of(pipe, self.reference, "the student")
         seeds = range(config.seed, config.seed + config.num_images)
-        images, _ = sample(pipe, asked, seeds, steps, guidance, config.eval_batch_size, self.side)
+        images, _ = draw(pipe, asked, seeds, steps, guidance, config.eval_batch_size, self.side)
         return self._quality(extract_features(self.extractor, images), asked, self.labels)
-
-    @staticmethod
-    def _named(pipe: DiffusionPipeline, name: str, gammas: list[float]) -> list[tuple[str, float | None]]:
-        """Names of rows, and gammas to sample with, None for the pipeline's own."""
-        if not gammas or "gamma" not in pipe.scheduler.config:
-            return [(name, None)]
-        return [(f"{name}, gamma {gamma:g}", gamma) for gamma in gammas]
 
     def _load(self, source: str) -> DiffusionPipeline:
         config = self.config
@@ -210,9 +159,9 @@ class Comparison:
         side: int | None,
         is_reference: bool,
     ) -> None:
-        config, asked, prompted = self.config, asked_of(pipe, self.reference, name), reads_prompts(pipe)
+        config, asked = self.config, asked_of(pipe, self.reference, name)
         seeds = range(config.seed, config.seed + config.num_images)
-        images, seconds = sample(pipe, asked, seeds, steps, guidance, config.eval_batch_size, side)
+        images, seconds = draw(pipe, asked, seeds, steps, guidance, config.eval_batch_size, side)
         features = extract_features(self.extractor, images, bar="features")
         if is_reference:
             self.teacher[guidance] = features
@@ -224,7 +173,7 @@ class Comparison:
                 "resolution": images.shape[-1],
                 **self._quality(features, asked, self.labels),
                 "fid_teacher": self._to_teacher(features, guidance),
-                "clip_score": self._clip_score(images) if prompted else None,
+                "clip_score": self._clip_score(images) if reads_prompts(pipe) else None,
                 "images_per_second": len(images) / seconds,
                 "ms_per_image": 1000 * seconds / len(images),
             }
@@ -254,28 +203,9 @@ class Comparison:
         return metrics.clip_score(images.to(self.device), self.reference.prompts, model) if model else None
 
 
-def wanted_labels(extractor: torch.nn.Module, reference: Reference) -> list[int | None]:
-    """Class each image should show: its reference's label, or the classifier's label that its prompt names.
-
-    Raises:
-        ValueError: if classifier and reference name the classes differently.
-    """
-    if not isinstance(extractor, ImageClassifier):
-        return [None] * len(reference.labels)
-    names = reference.class_names
-    if names is not None and names != extractor.labels:
-        raise UserError(f"The classifier's labels {extractor.labels} are not those of --label_column: {names}.")
-    if names is not None:
-        return reference.labels
-    if reference.captions is None:
-        return [None] * len(reference.labels)
-    return [metrics.label_in_prompt(prompt, extractor.labels) for prompt in reference.captions]
-
-
 def _names(config: EvaluationConfig) -> list[str]:
     """Of the rows of each pipeline, where all that needs no data is right."""
     if config.num_images <= metrics.NEIGHBOURS:
         raise UserError(f"--num_images is {config.num_images}: the metrics need more than {metrics.NEIGHBOURS}.")
-    if not any(is_single_file(source) for source in [*config.pipelines, config.teacher or ""]):
-        refuse_changed(config, "single_file_config", "without a .safetensors file among --pipelines and --teacher")
+    config.refuse_idle()
     return row_names(config.pipelines, config.names)

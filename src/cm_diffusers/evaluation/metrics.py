@@ -1,19 +1,23 @@
 """Distances between sets of features, and how well images agree with their prompts."""
 
+import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
+from transformers.models.clip.modeling_clip import CLIPOutput
 
 from cm_diffusers.errors import UserError
 
 
 NEIGHBOURS = 5  # k of the neighbour metrics
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # 2401.09603, section 4
+Clip = tuple[CLIPModel, CLIPProcessor]
 WORD = r"[^\W_]+(?:-[^\W_]+)*"
 
 
@@ -55,6 +59,21 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, subset_size:
         metric.update(fake.cpu().double(), real=False)
         mean, std = metric.compute()
     return mean.item(), std.item()
+
+
+def gaussian_discrepancy(real: Tensor, fake: Tensor) -> float:
+    """1000 times the squared MMD of embeddings (N, D) and (M, D), kernel exp(-|x - y|^2 / 200): CMMD of CLIP's (2401.09603).
+
+    Means over all pairs, as published numbers have it: biased upwards by less than 20 / N + 20 / M for unit vectors.
+    """
+    real, fake = real.cpu().double(), fake.cpu().double()
+
+    def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
+        rows = [torch.exp(torch.cdist(part, b).square() / (-2 * CMMD_SIGMA**2)).mean(1) for part in a.split(1024)]
+        return torch.cat(rows).mean()
+
+    squared = mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake)
+    return CMMD_SCALE * squared.item()
 
 
 def neighbour_metrics(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
@@ -108,6 +127,13 @@ def vendi_score(features: Tensor) -> float:
     return torch.special.entr(spectrum).sum().exp().item()
 
 
+def mean_pairwise_distance(features: Tensor) -> float:
+    """Mean of 1 - cosine over the pairs of features (n, D), n at least 2: 0 where all are alike."""
+    unit = F.normalize(features.cpu().double(), dim=1)
+    count = len(unit)
+    return 1 - ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
+
+
 def prompt_vendi_score(features: Tensor, prompts: Sequence[str], images_per_prompt: int = 10) -> float | None:
     """Mean Vendi score of groups of `images_per_prompt` images of one prompt, in their order; None if there is none."""
     scores = []
@@ -134,44 +160,61 @@ def _words(text: str) -> str:
     return f" {' '.join(re.findall(WORD, text.casefold()))} "
 
 
+def agreements(logits: Tensor, labels: Sequence[int | None]) -> Tensor:
+    """Whether the strongest logit (N, K) of each image is its prompt's label, 1.0 or 0.0 (N,); NaN where that is None."""
+    wanted = torch.tensor([-1 if label is None else label for label in labels], device=logits.device)
+    return (logits.argmax(1) == wanted).float().masked_fill(wanted < 0, torch.nan)
+
+
 def prompt_agreement(logits: Tensor, labels: Sequence[int | None]) -> float | None:
     """Fraction of images whose strongest logit (N, K) is their prompt's label; None-labelled images do not count."""
-    known = [i for i, label in enumerate(labels) if label is not None]
-    if not known:
-        return None
-    wanted = torch.tensor([labels[i] for i in known], device=logits.device)
-    return (logits[known].argmax(1) == wanted).float().mean().item()
+    mean = agreements(logits, labels).nanmean().item()
+    return None if math.isnan(mean) else mean
 
 
-def load_clip(model_id: str) -> tuple[CLIPModel, CLIPProcessor]:
-    """In float32.
+def load_clip(model_id: str) -> Clip:
+    """In float32, to be read only.
 
     Raises:
         ValueError: It cannot be loaded.
     """
     try:
         model = CLIPModel.from_pretrained(model_id, use_safetensors=True, dtype=torch.float32)
-        return model, CLIPProcessor.from_pretrained(model_id)
+        return model.eval(), CLIPProcessor.from_pretrained(model_id)
     except (OSError, ImportError) as error:
         raise UserError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
 
 
 @torch.no_grad()
-def clip_score(images: Tensor, prompts: Sequence[str], model_id: str, batch_size: int = 32) -> float:
-    """Mean of 100 * cosine between the CLIP embeddings of images (N, 3, H, W) in [0, 1] and of their prompts.
+def _through_clip(clip: Clip, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Iterator[CLIPOutput]:
+    """The outputs of batches of images (N, 3, H, W) in [0, 1], on the model's device; N prompts, or one."""
+    model, processor = clip
+    for start in tqdm(range(0, len(images), batch_size), "CLIP", leave=False):
+        pixels = list((images[start : start + batch_size] * 255).round().byte().cpu())
+        text = list(prompts if len(prompts) == 1 else prompts[start : start + batch_size])
+        inputs = processor(images=pixels, text=text, return_tensors="pt", padding=True, truncation=True)
+        yield model(**inputs.to(model.device))
+
+
+def clip_embeddings(clip: Clip, images: Tensor) -> Tensor:
+    """Unit vectors (N, D) of images (N, 3, H, W) in [0, 1], on the CPU; `clip` as `load_clip` gives it."""
+    return torch.cat([output.image_embeds.cpu() for output in _through_clip(clip, images, [""])])
+
+
+def clip_scores(clip: Clip, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """100 * cosine (N,) between the CLIP embeddings of images (N, 3, H, W) in [0, 1] and of their prompts, on the CPU.
 
     Own code: torchmetrics 1.9's CLIPScore fails with transformers 5, and runs remote code for some model names.
+    """
+    outputs = _through_clip(clip, images, prompts)
+    return torch.cat([100 * (output.image_embeds * output.text_embeds).sum(1).cpu() for output in outputs])
+
+
+def clip_score(images: Tensor, prompts: Sequence[str], model_id: str) -> float:
+    """Mean of `clip_scores` by a CLIP model that is loaded for it.
 
     Raises:
         ValueError: if the CLIP model cannot be loaded.
     """
     model, processor = load_clip(model_id)
-    model.to(images.device).eval()
-    total = 0.0
-    for start in tqdm(range(0, len(images), batch_size), "CLIP score", leave=False):
-        pixels = list((images[start : start + batch_size] * 255).round().byte().cpu())
-        text = list(prompts[start : start + batch_size])
-        inputs = processor(images=pixels, text=text, return_tensors="pt", padding=True, truncation=True)
-        output = model(**inputs.to(images.device))
-        total += (output.image_embeds * output.text_embeds).sum().item()
-    return 100 * total / len(images)
+    return clip_scores((model.to(images.device), processor), images, prompts).mean().item()

@@ -2,15 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.features import classify
-from cm_diffusers.evaluation.reference import Reference
 from cm_diffusers.evaluation.report import Row
-from cm_diffusers.evaluation.sampling import reads_prompts, takes_classes
 
 
 COLUMNS = ("fid", "kid", "precision", "recall", "density", "coverage", "vendi", "agreement")
@@ -47,18 +43,3 @@ def quality(
         logits = None if asked is None else classify(extractor, features)
         row["agreement"] = None if logits is None else metrics.prompt_agreement(logits, labels)
     return row
-
-
-def asked_of(pipe: DiffusionPipeline, reference: Reference, name: str) -> list[str] | list[int] | None:
-    """What each image is asked to show: a caption, a class or nothing.
-
-    Raises:
-        ValueError: The reference has not what the pipeline needs.
-    """
-    if reads_prompts(pipe):
-        return reference.prompts
-    if not takes_classes(pipe):
-        return None
-    if None in reference.labels:
-        raise UserError(f"{name} draws classes, but the reference names none: give --label_column.")
-    return reference.labels

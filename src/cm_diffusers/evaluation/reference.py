@@ -1,7 +1,7 @@
 """Real images and their captions: what pipelines are compared with and prompted by."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -140,6 +140,32 @@ def load_references(
             Reference(torch.stack(images), prompts, [labels[row] for row in order[part]], names, missing)
         )
     return references
+
+
+def repeated(reference: Reference, num_prompts: int | None, times: int) -> Reference:
+    """Captions and labels, without images, of the first rows with different captions, each row several times in a row.
+
+    Args:
+        reference: Without captions, rows of different classes are taken; without these, any, as many as `num_prompts`.
+        num_prompts: How many rows; all that there are if None.
+        times: How often each.
+
+    Raises:
+        ValueError: There are not so many, or nothing tells rows apart and no number is given.
+    """
+    told = reference.captions or (range(len(reference.labels)) if None in reference.labels else reference.labels)
+    if isinstance(told, range) and num_prompts is None:
+        raise UserError("The reference set has neither captions nor classes to count prompts by: give --num_prompts.")
+    rows = [told.index(what) for what in dict.fromkeys(told)]
+    if num_prompts is not None and num_prompts > len(rows):
+        raise UserError(
+            f"--num_prompts is {num_prompts}, but the reference set has {len(rows)} different: ask for fewer."
+        )
+    rows = [row for row in rows[:num_prompts] for _ in range(times)]
+    captions = reference.captions and [reference.captions[row] for row in rows]
+    return replace(
+        reference, images=reference.images[:0], captions=captions, labels=[reference.labels[row] for row in rows]
+    )
 
 
 def _read(config: ReferenceConfig, data: DataConfig) -> tuple[Dataset, list[list[str]], str | None]:

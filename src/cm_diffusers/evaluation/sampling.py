@@ -10,10 +10,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, TCDScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cm_diffusers.errors import UserError
+from cm_diffusers.models.adapters import adapter_layers
 from cm_diffusers.models.families.base import answers_clips, guided, in_steps
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import check_finite, first_line, load_stock, stock_pipeline
@@ -131,6 +132,14 @@ def _apply_lora(pipe: DiffusionPipeline, lora: str) -> None:
     pipe.scheduler = scheduler_class.from_config({**pipe.scheduler.config, **scheduler})
 
 
+def set_lora_scale(pipe: DiffusionPipeline, scale: float) -> None:
+    """By how much the LoRA that `load_pipeline` put on counts: 1 as it was trained, 0 not at all."""
+    for part in pipe.components.values():
+        for layer in adapter_layers(part) if isinstance(part, nn.Module) else []:
+            for name in layer.active_adapters:
+                layer.set_scale(name, scale)
+
+
 def reads_prompts(pipe: DiffusionPipeline) -> bool:
     return "prompt" in inspect.signature(pipe.__call__).parameters
 
@@ -208,26 +217,6 @@ def generate_unprompted(
 
     images, seconds = _drawn(pipe, ask, seeds, num_inference_steps, batch_size)
     return images.expand(-1, 3, -1, -1), seconds
-
-
-def sample(
-    pipe: DiffusionPipeline,
-    asked: Sequence[str] | Sequence[int] | None,
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float | None,
-    batch_size: int,
-    resolution: int | None = None,
-) -> tuple[Tensor, float]:
-    """As `generate` for a pipeline that reads prompts, and as `generate_unprompted` for another.
-
-    Args:
-        asked: Prompts, classes or None, as the pipeline needs.
-        guidance_scale, resolution: Of a pipeline that reads prompts.
-    """
-    if reads_prompts(pipe):
-        return generate(pipe, asked, seeds, num_inference_steps, guidance_scale, batch_size, resolution)
-    return generate_unprompted(pipe, seeds, num_inference_steps, batch_size, asked)
 
 
 def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
