@@ -45,7 +45,9 @@ class CombineConfig:
     sigma_rels: list[float] = HfArg(
         default_factory=lambda: [0.05, 0.1, 0.2], help="Widths of the power-function averages among the baselines."
     )
-    sum_dtype: Literal["float64", "float32"] = HfArg(default="float64", help="Precision in which weights are summed.")
+    sum_dtype: Literal["float64", "float32"] = HfArg(
+        default="float64", help="Precision of the sums; float32 where the device has no other."
+    )
     lora_rank: int | None = HfArg(
         default=None, help="Rank of the published LoRA; that of the training if not given. What it loses is measured."
     )
