@@ -25,7 +25,7 @@ INTERVALS = {
     "[1, inf)": "alpha_max bucket_max_ratio q",
     "[0, 1]": "condition_dropout diffusion_share ema_decay eta gammas instant_share proportion_empty_prompts",
     "[0, 1)": """
-        adam_beta1 adam_beta2 critic_adam_beta1 critic_adam_beta2 dropout ema_rates export_ema_decay guidance_mix label_smoothing lora_dropout
+        adam_beta1 adam_beta2 critic_adam_beta1 critic_adam_beta2 dropout ema_rate ema_rates export_ema_decay guidance_mix label_smoothing lora_dropout
     """,
     "(0, 1)": "confidence target_decay_0",
     "(0, 0.2886)": "ema_sigma_rels sigma_rel sigma_rels",

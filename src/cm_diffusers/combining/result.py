@@ -20,11 +20,19 @@ def publish(report: Report, source: Source, config: CombineConfig, configs: Sequ
     Args:
         configs: The script's dataclasses.
     """
-    folder, vector = Path(config.output_dir) / source.result.name, report.verdict.published.entry.vector
+    folder = Path(config.output_dir) / source.result.name
+    provenance = _told(report, read_provenance(source.result), folder, configs)
+    save_combination(source, config, report.verdict.published.entry.vector, folder, provenance)
+    return folder
+
+
+def save_combination(
+    source: Source, config: CombineConfig, vector: Sequence[float], folder: Path, provenance: Provenance
+) -> None:
+    """The pipeline, or LoRA, with a combination of the run's snapshots in the place of its weights."""
     record = read_record(source.result)
     if record.base_model:
         record = replace(record, base_model=base_model_of(record, source.result))
-    provenance = _told(report, read_provenance(source.result), folder, configs)
     if source.is_lora:
         pipe = load_pipeline(str(source.result))
         network = source.on(pipe, config)
@@ -36,7 +44,6 @@ def publish(report: Report, source: Source, config: CombineConfig, configs: Sequ
         pipe = load_stock(source.result)
         source.on(pipe, config).put_published(vector)
         save_pipeline(pipe, folder, config.save_fp16, record, provenance)
-    return folder
 
 
 def _told(report: Report, training: Provenance, folder: Path, configs: Sequence[object]) -> Provenance:
