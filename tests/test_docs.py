@@ -98,6 +98,8 @@ MEASURED = {  # method of the table in README -> results, name there, metric
     "LCF": ("finetuned", "LCF", "fid"),
     **{name: ("cm", name, "fid") for name in ("ECT", "CD", "iCT", "sLCT", "CT", "EDM")},
     "sCM": ("scm", "sCD", "fid"),
+    "PCM": ("trajectories", "PCM-2", "fid"),
+    "TCD": ("trajectories", "TCD, gamma 0", "fid"),
     "CTM": ("ctm", "CTM", "fid"),
     "MeanFlow": ("ctm", "mean flow", "fid"),
     "AnimateLCM": ("video", "AnimateLCM", "fd_frames"),
