@@ -60,9 +60,11 @@ def main() -> None:
             more = {"resume_from_checkpoint": start, "output_dir": folder, "max_train_steps": step + count}
             more |= {"lr_scheduler": "wsd", "lr_cooldown_steps": count, "lr_cooldown_shape": config.cooldown_shape}
             run_script(name, words + [word for flag, value in more.items() for word in (f"--{flag}", str(value))])
+    if not PartialState().is_main_process:
+        return
     results = [str(result(folder)) for folder in folders]
     print("\n".join(results))
-    if config.evaluation and PartialState().is_main_process:
+    if config.evaluation:
         words = ["--recipe", config.evaluation, "--output_dir", f"{config.output_dir}/evaluation"]
         run_script("evaluate.py", [*words, "--pipelines", *results, "--names", *names])
 
