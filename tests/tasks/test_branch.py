@@ -31,7 +31,7 @@ def flags(place: Path, name: str, **more) -> dict:
     return TRAIN | data_flags(place / "images", place / "cache") | where | more
 
 
-def test_branches_are_straight_runs_and_stand_in_one_table(place, capsys) -> None:
+def test_branches_are_straight_runs_and_stand_in_one_table(place, capfd) -> None:
     points = [place / "trunk" / f"checkpoint-{step}" for step in (2, 4)]
     before = [tensors(point) for point in points]
     (place / "evaluation.args").write_text(
@@ -51,7 +51,7 @@ def test_branches_are_straight_runs_and_stand_in_one_table(place, capsys) -> Non
         assert_same(tensors(place / "trunk" / f"checkpoint-{step}"), kept)
     rows = json.loads((place / "branches" / "evaluation" / "table.json").read_text())["rows"]
     assert [row["pipeline"] for row in rows[-2:]] == ["trunk-2+2", "trunk-4+3"]
-    assert str(place / "branches" / "trunk-2+2" / "pipeline") in capsys.readouterr().out
+    assert str(place / "branches" / "trunk-2+2" / "pipeline") in capfd.readouterr().out
 
 
 def test_a_finished_branch_stays_and_one_that_was_stopped_goes_on(place) -> None:
@@ -85,4 +85,10 @@ def test_what_cannot_be_branched_is_told_before_anything_is_trained(place) -> No
             cooldown_steps=[1],
             output_dir=str(place / "none"),
         )
+    with pytest.raises(SystemExit, match=r"--evaluation none\.args: there is no such file"):
+        run_script(
+            "branch", checkpoints=[first], cooldown_steps=[1], evaluation="none.args", output_dir=str(place / "none")
+        )
+    with pytest.raises(SystemExit, match="Two branches would be called alike, of trunk-2"):
+        run_script("branch", checkpoints=[first, first], cooldown_steps=[1], output_dir=str(place / "none"))
     assert not (place / "none").exists()

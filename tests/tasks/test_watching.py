@@ -51,7 +51,7 @@ def watched(folder: Path, values: list[float], column: str = "fid", patience: in
 
 
 def test_training_ends_when_the_column_gets_no_better_and_the_best_is_kept(tmp_path, caplog) -> None:
-    trainer, watch, comparison = watched(tmp_path, [5.0, 3.0, 4.0, 3.0, 1.0])
+    trainer, watch, comparison = watched(tmp_path, [9.0, 5.0, 3.0, 4.0, 3.0, 1.0])
     exported = {}
 
     def remember(trainer, loss) -> None:
@@ -65,19 +65,20 @@ def test_training_ends_when_the_column_gets_no_better_and_the_best_is_kept(tmp_p
         "Training ended at step 8 of 12: fid was 3 at step 4 and has not been better since, in 2 looks." in caplog.text
     )
     assert watch.looks == [{"step": n, "value": v} for n, v in zip((2, 4, 6, 8), (5, 3, 4, 3), strict=True)]
-    assert comparison.scales == [(1, 3.0), (2, 3.0)] * 4
+    assert comparison.scales == [(1, 3.0), (2, 3.0)] * 5  # one before training, which is not kept
     assert os.listdir(tmp_path / "best") == ["step-4"]
     assert_same(load_file(tmp_path / "best/step-4/student.safetensors"), exported[4])
     with watch.best_weights(trainer) as student:
         assert_same(dict(student.state_dict()), exported[4])
     with trainer.export_weights() as student:
         assert_same(dict(student.state_dict()), exported[8])
-    assert json.loads((tmp_path / "watch.json").read_text()) == {"column": "fid", "looks": watch.looks}
+    told = {"column": "fid", "evaluation": {}, "scale": 3.0}
+    assert json.loads((tmp_path / "watch.json").read_text()) == told | {"looks": watch.looks}
     assert (tmp_path / "watch.png").stat().st_size > 1000
 
 
 def test_of_columns_that_shall_grow_more_is_better(tmp_path) -> None:
-    trainer, watch, _ = watched(tmp_path, [0.2, 0.5, 0.4, 0.6, float("nan"), 0.5], "coverage")
+    trainer, watch, _ = watched(tmp_path, [0.1, 0.2, 0.5, 0.4, 0.6, float("nan"), 0.5], "coverage")
     trainer.fit(source())
     assert (trainer.step, watch.best["step"], watch.best["value"]) == (12, 8, pytest.approx(0.6))
     assert json.loads((tmp_path / "watch.json").read_text())["looks"][4] == {"step": 10, "value": None}
@@ -85,9 +86,9 @@ def test_of_columns_that_shall_grow_more_is_better(tmp_path) -> None:
 
 def test_a_resumed_run_knows_its_looks_and_repeats_the_straight_one(tmp_path) -> None:
     values = [5.0, 3.0, 4.0, 2.0, 2.5, 2.6]
-    straight, one, _ = watched(tmp_path / "straight", values)
+    straight, one, _ = watched(tmp_path / "straight", [9.0, *values])
     straight.fit(source())
-    first, _, _ = watched(tmp_path / "parts", values[:4])
+    first, _, _ = watched(tmp_path / "parts", [9.0, *values[:4]])
 
     def stop(trainer, loss) -> None:
         trainer.stopping = trainer.stopping or ("a break" if trainer.step == 7 else "")
@@ -102,10 +103,44 @@ def test_a_resumed_run_knows_its_looks_and_repeats_the_straight_one(tmp_path) ->
     trainer.fit(source())
     assert two.looks == one.looks
     assert trainer.step == straight.step == 12
-    assert os.listdir(tmp_path / "parts" / "best") == ["step-8"]
+    assert sorted(os.listdir(tmp_path / "parts" / "best")) == ["step-4", "step-8"]  # that of checkpoint-4, too
     for name in ("straight", "parts"):
         assert (tmp_path / name / "best/step-8/student.safetensors").is_file()
     assert_same(*(load_file(tmp_path / name / "best/step-8/student.safetensors") for name in ("parts", "straight")))
+
+
+def test_going_back_finds_what_was_best_then(tmp_path) -> None:
+    """Of step 4, whose weights stay as long as checkpoint-4 does, though step 8 was better."""
+    first, _, _ = watched(tmp_path, [9.0, 5.0, 3.0, 4.0, 2.0, 2.5, 2.6])
+    first.fit(source())
+    first.end()
+    trainer, watch, _ = watched(tmp_path, [4.0, 5.0], resume_from_checkpoint="checkpoint-4")
+    trainer.fit(source())
+    assert (trainer.step, watch.best["step"]) == (8, 4)
+    with watch.best_weights(trainer) as student:
+        assert_same(dict(student.state_dict()), load_file(tmp_path / "best/step-4/student.safetensors"))
+    again, known, _ = watched(tmp_path, [], resume_from_checkpoint="latest")
+    again.fit(source())
+    assert again.step == 8  # it has stopped, whatever broke off after that
+    more, _, _ = watched(tmp_path, [1.0, 1.0], patience=3, resume_from_checkpoint="latest", max_train_steps=10)
+    more.fit(source())
+    assert more.step == 10
+
+
+def test_looks_of_another_evaluation_do_not_count(tmp_path, caplog) -> None:
+    first, _, _ = watched(tmp_path, [9.0, 5.0, 3.0], max_train_steps=4)
+    first.fit(source())
+    first.end()
+    _, watch, _ = watched(tmp_path, [], "coverage", resume_from_checkpoint="latest", max_train_steps=4)
+    assert watch.looks == []
+    assert "do not count, for they were of another evaluation" in caplog.text
+
+
+def test_images_that_are_no_numbers_are_the_worst(tmp_path) -> None:
+    trainer, watch, comparison = watched(tmp_path, [9.0, 5.0, 3.0], max_train_steps=4)
+    comparison.look = lambda pipe, steps, scale: None
+    trainer.fit(source())
+    assert [str(look["value"]) for look in watch.looks] == ["nan", "nan"]
 
 
 @pytest.mark.parametrize(

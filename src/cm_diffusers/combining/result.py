@@ -1,5 +1,6 @@
 """The published combination: as a student of its training, with what it is combined of in its card."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,11 @@ from cm_diffusers.places import public
 from cm_diffusers.publishing.pipelines import save_lora, save_pipeline
 from cm_diffusers.publishing.provenance import Provenance, command_of, read_provenance
 from cm_diffusers.record import base_model_of, read_record
+
+
+OF_LAST_WEIGHTS = re.compile(
+    r"published_step|\w+_when_best"
+)  # what a watched training told of the weights it published
 
 
 def publish(report: Report, source: Source, config: CombineConfig, configs: Sequence[object]) -> Path:
@@ -30,7 +36,8 @@ def save_combination(
     source: Source, config: CombineConfig, vector: Sequence[float], folder: Path, provenance: Provenance
 ) -> None:
     """The pipeline, or LoRA, with a combination of the run's snapshots in the place of its weights."""
-    record = read_record(source.result)
+    own = {name: value for name, value in provenance.settings.items() if not OF_LAST_WEIGHTS.fullmatch(name)}
+    provenance, record = replace(provenance, settings=own), read_record(source.result)
     if record.base_model:
         record = replace(record, base_model=base_model_of(record, source.result))
     if source.is_lora:

@@ -225,6 +225,6 @@ def judged(network: WholeNetwork | LoraNetwork, sheet: Sheet, told: Mapping[str,
 
 def identity(source: Source, *configs: object) -> dict[str, Any]:
     """All that the values of a search, and the order of its vectors, depend on."""
-    idle = "run_dir window bootstrap_samples confidence holdout_seed cache_dir output_dir resume save_fp16 lora_rank".split()
+    idle = "window evaluations bootstrap_samples confidence holdout_seed cache_dir output_dir resume save_fp16 lora_rank".split()
     settings = {name: value for config in configs for name, value in asdict(config).items() if name not in idle}
     return settings | {"steps": [one.step for one in source.kept], "weights": weights_digest(source.result)}

@@ -26,6 +26,7 @@ COMMAND = "command"  # in `run.json`: the script's file name, and its flags
 SCHEDULE = ("lr_scheduler", "lr_cooldown_steps", "lr_cooldown_shape")  # flags that may change where the rate does not
 OF_ONE_RUN = set(  # flags of which a branch has its own, or none: a token least of all
     "output_dir overwrite_output_dir resume_from_checkpoint branch_steps snapshot_steps snapshot_window "
+    "stop_when stop_evaluation stop_interval stop_patience "
     "push_to_hub hub_model_id hub_private_repo hub_token".split()
 )
 

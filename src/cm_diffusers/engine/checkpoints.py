@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -200,18 +200,23 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {output_dir} holds: {have}.")
 
 
-def _is_branch_point(path: Path) -> bool:
+def _is_branch_point(path: Path, spared: Collection[int]) -> bool:
+    if int(path.name.removeprefix(PREFIX)) in spared:
+        return True
     with suppress(OSError, ValueError):  # damaged: as any other
         return bool(json.loads((path / STATE).read_text("utf-8")).get(BRANCH_POINT))
     return False
 
 
-def prune_checkpoints(output_dir: Path, limit: int) -> None:
+def prune_checkpoints(output_dir: Path, limit: int, spared: Collection[int] = ()) -> None:
     """Keep the newest `limit` checkpoints; renamed first, so that a half-deleted one is never taken for a whole one.
 
     One to branch from, or with files of the user in it, stays.
+
+    Args:
+        spared: Steps of other ones that stay.
     """
-    for old in [path for path in list_checkpoints(output_dir) if not _is_branch_point(path)][:-limit]:
+    for old in [path for path in list_checkpoints(output_dir) if not _is_branch_point(path, spared)][:-limit]:
         if foreign := foreign_files(old, is_checkpoint_file):
             logger.warning("%s is kept, for %s in it is not of a checkpoint.", old, foreign[0])
             continue

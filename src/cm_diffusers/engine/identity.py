@@ -146,14 +146,16 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def refuse_other_run(path: Path, saved: dict, identity: dict, defaults: dict, *, knows_data: bool) -> None:
+def refuse_other_run(
+    path: Path, saved: dict, identity: dict, defaults: dict, *, knows_data: bool, branches: bool = False
+) -> None:
     """
     Args:
         path: The checkpoint.
         saved: Its identity. What it lacks, of an older release, had the default; flags that are no more do not count.
         identity: Of the run that would go on from it.
         defaults: As `run_defaults`.
-            What schedules the learning rate may change; see `check_rates`.
+        branches: Whether the run is another one, which may schedule its learning rate otherwise; see `check_rates`.
         knows_data: Whether `identity` has the data's fingerprint, if there is one; before that, names are not compared.
 
     Raises:
@@ -164,7 +166,7 @@ def refuse_other_run(path: Path, saved: dict, identity: dict, defaults: dict, *,
     both = was.keys() & now.keys()
     by_content = both | {FINGERPRINTS} | (NAMES_OF_DATA if DATA in was and (DATA in both or not knows_data) else set())
     before = {name: saved.get(name, defaults.get(name, value)) for name, value in identity.items()}
-    compared = {name for name in identity.keys() - by_content if not is_schedule(name)}
+    compared = {name for name in identity.keys() - by_content if not (branches and is_schedule(name))}
     if changed := sorted(name for name in compared if before[name] != identity[name]):
         differences = ", ".join(f"{name} was {before[name]!r}, now {identity[name]!r}" for name in changed)
         raise UserError(

@@ -31,6 +31,7 @@ LEFTOVER = re.compile(
     rf"\.(?P<of>(?:checkpoint-\d+|step-\d+|rewards|watch|{'|'.join(RESULTS)})(?:\.\w+)?)\.(?P<kind>partial|pruned|replaced)"
 )
 LATER = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.(?:png|gif|webp|mp4))?")
+WEIGHTS = ("best", "snapshots")  # of steps between checkpoints, which a resumed run makes anew
 HOLD_LEFTOVERS = ("averages", "best", "samples", "snapshots")  # beside the run's folder itself
 LOGS = re.compile(r"(?:[\d.]+/)?(?:events\.out\.tfevents\.[^/]+|hparams\.yml)")
 FOLDERS = re.compile(rf"checkpoint-\d+|samples|averages|best|snapshots|later-\d+|{'|'.join(RESULTS)}")
@@ -109,6 +110,8 @@ def move_own(source: Path, goal: Path, is_ours: Callable[[str], bool]) -> None:
 def set_later_aside(run: Path, step: int) -> Path | None:
     """Move checkpoints of later steps, with averages, samples and snapshots, into `later-<n>`; None if there is no such checkpoint.
 
+    Without one weights of later steps are removed: nothing else in the folder goes on from there.
+
     Checkpoints go last, the newest first: a kill in between leaves whole ones up to some step, as the end of a run does.
     """
     found = [
@@ -117,6 +120,9 @@ def set_later_aside(run: Path, step: int) -> Path | None:
     steps = {path: int(match[1]) for path in found if (match := LATER.fullmatch(path.name))}
     later = sorted((path for path in steps if steps[path] > step), key=lambda path: (path.parent == run, -steps[path]))
     if not later or later[-1].parent != run:  # without a checkpoint: a kill before their checkpoint was whole
+        for path in later:
+            if path.parent.name in WEIGHTS and not foreign_files(path, is_checkpoint_file):
+                remove(path)
         return None
     goal = run / f"later-{next(i for i in range(1, 10**6) if not (run / f'later-{i}').exists())}"
     for path in later:

@@ -31,6 +31,7 @@ from cm_diffusers.errors import UserError, writable
 logger = logging.getLogger(__name__)
 
 IDENTITY, PARTIAL, LOGS = "run.json", ".run.json.partial", "tracker_project_name"
+NO_PROGRESS = ("best", "samples", "snapshots")  # what may lie there without a checkpoint to go on from
 REPLACED = ".replaced-"  # and a number: an earlier run, until the one that replaces it has ended
 
 
@@ -106,7 +107,9 @@ class RunFolder:
             saved = checkpoints.read_state(checkpoint)["identity"]
         except checkpoints.DamagedCheckpointError as error:
             return self.fall_back(error)
-        refuse_other_run(checkpoint, saved, self.identity, self.defaults, knows_data=False)
+        refuse_other_run(
+            checkpoint, saved, self.identity, self.defaults, knows_data=False, branches=not self.continues
+        )
         return checkpoint
 
     def fall_back(self, error: checkpoints.DamagedCheckpointError) -> Path:
@@ -137,7 +140,9 @@ class RunFolder:
             self.identity[FINGERPRINTS][DATA] = fingerprint
         if self.checkpoint and self.claims:
             saved = checkpoints.read_state(self.checkpoint)["identity"]
-            refuse_other_run(self.checkpoint, saved, self.identity, self.defaults, knows_data=True)
+            refuse_other_run(
+                self.checkpoint, saved, self.identity, self.defaults, knows_data=True, branches=not self.continues
+            )
 
     @contextmanager
     def claimed(self, step: int) -> Iterator[None]:
@@ -228,7 +233,9 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
             "nothing in it is deleted: give another folder."
         )
     kept = [
-        name for name in names if FOLDERS.fullmatch(name.strip(".").removesuffix(".replaced")) and name != "samples"
+        name
+        for name in names
+        if FOLDERS.fullmatch(name.strip(".").removesuffix(".replaced")) and name not in NO_PROGRESS
     ]
     if kept and not overwrite:
         raise UserError(

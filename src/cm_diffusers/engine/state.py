@@ -41,7 +41,9 @@ def write_state(trainer: Trainer, source: dict[str, Tensor]) -> None:
     trainer.averages.write_snapshots(trainer.output_dir, trainer.step)
     checkpoints.write_checkpoint(trainer.output_dir, trainer.step, files, state)
     if trainer.config.checkpoints_total_limit:
-        checkpoints.prune_checkpoints(trainer.output_dir, trainer.config.checkpoints_total_limit)
+        checkpoints.prune_checkpoints(
+            trainer.output_dir, trainer.config.checkpoints_total_limit, trainer.config.branch_steps
+        )
 
 
 def load_state(trainer: Trainer, path: Path) -> dict[str, Tensor]:

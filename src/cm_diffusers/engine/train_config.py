@@ -80,7 +80,7 @@ def _check_window(config: TrainConfig) -> None:
             "the last."
         )
     last = min(window[1] if window else config.max_train_steps, config.max_train_steps)
-    if every and last // every * every < (window[0] if window else every):
+    if every and last // every * every < (max(1, window[0]) if window else every):
         raise UserError(
             f"--snapshot_steps {every} keeps nothing of the steps {window[0] if window else 1} to {last}: give fewer."
         )

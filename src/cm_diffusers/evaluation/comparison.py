@@ -59,7 +59,7 @@ class Comparison:
     """
 
     def __init__(self, config: EvaluationConfig, data: ReferenceConfig) -> None:
-        self.names, self.config, self.device = _names(config), config, PartialState().device
+        self.names, self.config, self.data, self.device = _names(config), config, data, PartialState().device
         candidates = [Candidate.of(source) for source in config.sources]
         self.side = data.resolution
         self.extractor = load_extractor(config.feature_extractor, self.device)
@@ -138,11 +138,13 @@ class Comparison:
                 self._measure(pipe, label, count, guidance, side, is_reference)
                 keep(self.rows)
 
-    def look(self, pipe: DiffusionPipeline, steps: int, guidance: float) -> Row:
-        """The quality of what a pipeline draws now, kept nowhere."""
+    def look(self, pipe: DiffusionPipeline, steps: int, guidance: float) -> Row | None:
+        """The quality of what a pipeline draws now, kept nowhere; None of images that are no numbers."""
         config, asked = self.config, asked_of(pipe, self.reference, "the student")
         seeds = range(config.seed, config.seed + config.num_images)
         images, _ = draw(pipe, asked, seeds, steps, guidance, config.eval_batch_size, self.side)
+        if not images.isfinite().all():
+            return None
         return self._quality(extract_features(self.extractor, images), asked, self.labels)
 
     def _load(self, source: str) -> DiffusionPipeline:

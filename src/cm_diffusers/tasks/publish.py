@@ -45,6 +45,7 @@ def publish(
         folder = trainer.output_dir / result
         show_end(trainer)
         provenance = describe(repo_id or str(folder))
+        watch = watch if watch and watch.looks else None  # none of a finished run that is only published
         if watch is not None:
             seen = {"published_step": watch.best["step"], f"{watch.config.stop_when}_when_best": watch.best["value"]}
             provenance = replace(provenance, settings=provenance.settings | seen)
