@@ -41,7 +41,7 @@ class Column(NamedTuple):
 SHARE = (0.0, 1.0)
 SEVERAL = "pipelines that are asked for captions or classes, and --images_per_prompt of 2 or more"
 COLUMNS = {
-    "num_inference_steps": Column("NFE", "{}", "min", "cost"),
+    "num_inference_steps": Column("steps", "{}", "min", "cost"),
     "ms_per_image": Column("ms/image", "{:.1f}", "min", "cost"),
     "agreement": Column(
         "agreement", "{:.3f}", "max", "consistency", "a classifier as --feature_extractor, and prompts that name its labels", SHARE
@@ -112,7 +112,7 @@ def parse_point(words: Sequence[str] | None, axes: Sequence[tuple[str, ...]]) ->
             point[key] = float(value)
         except ValueError:
             point[key] = np.nan
-        if key not in plotted or np.isnan(point[key]):
+        if key not in plotted or not np.isfinite(point[key]):
             raise UserError(
                 f"--reference_point {word}: give COLUMN=NUMBER, of a column in {', '.join(sorted(plotted))}."
             )

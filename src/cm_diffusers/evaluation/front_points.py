@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.engine.cli import refuse_changed
+from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.compared import ComparedConfig
 
 
@@ -21,7 +23,7 @@ class FrontsConfig(ComparedConfig):
     images_per_prompt: int = HfArg(default=10, help="Images of each prompt or class, at every point of the sweep.")
     num_prompts: int | None = HfArg(
         default=None,
-        help="Different captions (classes, where there are none) of the real images to draw; all if not given.",
+        help="Different captions (classes, where there are none) of the real images to draw; if not given all, but 100 at most.",
     )
     num_images: int | None = HfArg(default=None, help="Real images to compare with; all if not given.")
     cmmd_model: str | None = HfArg(
@@ -42,6 +44,21 @@ class FrontsConfig(ComparedConfig):
     )
     bootstrap_samples: int = HfArg(default=100, help="Resamples of prompts for the intervals; 0 for none.")
     output_dir: str = HfArg(default="runs/fronts", help="Where tables, plots, the page and the points found go.")
+
+    def refuse_idle(self) -> None:
+        """
+        Raises:
+            ValueError: Steps of nothing, or one value twice.
+        """
+        super().refuse_idle()
+        if self.teacher is None:
+            refuse_changed(self, "teacher_steps", "without --teacher")
+        if not self.pipelines:
+            refuse_changed(self, "num_inference_steps", "without --pipelines")
+        for name in ("num_inference_steps", "teacher_steps", "guidance_scales", "gammas", "lora_scales"):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                raise UserError(f"--{name} names one value twice: {' '.join(map(str, values))}.")
 
 
 class Point(NamedTuple):

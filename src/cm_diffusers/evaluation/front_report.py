@@ -26,7 +26,7 @@ from cm_diffusers.places import public
 
 KNOBS = {  # key of a row -> heading, form in tables, and form in words
     "pipeline": ("pipeline", "{}", "{}"),
-    "num_inference_steps": ("NFE", "{}", "NFE {}"),
+    "num_inference_steps": ("steps", "{}", "{} steps"),
     "guidance_scale": ("guidance", "{:g}", "guidance {:g}"),
     "gamma": ("gamma", "{:g}", "gamma {:g}"),
     "lora_scale": ("LoRA scale", "{:g}", "LoRA {:g}"),
@@ -202,7 +202,7 @@ def setting_words(setting: Mapping[str, object]) -> str:
     return (
         f"{images}; {extractors}; {setting['num_real_images']} real images of {setting['reference']}; neighbour "
         f"metrics with k = {setting['neighbours']}, coverage of real by real images {setting['coverage_ceiling']:.3f}. Speed on "
-        f"{setting['speed']}. NFE counts steps."
+        f"{setting['speed']}. A step with guidance by a second pass takes two evaluations of the network, any other one."
     )
 
 

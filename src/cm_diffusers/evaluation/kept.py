@@ -87,7 +87,8 @@ def pipeline_digest(pipe: DiffusionPipeline) -> str:
         words = part.get_vocab() if hasattr(part, "get_vocab") else None
         found = network_digest(part) if isinstance(part, nn.Module) else _settings(part)
         parts[name] = [type(part).__name__, found, words]
-    return json_digest(parts)
+    own = {name: str(value) for name, value in pipe.config.items() if name[0] != "_" and name not in pipe.components}
+    return json_digest([parts, own])
 
 
 def _settings(part: object) -> dict[str, str]:

@@ -17,6 +17,7 @@ from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text, 
 from cm_diffusers.errors import UserError
 
 
+MOST_PROMPTS = 100
 USUAL_SIDE = 512  # pixels, where nothing says how large images are
 
 
@@ -147,7 +148,7 @@ def repeated(reference: Reference, num_prompts: int | None, times: int) -> Refer
 
     Args:
         reference: Without captions, rows of different classes are taken; without these, any, as many as `num_prompts`.
-        num_prompts: How many rows; all that there are if None.
+        num_prompts: How many rows; if None all that there are, but `MOST_PROMPTS` at most: images of all are in memory.
         times: How often each.
 
     Raises:
@@ -161,7 +162,7 @@ def repeated(reference: Reference, num_prompts: int | None, times: int) -> Refer
         raise UserError(
             f"--num_prompts is {num_prompts}, but the reference set has {len(rows)} different: ask for fewer."
         )
-    rows = [row for row in rows[:num_prompts] for _ in range(times)]
+    rows = [row for row in rows[: num_prompts or MOST_PROMPTS] for _ in range(times)]
     captions = reference.captions and [reference.captions[row] for row in rows]
     return replace(
         reference, images=reference.images[:0], captions=captions, labels=[reference.labels[row] for row in rows]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -126,7 +127,7 @@ class Sweep:
         return found | ({"cmmd"} if self.config.cmmd_model else set())
 
     def _all_points(self, candidates: Sequence[Candidate]) -> tuple[list[Point], dict[str, str]]:
-        """Those of few steps first; and digests of the pipelines by source, each of which is loaded once here.
+        """Of each pipeline those of few steps first; and digests of the pipelines by source, each of which is loaded here.
 
         Raises:
             ValueError: A pipeline cannot be loaded, or none has a gamma, or a LoRA, for the values given.
@@ -137,11 +138,11 @@ class Sweep:
             digests[one.source] = pipeline_digest(pipe)
             scales = config.lora_scales if config.lora_scales and one.is_lora else [None]
             knobs = guidance_of(pipe, one.record, config.guidance_scales), gammas_of(pipe, config.gammas), scales
-            points += [Point(one.source, name, *values) for values in product(self._steps(name), *knobs)]
+            points += [Point(one.source, name, *values) for values in product(sorted(self._steps(name)), *knobs)]
         for flag, knob in {"gammas": "gamma", "lora_scales": "lora_scale"}.items():
             if all(getattr(point, knob) is None for point in points):
                 refuse_changed(config, flag, "on these pipelines, which have none")
-        return sorted(points, key=lambda point: point.num_inference_steps), digests
+        return points, digests
 
     def _pipe(self, source: str) -> DiffusionPipeline:
         """The pipeline of a source; one at a time is in memory."""
@@ -152,9 +153,8 @@ class Sweep:
         return self._loaded[1]
 
     def run(self) -> list[Measured]:
-        """All points, in the order of pipelines; what the folder has from before is not measured again."""
-        found = [self.measure(point) for point in tqdm(self.points, "points")]
-        return sorted(found, key=lambda one: self._labels.index(one.point.pipeline))
+        """All points; what the folder has from before is not measured again."""
+        return [self.measure(point) for point in tqdm(self.points, "points")]
 
     def measure(self, point: Point) -> Measured:
         """A point's columns and images, from the folder where it has them."""
@@ -178,10 +178,18 @@ class Sweep:
             "images_per_prompt": config.images_per_prompt,
             "captions": self.asked.captions,
             "classes": self.asked.labels,
-            "side": self.side,
+            "side": self._side(point.source),
             "dtype": config.dtype,
+            "releases": {
+                package: version(package) for package in ("cm_diffusers", "diffusers", "torch", "transformers")
+            },
             "judged_by": self.judged_by,
         }
+
+    def _side(self, source: str) -> int | None:
+        """Of what a pipeline that reads prompts draws, in pixels; None for its own default."""
+        record = read_record(source)
+        return self.side or (record and record.resolution)
 
     def _found(self, point: Point) -> Found:
         """Draws the images, and judges them."""
@@ -190,9 +198,9 @@ class Sweep:
             pipe.scheduler.register_to_config(gamma=point.gamma)
         if point.lora_scale is not None:
             set_lora_scale(pipe, point.lora_scale)
-        asked, record = asked_of(pipe, self.asked, point.source), read_record(point.source)
+        asked = asked_of(pipe, self.asked, point.source)
         seeds = range(config.seed, config.seed + len(self.asked.labels))
-        knobs, side = (point.num_inference_steps, point.guidance_scale), self.side or (record and record.resolution)
+        knobs, side = (point.num_inference_steps, point.guidance_scale), self._side(point.source)
         images, seconds = draw(pipe, asked, seeds, *knobs, config.eval_batch_size, side)
         found = self.judging.look(images)
         if asked is not None:

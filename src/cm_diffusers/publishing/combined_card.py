@@ -16,11 +16,13 @@ def combined(told: Mapping[str, Any]) -> list[str]:
             (step -> coefficient), `values` (name -> the objective on the hold-out), `evaluations`, `share` (of resamples in which
             the found one is better than the best baseline), `num_images`.
     """
+    used = sum(alpha != 0 for alpha in told["weights"].values())
+    average = f"an average of {used} snapshots" if used > 1 else "one snapshot"
     how = (
-        f"These weights are a linear combination of {len(told['weights'])} snapshots of the training run, whose coefficients were "
+        f"These weights are a linear combination of {used} snapshots of the training run, whose coefficients were "
         f"searched for ({PAPER}) by {told['evaluations']} evaluations of {cell(told['objective'])}."
         if told["accepted"]
-        else f"These weights are an average of {len(told['weights'])} snapshots of the training run, {cell(told['published'])}. A "
+        else f"These weights are {average} of the training run, {cell(told['published'])}. A "
         f"search for a better combination ({PAPER}, {told['evaluations']} evaluations of {cell(told['objective'])}) did not beat it."
     )
     shown = (
