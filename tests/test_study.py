@@ -143,7 +143,9 @@ def test_every_study_names_what_it_has(tmp_path):
     for path in STUDIES:
         found = study.read_study(path, None)
         commands = found.commands.values()
-        assert all(command.split()[0].startswith("training/") and "{" not in command for command in commands)
+        assert all(
+            command.split()[0].startswith(("training/", "benchmarks/")) and "{" not in command for command in commands
+        )
         parse_configs(study.MEASURES[found.measures][1], "", shlex.split(found.evaluation))
     (tmp_path / "a.toml").write_text(
         'evaluation = ""\n[pieces]\n[variants]\none = "x"\n[tables.t]\nvariants = ["two"]\n'

@@ -21,6 +21,7 @@ from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.memory import Shape, as_table, estimate
 from cm_diffusers.tasks.text_to_image import text_dtype
+from cm_diffusers.tasks.watching import WatchConfig
 
 
 @dataclass
@@ -36,12 +37,12 @@ class ShapeConfig:
 
 CONFIGS = (
     ShapeConfig, TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, LCMConfig, OptimConfig, TrainConfig,
-    ValidationConfig,
+    ValidationConfig, WatchConfig,
 )  # fmt: skip
 
 
 def main() -> None:
-    given, _, student, data, _, clips, _, optim, train, _ = configs = parse_words(CONFIGS, __doc__)
+    given, _, student, data, _, clips, _, optim, train, *_ = configs = parse_words(CONFIGS, __doc__)
     shape = Shape.from_config(json.loads(read_text(shipped("--shape", given.shape, ".json"))))
     print(as_table(estimate(shape, student, optim, train, data, clips, text_dtype(configs))))
 

@@ -100,7 +100,9 @@ def test_checkpoints_to_branch_from_stay(tmp_path) -> None:
     for name in names:
         assert_same(tensors(tmp_path / "run" / name), tensors(tmp_path / "all" / name))
     (tmp_path / "run" / "checkpoint-3" / "state.json").write_text("cut sh")
-    resumed = toy_trainer(tmp_path / "run", resume_from_checkpoint="latest", **settings | {"max_train_steps": 11})
+    resumed = toy_trainer(
+        tmp_path / "run", resume_from_checkpoint="latest", **settings | {"max_train_steps": 11, "branch_steps": [4]}
+    )
     resumed.fit(source())
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-11"]
     assert torch.isfinite(resumed.student[0].weight).all()

@@ -61,7 +61,7 @@ def shape_of(name: str) -> Shape:
 
 def estimated(recipe: str, *words: str) -> dict[str, dict[str, float]]:
     given = ["--recipe", str(RECIPES / f"{recipe}.args"), "--shape", SHAPES[recipe], *words]
-    _, _, student, data, _, clips, _, optim, train, _ = configs = parse_words(
+    _, _, student, data, _, clips, _, optim, train, *_ = configs = parse_words(
         script("estimate_memory").CONFIGS, "", given
     )
     shape = shape_of(SHAPES[recipe])
