@@ -19,6 +19,7 @@ from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.memory import GIB, TRAINING, Shape, estimate, peak
 from cm_diffusers.tasks.text_to_image import text_dtype
+from cm_diffusers.tasks.watching import WatchConfig
 
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
@@ -32,6 +33,7 @@ TEACHERS = {  # recipe -> teacher, sizes
 }
 CONFIGS = (
     TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, LCMConfig, OptimConfig, TrainConfig, ValidationConfig,
+    WatchConfig,
 )  # fmt: skip
 SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB of GPUs
 SPARE = 2  # GiB for what is not counted: CUDA itself, activations of the text towers, fragments
@@ -44,7 +46,7 @@ def shape_of(recipe: str) -> Shape:
 
 def estimated(recipe: str, *words: str) -> dict[str, dict[str, float]]:
     given = ["--recipe", str(RECIPES / f"{recipe}.args"), *words]
-    _, student, data, _, clips, _, optim, train, _ = configs = parse_words(CONFIGS, __doc__, given)
+    _, student, data, _, clips, _, optim, train, *_ = configs = parse_words(CONFIGS, __doc__, given)
     return estimate(shape_of(recipe), student, optim, train, data, clips, text_dtype(configs))
 
 

@@ -62,7 +62,7 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, subset_size:
 
 
 def gaussian_discrepancy(real: Tensor, fake: Tensor) -> float:
-    """1000 times the squared MMD of embeddings (N, D) and (M, D), kernel exp(-|x - y|^2 / 200): CMMD of CLIP's (2401.09603).
+    """1000 times the squared MMD of embeddings (N, D) and (M, D), kernel `exp(-|x - y|^2 / 200)`: CMMD of CLIP's (2401.09603).
 
     Means over all pairs, as published numbers have it: biased upwards by less than 20 / N + 20 / M for unit vectors.
     """
