@@ -32,15 +32,15 @@ def flags(place: Path, name: str, **more) -> dict:
 
 
 def test_branches_are_straight_runs_and_stand_in_one_table(place, capfd) -> None:
-    points = [place / "trunk" / f"checkpoint-{step}" for step in (2, 4)]
+    points = [place / "trunk" / f"checkpoint-{step}" for step in (2,)]
     before = [tensors(point) for point in points]
     (place / "evaluation.args").write_text(
         f"--train_data_dir {place / 'images'} --resolution 16 --num_inference_steps 1 --num_images 6 --guidance_scales 2\n"
         "--feature_extractor assets/fashion_classifier"
     )
-    wanted = {"checkpoints": list(map(str, points)), "cooldown_steps": [2, 3], "output_dir": str(place / "branches")}
+    wanted = {"checkpoints": list(map(str, points)), "cooldown_steps": [2], "output_dir": str(place / "branches")}
     run_script("branch", **wanted, evaluation=str(place / "evaluation.args"))
-    for step, cooldown, kept in zip((2, 4), (2, 3), before, strict=True):
+    for step, cooldown, kept in zip((2,), (2,), before, strict=True):
         steps = {"max_train_steps": step + cooldown, "lr_scheduler": "wsd", "lr_cooldown_steps": cooldown}
         run_script("distill_lcm", **flags(place, f"straight-{step}", **steps))
         branch, straight = place / "branches" / f"trunk-{step}+{cooldown}", place / f"straight-{step}"
@@ -50,7 +50,7 @@ def test_branches_are_straight_runs_and_stand_in_one_table(place, capfd) -> None
         assert not (branch / "snapshots").exists()
         assert_same(tensors(place / "trunk" / f"checkpoint-{step}"), kept)
     rows = json.loads((place / "branches" / "evaluation" / "table.json").read_text())["rows"]
-    assert [row["pipeline"] for row in rows[-2:]] == ["trunk-2+2", "trunk-4+3"]
+    assert [row["pipeline"] for row in rows[-1:]] == ["trunk-2+2"]
     assert str(place / "branches" / "trunk-2+2" / "pipeline") in capfd.readouterr().out
 
 
