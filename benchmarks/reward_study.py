@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 from reward_study_measure import Measuring, Start
 from reward_study_report import Run, write_reward_study
-from study import cpu_minutes, result, train
+from study import cpu_minutes, train
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.candidates import check_output
+from cm_diffusers.measured import result_folder
 from cm_diffusers.places import public
 from cm_diffusers.publishing.provenance import read_provenance
 
@@ -168,9 +169,9 @@ def finished(study: RewardStudy, config: RewardStudyConfig) -> list[tuple[Varian
         for variant, seed in pairs:
             if config.only is None or variant.name in config.only:
                 study.train(variant, seed)
-    pairs = [pair for pair in pairs if result(study.folder(*pair))]
+    pairs = [pair for pair in pairs if result_folder(study.folder(*pair))]
     for variant, seed in pairs:
-        check_command(variant.command, result(study.folder(variant, seed)))
+        check_command(variant.command, result_folder(study.folder(variant, seed)))
     return pairs
 
 
@@ -179,7 +180,7 @@ def measure(measuring: Measuring, study: RewardStudy, variant: Variant, seed: in
     folder, start, steps = study.folder(variant, seed), study.starts[variant.start], variant.steps
     row = {"method": variant.method, "reward": variant.reward, "seed": seed, "steps": steps}
     before = measuring.images(study.work_dir / f"start_{variant.start}_{steps}", start, steps)
-    after = measuring.images(folder, start, steps, result(folder))
+    after = measuring.images(folder, start, steps, result_folder(folder))
     for when, images in (("before", before), ("after", after)):
         quality = measuring.quality(images, study.rewards[variant.reward])
         row |= {f"{key}_{when}": value for key, value in quality.items()}

@@ -26,7 +26,7 @@ from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.report import refuse_one_name, row_names
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig
-from cm_diffusers.measured import RESULTS
+from cm_diffusers.measured import result_folder
 from cm_diffusers.models.motion import MotionConfig
 
 
@@ -54,7 +54,7 @@ def folder_name(variant: str) -> str:
 
 def train(command: str, seed: int, folder: Path) -> None:
     """Runs a training script, or goes on with it, and counts the CPU time it takes."""
-    if result(folder):
+    if result_folder(folder):
         return
     resumed = bool(list(folder.glob("checkpoint-*")))
     how = ["--resume_from_checkpoint", "latest"] if resumed else ["--overwrite_output_dir"]
@@ -69,11 +69,6 @@ def train(command: str, seed: int, folder: Path) -> None:
         more = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
         if folder.is_dir() and spent is not None:
             _write(folder / COST, {"cpu_minutes": spent + more})
-
-
-def result(folder: Path) -> Path | None:
-    """What a training ended with; None if it has not ended."""
-    return next((folder / name for name in RESULTS if (folder / name).is_dir()), None)
 
 
 def cpu_minutes(folder: Path) -> float | None:
@@ -102,7 +97,7 @@ def measure(
         return
     before = len(comparison.rows)
     own = {"gammas": gammas} if gammas else {}
-    comparison.measure(str(result(folder)), name, steps or comparison.config.num_inference_steps, **own)
+    comparison.measure(str(result_folder(folder)), name, steps or comparison.config.num_inference_steps, **own)
     more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)} | ({"variant": name} if gammas else {})
     if starts:
         costs = [cpu_minutes(start) for start in starts]
@@ -207,7 +202,7 @@ def main() -> None:
             known = read_rows(folder, origin)
             if not known and (config.only is None or name in config.only):
                 for other in started_from(command, commands):
-                    command = command.replace(f"<{other}>", shlex.quote(str(result(folders[other]))))
+                    command = command.replace(f"<{other}>", shlex.quote(str(result_folder(folders[other]))))
                 train(command, seed, folder)
                 if study.is_measured(name):
                     measure(comparison, name, seed, folder, origin, starts, steps.get(name), gammas.get(name))

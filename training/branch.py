@@ -14,7 +14,7 @@ from cm_diffusers.engine.checkpoints import list_checkpoints, read_state
 from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError
-from cm_diffusers.measured import RESULTS
+from cm_diffusers.measured import result_folder
 
 
 @dataclass
@@ -40,10 +40,6 @@ def run_script(name: str, words: list[str], processes: int = 1) -> None:
         sys.exit(status)
 
 
-def result(folder: Path) -> Path | None:
-    return next((folder / name for name in RESULTS if (folder / name).is_dir()), None)
-
-
 def main() -> None:
     (config,) = parse_configs(CONFIGS, __doc__)
     places, counts, shape = [Path(place) for place in config.checkpoints], config.cooldown_steps, config.cooldown_shape
@@ -62,13 +58,13 @@ def main() -> None:
         evaluation = str(shipped("--evaluation", evaluation, ".args"))
     folders = [Path(config.output_dir) / name for name in names]
     for place, state, count, (name, *words), folder in zip(places, states, counts, commands, folders, strict=True):
-        if not result(folder):
+        if not result_folder(folder):
             start = "latest" if list_checkpoints(folder) else place
             more = {"resume_from_checkpoint": start, "output_dir": folder, "max_train_steps": state["step"] + count}
             more |= {"lr_scheduler": "wsd", "lr_cooldown_steps": count, "lr_cooldown_shape": shape}
             words += [word for flag, value in more.items() for word in (f"--{flag}", str(value))]
             run_script(name, words, state["identity"]["num_processes"])
-    results = [str(result(folder)) for folder in folders]
+    results = [str(result_folder(folder)) for folder in folders]
     print("\n".join(results))
     if evaluation:
         words = ["--recipe", evaluation, "--output_dir", f"{config.output_dir}/evaluation"]

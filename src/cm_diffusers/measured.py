@@ -22,6 +22,11 @@ ENOUGH = 1000  # images, below which Fréchet distances are warned of
 RESULTS = "pipeline", "lora", "student"  # folders that training scripts end with
 
 
+def result_folder(run: Path) -> Path | None:
+    """What a training ended with; None if it has not ended."""
+    return next((run / name for name in RESULTS if (run / name).is_dir()), None)
+
+
 def distance_name(extractor: str) -> str:
     """What the Fréchet distance on these features is called: numbers on other features than Inception's are no FID.
 

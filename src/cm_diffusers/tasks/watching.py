@@ -247,7 +247,8 @@ def make_watch(
     guidance_scale: float,
     resolution: int | None,
 ) -> Callable[[Trainer], Watch | None]:
-    """What gives a trainer its watch; whatever is wrong with the evaluation is told here, before anything long.
+    """What gives a trainer its watch. The images and the extractor are loaded here, before anything long; whether the column can
+    be measured shows a look before training.
 
     Args:
         resolution: Side of what is drawn.
