@@ -16,7 +16,7 @@ from cm_diffusers.diffusion.guidance import combine_linear
 from cm_diffusers.diffusion.process import Prediction, diffuse
 from cm_diffusers.diffusion.solvers import ddim_step
 from cm_diffusers.diffusion.teaching import Teaching
-from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.train_config import TrainConfig
@@ -114,6 +114,7 @@ CONFIGS = (
 
 def main() -> None:
     source, student, _, _, _, method, optim, train, *_ = configs = parse_configs(CONFIGS, __doc__)
+    refuse_changed(method, "solver loss_type", "here: the step is DDIM's, and --distance is the loss")
     seed_everything(train.seed)
     teacher = load_teacher(source, student.loaded_dtype, late=True)
     teaching = teaching_of(teacher, student.guidance_embedding_dim(network_of(teacher)), method)

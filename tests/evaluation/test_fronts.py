@@ -23,10 +23,12 @@ from cm_diffusers.evaluation.front_columns import (
     variety,
     within,
 )
+from cm_diffusers.evaluation.front_plot import colours
 from cm_diffusers.evaluation.fronts import bootstrap, hypervolume, non_dominated, worst
 from cm_diffusers.evaluation.kept import Kept, pipeline_digest, tensors_digest
 from cm_diffusers.evaluation.reference import Reference, repeated
 from cm_diffusers.evaluation.sampling import load_pipeline, set_lora_scale
+from cm_diffusers.measured import TEACHER
 from evaluation.test_evaluation import save_tiny_lora
 
 
@@ -293,3 +295,9 @@ def test_a_lora_counts_by_its_scale(tmp_path) -> None:
     assert (pipe.unet(*inputs).sample - whole).abs().max() > 1e-4
     set_lora_scale(pipe, 1)
     assert torch.equal(pipe.unet(*inputs).sample, whole)
+
+
+@pytest.mark.parametrize("count", [7, 8, 20])
+def test_no_two_pipelines_have_one_colour(count: int) -> None:
+    rows = [{"pipeline": name} for name in [TEACHER, *(f"student {place}" for place in range(count))]]
+    assert len(set(colours(rows).values())) == count + 1

@@ -184,6 +184,13 @@ def test_bad_inputs_get_a_sentence(home: Path, values: dict, sentence: str) -> N
     assert not (home / "bad" / "pipeline").exists()
 
 
+def test_the_watch_looks_at_one_step(home: Path, tmp_path: Path) -> None:
+    look = tmp_path / "look.args"
+    look.write_text(f"--train_data_dir {home} --resolution 32 --num_inference_steps 1 2\n")
+    with pytest.raises(SystemExit, match=re.escape("--num_inference_steps [1, 2], but BOOT's student takes one step")):
+        distil(home, "sd", "bad", stop_when="fid", stop_evaluation=look)
+
+
 def test_help_names_what_it_does(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_script("distill_boot", help=True)

@@ -1,6 +1,7 @@
 """Plots of the fronts of a sweep: a panel for each two of their columns."""
 
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,10 +98,12 @@ def _intervals(axes: "Axes", rows: Sequence[Row], pair: tuple[str, str], colour:
 
 
 def colours(rows: Sequence[Row]) -> dict[str, str]:
-    """Of each pipeline; grey of the teacher."""
+    """Of each pipeline, all different; grey of the teacher."""
     names = [name for name in dict.fromkeys(row["pipeline"] for row in rows) if name != TEACHER]
+    hues = [hsv_to_rgb(place / len(names), 0.9, 0.75) for place in range(len(names))]
+    rainbow = ["#" + "".join(f"{round(255 * part):02x}" for part in hue) for hue in hues]
     taught = {TEACHER: GREY} if any(row["pipeline"] == TEACHER for row in rows) else {}
-    return taught | {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
+    return taught | dict(zip(names, COLOURS if len(names) <= len(COLOURS) else rainbow, strict=False))
 
 
 def curves(rows: Sequence[Row], pair: tuple[str, str]) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.families.base import answers_clips, latents_of, network_of
 from cm_diffusers.models.quantization import quantization_config
@@ -65,6 +66,10 @@ def distill(
     train, validation, watch = given[TrainConfig], given[ValidationConfig], given[WatchConfig]
     refuse_changed(validation, "validation_nfe", "here: the student makes its images in one step")
     refuse_changed(train, "ema_decay", "with boot: it has no averaged target")
+    if watch.stop_when and (steps := watch.evaluation()[0].num_inference_steps) != [1]:
+        raise UserError(
+            f"--stop_evaluation has --num_inference_steps {steps}, but BOOT's student takes one step: give 1."
+        )
     scheduler = student_scheduler(teacher, method)
 
     def make_pipeline(network: nn.Module) -> DiffusionPipeline:
