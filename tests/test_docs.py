@@ -100,6 +100,7 @@ MEASURED = {  # method of the table in README -> results, name there, metric
     "sCM": ("scm", "sCD", "fid"),
     "PCM": ("trajectories", "PCM-2", "fid"),
     "TCD": ("trajectories", "TCD, gamma 0", "fid"),
+    "BOOT": ("boot", "BOOT", "fid"),
     "CTM": ("ctm", "CTM", "fid"),
     "MeanFlow": ("ctm", "mean flow", "fid"),
     "AnimateLCM": ("video", "AnimateLCM", "fd_frames"),
