@@ -16,6 +16,9 @@ from cm_diffusers.extras import BITSANDBYTES, TIMM, missing
 from cm_diffusers.ranges import check_ranges
 
 
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"]
+
+
 @dataclass
 class OptimConfig:
     """How one player learns."""
@@ -29,15 +32,21 @@ class OptimConfig:
     adam_epsilon: float = HfArg(default=1e-8, help="Epsilon of the optimizer.")
     adam_weight_decay: float = HfArg(default=0.0, help="Decoupled weight decay.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm; inf does not clip.")
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"
-    ] = HfArg(default="constant_with_warmup", help="Shape of the learning rate; wsd is warm-up, stable, cooldown.")
+    lr_scheduler: Schedule = HfArg(
+        default="constant_with_warmup", help="Shape of the learning rate; wsd is warm-up, stable, cooldown."
+    )
     lr_warmup_steps: int = HfArg(default=0, help="Steps of linear warm-up (all but 'constant').")
-    lr_cooldown_steps: int = HfArg(default=0, help="Steps of the cooldown at the end, for wsd.")
+    lr_cooldown_steps: int | None = HfArg(default=0, help="Steps of the cooldown at the end, for wsd.")
     lr_cooldown_shape: Literal["1-sqrt", "linear", "cosine"] = HfArg(default="1-sqrt", help="Of that cooldown.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    def cooldown_of(self, max_steps: int) -> int:
+        """Steps of the cooldown at the end of a run: a third of it where they are None, and there is one."""
+        if self.lr_cooldown_steps is not None:
+            return self.lr_cooldown_steps
+        return min(max_steps // 3, max(0, max_steps - self.lr_warmup_steps)) if self.lr_scheduler == "wsd" else 0
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -96,17 +105,18 @@ def wsd_factor(step: int, warmup: int, cooldown: int, max_steps: int, shape: str
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
     """A scheduler to step once per optimizer step, on every rank."""
-    if config.lr_scheduler != "wsd" and config.lr_cooldown_steps:
+    cooldown = config.cooldown_of(max_steps)
+    if config.lr_scheduler != "wsd" and cooldown:
         raise UserError(f"--lr_cooldown_steps acts with --lr_scheduler wsd, not {config.lr_scheduler!r}.")
-    if not config.lr_cooldown_steps and config.lr_cooldown_shape != "1-sqrt":
+    if not cooldown and config.lr_cooldown_shape != "1-sqrt":
         raise UserError("--lr_cooldown_shape has no effect without --lr_cooldown_steps: give both, or leave it out.")
-    if config.lr_warmup_steps + config.lr_cooldown_steps > max_steps:
+    if config.lr_warmup_steps + cooldown > max_steps:
         raise UserError(
-            f"--lr_warmup_steps {config.lr_warmup_steps} and --lr_cooldown_steps {config.lr_cooldown_steps} take more than the "
+            f"--lr_warmup_steps {config.lr_warmup_steps} and --lr_cooldown_steps {cooldown} take more than the "
             f"{max_steps} steps of the run (--max_train_steps): shorten them."
         )
     if config.lr_scheduler == "wsd":
-        stages = config.lr_warmup_steps, config.lr_cooldown_steps, max_steps, config.lr_cooldown_shape
+        stages = config.lr_warmup_steps, cooldown, max_steps, config.lr_cooldown_shape
         return LambdaLR(optimizer, lambda step: wsd_factor(step, *stages))
     counts = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": max_steps}
     return get_scheduler(config.lr_scheduler, optimizer, **counts)

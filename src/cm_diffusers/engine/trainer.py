@@ -82,7 +82,7 @@ class Trainer:
                 module.compile()
         self.averages = Averages(self.nets.student, config.export_ema_decay, config.ema_sigma_rels)
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
-        cooldowns = [player.optim.lr_cooldown_steps for player in self.players]
+        cooldowns = [player.optim.cooldown_of(config.max_train_steps) for player in self.players]
         is_branch = self.folder.checkpoint is not None and not self.folder.continues
         check_stages(objective, cooldowns, config.max_train_steps, is_branch)
         self._resume()
