@@ -19,7 +19,7 @@ from cm_diffusers.models.probes import core_of
 from cm_diffusers.tasks.plan import PlanConfig, count
 from cm_diffusers.tasks.plan_networks import training_of
 from cm_diffusers.tasks.plan_page import page
-from cm_diffusers.tasks.plan_starts import configs_of, own_words, script_of, start_of
+from cm_diffusers.tasks.plan_starts import Given, configs_of, own_words, script_of, start_of
 
 
 CONFIGS = (PlanConfig,)
@@ -46,13 +46,18 @@ def trained(name: str) -> nn.Module | None:
     return core_of(training_of(given, partial(start_of, trained=trained)).nets.student)
 
 
-def main() -> None:
-    own, others = own_words(sys.argv[1:], PlanConfig)
+def parse(words: list[str]) -> tuple[PlanConfig, Given]:
+    """The machines, and what the recipe's script is given."""
+    own, others = own_words(words, PlanConfig)
     (config,) = parse_words(CONFIGS, __doc__, own)
-    recipes = [words[-1] for name, words in flags_of(others) if name == "recipe"]
+    recipes = [said[-1] for name, said in flags_of(others) if name == "recipe"]
     if not recipes and config.script is None:
         raise UserError("--recipe is missing: give that of a training, or --script with its flags.")
-    given = configs_of(load(config.script or script_of(recipes[-1], FOLDER)), others)
+    return config, configs_of(load(config.script or script_of(recipes[-1], FOLDER)), others)
+
+
+def main() -> None:
+    config, given = parse(sys.argv[1:])
     find = partial(start_of, trained=trained, shape=config.shape)
     print(page(count(training_of(given, find), given), config))
 
