@@ -170,23 +170,18 @@ def test_operations_are_seven_forward_passes(tmp_path: Path) -> None:
 def test_published_networks_take_what_the_formulas_say(shape: str, full: tuple, lora: tuple, tmp_path: Path) -> None:
     """26 P; 22 P / N + 12 U; with A in adapters 2 P + 16 A, and (2 P + 16 A) / N + 12 U. U of UNets is 49, of Flux 340 M."""
     start = start_of(shape, "", lambda name: None, str(FOLDER / "recipes" / f"shape_{shape}.json"))
-    train = TrainConfig(str(tmp_path))
-    for config, expected in (
-        (StudentConfig(cast_teacher_unet="bf16"), full),
-        (StudentConfig(lora=True, cast_teacher_unet="bf16"), lora),
-    ):
+    kept = {"cast_teacher_unet": "bf16"}
+    for config, expected in ((StudentConfig(**kept), full), (StudentConfig(lora=True, **kept), lora)):
         with torch.device("meta"):
             nets = make_networks(start.network, config)
-        parts, trained = (
-            parts_of(nets, OptimConfig(), train),
-            sum(p.numel() for p in nets.student.parameters() if p.requires_grad),
-        )
+        parts = parts_of(nets, OptimConfig(), TrainConfig(str(tmp_path)))
+        trained = sum(p.numel() for p in nets.student.parameters() if p.requires_grad)
         found = replace(WHOLE, parts=parts, trained=trained, unit=largest_unit(nets.student), activations=0, casts=0)
-        sizes = [found.memory(Strategy("", shards, max(1, 2 - shards))) for shards in (1, 8, 64)]
+        sizes = [found.memory(Strategy("", *split)) for split in ((1, 2), (8, 1), (64, 1))]
         if config.lora:
             sizes[0].pop("buckets")  # which the formula leaves out
         given = [sum(one.values()) / GB for one in sizes]
-        assert given[: len(expected)] == pytest.approx(expected, rel=0.03)
+        assert given[: len(expected)] == pytest.approx(expected, rel=0.04)  # adapters lie in units, too
 
 
 def test_units_are_the_blocks(tmp_path: Path) -> None:
@@ -306,7 +301,7 @@ class Zero(nn.Module):
 )
 def test_objectives_without_prompts_ask_what_is_counted(kind, config) -> None:
     nets = Networks(Zero(), Zero(), Zero())
-    found = asked(nets, [kind(config, EDMView(0.5))], Batch(torch.randn(4, 3, 8, 8)))
+    found = asked(nets, [kind(config, EDMView(0.5, "edm"))], Batch(torch.randn(4, 3, 8, 8)))
     assert found == totals(passes_of(config, 1))
 
 

@@ -3,15 +3,16 @@
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor, nn
 
 from cm_diffusers.diffusion.denoisers import call_unet
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.counting import Ask
 from cm_diffusers.models.examples import image_text, joint_text
-from cm_diffusers.models.families.base import FAMILIES, config_of, family_of
+from cm_diffusers.models.families.base import FAMILIES, family_of
 from cm_diffusers.models.families.shared import pack
+from cm_diffusers.models.time_weight import without_weight
 
 
 Conditions = dict[str, Tensor]
@@ -36,8 +37,8 @@ def asking(side: int, frames: int | None = None, tokens: int = 0) -> Ask:
     """
 
     def ask(network: nn.Module, judged: nn.Module | None = None) -> Tensor:
-        core = core_of(judged or network)
-        kind, config = type(core).__name__, config_of(core)
+        core, network = core_of(judged or network), without_weight(network)
+        kind, config = "UNet2DModel" if isinstance(core, UNet2DModel) else type(core).__name__, core.config
         channels = config.in_channels // (4 if kind in PACKED else 1)
         x = torch.randn(1, channels, *([frames] if frames else []), side, side)
         cond = _conditions(kind, config, tokens or CONTEXT.get(kind, CLIP_TOKENS))

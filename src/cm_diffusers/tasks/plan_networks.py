@@ -82,6 +82,7 @@ class Training:
     batch_size: int
 
 
+ANY_VIEW = EDMView(0.5, "edm")  # how noise is told changes no size
 FRAMES_PER_LATENT = 4  # of Wan's VAE
 SMALL_VAE = {"block_out_channels": (32, 64, 64), "down_block_types": ("DownEncoderBlock2D",) * 3, "norm_num_groups": 8}
 SMALL_VAE |= {"up_block_types": ("UpDecoderBlock2D",) * 3, "latent_channels": 4}  # train_vae.py's, by default
@@ -101,8 +102,13 @@ def training_of(given: Given, find: Find) -> Training:
     kind = next((kind for kind in MAKERS if kind in given), None)
     if kind is None:
         raise UserError("The flags are of no training that can be planned: give a recipe of a training script.")
+
+    def found(place: str, flag: str) -> Start:
+        with torch.device("cpu"):  # for what is imported and loaded on the way
+            return find(place, flag)
+
     with torch.device("meta"):
-        nets, ask, branches = MAKERS[kind](given, method, find)
+        nets, ask, branches = MAKERS[kind](given, method, found)
     data = given[
         next(kind for kind in (RolloutConfig, DataConfig, PromptDataConfig, VideoDataConfig) if kind in given)
     ]
@@ -163,7 +169,7 @@ def _of_images(given: Given, method: Any, find: Find) -> Made:
     guided = type(network).__name__ in FAMILIES
     if type(method) is SCMConfig:
         taught, student = given[SCDConfig], given[StudentNetworkConfig]
-        model = ImageModel(network, EDMView(0.5), pipe=object() if guided else None)
+        model = ImageModel(network, ANY_VIEW, pipe=object() if guided else None)
         dim = None if taught.w_min == taught.w_max or not guided else student.guidance_embedding_dim(network)
         branches = _branches(network) if (taught.w_min, taught.w_max) != (0, 0) else 1
         return (
@@ -173,7 +179,7 @@ def _of_images(given: Given, method: Any, find: Find) -> Made:
         )
     if type(method) is CTMConfig:
         student = trainable_copy(with_target(network), dropout)
-        critic = make_view_critic(network, EDMView(0.5), given[CriticConfig])
+        critic = make_view_critic(network, ANY_VIEW, given[CriticConfig])
         return Networks(student, frozen_copy(student), network, critic), ask, 1
     student = trainable_copy(network, dropout)
     if type(method) is CDConfig:
@@ -237,8 +243,9 @@ def _of_small_teacher(given: Given, method: Any, find: Find) -> Made:
 def _of_small_flow(given: Given, method: Any, find: Find) -> Made:
     with torch.device("cpu"):
         pipe = new_flow_pipeline(given[SmallFlowConfig], _resolution(given), method.shift)
-    start = Start(pipe.transformer.to("meta"), None, given[SmallFlowConfig].text_length)
-    return Networks(start.network), _asking(start, _resolution(given)), 0
+    network = type(pipe.transformer).from_config(pipe.transformer.config)  # without the hook that looks for empty text
+    start = Start(network, None, given[SmallFlowConfig].text_length)
+    return Networks(network), _asking(start, _resolution(given)), 0
 
 
 def _of_vae(given: Given, method: Any, find: Find) -> Made:
@@ -275,13 +282,14 @@ def _branches(network: nn.Module) -> int:
     return 2 if family_of(network).guidance(network) == "cfg" else 1
 
 
-def _resolution(given: Given) -> int:
-    """In pixels; of fine-tuning without one, Stable Diffusion's."""
+def _resolution(given: Given) -> int | None:
+    """In pixels; of fine-tuning the network's own if not given."""
     kinds = [kind for kind in (RolloutConfig, DataConfig, PromptDataConfig) if kind in given]
-    return given[kinds[0]].resolution or 512
+    return given[kinds[0]].resolution
 
 
-def _asking(start: Start, resolution: int, frames: int | None = None) -> Ask:
-    sides = start.network.config.get("sample_size")
-    side = resolution // start.downscale if start.downscale else sides
-    return asking(side, frames, start.text_tokens)
+def _asking(start: Start, resolution: int | None, frames: int | None = None) -> Ask:
+    given = resolution and start.downscale
+    return asking(
+        resolution // start.downscale if given else start.network.config.sample_size, frames, start.text_tokens
+    )

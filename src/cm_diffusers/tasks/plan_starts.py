@@ -1,6 +1,7 @@
 """Networks that trainings start from, on "meta": by a folder, a recipe that makes it, sizes that are known, or the Hub."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -88,7 +89,7 @@ def start_of(place: str, flag: str, trained: Callable[[str], nn.Module | None], 
     """
     if found := shape or _known_shape(place):
         read = Shape.from_config(json.loads(read_text(shipped("--shape", found, ".json"))))
-        return Start(read.network, read.downscale, read.text_tokens)
+        return Start(read.network.to("meta"), read.downscale, read.text_tokens)
     parts = Path(place).parts
     if parts[:1] == ("runs",) and not Path(place).exists() and (network := trained(parts[1])) is not None:
         return Start(network, None)
@@ -98,14 +99,13 @@ def start_of(place: str, flag: str, trained: Callable[[str], nn.Module | None], 
         kind = getattr(diffusers, index[name][1])
         with init_empty_weights():
             network = kind.from_config(kind.load_config(place, subfolder=name))
-        return Start(network, _downscale(place) if "vae" in index else None)
+        return Start(network.to("meta"), _downscale(place) if "vae" in index else None)
 
 
 def _known_shape(place: str) -> str | None:
-    """Name of the sizes of a teacher on the Hub."""
-    folder = shipped("--shape", "shape_sd15", ".json").parent
-    found = (path for path in folder.glob("shape_*.json") if place in json.loads(read_text(path))["teachers"])
-    return next((path.stem for path in found), None)
+    """File with the sizes of a teacher on the Hub, beside the running script."""
+    files = (Path(sys.argv[0]).resolve().parent / "recipes").glob("shape_*.json")
+    return next((str(path) for path in files if place in json.loads(read_text(path))["teachers"]), None)
 
 
 def _downscale(place: str) -> int:
