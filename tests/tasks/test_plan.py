@@ -24,6 +24,7 @@ from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.counting import count_flops, count_kept
+from cm_diffusers.models.critics import CriticConfig, make_critic
 from cm_diffusers.models.probes import asking
 from cm_diffusers.models.recomputation import recompute_activations
 from cm_diffusers.models.students import StudentConfig, make_networks
@@ -37,6 +38,7 @@ from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.objectives.mean_flow import MeanFlowConfig
 from cm_diffusers.objectives.pcm import PCMConfig
 from cm_diffusers.objectives.rlcm import RLCMConfig
+from cm_diffusers.objectives.scott import SCottConfig
 from cm_diffusers.objectives.slct import SLCTConfig, SLCTObjective
 from cm_diffusers.objectives.tcd import TCDConfig
 from cm_diffusers.tasks.passes import Pass, passes_for_rewards, passes_of
@@ -157,6 +159,21 @@ def test_operations_are_seven_forward_passes(tmp_path: Path) -> None:
     assert whole.flops / (recomputed.flops - whole.flops) == pytest.approx(6, rel=0.02)
     lora = count(training(students(True, "meta")), given)
     assert 4.9 < lora.flops / (recomputed.flops - whole.flops) < 6  # 3 without a gradient, and about 2
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_critic_costs_a_part_of_its_teacher(lora: bool, tmp_path: Path) -> None:
+    """Besides the step without one: a sample of the student, two that are judged, and one with a gradient to the sample."""
+    nets = students(lora, "meta")
+    with torch.device("meta"):
+        nets.critic = make_critic(nets, CriticConfig(critic_channels=16))
+    given = {TrainConfig: config_of(tmp_path), OptimConfig: OptimConfig()}
+    passes = passes_of(SCottConfig(solver_steps=1), critic=True)
+    with_critic = count(Training(nets, ASK, passes, 3), given)
+    alone = count(training(students(lora, "meta")), given)
+    assert 1.2 * alone.flops < with_critic.flops < 2 * alone.flops
+    assert with_critic.trained - alone.trained == sum(p.numel() for p in nets.critic.parameters())
+    assert alone.activations < with_critic.activations < 2 * alone.activations
 
 
 @pytest.mark.parametrize(

@@ -234,10 +234,12 @@ def largest_unit(network: nn.Module) -> int:
 
 
 def _asking_critic(training: Training) -> Ask:
-    """A fake score is called as the student."""
-    if isinstance(training.nets.critic, ModelMixin):
+    """A fake score is called as the student; others are told what the teacher is."""
+    nets = training.nets
+    if isinstance(nets.critic, ModelMixin):
         return training.ask
-    return lambda critic: training.ask(critic, training.nets.student)
+    judged = nets.student if isinstance(nets.teacher, WithoutAdapters) else nets.teacher
+    return lambda critic: training.ask(critic, judged)
 
 
 def _cost(flops: Flops, gradient: str) -> float:
