@@ -259,7 +259,9 @@ def as_table(config: SmokeConfig, rows: list[Row]) -> str:
         "| method | how | steps/s | GFLOP a step | share of peak | peak, GiB | |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    counted = {row.method: row.tflop for row in rows if row.tflop}  # compiled and sharded steps have as many operations
+    counted = {
+        row.method: row.tflop for row in rows if row.tflop
+    }  # compiled and sharded steps have as many operations
     for row in rows:
         tflop = counted.get(row.method, 0.0)
         share = f"{tflop * row.steps_per_second / peak:.1%}" if peak and name and tflop else "–"
