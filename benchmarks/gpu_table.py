@@ -17,7 +17,7 @@ from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.objectives.lcm import LCMConfig
 from cm_diffusers.tasks.callbacks import ValidationConfig
-from cm_diffusers.tasks.memory import GIB, TRAINING, Shape, estimate, peak
+from cm_diffusers.tasks.memory import GIB, SPARE, TRAINING, Shape, estimate, peak
 from cm_diffusers.tasks.text_to_image import text_dtype
 from cm_diffusers.tasks.watching import WatchConfig
 
@@ -36,7 +36,6 @@ CONFIGS = (
     WatchConfig,
 )  # fmt: skip
 SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB of GPUs
-SPARE = 2  # GiB for what is not counted: CUDA itself, activations of the text towers, fragments
 
 
 @cache

@@ -19,9 +19,10 @@ INTERVALS = {
     """,
     "(0, inf)": """
         adam_epsilon adaptive_c adv_clip adversarial_weight clip_range crop_zoom final_std logit_std lora_alpha mutation_std p_std recommended_sigmas reward_weight
-        rho robust_c shift sigma_data sigma_max sigma_min tangent_step time_range time_std timestep_scaling_factor tolerance
+        gpu_memory network_bandwidth node_bandwidth peak_tflops rho robust_c shift sigma_data sigma_max sigma_min tangent_step time_range time_std timestep_scaling_factor tolerance
     """,
     "(0, inf]": "max_grad_norm",
+    "(0, 1]": "share_of_peak",
     "[1, inf)": "alpha_max bucket_max_ratio q",
     "[0, 1]": "condition_dropout diffusion_share ema_decay eta gammas instant_share proportion_empty_prompts",
     "[0, 1)": """
@@ -38,7 +39,7 @@ INTERVALS = {
         adversarial_ramp adversarial_start bootstrap_samples lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples window
     """,
     "[1, 1000000]": """
-        buffer_size discretization_s_0 discretization_s_1 evaluations latent_samples min_count num_classes num_clips num_ddim_timesteps
+        buffer_size gpus gpus_per_node discretization_s_0 discretization_s_1 evaluations latent_samples min_count num_classes num_clips num_ddim_timesteps
         num_gifs num_prompts phases renoise_below samples_per_rollout shuffle_buffer_size solver_interval
     """,
     "[2, 1000000]": "num_images num_scales num_videos",

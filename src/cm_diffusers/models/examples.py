@@ -63,19 +63,19 @@ def _unet2d(config: object, n: int) -> tuple[Tensor, Arguments]:
 
 def _unet(config: object, n: int) -> tuple[Tensor, Arguments]:
     x, arguments = _unet2d(config, n)
-    return x, unet_arguments(arguments | _of_text(config, n))
+    return x, unet_arguments(arguments | image_text(config, n))
 
 
 def _motion_unet(config: object, n: int) -> tuple[Tensor, Arguments]:
     frames = _images(config, n * FRAMES).unflatten(0, (n, FRAMES)).movedim(1, 2).contiguous()
-    return frames, unet_arguments(for_frames(_of_text(config, n), frames))
+    return frames, unet_arguments(for_frames(image_text(config, n), frames))
 
 
-def _of_text(config: object, n: int) -> Arguments:
+def image_text(config: object, n: int, tokens: int = TOKENS) -> Arguments:
     """Text states, guidance embedding and the conditions of SDXL, as far as a UNet has them."""
     width = config.cross_attention_dim
     width = getattr(config, "encoder_hid_dim", None) or (width if isinstance(width, int) else max(width))
-    found = {"encoder_hidden_states": torch.randn(n, TOKENS, width)}
+    found = {"encoder_hidden_states": torch.randn(n, tokens, width)}
     if config.time_cond_proj_dim:
         found["timestep_cond"] = torch.randn(n, config.time_cond_proj_dim)
     if config.addition_embed_type == "text_time":
@@ -89,12 +89,12 @@ def _dit(config: object, n: int) -> tuple[Tensor, Arguments]:
 
 
 def _sd3(config: object, n: int) -> tuple[Tensor, Arguments]:
-    return _images(config, n), _joint(config, n)
+    return _images(config, n), joint_text(config, n)
 
 
 def _flux(config: object, n: int) -> tuple[Tensor, Arguments]:
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(8.0))
-    arguments = _joint(config, n) | {"img_ids": places, "txt_ids": torch.zeros(TOKENS, 3)}
+    arguments = joint_text(config, n) | {"img_ids": places, "txt_ids": torch.zeros(TOKENS, 3)}
     if config.guidance_embeds:
         arguments["guidance"] = torch.full((n,), 3.5)
     return torch.randn(n, len(places), config.in_channels), arguments
@@ -105,8 +105,9 @@ def _sana(config: object, n: int) -> tuple[Tensor, Arguments]:
     return _images(config, n), arguments | ({"guidance": torch.full((n,), 0.45)} if config.guidance_embeds else {})
 
 
-def _joint(config: object, n: int) -> Arguments:
-    states = torch.randn(n, TOKENS, config.joint_attention_dim)
+def joint_text(config: object, n: int, tokens: int = TOKENS) -> Arguments:
+    """States and summaries of the text of Stable Diffusion 3 and Flux."""
+    states = torch.randn(n, tokens, config.joint_attention_dim)
     return {"encoder_hidden_states": states, "pooled_projections": torch.randn(n, config.pooled_projection_dim)}
 
 

@@ -235,7 +235,7 @@ def new_image_model(
         encoder = Vae.from_model(vae)
         statistics = measure_statistics(data, encoder, device)
         size, channels = size // encoder.latents.downscale, vae.config.latent_channels
-    unet = _new_unet(config.unet_config, size, channels, classes.num_classes)
+    unet = new_unet(config.unet_config, size, channels, classes.num_classes)
     if config.double_norm:
         add_double_norm(unet)
     set_dropout(unet, dropout)
@@ -255,7 +255,12 @@ def load_vae(path: str) -> AutoencoderKL:
     return vae.requires_grad_(False).eval()
 
 
-def _new_unet(name: str, size: int, channels: int, num_classes: int | None) -> UNet2DModel:
+def new_unet(name: str, size: int, channels: int, num_classes: int | None) -> UNet2DModel:
+    """Of the settings in a file, see `NewModelConfig`.
+
+    Raises:
+        ValueError: They are not those of such a network, or do not fit the data.
+    """
     path = shipped("--unet_config", name, ".json")
     try:
         settings = json.loads(read_text(path))

@@ -1,6 +1,6 @@
 """What a distillation will take, counted on a network without weights: bytes of each part, at each moment."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import diffusers
@@ -16,11 +16,13 @@ from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.casting import kept_whole
+from cm_diffusers.models.probes import PATCHES
 from cm_diffusers.models.quantization import BITS
 from cm_diffusers.models.students import DTYPES, StudentConfig
 
 
 GIB = 2**30
+SPARE = 2  # GiB of a GPU for what is not counted: CUDA itself, activations of the text towers, fragments
 IMAGES, TEXT, TRAINING = "while it encodes images", "while it encodes text", "while it trains"
 MOMENTS = {"adamw_8bit": 2, "adamw": 8, "radam": 8, "adamp": 8}  # bytes a parameter
 # Bytes a token and channel that a block keeps for its backward pass in 16 bits: 2205.05198, Eq. 1 without the scores of
@@ -40,6 +42,7 @@ class Shape:
         text_tokens: That the network sees beside those of the image; 0 where text is only attended to.
         pixels_per_token: Along each side of an image.
         frames_per_latent: Of a teacher of videos, see `Latents`.
+        teachers: Hub ids of such models.
     """
 
     network: nn.Module
@@ -49,6 +52,12 @@ class Shape:
     text_tokens: int
     pixels_per_token: int
     frames_per_latent: int | None = None
+    teachers: Sequence[str] = ()
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, along each side."""
+        return self.pixels_per_token // PATCHES.get(type(self.network).__name__, 2)
 
     @classmethod
     def from_config(cls, config: dict) -> "Shape":
