@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from cm_diffusers.diffusion.process import as_like
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.types import Loss
 
@@ -74,7 +75,7 @@ class Looks:
     def _fetch(self, shown: list[Tensor]) -> list[float]:
         turns, self.turns = self.turns, []
         asked = shown + [value for turn in turns for value in (turn.loss, turn.norm)]
-        found = stacked(asked, self.accelerator.device).tolist()
+        found = stacked(asked, turns[0].loss if turns else shown[-1]).tolist()
         pairs = zip(found[len(shown) :: 2], found[len(shown) + 1 :: 2], strict=True)
         if bad := [(turn, pair) for turn, pair in zip(turns, pairs, strict=True) if not self._is_sound(*pair)]:
             (first, (loss, norm)), steps = bad[0], len({turn.step for turn, _ in bad})
@@ -91,7 +92,7 @@ class Looks:
         return math.isfinite(loss) and (overflow_is_normal or math.isfinite(norm))
 
 
-def stacked(scalars: list[Tensor], device: torch.device) -> Tensor:
-    """Scalars, some of which may be on the CPU, as one float32 tensor `(N,)` on the device, without waiting for it."""
-    at_once = device.type == "cuda"  # which copies what is on the CPU before it returns
-    return torch.stack([value.detach().float().to(device, non_blocking=at_once) for value in scalars])
+def stacked(scalars: list[Tensor], like: Tensor) -> Tensor:
+    """Scalars, some of which may be on the CPU, as one float32 tensor `(N,)` where `like` is, without waiting for it."""
+    like = like.detach().float()
+    return torch.stack([as_like(value.detach(), like) for value in scalars])

@@ -64,6 +64,15 @@ class Player:
         checkpoints.load_trainable_state(self.raw, files[self.name])
         saved = checkpoints.join_optimizer_state(files[f"optimizer-{self.name}"], rest["optimizer"])
         self.optimizer.load_state_dict(saved)
+        for (
+            p,
+            moments,
+        ) in self.optimizer.state.items():  # where they lie in memory as the weights do, see --channels_last
+            moments |= {
+                name: torch.empty_like(p).copy_(value)
+                for name, value in moments.items()
+                if value.shape == p.shape != ()
+            }
         self.lr_scheduler.load_state_dict(rest["lr_scheduler"])
 
 

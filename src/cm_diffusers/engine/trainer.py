@@ -24,6 +24,7 @@ from cm_diffusers.engine.snapshots import is_due, write_weights
 from cm_diffusers.engine.state import load_state, write_state
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError, optional, writable
+from cm_diffusers.models.execution import compile_network, to_channels_last
 from cm_diffusers.models.recomputation import recompute_activations
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
@@ -79,7 +80,9 @@ class Trainer:
         for _, module in self.nets.items():
             module.to(self.device)
             if config.compile:
-                module.compile()
+                compile_network(module)
+        if config.channels_last:
+            to_channels_last([module for _, module in self.nets.items()])
         self.averages = Averages(self.nets.student, config.export_ema_decay, config.ema_sigma_rels)
         self.looks, self.ahead = Looks(self.accelerator, self.output_dir), []
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
@@ -210,7 +213,7 @@ class Trainer:
                 if loss is None:
                     return None
                 self.accelerator.backward(loss.value / len(batches))
-            rows.append(stacked([loss.value, *loss.logs.values()], self.device))
+            rows.append(stacked([loss.value, *loss.logs.values()], loss.value))
         value, *logs = self.accelerator.reduce(torch.stack(rows).mean(0), reduction="mean")
         return Loss(value, dict(zip(loss.logs, logs, strict=True)))
 
