@@ -6,6 +6,7 @@ told `non_blocking`. Nothing else of it is pretended.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import chain
 
 import pytest
@@ -49,6 +50,9 @@ class There(Tensor):
         )
         made.held = held
         return made
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -120,8 +124,9 @@ class Pretended(TorchDispatchMode):
 @contextmanager
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     """Trainers made inside the block are on the device."""
-    supported = torch.optim.optimizer._get_fused_kernels_supported_devices()
-    monkeypatch.setattr(torch.optim.optimizer, "_get_fused_kernels_supported_devices", lambda: [*supported, "meta"])
+    optimizers = import_module("torch.optim.optimizer")
+    supported = optimizers._get_fused_kernels_supported_devices()
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*supported, "meta"])
     monkeypatch.setattr(torch, "meta", torch, raising=False)  # whose generator is that of the CPU
     for owner in (Accelerator, Trainer):
         monkeypatch.setattr(owner, "device", property(lambda _: DEVICE))

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import LCMScheduler, UNet2DModel
 from latent_objectives import lcm_of, scott_of
 from pretended import pretended
+from rollout_worker import GOALS, PROMPTS, SMALL, Network, conditions
 from tasks.test_animatelcm import batch as clip_batch
 from tasks.test_animatelcm import randomised_parts
 from tasks.test_animatelcm import stage as animatelcm_stage
 from tiny import tiny_scheduler, tiny_unet
-from toys import forget_accelerate, toy_trainer
+from torch import Tensor
+from toys import WIDTH, forget_accelerate, toy_trainer
 
-from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.data.rollouts import RolloutConfig, Rollouts, Task
+from cm_diffusers.diffusion.process import DiscreteVP, moved_to
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.trainer import Trainer
@@ -24,12 +27,14 @@ from cm_diffusers.models.students import StudentConfig, make_networks
 from cm_diffusers.objectives.cd import CDConfig, CDObjective
 from cm_diffusers.objectives.ect import ECTConfig, ECTObjective
 from cm_diffusers.objectives.lcm import LCMConfig
+from cm_diffusers.objectives.rlcm import RLCMConfig, RLCMObjective
 from cm_diffusers.objectives.scott import SCottConfig
+from cm_diffusers.policy.policy import Policy
 from cm_diffusers.types import Batch, Networks
 
 
 Source = Callable[[int], Iterator[Batch]]
-STEPS, EVERY = 6, 3
+STEPS, EVERY = 4, 2
 VP = DiscreteVP.from_scheduler(tiny_scheduler())
 
 
@@ -86,8 +91,21 @@ def ect(folder: Path, **config) -> tuple[Trainer, Source]:
 
 
 def animatelcm(folder: Path, **config) -> tuple[Trainer, Source]:
-    made = animatelcm_stage(randomised_parts(), "motion")
+    made = animatelcm_stage(randomised_parts(), "joint", lora_rank=4, lora_alpha=4.0)
     return toy_trainer(folder, made.nets, made.objective, **config), lambda start: (clip_batch() for _ in count(start))
+
+
+def rlcm(folder: Path, **config) -> tuple[Trainer, Source]:
+    """Four steps of each roll-out."""
+
+    def score(samples: Tensor, numbers: Tensor) -> Tensor:
+        return -(samples - moved_to(GOALS, samples)[numbers]).square().sum(1)
+
+    objective = RLCMObjective(RLCMConfig(), Policy(LCMScheduler(prediction_type="sample"), 3), score)
+    nets = Networks(Network(), teacher=Network().requires_grad_(False))
+    trainer = toy_trainer(folder, nets, objective, gradient_accumulation_steps=objective.num_transitions, **config)
+    rollouts = RolloutConfig(**SMALL | {"inner_epochs": 2})
+    return trainer, Rollouts(rollouts, trainer, Task((WIDTH,), PROMPTS, conditions, score))
 
 
 def waits_of(device, trainer: Trainer, batches: Source) -> list[list[str]]:
@@ -106,3 +124,13 @@ def test_between_looks_the_host_waits_for_nothing(tmp_path, monkeypatch, method)
         found = waits_of(device, trainer, batches)
     looks = [step % EVERY == 0 for step in range(1, STEPS + 1)]
     assert found == [["aten._to_copy.default"] * look for look in looks]
+
+
+def test_between_roll_outs_the_host_waits_for_nothing(tmp_path, monkeypatch) -> None:
+    """What was drawn in a roll-out is compared on the host, so its step waits."""
+    with pretended(monkeypatch) as device:
+        trainer, batches = rlcm(tmp_path, max_train_steps=8, logging_steps=8)
+        found = waits_of(device, trainer, batches)
+    assert [len(waits) for waits in found[1:4] + found[5:]] == [0, 0, 0, 0, 0, 1]
+    assert found[0]
+    assert found[4]

@@ -16,6 +16,7 @@ from toys import assert_same, forget_accelerate, tensors, toy_trainer, weights
 from cm_diffusers.diffusion.process import DiscreteVP, diffuse
 from cm_diffusers.diffusion.solvers import ddim_noise, sub_times
 from cm_diffusers.engine.averages import ema_update
+from cm_diffusers.engine.looks import Speed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.models.critics import CriticConfig, unused_flags
 from cm_diffusers.models.students import frozen_copy
@@ -543,9 +544,11 @@ def test_before_its_time_the_critic_rests(tmp_path):
 def test_the_bar_shows_the_loss_of_every_player(tmp_path):
     trainer, shown = play(tmp_path, max_train_steps=6), []
     bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text, _: shown.append(text))
-    stream = corners(0)
+    stream, speed = corners(0), Speed()
     for _ in range(5):
-        trainer._log(*trainer.training_step(stream), bar)
+        with speed.measured():
+            loss, speed.images = trainer.training_step(stream)
+        trainer._log(trainer.looks.values(loss), speed, bar)
     assert "critic" not in shown[0]
     assert re.fullmatch(r"loss [\d.e-]+, critic [\d.e-]+, [\d.]+ images/s", shown[4])
 
