@@ -16,7 +16,6 @@ from toys import assert_same, forget_accelerate, tensors, toy_trainer, weights
 from cm_diffusers.diffusion.process import DiscreteVP, diffuse
 from cm_diffusers.diffusion.solvers import ddim_noise, sub_times
 from cm_diffusers.engine.averages import ema_update
-from cm_diffusers.engine.looks import Speed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.models.critics import CriticConfig, unused_flags
 from cm_diffusers.models.students import frozen_copy
@@ -543,12 +542,12 @@ def test_before_its_time_the_critic_rests(tmp_path):
 
 def test_the_bar_shows_the_loss_of_every_player(tmp_path):
     trainer, shown = play(tmp_path, max_train_steps=6), []
-    bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text, _: shown.append(text))
-    stream, speed = corners(0), Speed()
+    bar = SimpleNamespace(set_postfix_str=lambda text, _: shown.append(text))
+    stream, looks = corners(0), trainer.looks
     for _ in range(5):
-        with speed.measured():
-            loss, speed.images = trainer.training_step(stream)
-        trainer._log(trainer.looks.values(loss), speed, bar)
+        with looks.measured():
+            loss, looks.images = trainer.training_step(stream)
+        looks.show(trainer.step, looks.values(loss), bar)
     assert "critic" not in shown[0]
     assert re.fullmatch(r"loss [\d.e-]+, critic [\d.e-]+, [\d.]+ images/s", shown[4])
 

@@ -10,10 +10,25 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from cm_diffusers.diffusion.process import as_like
 from cm_diffusers.engine import checkpoints
+from cm_diffusers.engine.snapshots import is_due
+from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.errors import optional
 from cm_diffusers.types import Loss
+
+
+def is_saved(step: int, config: TrainConfig) -> bool:
+    """Whether a checkpoint of a step is due."""
+    return step == config.max_train_steps or step % config.checkpointing_steps == 0 or step in config.branch_steps
+
+
+def is_looked_at(step: int, config: TrainConfig) -> bool:
+    """Whether a step is looked at, which all are of which anything is kept."""
+    keeps = is_saved(step, config) or is_due(step, config.snapshot_steps, config.snapshot_window)
+    return keeps or step % config.logging_steps == 0
 
 
 class Turn(NamedTuple):
@@ -25,35 +40,24 @@ class Turn(NamedTuple):
     norm: Tensor
 
 
-class Speed:
-    """Images per second between looks, without the time of what is written and shown.
+class Looks:
+    """Keeps every turn until it is looked at, stops the run where one was not finite, and shows what there is to see.
 
     Attributes:
-        images: Since the last look, of all ranks.
+        turns, images, seconds: Since the last look: of the players, of all ranks, and without what was written and shown.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        self.accelerator, self.config = accelerator, config
+        self.turns: list[Turn] = []
         self.images, self.seconds = 0, 0.0
 
     @contextmanager
     def measured(self) -> Iterator[None]:
+        """What is done inside the block counts for the speed."""
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
-
-    def taken(self) -> float:
-        """The speed; what comes counts anew."""
-        speed = self.images / self.seconds
-        self.images, self.seconds = 0, 0.0
-        return speed
-
-
-class Looks:
-    """Keeps every turn until it is looked at, and stops the run where one was not finite."""
-
-    def __init__(self, accelerator: Accelerator, output_dir: Path) -> None:
-        self.accelerator, self.output_dir = accelerator, output_dir
-        self.turns: list[Turn] = []
 
     def values(self, loss: Loss) -> dict[str, float]:
         """The numbers of a step by name, "loss" last, in one transfer with the turns since the last look.
@@ -72,6 +76,17 @@ class Looks:
         if self.turns:
             self._fetch([])
 
+    def show(self, step: int, values: dict[str, float], bar: tqdm) -> None:
+        """The bar, and at every `logging_steps` the tracker, have these values, if there are any, and the speed since the last."""
+        if not values:
+            return
+        speed, self.images, self.seconds = self.images / self.seconds, 0, 0.0
+        others = [f"{name[:-5]} {value:.4g}, " for name, value in values.items() if name.endswith("/loss")]
+        bar.set_postfix_str(f"loss {values['loss']:.4g}, {''.join(others)}{speed:.1f} images/s", False)
+        if step % self.config.logging_steps == 0:
+            with optional(f"The tracker at step {step}"):
+                self.accelerator.log(values | {"images_per_second": speed}, step=step)
+
     def _fetch(self, shown: list[Tensor]) -> list[float]:
         turns, self.turns = self.turns, []
         asked = shown + [value for turn in turns for value in (turn.loss, turn.norm)]
@@ -79,7 +94,7 @@ class Looks:
         pairs = zip(found[len(shown) :: 2], found[len(shown) + 1 :: 2], strict=True)
         if bad := [(turn, pair) for turn, pair in zip(turns, pairs, strict=True) if not self._is_sound(*pair)]:
             (first, (loss, norm)), steps = bad[0], len({turn.step for turn, _ in bad})
-            kept = checkpoints.list_checkpoints(self.output_dir)
+            kept = checkpoints.list_checkpoints(Path(self.config.output_dir))
             raise FloatingPointError(
                 f"Training stopped at step {first.step}: the {first.player}'s loss is {loss}, its gradient norm {norm}; "
                 f"{steps} step{'s were' if steps > 1 else ' was'} skipped until this was looked at. The last good checkpoint is "

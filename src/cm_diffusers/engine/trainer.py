@@ -15,7 +15,7 @@ from cm_diffusers.engine.averages import Averages, ema_update
 from cm_diffusers.engine.branching import check_stages
 from cm_diffusers.engine.identity import run_defaults, run_identity
 from cm_diffusers.engine.interrupts import stop_request
-from cm_diffusers.engine.looks import Looks, Speed, Turn, stacked
+from cm_diffusers.engine.looks import Looks, Turn, is_looked_at, is_saved, stacked
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
@@ -84,7 +84,7 @@ class Trainer:
         if config.channels_last:
             to_channels_last([module for _, module in self.nets.items()])
         self.averages = Averages(self.nets.student, config.export_ema_decay, config.ema_sigma_rels)
-        self.looks, self.ahead = Looks(self.accelerator, self.output_dir), []
+        self.looks, self.ahead = Looks(self.accelerator, config), []
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
         cooldowns = [player.optim.lr_cooldown_steps for player in self.players]
         is_branch = self.folder.checkpoint is not None and not self.folder.continues
@@ -133,15 +133,16 @@ class Trainer:
 
     def _fit(self, stream: Iterator[Batch]) -> None:
         config, last_saved, alone = self.config, self.step, self.accelerator.num_processes == 1
-        quiet, speed = not self.accelerator.is_local_main_process, Speed()
+        quiet = not self.accelerator.is_local_main_process
         with stop_request() as request, tqdm(initial=self.step, total=config.max_train_steps, disable=quiet) as bar:
             while self.step < config.max_train_steps and not self.stopping:
-                with speed.measured():
+                with self.looks.measured():
                     loss, images = self.training_step(stream)
                     self._take_ahead(stream)
-                    speed.images += images
-                    values = self.looks.values(loss) if self._looks else None
-                self._log(values, speed, bar)
+                    self.looks.images += images
+                    values = self.looks.values(loss) if self._looks else {}
+                bar.update()
+                self.looks.show(self.step, values, bar)
                 for callback in self.steering:
                     callback(self, loss)
                 self._keep_weights()
@@ -162,16 +163,12 @@ class Trainer:
     @property
     def _saves(self) -> bool:
         """Whether a checkpoint is due after the step just taken."""
-        config = self.config
-        ends = self.step == config.max_train_steps or bool(self.stopping)
-        return ends or self.step % config.checkpointing_steps == 0 or self.step in config.branch_steps
+        return bool(self.stopping) or is_saved(self.step, self.config)
 
     @property
     def _looks(self) -> bool:
         """Whether the step just taken is looked at, by all ranks."""
-        config = self.config
-        keeps = is_due(self.step, config.snapshot_steps, config.snapshot_window)
-        return self._saves or keeps or self.step % config.logging_steps == 0
+        return self._saves or is_looked_at(self.step, self.config)
 
     def _save_sound(self) -> int:
         self.looks.check()
@@ -276,14 +273,3 @@ class Trainer:
         if self.config.gradient_checkpointing:
             recompute_activations(getattr(self.nets, name))
         return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
-
-    def _log(self, values: dict[str, float] | None, speed: Speed, bar: tqdm) -> None:
-        bar.update()
-        if values is None:
-            return
-        images_per_second = speed.taken()
-        others = [f"{name[:-5]} {value:.4g}, " for name, value in values.items() if name.endswith("/loss")]
-        bar.set_postfix_str(f"loss {values['loss']:.4g}, {''.join(others)}{images_per_second:.1f} images/s", False)
-        if self.step % self.config.logging_steps == 0:
-            with optional(f"The tracker at step {self.step}"):
-                self.accelerator.log(values | {"images_per_second": images_per_second}, step=self.step)

@@ -1,12 +1,13 @@
 """What happens after an optimizer step, beside learning: `(trainer, loss) -> None`."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate.tracking import GeneralTracker
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -124,7 +125,7 @@ def sample_grid(
                 with adapters_off(adapter_layers(network_of(teacher))), trainer.accelerator.autocast():
                     rows.append(sample(teacher, config.validation_teacher_steps, config.validation_guidance_scale))
         scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
-        with trainer.export_weights() as student, trainer.accelerator.autocast():
+        with trainer.export_weights() as student, precision(trainer, student):
             pipe = make_pipeline(student)
             samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
         heads = [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)]
@@ -186,7 +187,7 @@ def image_grids(
             return generate_unprompted(pipe, range(count), steps, AT_ONCE)[0]
 
     def draw(trainer: Trainer) -> Image.Image:
-        with trainer.export_weights() as student, trainer.accelerator.autocast():
+        with trainer.export_weights() as student, precision(trainer, student):
             pipe = make_pipeline(student)
             samples = [sample(pipe, steps) for steps in nfe]
         names = [f"{steps} step{'s' * (steps > 1)}" for steps in nfe]
@@ -199,6 +200,13 @@ def beside(network: nn.Module, pipe: DiffusionPipeline) -> AbstractContextManage
     """The other parts of a pipeline are on its network's device inside the block, and back where they were after it."""
     others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not network]
     return placed(tuple(others), network.device)
+
+
+def precision(trainer: Trainer, network: nn.Module) -> AbstractContextManager:
+    """That of training; but of fp16, in which some VAEs overflow, only for a network that cannot do without."""
+    is_cast = next(network.parameters()).dtype != torch.float32  # below a LoRA
+    wanted = is_cast or trainer.config.mixed_precision != "fp16"
+    return trainer.accelerator.autocast() if wanted else nullcontext()
 
 
 def publish_grid(trainer: Trainer, grid: Image.Image) -> None:
