@@ -38,6 +38,7 @@ from cm_diffusers.engine import accelerator as accelerator_module
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import OptimConfig, RAdam
 from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.models.adapters import WithoutAdapters, add_lora
 from cm_diffusers.objectives.ct import CTConfig, CTObjective
 from cm_diffusers.types import Batch, Loss, Networks
 
@@ -574,6 +575,10 @@ def test_repeated_blocks_are_compiled_where_there_are_some(tmp_path, monkeypatch
     plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
     toy_trainer(tmp_path, Networks(tiny_unet(), teacher=tiny_unet(**plain)), compile=True)
     assert compiled == ["BasicTransformerBlock"] * 4 + ["UNet2DConditionModel"]
+    compiled.clear()
+    student = add_lora(tiny_unet(), 2, 2.0, 0.0)
+    toy_trainer(tmp_path, Networks(student, teacher=WithoutAdapters(student)), compile=True)
+    assert compiled == ["BasicTransformerBlock"] * 4, "the teacher in a LoRA student is that student"
 
 
 def image_trainer(folder: Path, **config):

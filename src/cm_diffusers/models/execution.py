@@ -8,12 +8,15 @@ from cm_diffusers.errors import UserError
 
 
 def compile_network(network: nn.Module) -> None:
-    """Each repeated block of a network of diffusers that names them, once for all that are alike; else the whole network."""
+    """Each repeated block of a network of diffusers that names them, once for all that are alike; else the whole network.
+
+    A view of another network, with no weights of its own, runs what is compiled there.
+    """
     models = [module for module in network.modules() if isinstance(module, ModelMixin)]
     if repeating := [model for model in models if _repeats(model)]:
         for model in repeating:
             model.compile_repeated_blocks()
-    else:
+    elif next(network.parameters(), None) is not None:
         network.compile()
 
 
