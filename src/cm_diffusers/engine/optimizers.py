@@ -51,10 +51,18 @@ class RAdam(torch.optim.RAdam):
     _step_supports_amp_scaling = True  # what torch calls it
     found_inf: Tensor | None = None
 
+    def __init__(self, parameters: list[nn.Parameter], **settings: object) -> None:
+        super().__init__(parameters, **settings)
+        self.register_step_pre_hook(self._keep)
+        self.register_step_post_hook(self._restore)
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        before = {id(value): value.clone() for value in self._on_the_device()}
-        super().step(closure)
+    def _keep(self, *_: object) -> None:
+        self._before = {id(value): value.clone() for value in self._on_the_device()}
+
+    @torch.no_grad()
+    def _restore(self, *_: object) -> None:
+        before, self._before = self._before, {}
         if self.found_inf is not None:
             for value in self._on_the_device():  # moments begin at 0 in the first step
                 value.copy_(torch.where(self.found_inf > 0, before.get(id(value), 0), value))
