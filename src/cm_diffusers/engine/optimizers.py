@@ -79,6 +79,14 @@ def skips_on_the_device(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
+def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Moments that were loaded lie in memory as their weights do, which `--channels_last` may have changed."""
+    for p, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     settings = {
         "lr": config.learning_rate,

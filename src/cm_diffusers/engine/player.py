@@ -8,7 +8,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cm_diffusers.engine import checkpoints
-from cm_diffusers.engine.optimizers import OptimConfig, make_lr_scheduler, make_optimizer, skips_on_the_device
+from cm_diffusers.engine.optimizers import (
+    OptimConfig,
+    lay_out_moments,
+    make_lr_scheduler,
+    make_optimizer,
+    skips_on_the_device,
+)
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Loss, Networks
 
@@ -64,15 +70,7 @@ class Player:
         checkpoints.load_trainable_state(self.raw, files[self.name])
         saved = checkpoints.join_optimizer_state(files[f"optimizer-{self.name}"], rest["optimizer"])
         self.optimizer.load_state_dict(saved)
-        for (
-            p,
-            moments,
-        ) in self.optimizer.state.items():  # where they lie in memory as the weights do, see --channels_last
-            moments |= {
-                name: torch.empty_like(p).copy_(value)
-                for name, value in moments.items()
-                if value.shape == p.shape != ()
-            }
+        lay_out_moments(self.optimizer.optimizer)
         self.lr_scheduler.load_state_dict(rest["lr_scheduler"])
 
 
