@@ -45,7 +45,8 @@ class Trainer:
         optim: How the players learn: one config for all, or one per player.
         settings: Dataclasses with whatever else a resumed run must share, such as the data's.
         callbacks: `(trainer, loss) -> None` after each optimizer step and its checkpoint, on every rank; they only show
-            something, so one that fails is a warning. They do not wait for other ranks.
+            something, so one that fails is a warning. They do not wait for other ranks. To read the loss is to wait for the
+            device.
 
     Attributes:
         place: Rank, number of ranks and device, as sources of batches take them.
