@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from diffusers import UNet2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_unet
 from torch import nn
@@ -32,10 +33,13 @@ from toys import (
     weights,
 )
 
+from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.engine import accelerator as accelerator_module
 from cm_diffusers.engine import checkpoints
-from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.optimizers import OptimConfig, RAdam
 from cm_diffusers.engine.train_config import TrainConfig
+from cm_diffusers.models.adapters import WithoutAdapters, add_lora
+from cm_diffusers.objectives.ct import CTConfig, CTObjective
 from cm_diffusers.types import Batch, Loss, Networks
 
 
@@ -277,7 +281,7 @@ def test_players_have_their_own_optimizers(tmp_path) -> None:
     assert logs["student/learning_rate"].item() == pytest.approx(1e-2)
     assert logs["critic/learning_rate"].item() == pytest.approx(3e-2)
     kinds = [type(player.optimizer.optimizer) for player in trainer.players]
-    assert kinds == [torch.optim.AdamW, torch.optim.RAdam]
+    assert kinds == [torch.optim.AdamW, RAdam]
     assert first_moment_norm(trainer) == pytest.approx(1e-4, rel=1e-3)
 
 
@@ -446,6 +450,91 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
     assert all(map(torch.equal, weights(again.student), seen[1]))
 
 
+def learnt(trainer) -> dict[str, torch.Tensor]:
+    """Whatever a step changes: weights, target, averages and moments."""
+    state = trainer.players[0].optimizer.state_dict()["state"]
+    moments = {f"{i}/{name}": value for i, named in state.items() for name, value in named.items() if name != "step"}
+    named = {"student": trainer.student.state_dict(), "target": trainer.nets.target.state_dict(), "moments": moments}
+    named |= trainer.averages.state()
+    return {f"{part}/{name}": value.clone() for part, values in named.items() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told_at_the_next_look(tmp_path, optimizer, bad) -> None:
+    class Stumbling(ToyObjective):
+        def __call__(self, nets, batch, progress) -> Loss:
+            value, logs = super().__call__(nets, batch, progress)
+            return Loss(value * float("inf") if progress.step == bad else value, logs)
+
+    optim = OptimConfig(learning_rate=1e-2, adam_weight_decay=0.1, optimizer=optimizer)
+    averages = {"ema_decay": 0.5, "export_ema_decay": 0.5, "ema_sigma_rels": [0.1]}
+    trainer, stream = toy_trainer(tmp_path, objective=Stumbling(), optim=optim, **averages), source()(0)
+    for step in range(4):
+        before = learnt(trainer)
+        trainer.training_step(stream)
+        after = learnt(trainer)
+        if step == bad:
+            assert_same({name: after[name] for name in before}, before)
+            assert not any(after[name].any() for name in after.keys() - before.keys()), "moments begin at 0"
+        else:
+            assert not any(torch.equal(after[name], value) for name, value in before.items() if "/step" not in name)
+    with pytest.raises(
+        FloatingPointError, match=rf"step {bad}: the student's loss is inf, its .*; 1 step was skipped"
+    ):
+        trainer.looks.check()
+
+
+def test_nothing_is_written_before_it_was_looked_at(tmp_path) -> None:
+    trainer = toy_trainer(tmp_path, objective=Diverging(), max_train_steps=9, checkpointing_steps=5, logging_steps=100)
+    with pytest.raises(FloatingPointError, match=r"step 3: .* none yet"):
+        trainer.fit(source())
+    assert trainer.step == 5
+    assert checkpoints.list_checkpoints(tmp_path) == []
+
+
+def test_several_processes_stop_at_a_look(tmp_path, monkeypatch) -> None:
+    def ask(trainer, loss) -> None:
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = toy_trainer(tmp_path, callbacks=[ask], max_train_steps=9, logging_steps=3)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda _: 2))
+    with pytest.raises(SystemExit, match="Stopped by a signal at step 3"):
+        trainer.fit(source())
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+class Noting:
+    """A source that notes when it is asked, and for which step."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer, self.asked = trainer, []
+
+    def __call__(self, start: int):
+        for k, batch in enumerate(source()(start), start):
+            self.asked.append((k, self.trainer.step))
+            yield batch
+
+
+class Keeping(Noting):
+    """One with a state."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"asked": torch.tensor(self.asked)}
+
+
+@pytest.mark.parametrize("kind", [Noting, Keeping])
+def test_batches_are_made_ahead_but_not_of_a_source_with_a_state(tmp_path, kind) -> None:
+    """Nor before a checkpoint, here that of step 2, nor beyond the end."""
+    trainer, seen = toy_trainer(tmp_path, checkpointing_steps=2), []
+    batches = kind(trainer)
+    trainer.steering.append(lambda trainer, loss: seen.append(len(batches.asked)))
+    trainer.fit(batches)
+    assert batches.asked == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert seen == ([2, 2, 4, 4] if kind is Noting else [1, 2, 3, 4])
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_mixed_precision_is_the_one_asked_for(tmp_path, precision, dtype) -> None:
     seen = []
@@ -478,6 +567,49 @@ def test_compile_reaches_every_network(tmp_path, monkeypatch, asked) -> None:
     nets = toy_networks()
     toy_trainer(tmp_path, nets, compile=asked)
     assert compiled == ([nets.student, nets.target] if asked else [])
+
+
+def test_repeated_blocks_are_compiled_where_there_are_some(tmp_path, monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    toy_trainer(tmp_path, Networks(tiny_unet(), teacher=tiny_unet(**plain)), compile=True)
+    assert compiled == ["BasicTransformerBlock"] * 4 + ["UNet2DConditionModel"]
+    compiled.clear()
+    student = add_lora(tiny_unet(), 2, 2.0, 0.0)
+    toy_trainer(tmp_path, Networks(student, teacher=WithoutAdapters(student)), compile=True)
+    assert compiled == ["BasicTransformerBlock"] * 4, "the teacher in a LoRA student is that student"
+
+
+def image_trainer(folder: Path, **config):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    torch.manual_seed(0)
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 8), norm_num_groups=4, add_attention=False, **blocks)
+    return toy_trainer(folder, Networks(unet), CTObjective(CTConfig(), EDMView(0.5, "adm")), **config)
+
+
+def pixels(start: int):
+    for k in count(start):
+        yield Batch(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(k)))
+
+
+def test_channels_last_is_a_matter_of_memory(tmp_path) -> None:
+    """The same training but for rounding; a resume is bit-exact, with moments where the weights are."""
+    runs = [image_trainer(tmp_path / str(last), channels_last=last, checkpointing_steps=2) for last in (False, True)]
+    for trainer in runs:
+        trainer.fit(pixels)
+    weight = runs[1].student.down_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    torch.testing.assert_close(weights(runs[1].student), weights(runs[0].student), rtol=1e-3, atol=1e-4)
+    checkpoint = str(tmp_path / "True" / "checkpoint-2")
+    image_trainer(tmp_path / "resumed", channels_last=True, resume_from_checkpoint=checkpoint).fit(pixels)
+    assert_same(tensors(tmp_path / "resumed" / "checkpoint-4"), tensors(tmp_path / "True" / "checkpoint-4"))
+
+
+def test_channels_last_without_convolutions_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="--channels_last is for networks of convolutions, which Sequential is not"):
+        toy_trainer(tmp_path, channels_last=True)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

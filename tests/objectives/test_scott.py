@@ -542,10 +542,12 @@ def test_before_its_time_the_critic_rests(tmp_path):
 
 def test_the_bar_shows_the_loss_of_every_player(tmp_path):
     trainer, shown = play(tmp_path, max_train_steps=6), []
-    bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text, _: shown.append(text))
-    stream = corners(0)
+    bar = SimpleNamespace(set_postfix_str=lambda text, _: shown.append(text))
+    stream, looks = corners(0), trainer.looks
     for _ in range(5):
-        trainer._log(*trainer.training_step(stream), bar)
+        with looks.measured():
+            loss, looks.images = trainer.training_step(stream)
+        looks.show(trainer.step, looks.values(loss), bar)
     assert "critic" not in shown[0]
     assert re.fullmatch(r"loss [\d.e-]+, critic [\d.e-]+, [\d.]+ images/s", shown[4])
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.reward_history import RewardHistory
-from cm_diffusers.diffusion.process import doubled, home_of_float64
+from cm_diffusers.diffusion.process import doubled, home_of_float64, moved_to
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError
 from cm_diffusers.policy.advantages import PromptStatistics, compared
@@ -129,7 +129,7 @@ class Rollouts:
         order = self._generator(ORDER, self.number, epoch)
         size = self.config.train_batch_size
         rows = torch.randperm(self.config.samples_per_rollout, generator=order)[chunk * size :][:size]
-        states, prompts, rewards, advantages, scales, log_probs = (part[rows.to(part.device)] for part in self.rollout)
+        states, prompts, rewards, advantages, scales, log_probs = (part[moved_to(rows, part)] for part in self.rollout)
         cond, uncond = self.task.conditions(prompts)
         return Moves(
             None, cond, uncond, index=index, sample=states[:, index], action=states[:, index + 1], advantage=advantages,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cm_diffusers.diffusion.guidance import ConditionalDenoiser, Conditions
-from cm_diffusers.diffusion.process import Prediction, Process, as_like, interpret
+from cm_diffusers.diffusion.process import Prediction, Process, as_like, interpret, moved_to
 
 
 XL_CONDITIONS = ("text_embeds", "time_ids")  # the UNet's added_cond_kwargs
@@ -44,7 +44,7 @@ def as_denoiser(
     """
 
     def denoise(x_t: Tensor, t: Tensor, cond: Conditions) -> Prediction:
-        told = as_like(t, x_t) if t.is_floating_point() else t.to(x_t.device, non_blocking=x_t.is_cuda)
+        told = as_like(t, x_t) if t.is_floating_point() else moved_to(t, x_t)
         return interpret(process, call(network, x_t, told, cond).float(), x_t, t, prediction_type)
 
     return denoise

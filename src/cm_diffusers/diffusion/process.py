@@ -178,7 +178,12 @@ def doubled(samples: Tensor) -> Tensor:
 
 def as_like(values: Tensor, like: Tensor) -> Tensor:
     """In the dtype and on the device of `like`: cast first, as its device may have no float64."""
-    return values.to(like.dtype).to(like.device, non_blocking=like.is_cuda)  # which copies before it returns
+    return moved_to(values.to(like.dtype), like)
+
+
+def moved_to(values: Tensor, like: Tensor) -> Tensor:
+    """On the device of `like`, without waiting for it."""
+    return values.to(like.device, non_blocking=like.is_cuda)  # which copies from the CPU before it returns
 
 
 def append_dims(values: Tensor, like: Tensor) -> Tensor:

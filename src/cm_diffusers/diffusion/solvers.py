@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from cm_diffusers.diffusion.guidance import Denoiser
-from cm_diffusers.diffusion.process import DiscreteVP, Process, RectifiedFlow, append_dims, exact
+from cm_diffusers.diffusion.process import DiscreteVP, Process, RectifiedFlow, append_dims, exact, moved_to
 from cm_diffusers.errors import UserError
 
 
@@ -178,7 +178,7 @@ def _slope_weight(phi: Callable[[Tensor], Tensor], lam: Tensor, lam_end: Tensor,
 
 def moved(now: Tensor, end: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """y where there was a way to go, x itself where rounding left none."""
-    return torch.where((now == end).reshape(-1, *[1] * (x.ndim - 1)).to(x.device), x, y)
+    return torch.where(moved_to((now == end).reshape(-1, *[1] * (x.ndim - 1)), x), x, y)
 
 
 def _normal(like: Tensor, generator: Generator | None) -> Tensor:

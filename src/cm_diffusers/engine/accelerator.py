@@ -61,5 +61,7 @@ def start_trackers(accelerator: Accelerator, report_to: str, project: str, ident
 
 
 def any_rank(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something holds on any rank; the same answer on all."""
+    """Whether something holds on any rank; the same answer on all. Of several, each waits for the others and its device."""
+    if accelerator.num_processes == 1:
+        return here
     return bool(accelerator.reduce(torch.tensor(int(here), device=accelerator.device), reduction="sum").item())

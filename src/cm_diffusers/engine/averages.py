@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from cm_diffusers.engine.checkpoints import write_folder
 from cm_diffusers.errors import UserError
@@ -60,9 +61,8 @@ class MovingAverage:
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - self.rate(step))
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        draw(list(self.average.values()), list(self.live.values()), 1 - self.rate(step), skipped)
 
     @torch.no_grad()
     def load(self, average: dict[str, Tensor]) -> None:
@@ -99,9 +99,14 @@ class Averages:
         self.kept = {f"average-{sigma_rel:g}": average for sigma_rel, average in self.powers.items()}
         self.kept |= {"export_ema": MovingAverage(model, warmed_up(decay))} if decay else {}
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """
+        Args:
+            step: Its number, from 1.
+            skipped: 1 if it has changed nothing, nor is to change the averages; else 0.
+        """
         for average in self.kept.values():
-            average.update(step)
+            average.update(step, skipped)
 
     def applied(self) -> AbstractContextManager:
         """The model holds what is published inside the block."""
@@ -197,8 +202,18 @@ def rebuild(run: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model for parameters; buffers are copied. `decay` is exact."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+def draw(averages: list[Tensor], live: list[Tensor], weight: float, skipped: Tensor | None = None) -> None:
+    """average <- average + weight (live - average), of all at once, where `skipped` is not 1.
+
+    It is the step of SGD with the gradient average - live, whose fused form can be told on the device to change nothing.
+    """
+    constants = {"momentum": 0, "dampening": 0, "nesterov": False, "weight_decay": 1, "maximize": True}
+    sgd(averages, live, [None] * len(live), fused=True, found_inf=skipped, lr=weight, **constants)
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, model: nn.Module, decay: float, skipped: Tensor | None = None) -> None:
+    """average <- decay * average + (1 - decay) * model for parameters, where `skipped` is not 1; buffers are copied."""
+    draw(list(average.parameters()), list(model.parameters()), 1 - decay, skipped)
     for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)

@@ -22,7 +22,7 @@ from cm_diffusers.record import base_model_of, read_record
 
 # Settings a resumed run may change: they say how long, where and how fast, not what.
 MAY_CHANGE = set(
-    "output_dir overwrite_output_dir max_train_steps gradient_checkpointing compile allow_tf32 checkpointing_steps "
+    "output_dir overwrite_output_dir max_train_steps gradient_checkpointing compile channels_last allow_tf32 checkpointing_steps "
     "checkpoints_total_limit branch_steps snapshot_steps snapshot_window resume_from_checkpoint report_to "
     "tracker_project_name logging_steps "
     "cache_dir latent_cache_dir cache_latents dataloader_num_workers encode_batch_size save_fp16".split()

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
 
@@ -25,7 +25,8 @@ class OptimConfig:
 
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
     optimizer: Literal["adamw", "adamw_8bit", "radam", "adamp"] = HfArg(
-        default="adamw", help="adamw is fused; adamw_8bit needs the extra bnb, adamp the extra timm."
+        default="adamw",
+        help="adamw is fused; adamw_8bit needs the extra bnb, adamp the extra timm, and both wait for the device at every step.",
     )
     adam_beta1: float = HfArg(default=0.9, help="Decay of the first moment.")
     adam_beta2: float = HfArg(default=0.999, help="Decay of the second moment.")
@@ -49,6 +50,52 @@ class OptimConfig:
         return min(max_steps // 3, max(0, max_steps - self.lr_warmup_steps)) if self.lr_scheduler == "wsd" else 0
 
 
+class RAdam(torch.optim.RAdam):
+    """torch's, which can be told on the device to change nothing, as fused AdamW; it keeps a copy of weights and moments for that.
+
+    Attributes:
+        found_inf: 1 for a step that is to change nothing, else 0.
+    """
+
+    _step_supports_amp_scaling = True  # what torch calls it
+    found_inf: Tensor | None = None
+
+    def __init__(self, parameters: list[nn.Parameter], **settings: object) -> None:
+        super().__init__(parameters, **settings)
+        self.register_step_pre_hook(self._keep)
+        self.register_step_post_hook(self._restore)
+
+    @torch.no_grad()
+    def _keep(self, *_: object) -> None:
+        self._before = {id(value): value.clone() for value in self._on_the_device()}
+
+    @torch.no_grad()
+    def _restore(self, *_: object) -> None:
+        before, self._before = self._before, {}
+        if self.found_inf is not None:
+            for value in self._on_the_device():  # moments begin at 0 in the first step
+                value.copy_(torch.where(self.found_inf > 0, before.get(id(value), 0), value))
+
+    def _on_the_device(self) -> list[Tensor]:
+        """What trains, and its moments; the numbers of steps are on the CPU."""
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moments = [value for p in moved for name, value in self.state[p].items() if name != "step"]
+        return moved + moments
+
+
+def skips_on_the_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its `found_inf`, a tensor that is 1 or 0, decides whether a step changes anything."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Moments that were loaded lie in memory as their weights do, which `--channels_last` may have changed."""
+    for p, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     settings = {
         "lr": config.learning_rate,
@@ -64,7 +111,7 @@ def _adamw(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Op
 
 
 def _radam(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Optimizer:
-    return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **settings)
+    return RAdam(parameters, decoupled_weight_decay=True, **settings)
 
 
 def _adamw_8bit(parameters: list[nn.Parameter], **settings: object) -> torch.optim.Optimizer:

@@ -8,7 +8,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cm_diffusers.engine import checkpoints
-from cm_diffusers.engine.optimizers import OptimConfig, make_lr_scheduler, make_optimizer
+from cm_diffusers.engine.optimizers import (
+    OptimConfig,
+    lay_out_moments,
+    make_lr_scheduler,
+    make_optimizer,
+    skips_on_the_device,
+)
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Loss, Networks
 
@@ -30,20 +36,24 @@ class Player:
         setattr(nets, name, self.network)
 
     def update(self, loss: Loss) -> dict[str, Tensor]:
-        """Clip, step and clear.
-
-        Raises:
-            FloatingPointError: Loss or gradient is not finite; the weights have not changed.
-        """
+        """Clip, step and clear. Where loss or gradient norm is not finite nothing changes; `skipped` is 1 then, else 0."""
         norm = self.accelerator.clip_grad_norm_(self.trainable, self.optim.max_grad_norm)
-        overflow_is_normal = self.accelerator.scaler is not None  # fp16: the scaler skips such a step
-        if not loss.value.isfinite() or not (overflow_is_normal or norm.isfinite()):
-            raise FloatingPointError(f"the {self.name}'s loss is {loss.value.item()}, its gradient norm {norm.item()}")
+        self.skipped = 1 - (loss.value.isfinite() & norm.isfinite()).float()
         learning_rate = torch.tensor(self.lr_scheduler.get_last_lr()[0])
-        self.optimizer.step()
+        self._step()
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
         return {f"{self.name}/grad_norm": norm.detach(), f"{self.name}/learning_rate": learning_rate}
+
+    def _step(self) -> None:
+        raw = self.optimizer.optimizer
+        if self.accelerator.scaler is not None:  # fp16: the scaler sees to it
+            self.optimizer.step()
+        elif skips_on_the_device(raw):
+            raw.found_inf = self.skipped
+            self.optimizer.step()
+        elif not self.skipped:  # which waits for the device
+            self.optimizer.step()
 
     def scheduled_rate(self) -> float:
         """The learning rate that the schedule has where it stands."""
@@ -60,6 +70,7 @@ class Player:
         checkpoints.load_trainable_state(self.raw, files[self.name])
         saved = checkpoints.join_optimizer_state(files[f"optimizer-{self.name}"], rest["optimizer"])
         self.optimizer.load_state_dict(saved)
+        lay_out_moments(self.optimizer.optimizer)
         self.lr_scheduler.load_state_dict(rest["lr_scheduler"])
 
 

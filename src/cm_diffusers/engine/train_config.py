@@ -29,8 +29,12 @@ class TrainConfig:
     )
     compile: bool | None = HfArg(
         default=None,
-        help="torch.compile every network; if not given, as accelerate's launcher or config file says, or not.",
+        help="torch.compile every network, by its repeated blocks where it has some; if not given, as accelerate's launcher or "
+        "config file says, or not.",
         metadata={"nargs": "?", "const": True},
+    )
+    channels_last: bool = HfArg(
+        default=False, help="Keep the weights of convolutions in NHWC order, for tensor cores; not for transformers."
     )
     allow_tf32: bool = HfArg(
         default=False, help="TF32 matrix products and convolutions on NVIDIA GPUs from Ampere on."
@@ -62,7 +66,9 @@ class TrainConfig:
     )
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = HfArg(default="tensorboard", help="Tracker.")
     tracker_project_name: str = HfArg(default="cm_diffusers", help="Project name for the tracker.")
-    logging_steps: int = HfArg(default=10, help="Optimizer steps between entries in the tracker.")
+    logging_steps: int = HfArg(
+        default=10, help="Optimizer steps between looks at the run: entries in the tracker, and whether all is finite."
+    )
 
     def __post_init__(self) -> None:
         take_launched(self)

@@ -1,7 +1,6 @@
 """The only training loop. It knows players, batches and progress, and no method."""
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from cm_diffusers.engine.averages import Averages, ema_update
 from cm_diffusers.engine.branching import check_stages
 from cm_diffusers.engine.identity import run_defaults, run_identity
 from cm_diffusers.engine.interrupts import stop_request
+from cm_diffusers.engine.looks import Looks, Turn, is_looked_at, is_saved, stacked
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
@@ -24,6 +24,7 @@ from cm_diffusers.engine.snapshots import is_due, write_weights
 from cm_diffusers.engine.state import load_state, write_state
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError, optional, writable
+from cm_diffusers.models.execution import compile_network, to_channels_last
 from cm_diffusers.models.recomputation import recompute_activations
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
@@ -44,7 +45,8 @@ class Trainer:
         optim: How the players learn: one config for all, or one per player.
         settings: Dataclasses with whatever else a resumed run must share, such as the data's.
         callbacks: `(trainer, loss) -> None` after each optimizer step and its checkpoint, on every rank; they only show
-            something, so one that fails is a warning. They do not wait for other ranks.
+            something, so one that fails is a warning. They do not wait for other ranks. To read the loss is to wait for the
+            device.
 
     Attributes:
         place: Rank, number of ranks and device, as sources of batches take them.
@@ -79,8 +81,11 @@ class Trainer:
         for _, module in self.nets.items():
             module.to(self.device)
             if config.compile:
-                module.compile()
+                compile_network(module)
+        if config.channels_last:
+            to_channels_last([module for _, module in self.nets.items()])
         self.averages = Averages(self.nets.student, config.export_ema_decay, config.ema_sigma_rels)
+        self.looks, self.ahead = Looks(self.accelerator, config), []
         self.players = [self._make_player(name, optims[name]) for name in objective.players]
         cooldowns = [player.optim.cooldown_of(config.max_train_steps) for player in self.players]
         is_branch = self.folder.checkpoint is not None and not self.folder.continues
@@ -110,10 +115,11 @@ class Trainer:
 
         Raises:
             ValueError: The folder is in use, the data are others than before, or a checkpoint cannot be written.
-            FloatingPointError: A loss or gradient is not finite; the last checkpoint stands.
-            SystemExit: SIGINT or SIGTERM arrived; a checkpoint was written.
+            FloatingPointError: A loss or gradient was not finite: its step changed nothing, and the last checkpoint stands.
+                Found when the run is next looked at: every `logging_steps`, at the end and before anything is written.
+            SystemExit: SIGINT or SIGTERM arrived, in several processes before the last look; a checkpoint was written.
         """
-        config, self.source = self.config, batches
+        config, self.source, self.ahead = self.config, batches, []
         self.folder.know_data(getattr(batches, "fingerprint", None))
         if self.source_state:
             with checkpoints.undamaged(self.folder.checkpoint):
@@ -127,29 +133,47 @@ class Trainer:
             logger.warning("Training ended at step %d of %d: %s", self.step, config.max_train_steps, self.stopping)
 
     def _fit(self, stream: Iterator[Batch]) -> None:
-        config, last_saved = self.config, self.step
+        config, last_saved, alone = self.config, self.step, self.accelerator.num_processes == 1
         quiet = not self.accelerator.is_local_main_process
         with stop_request() as request, tqdm(initial=self.step, total=config.max_train_steps, disable=quiet) as bar:
             while self.step < config.max_train_steps and not self.stopping:
-                started = time.perf_counter()
-                loss, images = self.training_step(stream)
-                self._log(loss, images / (time.perf_counter() - started), bar)
+                with self.looks.measured():
+                    loss, images = self.training_step(stream)
+                    self._take_ahead(stream)
+                    self.looks.images += images
+                    values = self.looks.values(loss) if self._looks else {}
+                bar.update()
+                self.looks.show(self.step, values, bar)
                 for callback in self.steering:
                     callback(self, loss)
                 self._keep_weights()
-                ends = self.step == config.max_train_steps or bool(self.stopping)
-                if ends or self.step % config.checkpointing_steps == 0 or self.step in config.branch_steps:
-                    last_saved = self.save()
+                if self._saves:
+                    last_saved = self._save_sound()
                 for callback in self.callbacks:
                     with optional(f"What shows step {self.step}"):
                         callback(self, loss)
-                if any_rank(self.accelerator, request.arrived):  # all leave at the same step
+                # all leave at the same step
+                if (alone or self._looks) and any_rank(self.accelerator, request.arrived):
                     if last_saved != self.step:
-                        self.save()
+                        self._save_sound()
                     raise SystemExit(
                         f"Stopped {'by a signal' if request.signum else 'without a launcher'} at step {self.step}; "
                         "continue with --resume_from_checkpoint latest."
                     )
+
+    @property
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after the step just taken."""
+        return bool(self.stopping) or is_saved(self.step, self.config)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the step just taken is looked at, by all ranks."""
+        return self._saves or is_looked_at(self.step, self.config)
+
+    def _save_sound(self) -> int:
+        self.looks.check()
+        return self.save()
 
     def end(self) -> None:
         """The result is written: what this run has replaced goes, and the tracker is closed."""
@@ -159,25 +183,26 @@ class Trainer:
     def training_step(self, stream: Iterator[Batch]) -> tuple[Loss, int]:
         """One optimizer step of every player; returns the mean loss of the first and the images seen by all ranks."""
         rank, progress, losses, logs = self.accelerator.process_index, self.progress, [], {}
-        seed_everything(self.config.seed, rank, self.step, 0)  # for sources that sample, such as rollouts
-        batches = [next(stream).to(self.device) for _ in range(self.config.gradient_accumulation_steps)]
+        batches, self.ahead = self.ahead or self._take(stream), []
         for turn, player in enumerate(self.players, start=1):
             seed_everything(self.config.seed, rank, self.step, turn)
             with only_trains(player, self.players):
                 loss = self._accumulate(player, batches, progress)
             if loss is not None:
                 losses.append(loss)
-                logs |= loss.logs | self._update(player, loss)
+                logs |= loss.logs | player.update(loss)
+                self.looks.turns.append(Turn(self.step, player.name, loss.value, logs[f"{player.name}/grad_norm"]))
         self.step += 1
+        skipped = self.players[0].skipped
         if self.nets.target is not None:
             decay = getattr(self.objective, "target_decay", lambda progress: self.config.ema_decay)
-            ema_update(self.nets.target, self.student, decay(progress))
-        self.averages.update(self.step)
+            ema_update(self.nets.target, self.student, decay(progress), skipped)
+        self.averages.update(self.step, skipped)
         return Loss(losses[0].value, logs), sum(b.size for b in batches) * self.accelerator.num_processes
 
     def _accumulate(self, player: Player, batches: list[Batch], progress: Progress) -> Loss | None:
         """Back-propagate the mean loss over the micro-batches; returns means over micro-batches and ranks."""
-        values, logs = [], []
+        rows = []
         for batch in batches:
             syncs = batch is batches[-1]
             with nullcontext() if syncs else self.accelerator.no_sync(player.network):
@@ -186,22 +211,23 @@ class Trainer:
                 if loss is None:
                     return None
                 self.accelerator.backward(loss.value / len(batches))
-            values.append(loss.value.detach().float())
-            logs.append(loss.logs)
-        mean = {name: torch.stack([log[name].float() for log in logs]).mean() for name in logs[0]}
-        mean["value"] = torch.stack(values).mean()
-        mean = self.accelerator.reduce(mean, reduction="mean")
-        return Loss(mean.pop("value"), mean)
+            rows.append(stacked([loss.value, *loss.logs.values()], loss.value))
+        value, *logs = self.accelerator.reduce(torch.stack(rows).mean(0), reduction="mean")
+        return Loss(value, dict(zip(loss.logs, logs, strict=True)))
 
-    def _update(self, player: Player, loss: Loss) -> dict[str, torch.Tensor]:
-        try:
-            return player.update(loss)
-        except FloatingPointError as error:
-            kept = checkpoints.list_checkpoints(self.output_dir)
-            raise FloatingPointError(
-                f"Training stopped at step {self.step}: {error}. The last good checkpoint is "
-                f"{kept[-1] if kept else 'none yet'}; try a lower --learning_rate or --mixed_precision no or bf16."
-            ) from None
+    def _take(self, stream: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step; the seed is for sources that sample, such as rollouts."""
+        seed_everything(self.config.seed, self.accelerator.process_index, self.step, 0)
+        return [next(stream).to(self.device) for _ in range(self.config.gradient_accumulation_steps)]
+
+    def _take_ahead(self, stream: Iterator[Batch]) -> None:
+        """Make the next step's batches while the device is busy with this one.
+
+        Not of a source with a state, which a checkpoint must find as this step left it and weights may enter; nor before a
+        checkpoint, which a source that fails must not prevent.
+        """
+        if not (self._saves or hasattr(self.source, "state")):
+            self.ahead = self._take(stream)
 
     @contextmanager
     def export_weights(self) -> Iterator[nn.Module]:
@@ -248,12 +274,3 @@ class Trainer:
         if self.config.gradient_checkpointing:
             recompute_activations(getattr(self.nets, name))
         return Player(name, self.nets, optim, self.config.max_train_steps, self.accelerator)
-
-    def _log(self, loss: Loss, images_per_second: float, bar: tqdm) -> None:
-        bar.update()
-        others = [f"{name[:-5]} {value.item():.4g}, " for name, value in loss.logs.items() if name.endswith("/loss")]
-        bar.set_postfix_str(f"loss {loss.value.item():.4g}, {''.join(others)}{images_per_second:.1f} images/s", False)
-        if self.step % self.config.logging_steps == 0:
-            values = {name: value.item() for name, value in (loss.logs | {"loss": loss.value}).items()}
-            with optional(f"The tracker at step {self.step}"):
-                self.accelerator.log(values | {"images_per_second": images_per_second}, step=self.step)

@@ -67,7 +67,7 @@ class CTObjective:
             target = self.consistency(nets.target or nets.student, x_s, s, batch.cond)
         online = self.consistency(nets.student, x0 + append_dims(t, x0) * noise, t, batch.cond)
         value = self.distance(online, target).mean()  # Eq. 10 with weight 1
-        return Loss(value, {"num_scales": x0.new_tensor(len(grid))})
+        return Loss(value, {"num_scales": x0.new_full((), len(grid))})
 
     def grid(self, progress: Progress) -> Tensor:
         """The ascending sigmas trained at."""

@@ -103,7 +103,7 @@ class CTMObjective:
         output = self.view(nets.student, x_t, t, self.told(cond, s, x_t))
         fake = self.data(nets.target, self.landed(output, x_t, t, s), s, cond)
         value = self.distance(fake, goal).mean()  # soft matching
-        logs = {"consistency": value.detach(), "teacher_intervals": x0.new_tensor(len(between) - 1)}
+        logs = {"consistency": value.detach(), "teacher_intervals": x0.new_full((), len(between) - 1)}
         total, more = self.adversary.join(value, fake, lambda fake: nets.critic(*self.shown([fake]), cond), progress)
         if self.config.dsm_weight > 0:
             matching, pull = self.matching(nets.student, batch)

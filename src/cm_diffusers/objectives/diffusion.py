@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.denoisers import for_frames
-from cm_diffusers.diffusion.process import Process, append_dims, diffuse
+from cm_diffusers.diffusion.process import Process, append_dims, diffuse, moved_to
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch, Loss, Networks, Progress
 
@@ -43,7 +43,7 @@ class DiffusionObjective:
         dropped = torch.rand(len(x0), device=device) < self.config.condition_dropout
         cond = {k: torch.where(_mask(dropped, v), batch.uncond[k], v) for k, v in batch.cond.items()}
         x_t = diffuse(self.process, x0, noise, t)
-        output = nets.student(x_t, t.to(device), **for_frames(cond, x_t), return_dict=False)[0].float()
+        output = nets.student(x_t, moved_to(t, x0), **for_frames(cond, x_t), return_dict=False)[0].float()
         value = (output - self.target(x0, noise, t)).square().mean()
         return Loss(value, {})
 

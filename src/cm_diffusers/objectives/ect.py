@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.distances import pseudo_huber
 from cm_diffusers.diffusion.preconditioning import edm_scalings
-from cm_diffusers.diffusion.process import append_dims, as_like
+from cm_diffusers.diffusion.process import append_dims, as_like, moved_to
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.teaching import Guiding
 from cm_diffusers.diffusion.times import easy_ratio, sample_lognormal
@@ -80,7 +80,7 @@ class ECTObjective:
         online = self.consistency(nets.student, x0 + append_dims(t, x0) * noise, t, batch.cond)
         distance = pseudo_huber(online, target, config.huber_c)
         weight = WEIGHTINGS[config.weighting](t, r, self.view.sigma_data)
-        logs = {"stage": x0.new_tensor(self.stage(progress)), "distance": distance.mean().detach()}
+        logs = {"stage": x0.new_full((), self.stage(progress)), "distance": distance.mean().detach()}
         return Loss((as_like(weight, distance) * distance).mean(), logs)
 
     def target(self, network: nn.Module, batch: Batch, noise: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class ECTObjective:
         x0, needed = batch.x0, r > 0
         rows = torch.arange(len(x0)) if has_dropout(network) else needed.nonzero().flatten()
         rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # all ranks call the network equally often
-        seen, at = torch.where(needed, r, t)[rows], rows.to(x0.device)  # networks have no sigma = 0
+        seen, at = torch.where(needed, r, t)[rows], moved_to(rows, x0)  # networks have no sigma = 0
         x = x0[at] + append_dims(seen, x0) * noise[at]
         jump = self.consistency(network, x, seen, {name: value[at] for name, value in batch.cond.items()})
         return torch.where(append_dims(needed, x0) != 0, x0.index_copy(0, at, jump), x0)

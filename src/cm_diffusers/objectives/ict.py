@@ -63,7 +63,7 @@ class ICTObjective:
         c = huber_c(x0[0].numel()) if config.huber_c is None else config.huber_c
         distance = pseudo_huber(online, target, c)
         value = (distance / as_like(t - s, distance)).mean()  # Sec. 3.1
-        return Loss(value, {"num_scales": x0.new_tensor(len(grid)), "distance": distance.mean().detach()})
+        return Loss(value, {"num_scales": x0.new_full((), len(grid)), "distance": distance.mean().detach()})
 
     def grid(self, progress: Progress) -> Tensor:
         """The ascending sigmas trained at."""

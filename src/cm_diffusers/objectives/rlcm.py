@@ -73,6 +73,7 @@ class RLCMObjective:
             if getattr(config, name) <= 0:
                 raise UserError(f"--{name} must be positive, but it is {getattr(config, name)}.")
         self.config, self.policy, self.score, self.has_warned = config, policy, score, False
+        self.first_step: int | None = None
         self.players = {"student": self}
 
     @property
@@ -93,7 +94,9 @@ class RLCMObjective:
             with torch.no_grad():
                 before = self.policy.transition(nets.teacher, *where)
             kl = as_like(kl_divergence(taken, before, config.logprob_reduction).mean(), kl)
-        value, off = self._policy_loss(log_ratio.exp(), batch), (log_ratio.detach().exp() - 1).abs()
+        off = (log_ratio.detach().exp() - 1).abs()
+        self._check_rounding(off, batch, progress)
+        value = self._policy_loss(log_ratio.exp(), batch)
         clipped = (off > config.clip_range).float().mean()
         found = (log_ratio.detach().abs().mean(), clipped, kl.detach())
         return Loss(value + config.kl_coef * kl, logs | dict(zip(LOGS, found, strict=True)))
@@ -108,13 +111,17 @@ class RLCMObjective:
         config, advantage = self.config, batch.advantage.clamp(-self.config.adv_clip, self.config.adv_clip)
         if config.loss == "reinforce":
             return -(ratio * advantage).mean()
-        off = (ratio.detach() - 1).abs()
-        if batch.is_fresh and not self.has_warned and (off > config.clip_range).any():
+        clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
+        return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+
+    def _check_rounding(self, off: Tensor, batch: Moves, progress: Progress) -> None:
+        """Warn where ratios are off by `off` `(B,)` before anything was learnt; in the first step alone, for it waits for the device."""
+        self.first_step = progress.step if self.first_step is None else self.first_step
+        checks = self.config.loss != "reinforce" and batch.is_fresh and progress.step == self.first_step
+        if checks and not self.has_warned and (off > self.config.clip_range).any():
             self.has_warned = True
             logger.warning(
                 "The clip acts on %.0f %% of the samples before anything was learnt from them: rounding moves the ratio by up "
                 "to %.1e, more than --clip_range %g. Take --mixed_precision no, a larger range, or --loss reinforce.",
-                100 * (off > config.clip_range).float().mean().item(), off.max().item(), config.clip_range,
+                100 * (off > self.config.clip_range).float().mean().item(), off.max().item(), self.config.clip_range,
             )  # fmt: skip
-        clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
-        return -torch.minimum(ratio * advantage, clipped * advantage).mean()

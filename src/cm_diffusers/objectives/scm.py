@@ -238,7 +238,7 @@ class SCMObjective:
         return {
             "tangent_norm": norms.mean(),
             "tangent_max": norms.max(),
-            "warmup": g.new_tensor(self.warmup(progress)),
+            "warmup": g.new_full((), self.warmup(progress)),
             "residual_low": low.mean(),
             "residual_high": high.mean(),
             "left_out": 1 - usable.float().mean(),

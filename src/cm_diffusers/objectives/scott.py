@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.adversarial import AdversarialConfig, Adversary, check_choices
 from cm_diffusers.diffusion.distances import DISTANCES
-from cm_diffusers.diffusion.process import as_like, diffuse
+from cm_diffusers.diffusion.process import as_like, diffuse, moved_to
 from cm_diffusers.diffusion.rng import rewind_rng
 from cm_diffusers.diffusion.solvers import NOISE_SCALES, ddim_sde, er_sde
 from cm_diffusers.diffusion.teaching import Teaching
@@ -145,4 +145,4 @@ class SCottObjective:
     @staticmethod
     def told(times: Tensor, like: Tensor) -> Tensor:
         """Where the critic is; not every device has the float64 of a flow's times."""
-        return as_like(times, like) if times.is_floating_point() else times.to(like.device)
+        return as_like(times, like) if times.is_floating_point() else moved_to(times, like)

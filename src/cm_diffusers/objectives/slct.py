@@ -89,7 +89,7 @@ class SLCTObjective:
         consistency = (distance / as_like(t - s, distance)).mean()
         diffusion = (l2(online, x0) * as_like(low / share, distance)).mean()
         logs = {"consistency": consistency.detach(), "diffusion": diffusion.detach()}
-        logs |= {"num_scales": x0.new_tensor(len(grid)), "robust_c": x0.new_tensor(c)}
+        logs |= {"num_scales": x0.new_full((), len(grid)), "robust_c": x0.new_full((), c)}
         return Loss(consistency + config.diffusion_weight * diffusion, logs)
 
     def coupled(self, x0: Tensor, noise: Tensor, cond: dict[str, Tensor]) -> Tensor:

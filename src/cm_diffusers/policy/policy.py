@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm_diffusers.diffusion.denoisers import Call, call_unet
 from cm_diffusers.diffusion.guidance import Combine, combine_linear
-from cm_diffusers.diffusion.process import RectifiedFlow, home_of_float64, interpret
+from cm_diffusers.diffusion.process import RectifiedFlow, home_of_float64, interpret, moved_to
 from cm_diffusers.errors import UserError
 from cm_diffusers.policy.transitions import Transition, draw, transition
 from cm_diffusers.schedulers.scheduling_flow_consistency import FlowConsistencyScheduler
@@ -157,7 +157,7 @@ class Policy:
     def _output(
         self, network: Callable, index: int, sample: Tensor, cond: Conditions, uncond: Conditions | None
     ) -> Tensor:
-        told = self.scheduler.timesteps[index].to(sample.device)
+        told = moved_to(self.scheduler.timesteps[index], sample)
         x = copy.copy(self.scheduler).scale_model_input(sample, told)  # some keep the step that they were asked for
         if isinstance(self.scheduler, FlowConsistencyScheduler):
             told = told / self.scheduler.config.num_train_timesteps

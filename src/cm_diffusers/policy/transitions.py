@@ -42,7 +42,7 @@ class Transition(NamedTuple):
 
     Attributes:
         mean: `(B, ...)`, float32.
-        std: A number, float32; 0 where the step adds no noise.
+        std: A number, float32, on the CPU, so that it can be asked about; 0 where the step adds no noise.
         denoised: The clean data that the network sees in the sample `(B, ...)`, float32.
     """
 
@@ -74,8 +74,8 @@ def transition(
     _check_index(scheduler, index)
     _check_shapes("model_output", model_output, "the sample", sample)
     mean, std, denoised = law(scheduler, index, doubled(model_output), doubled(sample))
-    parts = mean, torch.as_tensor(std), denoised
-    return Transition(*(part.float().to(sample.device) for part in parts))
+    mean, denoised = (part.float().to(sample.device) for part in (mean, denoised))
+    return Transition(mean, torch.as_tensor(std).float(), denoised)
 
 
 def draw(transition: Transition, noise: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def kl_divergence(transition: Transition, reference: Transition, reduction: Redu
 def _consistency(scheduler: SteppingScheduler, index: int, output: Tensor, x: Tensor) -> Parts:
     _check_own(scheduler)
     denoised = scheduler._denoise(output, scheduler._schedule[index], x)
-    zero, one = x.new_zeros(()), x.new_ones(())
+    zero, one = torch.zeros((), dtype=x.dtype), torch.ones((), dtype=x.dtype)
     std = scheduler._move(zero, zero, index, lambda: one)  # a step is linear in f, x and the noise
     return scheduler._move(denoised, x, index, lambda: zero), std, denoised
 

@@ -1,7 +1,7 @@
 """What happens after an optimizer step, beside learning: `(trainer, loss) -> None`."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from cm_diffusers.types import Loss
 
 
 SHOWN_FRAMES = 4  # of a clip, from the first to the last
+AT_ONCE = 4  # images of a grid, beside all that training keeps in memory
 
 
 @dataclass
@@ -111,10 +112,8 @@ def sample_grid(
     rows: list[Tensor] = []
 
     def sample(pipe: DiffusionPipeline, steps: int, scale: float) -> Tensor:
-        network = network_of(pipe)
-        others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not network]
-        with placed(tuple(others), network.device):
-            at_once = 1 if shown else len(prompts)
+        with beside(network_of(pipe), pipe):
+            at_once = 1 if shown else AT_ONCE
             samples, _ = generate(pipe, prompts, seeds, steps, scale, at_once, resolution, num_frames=num_frames)
             return samples[:, shown].flatten(0, 1) if shown else samples
 
@@ -123,17 +122,12 @@ def sample_grid(
         if teacher is not None:
             names.insert(0, f"teacher, {config.validation_teacher_steps}")
             if not rows:
-                with (
-                    adapters_off(adapter_layers(network_of(teacher))),
-                    trainer.accelerator.autocast(),
-                ):  # it may be cast
+                with adapters_off(adapter_layers(network_of(teacher))), trainer.accelerator.autocast():
                     rows.append(sample(teacher, config.validation_teacher_steps, config.validation_guidance_scale))
         scale = config.validation_guidance_scale if guidance_scale is None else guidance_scale
-        with trainer.export_weights() as student:
+        with trainer.export_weights() as student, precision(trainer, student):
             pipe = make_pipeline(student)
-            cast = network_of(pipe).dtype != torch.float32  # below a LoRA
-            with trainer.accelerator.autocast() if cast else nullcontext():
-                samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
+            samples = [sample(pipe, steps, scale) for steps in config.validation_nfe]
         heads = [f"{p} ({s})" for p, s in zip(prompts, seeds, strict=True)]
         heads = [f"{head}, frame {number}" for head in heads for number in shown] or heads
         return image_grid(rows + samples, names, heads)
@@ -187,20 +181,32 @@ def image_grids(
     captions = [prompts[i % len(prompts)] for i in range(count)] if prompts else [f"seed {i}" for i in range(count)]
 
     def sample(pipe: DiffusionPipeline, steps: int) -> Tensor:
-        if resolution is not None:
-            pipe.to(network_of(pipe).device)
-            return generate(pipe, captions, range(count), steps, guidance_scale, count, resolution)[0]
-        pipe.to(pipe.unet.device)
-        return generate_unprompted(pipe, range(count), steps, count)[0]
+        with beside(pipe.unet if resolution is None else network_of(pipe), pipe):
+            if resolution is not None:
+                return generate(pipe, captions, range(count), steps, guidance_scale, AT_ONCE, resolution)[0]
+            return generate_unprompted(pipe, range(count), steps, AT_ONCE)[0]
 
     def draw(trainer: Trainer) -> Image.Image:
-        with trainer.export_weights() as student:
+        with trainer.export_weights() as student, precision(trainer, student):
             pipe = make_pipeline(student)
             samples = [sample(pipe, steps) for steps in nfe]
         names = [f"{steps} step{'s' * (steps > 1)}" for steps in nfe]
         return image_grid(samples, names, captions)
 
     return SampleGrids(config.validation_steps, draw, bool(count and (resolution is None or prompts)))
+
+
+def beside(network: nn.Module, pipe: DiffusionPipeline) -> AbstractContextManager:
+    """The other parts of a pipeline are on its network's device inside the block, and back where they were after it."""
+    others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not network]
+    return placed(tuple(others), network.device)
+
+
+def precision(trainer: Trainer, network: nn.Module) -> AbstractContextManager:
+    """That of training; but of fp16, in which some VAEs overflow, only for a network that cannot do without."""
+    is_cast = next(network.parameters()).dtype != torch.float32  # below a LoRA
+    wanted = is_cast or trainer.config.mixed_precision != "fp16"
+    return trainer.accelerator.autocast() if wanted else nullcontext()
 
 
 def publish_grid(trainer: Trainer, grid: Image.Image) -> None:

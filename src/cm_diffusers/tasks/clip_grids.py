@@ -12,7 +12,7 @@ from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.models.motion import video_pipeline
 from cm_diffusers.tasks.animatelcm import Parts, Stage, StageConfig
-from cm_diffusers.tasks.callbacks import SampleGrids, ValidationConfig, sample_grid
+from cm_diffusers.tasks.callbacks import SampleGrids, ValidationConfig, beside, sample_grid
 
 
 def clip_grid(
@@ -38,16 +38,17 @@ def clip_grid(
         return [(f"{prompt}: {name}", _clip(pipe, prompt, seed, steps, scale)) for prompt, seed in asked]
 
     def _clip(pipe: DiffusionPipeline, prompt: str, seed: int, steps: int, scale: float) -> Tensor:
-        frames = pipe.to(pipe.unet.device)(
-            prompt,
-            num_frames=num_frames,
-            height=resolution,
-            width=resolution,
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-        ).frames
+        with beside(pipe.unet, pipe):
+            frames = pipe(
+                prompt,
+                num_frames=num_frames,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="pt",
+            ).frames
         return frames[0].float().cpu()
 
     def draw(trainer: Trainer) -> Image.Image:
