@@ -22,7 +22,7 @@ from tiny_xl import tiny_xl_pipeline
 
 from cm_diffusers.data.cache import module_fingerprint
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.preprocessing import PIXELS, View, content_hash, decode_image, preprocess
+from cm_diffusers.data.preprocessing import PIXELS, View, decode_image, preprocess
 from cm_diffusers.data.ragged import trimmed
 from cm_diffusers.data.sampler import Stream
 from cm_diffusers.data.shards import shard_key
