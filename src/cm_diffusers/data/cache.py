@@ -171,7 +171,8 @@ def cached_posteriors(
         target = framing.targets[framing.assigned[rows[0]]]
         for part in row_ranges(len(numbers), config.encode_batch_size):
             chosen = [int(rows[numbers[i]]) for i in part]
-            images = [_image(records[i][config.image_column], framing, i, variant) for i in chosen]
+            found = records[chosen][config.image_column]
+            images = [_image(record, framing, i, variant) for record, i in zip(found, chosen, strict=True)]
             yield encode_images(images, target, encoder(), config)
 
     there = framing.digests.there

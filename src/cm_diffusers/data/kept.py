@@ -86,7 +86,7 @@ def keep(wanted: Sequence[Wanted], config: DataConfig, kind: str, shard_rows: in
     Args:
         wanted: Rows by setting.
         config: Says whether and where they are kept.
-        kind: What they are, for the progress bar, the log and `cache.py stats`.
+        kind: What they are, for the progress bar, the log and `cache_stats.py`.
         shard_rows: Of a new shard; `SHARD_ROWS` if not given.
 
     Raises:
@@ -244,8 +244,8 @@ class _Room:
         )
         if each * self.rows > free:
             raise UserError(
-                f"--latent_cache_dir {self.folder} has {_size(free)} free, but {need}: make room (training/cache.py "
-                "prune), name another folder, or take fewer images; --streaming needs no room."
+                f"--latent_cache_dir {self.folder} has {_size(free)} free, but {need}: make room (training/cache_prune.py), "
+                "name another folder, or take fewer images; --streaming needs no room."
             )
         if int(os.environ.get("RANK", "0")) == 0:
             logger.info("%s; %s has %s free.", need, self.folder, _size(free))

@@ -64,11 +64,9 @@ def chunks(values: Iterable[Any], size: int = AT_ONCE) -> Iterator[list[Any]]:
     return iter(lambda: list(islice(rest, size)), [])
 
 
-def files_fingerprint(files: list[str], *others: str) -> str:
-    """Of large files, by their sizes and three samples of each, and of what else there is; "" if one is not here."""
-    if not files or not all(map(os.path.isfile, files)):
-        return ""
-    return shard_key(*others, *map(_sample, files))
+def file_samples(files: list[str]) -> list[str]:
+    """Of each of some large files a hash of its size and three samples; none if one is not here."""
+    return [_sample(file) for file in files] if all(map(os.path.isfile, files)) else []
 
 
 def _sample(name: str) -> str:
@@ -140,11 +138,12 @@ def check_writable(folder: Path) -> None:
         raise UserError(_unwritable(folder, error)) from error
 
 
-def write_shard(path: Path, tensors: Tensors, kind: str) -> None:
+def write_shard(path: Path, tensors: Tensors, kind: str, about: dict[str, str] | None = None) -> None:
     """
     Args:
         path: Inside a folder of the cache.
-        kind: What its rows are, in the words of `cache.py stats`.
+        kind: What its rows are, in the words of `cache_stats.py`.
+        about: What else it says of itself.
 
     Raises:
         ValueError: It cannot be written; nothing is left of it.
@@ -152,7 +151,7 @@ def write_shard(path: Path, tensors: Tensors, kind: str) -> None:
     aside = path.with_suffix(f".{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        save_file(tensors, aside, {"key": path.stem, "kind": kind})
+        save_file(tensors, aside, {"key": path.stem, "kind": kind} | (about or {}))
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -168,7 +167,7 @@ def write_shard(path: Path, tensors: Tensors, kind: str) -> None:
 
 
 def mark_used(paths: Iterable[Path]) -> None:
-    """Their time of change becomes now: by it `cache.py prune` knows what nobody reads any more."""
+    """Their time of change becomes now: by it `cache_prune.py` knows what nobody reads any more."""
     for path in paths:
         with suppress(OSError):  # of a folder that is only read
             os.utime(path)
