@@ -1,6 +1,7 @@
 """Tar shards by their index: any batch at once, each sample once an epoch over any number of ranks, from disk, web and Hub."""
 
 import io
+import json
 import re
 import tarfile
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfFileSystem, constants
 
 from cm_diffusers.data import tar_index
 from cm_diffusers.data.streaming import streaming_batches
@@ -192,14 +194,23 @@ class Ranges(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        """The folder's files, also as those of a data set on the Hub."""
+        if self.path.startswith("/api/datasets/ada/tars"):
+            return self.answer(200, json.dumps(self.told()).encode(), {"Content-Type": "application/json"})
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        content = Path(self.translate_path(self.path)).read_bytes()
+        content = Path(self.directory, Path(self.path).name).read_bytes()
         self.server.sent.append(len(content))
         if not (asked and self.knows_ranges):
             return self.answer(200, content, {})
         start, end = int(asked[1]), min(int(asked[2]) + 1, len(content))
         self.server.sent[-1] = end - start
         return self.answer(206, content[start:end], {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}"})
+
+    def told(self) -> object:
+        files = sorted(Path(self.directory).iterdir())
+        if "/tree/" not in self.path:
+            return {"id": "ada/tars", "sha": "0" * 40, "siblings": [{"rfilename": path.name} for path in files]}
+        return [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
 
     def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -211,7 +222,6 @@ class Ranges(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[ThreadingHTTPServer]:
-    pytest.importorskip("aiohttp")
     (tmp_path / "tars").mkdir(exist_ok=True)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path / "tars")))
     server.sent = []
@@ -222,6 +232,7 @@ def server(tmp_path, monkeypatch) -> Iterator[ThreadingHTTPServer]:
 
 
 def test_shards_on_the_web_are_those_on_disk(config, encoders, server):  # noqa: F811
+    pytest.importorskip("aiohttp")
     url = f"http://127.0.0.1:{server.server_port}/{{00..{FILES - 1:02}}}.tar"
     web = replace(config, train_shards_path_or_url=url)
     stream = streaming_batches(web, encoders, 0)
@@ -237,7 +248,22 @@ def test_shards_on_the_web_are_those_on_disk(config, encoders, server):  # noqa:
     assert server.sent == []  # the index is kept
 
 
+def test_shards_on_the_hub_are_those_on_disk(config, encoders, server, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    HfFileSystem.clear_instance_cache()
+    hub = replace(config, train_shards_path_or_url=f"hf://datasets/ada/tars/{{00..{FILES - 1:02}}}.tar")
+    stream = streaming_batches(hub, encoders, 0)
+    server.sent.clear()
+    (found,) = islice(stream(5), 1)
+    HfFileSystem.clear_instance_cache()
+    assert_same(found, take(config, encoders, 1, 5)[0])
+    assert len(server.sent) == config.train_batch_size
+    assert max(server.sent) < 3000  # of a tar of 10,240 bytes
+
+
 def test_a_server_without_ranges_is_refused(config, encoders, server, monkeypatch):  # noqa: F811
+    pytest.importorskip("aiohttp")
     url = f"http://127.0.0.1:{server.server_port}/00.tar"
     stream = streaming_batches(replace(config, train_shards_path_or_url=url), encoders, 0)
     monkeypatch.setattr(Ranges, "knows_ranges", False)
