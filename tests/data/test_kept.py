@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL
+from engine.test_distributed import free_port
 from PIL import Image
 from safetensors.torch import save_file
 from scripts import run_script
@@ -118,6 +121,19 @@ def test_every_process_encodes_its_share(config, monkeypatch, machines):
     for machine in range(machines):
         together = chain.from_iterable(seen[machine * of_machine : (machine + 1) * of_machine])
         assert sorted(together) == sorted(names)
+
+
+def test_two_processes_share_one_folder(tmp_path):
+    """Five shards of four rows: the first process encodes three of them, and both read all."""
+    worker = Path(__file__).parents[1] / "kept_worker.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1"}
+    subprocess.run([*torchrun, str(worker), str(tmp_path)], check=True, capture_output=True, env=environment)
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    shares = [[*range(4), *range(8, 12), *range(16, 20)], [*range(4, 8), *range(12, 16)]]
+    assert [rank["seen"] for rank in ranks] == shares
+    expected = [[row, ranks[row // 4 % 2]["pid"]] for row in range(20)]
+    assert [rank["found"] for rank in ranks] == [expected] * 2
 
 
 def test_a_disk_without_room_is_found_before_a_shard_is_encoded(config, monkeypatch, caplog):

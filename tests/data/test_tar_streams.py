@@ -249,7 +249,9 @@ def test_shards_on_the_web_are_those_on_disk(config, encoders, server):  # noqa:
 
 
 def test_shards_on_the_hub_are_those_on_disk(config, encoders, server, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    home = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", home + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", home)
     monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
     HfFileSystem.clear_instance_cache()
     hub = replace(config, train_shards_path_or_url=f"hf://datasets/ada/tars/{{00..{FILES - 1:02}}}.tar")

@@ -1,6 +1,7 @@
 """The captions of a data set: one list of texts in Arrow, and by row the numbers of its own."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import datasets
 import numpy as np
@@ -63,13 +64,20 @@ class Captions(Sequence):
         return len(self.ends)
 
     def __getitem__(self, row: int) -> list[str] | np.ndarray:
-        start = self.ends[row - 1] if row else 0
-        values = self.values.array if isinstance(self.values, Texts) else self.values
-        found = values[start : self.ends[row]]
-        return found.to_pylist() if isinstance(self.values, Texts) else found
+        return self._between(self.ends[row - 1] if row else 0, self.ends[row])
 
     def __iter__(self) -> Iterator[list[str] | np.ndarray]:
-        return map(self.__getitem__, range(len(self)))
+        for start in range(0, len(self), AT_ONCE):
+            ends = self.ends[start : start + AT_ONCE]
+            first = self.ends[start - 1] if start else 0
+            values = self._between(first, ends[-1])
+            for begin, end in pairwise([first, *ends]):
+                yield values[begin - first : end - first]
+
+    def _between(self, start: int, end: int) -> list[str] | np.ndarray:
+        if isinstance(self.values, Texts):
+            return self.values.array[start:end].to_pylist()
+        return self.values[start:end]
 
     def numbered(self, rows: np.ndarray) -> tuple[Texts, "Captions"]:
         """The distinct texts of some rows, the empty prompt before all; and of each of these rows their numbers."""
