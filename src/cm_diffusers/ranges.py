@@ -36,7 +36,7 @@ INTERVALS = {
         stop_interval stop_patience validation_steps
     """,
     "[0, 1000000000]": """
-        adversarial_ramp adversarial_start bootstrap_samples lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples window
+        adversarial_ramp adversarial_start bootstrap_samples lr_cooldown_steps lr_warmup_steps snapshot_steps snapshot_window stage_steps step tangent_warmup_steps test_samples train_samples unused_days window
     """,
     "[1, 1000000]": """
         buffer_size gpus gpus_per_node discretization_s_0 discretization_s_1 evaluations latent_samples min_count num_classes num_clips num_ddim_timesteps

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from cm_diffusers.data import shards
 from cm_diffusers.data.cache import Vae
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.shards import Job, build, shard_key
+from cm_diffusers.data.kept import Wanted, keep
+from cm_diffusers.data.shards import keys_of, shard_key
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.types import Batch
@@ -48,7 +49,7 @@ def first(config: DataConfig, encoders: Encoders) -> Batch:
 
 
 def files(config: DataConfig) -> list[Path]:
-    return sorted(Path(config.latent_cache_dir).iterdir())
+    return sorted(path for path in Path(config.latent_cache_dir).rglob("*") if path.is_file())
 
 
 def replaced(path: Path, content: bytes) -> None:
@@ -77,8 +78,9 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_what_is_damaged_is_named_and_encoded_anew(config, encoders, kind, caplog):
     whole = first(config, encoders)
-    one, two = files(config)
-    for path, other in ((one, two), (two, one)):
+    paths = files(config)
+    assert len(paths) == 3  # what is in the image files, latents, captions
+    for path, other in zip(paths, [*paths[1:], paths[0]], strict=True):
         DAMAGE[kind](path, other)
         with caplog.at_level(logging.WARNING, "cm_diffusers.data.shards"):
             caplog.clear()
@@ -89,7 +91,7 @@ def test_what_is_damaged_is_named_and_encoded_anew(config, encoders, kind, caplo
         for message in caplog.messages:
             assert message.startswith(f"The cached file {path} ")
             assert message.endswith("; it is encoded anew.")
-    assert files(config) == [one, two]
+    assert files(config) == paths
 
 
 def test_another_vae_or_caption_is_never_taken_for_this_one(config, encoders):
@@ -144,19 +146,22 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_encoded(con
 def test_runs_that_fill_one_cache_do_not_disturb_each_other(tmp_path):
     """Each writes a file of its own and renames it, so what is there is always whole."""
     config = DataConfig(latent_cache_dir=str(tmp_path))
-    jobs = [Job(shard_key("x", i), range(50)) for i in range(8)]
-
-    def encode(job: Job):
-        yield {"x": torch.full((50, 100), float(jobs.index(job)))}
-
-    threads = [Thread(target=build, args=(jobs, encode, config, "")) for _ in range(4)]
+    keys = keys_of(map(str, range(50)))
+    wanted = [
+        Wanted(shard_key(i), keys, lambda rows, i=i: iter([{"x": torch.full((len(rows), 100), float(i))}]))
+        for i in range(8)
+    ]
+    threads = [Thread(target=keep, args=(wanted, config, "rows")) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(tmp_path.iterdir()) == sorted(tmp_path / f"{job.key}.safetensors" for job in jobs)
-    for i, job in enumerate(jobs):
-        assert load_file(tmp_path / f"{job.key}.safetensors")["x"].unique().tolist() == [i]
+    assert {path.name for path in tmp_path.iterdir()} == {one.setting for one in wanted}
+    for i, one in enumerate(wanted):
+        (path,) = (tmp_path / one.setting).iterdir()
+        found = load_file(path)
+        assert found["x"].unique().tolist() == [i]
+        assert np.array_equal(found["keys"].numpy(), keys)
 
 
 def test_what_killed_runs_left_is_removed_when_nobody_can_be_writing_it(config, encoders):

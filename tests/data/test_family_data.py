@@ -22,7 +22,7 @@ from tiny_xl import tiny_xl_pipeline
 
 from cm_diffusers.data.cache import module_fingerprint
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.preprocessing import PIXELS, View, content_hash, decode_image, preprocess
+from cm_diffusers.data.preprocessing import PIXELS, View, decode_image, preprocess
 from cm_diffusers.data.ragged import trimmed
 from cm_diffusers.data.sampler import Stream
 from cm_diffusers.data.shards import shard_key
@@ -124,11 +124,11 @@ def test_padding_is_not_stored(config, name):
     pipe = FAMILIES[name]()
     encoders = Encoders.from_pipeline(pipe)
     text_image_batches(config, encoders, 0)
-    captions = shard_key("conditions", encoders.fingerprint, "", *CAPTIONS)
+    captions = Path(config.latent_cache_dir) / shard_key("conditions", encoders.fingerprint)
     conditions = [family_of(network_of(pipe)).encode(pipe, [text]) for text in ["", *CAPTIONS]]
     mask = next(key for key in conditions[0] if key.endswith("mask"))
     tokens = [max(1, int(told[mask].sum())) for told in conditions]
-    with safe_open(Path(config.latent_cache_dir) / f"{captions}.safetensors", "pt") as file:
+    with safe_open(next(captions.iterdir()), "pt") as file:
         assert file.get_tensor(mask).tolist() == tokens
         states = next(key for key, told in conditions[0].items() if told.ndim == 3)
         assert file.get_slice(f"{states} of {mask}").get_shape()[0] == sum(tokens)
@@ -181,11 +181,10 @@ def test_caches_of_stable_diffusion_keep_their_names(config, make: Callable[[], 
     assert encoders.fingerprint == shard_key(*text)
     assert encoders.vae.fingerprint == module_fingerprint(pipe.vae)
     text_image_batches(replace(config, vae_dtype="bfloat16"), encoders, 0)
-    digests = [content_hash(row["image"]) for row in load_image_text(config)]
     settings = [64, "bilinear", "bfloat16", None, False]
-    images = shard_key("posterior", PIXELS, encoders.vae.fingerprint, *settings, *digests)
-    captions = shard_key("conditions", shard_key(*text), "", *CAPTIONS)
-    assert {file.stem for file in Path(config.latent_cache_dir).glob("*.safetensors")} == {images, captions}
+    images = shard_key("posterior", PIXELS, encoders.vae.fingerprint, *settings)
+    captions = shard_key("conditions", shard_key(*text))
+    assert {images, captions} < {folder.name for folder in Path(config.latent_cache_dir).iterdir()}
 
 
 @pytest.mark.parametrize(

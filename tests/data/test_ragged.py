@@ -100,10 +100,10 @@ def config(tmp_path) -> DataConfig:
 def test_a_shard_is_as_large_as_its_captions_are_long(config, length):
     table = cached_embeddings(CAPTIONS, lambda texts: encode(texts, length=length), "fake", config)
     tokens = sum(1 + len(text.split()) for text in CAPTIONS)
-    (file,) = Path(config.latent_cache_dir).glob("*.safetensors")
+    (file,) = Path(config.latent_cache_dir).glob("*/*.safetensors")
     content = tokens * (WIDTH * 2 + 1) + len(CAPTIONS) * (
-        2 + 8
-    )  # in float16, with a mask, a pooled value and a length
+        2 + 8 + 32
+    )  # in float16, with a mask, a pooled value, a length and a key
     assert content < file.stat().st_size < content + 700  # bytes of names and shapes
     assert content < 0.1 * len(CAPTIONS) * LENGTH * WIDTH * 2
     for numbers in (np.array([0, 17, 40, 3]), np.arange(41), np.array([0])):
@@ -130,10 +130,10 @@ def test_a_ragged_shard_is_read_again_and_one_of_other_rows_is_not(config):
     cached_embeddings(CAPTIONS, encode, "fake", config)
     again = cached_embeddings(CAPTIONS, refuse, "fake", config)
     assert again[np.array([40])]["pooled"].item() == 1 + 4 + 2  # four times "word", "number" and 39
-    (file,) = Path(config.latent_cache_dir).glob("*.safetensors")
-    other = DataConfig(latent_cache_dir=str(file.parent / "other"))
+    (file,) = Path(config.latent_cache_dir).glob("*/*.safetensors")
+    other = DataConfig(latent_cache_dir=str(file.parents[1] / "other"))
     cached_embeddings(CAPTIONS[:9], encode, "fake", other)
-    file.write_bytes(next(Path(other.latent_cache_dir).glob("*")).read_bytes())
+    file.write_bytes(next(Path(other.latent_cache_dir).glob("*/*")).read_bytes())
     with pytest.raises(AssertionError, match="must not be called"):
         cached_embeddings(CAPTIONS, refuse, "fake", config)
 
@@ -141,9 +141,9 @@ def test_a_ragged_shard_is_read_again_and_one_of_other_rows_is_not(config):
 @pytest.mark.parametrize(("scale", "dtype"), [(8000.0, torch.float16), (20000.0, torch.bfloat16)])
 def test_a_tensor_is_in_bfloat16_only_where_float16_overflows(config, scale, dtype):
     """The longest word has 6 letters: 48000 fits and 120000 does not, though it is not in the first part encoded."""
-    captions = ["a", "of", *["a"] * 7, "number", "a"]
+    captions = ["a", "of", *"bcdefgh", "number", "i"]
     table = cached_embeddings(captions, lambda texts: encode(texts, scale), "fake", config)
-    (file,) = Path(config.latent_cache_dir).glob("*.safetensors")
+    (file,) = Path(config.latent_cache_dir).glob("*/*.safetensors")
     stored = load_file(file)
     assert stored["states of mask"].dtype == dtype
     assert stored["pooled"].dtype == torch.float16

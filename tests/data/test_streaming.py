@@ -31,6 +31,7 @@ from cm_diffusers.models.families.latents import posterior
 
 FILES, ROWS = 4, 5  # 20 samples in all
 BROKEN = b"no image"
+NOT_KEPT = {"latent_cache_dir": DataConfig().latent_cache_dir}  # of a stream of tables
 
 
 def picture(number: int) -> Image.Image:
@@ -84,6 +85,7 @@ def config(tmp_path) -> DataConfig:
         encode_batch_size=2,
         proportion_empty_prompts=0.1,
         cache_dir=str(tmp_path / "hf"),
+        latent_cache_dir=str(tmp_path / "cache"),
     )
 
 
@@ -91,7 +93,12 @@ def config(tmp_path) -> DataConfig:
 def either(request, config, tmp_path) -> DataConfig:
     if request.param == "tar":
         return config
-    return replace(config, train_shards_path_or_url=None, train_data_dir=parquets(tmp_path / "parquet"))
+    return tables(config, tmp_path)
+
+
+def tables(config, tmp_path) -> DataConfig:
+    folder = parquets(tmp_path / "parquet")
+    return replace(config, train_shards_path_or_url=None, train_data_dir=folder, **NOT_KEPT)
 
 
 def encode_prompts(texts: list[str]) -> dict[str, torch.Tensor]:
@@ -153,13 +160,24 @@ def test_every_epoch_holds_every_sample_once_in_another_order(either, encoders):
 
 
 def test_the_files_order_is_a_permutation_of_our_own(either, encoders, monkeypatch):
-    """Epoch e reads them in the order of (seed, SHUFFLE, e, 0), whatever `datasets` does, and never waits."""
+    """Epoch e reads them in the order of (seed, SHUFFLE, e, 0), whatever `datasets` does, and never waits.
+
+    Blocks of one sample leave the rows of a table as they are; a window of a tar is at least one file.
+    """
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("slept"))
     order = [
         text for batch in take(plain(either, shuffle_buffer_size=1), encoders, 12, seed=7) for text in captions(batch)
     ]
-    files = [np.random.default_rng([7, SHUFFLE, epoch, 0]).permutation(FILES) for epoch in range(3)]
-    assert order == [f"c{file * ROWS + i}" for epoch in files for file in epoch for i in range(ROWS)]
+
+    def shuffled(*key: int, number: int) -> list[int]:
+        return np.random.default_rng([7, SHUFFLE, *key]).permutation(number).tolist()
+
+    expected = []
+    for epoch in range(3):
+        for window, file in enumerate(shuffled(epoch, 0, number=FILES)):
+            rows = range(ROWS) if either.train_data_dir else shuffled(epoch, 1 + window, number=ROWS)
+            expected += [f"c{file * ROWS + i}" for i in rows]
+    assert order == expected
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -175,10 +193,10 @@ def test_ranks_read_different_samples(either, encoders, ranks):
     assert sorted(found) == sorted(f"c{i}" for i in range(20))
 
 
-def test_samples_are_shuffled_within_blocks(config, encoders):
-    one_file = replace(
-        plain(config), train_shards_path_or_url=config.train_shards_path_or_url.replace("{00..03}", "00")
-    )
+def test_samples_are_shuffled_within_blocks(config, encoders, tmp_path):
+    one_file = plain(tables(config, tmp_path))
+    for file in range(1, FILES):
+        (tmp_path / "parquet" / f"{file}.parquet").unlink()
     orders = {size: captions(take(replace(one_file, shuffle_buffer_size=size), encoders, 1)[0]) for size in (1, 3, 99)}
     assert orders[1] == ["c0", "c1", "c2", "c3", "c4"]
     assert set(orders[3][:3]) == {"c0", "c1", "c2"}
@@ -253,10 +271,13 @@ def test_samples_that_lack_something_are_counted_and_skipped(tmp_path, config, e
     changes = {0: {"txt": b""}, 6: {"png": b""}, 7: {"png": BROKEN}, 12: {"txt": b" \n"}}
     config = plain(config, train_shards_path_or_url=tars(tmp_path / "damaged", changes))
     with caplog.at_level(logging.WARNING, "cm_diffusers.data.found"):
-        texts = [text for batch in take(config, encoders, 4) for text in captions(batch)]
+        stream = streaming_batches(config, encoders, 0)
+        known = "left out, samples without a caption: 1 (000); left out, samples without an image: 1 (006)."
+        assert caplog.messages[-1].endswith(known)  # by the names in the tar
+        texts = [text for batch in islice(stream(0), 4) for text in captions(batch)]
     assert not {"c0", "c6", "c7", "c12"} & set(texts)
-    for reason in ("samples without a caption", "samples without an image", "samples whose image cannot be read"):
-        assert f"so far left out, {reason}: 1 (" in caplog.text
+    assert "so far left out, samples whose image cannot be read: 1 (007.png)" in caplog.text
+    assert stream.found.skipped["samples without a caption"].names == ["000", "012.png"]
 
 
 def test_an_unreadable_image_does_not_move_the_others(tmp_path, config, encoders):
@@ -328,7 +349,7 @@ def test_truncated_parquet_files(tmp_path, config, encoders, streaming):
     folder = parquets(tmp_path / "parquet")
     path = Path(folder) / "2.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    config = replace(config, train_shards_path_or_url=None, train_data_dir=folder, streaming=streaming)
+    config = replace(config, train_shards_path_or_url=None, train_data_dir=folder, streaming=streaming, **NOT_KEPT)
     with pytest.raises(
         ValueError, match=r"^--train_data_dir: the file .*2\.parquet cannot be read: Parquet magic .*\.$"
     ):
@@ -337,7 +358,9 @@ def test_truncated_parquet_files(tmp_path, config, encoders, streaming):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_data_sets_out_of_reach(config, encoders, streaming):
-    config = replace(config, train_shards_path_or_url=None, dataset_name="nobody/nothing", streaming=streaming)
+    config = replace(
+        config, train_shards_path_or_url=None, dataset_name="nobody/nothing", streaming=streaming, **NOT_KEPT
+    )
     with pytest.raises(ValueError, match=r"^--dataset_name nobody/nothing cannot be read: .*\.$") as error:
         take(config, encoders, 1) if streaming else load_image_text(replace(config, shuffle_buffer_size=1000))
     assert "\n" not in str(error.value)
@@ -373,9 +396,11 @@ def test_data_without_a_usable_sample(tmp_path, config, encoders, change, messag
 
 
 def test_more_processes_than_samples(tmp_path, config, encoders):
-    path = write_tar(tmp_path / "x.tar", {"0.png": encoded(0), "0.txt": b"c"})
+    table = {"image": [{"bytes": encoded(0), "path": None}], "text": ["c"]}
+    parquet.write_table(pa.table(table), tmp_path / "one.parquet")
+    changes = {"train_shards_path_or_url": None, "train_data_dir": str(tmp_path)} | NOT_KEPT
     with pytest.raises(ValueError, match=r"gave this process no sample: it is empty, or has fewer"):
-        take(replace(config, train_shards_path_or_url=str(path)), encoders, 1, rank=1, world_size=2)
+        take(replace(config, **changes), encoders, 1, rank=1, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -383,15 +408,17 @@ def test_more_processes_than_samples(tmp_path, config, encoders):
     [
         ({"train_data_dir": "x"}, "exactly one is needed and --train_data_dir and --train_shards_path_or_url were given"),
         ({"train_shards_path_or_url": None}, "exactly one is needed and none was given"),
-        ({"train_shards_path_or_url": None, "train_data_dir": "."}, "reads parquet files from --train_data_dir"),
+        ({"train_shards_path_or_url": None, "train_data_dir": ".", **NOT_KEPT}, "reads parquet files from --train_data_dir"),
         ({"dataset_config_name": "x"}, "--dataset_config_name has no effect with --train_shards_path_or_url"),
-        ({"cache_latents": False}, "--cache_latents has no effect with --streaming"),
+        ({"train_shards_path_or_url": None, "train_data_dir": ".", "cache_latents": False, **NOT_KEPT},
+         "--cache_latents has no effect with --streaming of tables"),
         ({"dataset_split": "test"}, "--dataset_split has no effect with --train_shards_path_or_url"),
         ({"aspect_ratio_buckets": True}, "--aspect_ratio_buckets has no effect with --streaming"),
         ({"num_crops": 2}, "--num_crops has no effect with --streaming"),
         ({"max_train_samples": 9}, "--max_train_samples has no effect with --streaming"),
-        ({"latent_cache_dir": "x"}, "--latent_cache_dir has no effect with --streaming"),
-        ({"dataloader_num_workers": 2}, "--dataloader_num_workers is 2; leave it out"),
+        ({"train_shards_path_or_url": None, "train_data_dir": "."}, "--latent_cache_dir has no effect with --streaming of"),
+        ({"train_shards_path_or_url": None, "train_data_dir": ".", "dataloader_num_workers": 2, **NOT_KEPT},
+         "--dataloader_num_workers is 2; leave it out, or give tar files"),
         ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size must be at least 1, but it is 0"),
     ],
 )  # fmt: skip
@@ -402,7 +429,7 @@ def test_wrong_settings(config, encoders, changes, message, tmp_path, monkeypatc
 
 
 def test_missing_column_lists_the_columns_found(config, encoders, tmp_path):
-    config = replace(config, train_shards_path_or_url=None, train_data_dir=parquets(tmp_path / "parquet"))
+    config = tables(config, tmp_path)
     with pytest.raises(ValueError, match="no column named caption: choose from the columns found: image, text"):
         streaming_batches(replace(config, caption_column="caption"), encoders, 0)
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from cm_diffusers.data.framing import Framing
+from cm_diffusers.data.kept import Kept, Wanted, keep
 from cm_diffusers.data.preprocessing import PIXELS, decode_image, preprocess
-from cm_diffusers.data.ragged import joined, packed, row_of
-from cm_diffusers.data.shards import SHARD_ROWS, Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
+from cm_diffusers.data.ragged import Tensors, joined, packed, row_of
+from cm_diffusers.data.shards import keys_of, row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import Latents
@@ -106,35 +107,30 @@ class Posteriors:
     """VAE posteriors by row and variant, unscaled as the VAE gives them.
 
     Attributes:
-        valid: which rows hold a readable image (N,).
+        valid: which rows hold an image or a clip that is readable in every variant (N,).
 
     Args:
-        parts: rows of each shard; together all rows, each once.
-        shards: one for each variant and part.
+        kept: of each variant.
     """
 
-    def __init__(self, parts: list[list[int]], shards: list[list[Shard]]) -> None:
-        self.shards, rows = shards, sum(map(len, parts))
-        self.part, self.place, self.valid = np.empty(rows, int), np.empty(rows, int), np.empty(rows, bool)
-        for number, (members, shard) in enumerate(zip(parts, shards[0], strict=True)):
-            self.part[members], self.place[members] = number, np.arange(len(members))
-            self.valid[members] = tensors_of(shard)["valid"].numpy()
+    def __init__(self, kept: list[Kept]) -> None:
+        self.kept = kept
+        self.valid = np.logical_and.reduce([one.values("valid", False) for one in kept])
 
     def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (B, C, h, w) float16, of `rows, variants`, each (B,), of one size."""
-        rows = [(tensors_of(self.shards[v][self.part[i]]), self.place[i]) for i, v in zip(*key, strict=True)]
+        rows = [self.kept[variant].row(row) for row, variant in zip(*key, strict=True)]
         return torch.stack([t["mean"][i] for t, i in rows]), torch.stack([t["std"][i] for t, i in rows])
 
 
 class Embeddings:
     """Conditions by caption number: `embeddings[numbers]` holds (B, ...) of each, float32; masks as they were encoded."""
 
-    def __init__(self, shards: list[Shard]) -> None:
-        self.shards = shards
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
 
     def __getitem__(self, numbers: np.ndarray) -> Tensors:
-        rows = [row_of(tensors_of(self.shards[i // SHARD_ROWS]), i % SHARD_ROWS) for i in numbers]
-        return in_float32(joined(rows))
+        return in_float32(joined([row_of(*self.kept.row(number)) for number in numbers]))
 
     def with_empty(self, numbers: np.ndarray, empty: int) -> tuple[Tensors, Tensors]:
         """Of both branches, each (B, ...) and as long as each other: `numbers` and as often `empty`."""
@@ -171,21 +167,29 @@ def cached_posteriors(
     records = dataset.select_columns(config.image_column)
     encoder = cache(lambda: vae.encoder(config, device))
 
-    def encode(job: Job) -> Iterator[Tensors]:
-        target = framing.targets[framing.assigned[job.rows[0]]]
-        for part in row_ranges(len(job.rows), config.encode_batch_size):
-            rows = [job.rows[i] for i in part]
-            images = [_image(records[i][config.image_column], framing, i, job.variant) for i in rows]
+    def encode(numbers: Sequence[int], rows: np.ndarray, variant: int) -> Iterator[Tensors]:
+        target = framing.targets[framing.assigned[rows[0]]]
+        for part in row_ranges(len(numbers), config.encode_batch_size):
+            chosen = [int(rows[numbers[i]]) for i in part]
+            found = records[chosen][config.image_column]
+            images = [_image(record, framing, i, variant) for record, i in zip(found, chosen, strict=True)]
             yield encode_images(images, target, encoder(), config)
 
-    parts = _parts_of_one_size(framing.assigned)
-    jobs = [
-        Job(_image_key(framing, rows, variant, vae), rows, variant)
+    there = framing.digests.there
+    parts = [np.flatnonzero(there & (framing.assigned == number)) for number in np.unique(framing.assigned[there])]
+    wanted = [
+        Wanted(
+            _setting(framing, rows[0], variant, vae),
+            framing.digests.table[rows],
+            partial(encode, rows=rows, variant=variant),
+        )
         for variant in range(framing.variants)
         for rows in parts
     ]
-    shards = build(jobs, encode, config, "Encoding images")
-    return Posteriors(parts, [shards[i : i + len(parts)] for i in range(0, len(shards), len(parts))])
+    kept = iter(keep(wanted, config, "images"))
+    return Posteriors(
+        [Kept.together(len(there), [(rows, next(kept)) for rows in parts]) for _ in range(framing.variants)]
+    )
 
 
 def check_sides(config: DataConfig, latents: Latents) -> None:
@@ -202,17 +206,12 @@ def check_sides(config: DataConfig, latents: Latents) -> None:
         raise UserError(f"--{name} {side} is not a multiple of {factor}, as {who}: take {sizes}.")
 
 
-def _parts_of_one_size(assigned: np.ndarray) -> list[list[int]]:
-    """The rows of each shard: rows of one target size, in order."""
-    groups = [np.flatnonzero(assigned == number) for number in np.unique(assigned)]
-    return [rows[list(part)].tolist() for rows in groups for part in row_ranges(len(rows))]
-
-
-def _image_key(framing: Framing, rows: list[int], variant: int, vae: Vae) -> str:
-    config, target = framing.config, framing.targets[framing.assigned[rows[0]]]
+def _setting(framing: Framing, row: int, variant: int, vae: Vae) -> str:
+    """sha256 of all that decides the posteriors of images of one size, beside the images."""
+    config, target = framing.config, framing.targets[framing.assigned[row]]
     size = target.height if target.height == target.width else list(target)
     settings = (size, config.interpolation_type, config.vae_dtype, *framing.crop_and_flip(variant))
-    return shard_key("posterior", PIXELS, vae.fingerprint, *settings, *(framing.digests[i] for i in rows))
+    return shard_key("posterior", PIXELS, vae.fingerprint, *settings)
 
 
 def _image(record: dict[str, Any], framing: Framing, row: int, variant: int) -> Tensor | None:
@@ -241,7 +240,7 @@ def check_finite_latents(config: DataConfig, *tensors: Tensor) -> None:
 
 
 def cached_embeddings(
-    captions: list[str], encode: Callable[[list[str]], Tensors], fingerprint: str, config: DataConfig
+    captions: Sequence[str], encode: Callable[[list[str]], Tensors], fingerprint: str, config: DataConfig
 ) -> Embeddings:
     """Encodes every caption, or reads what an earlier run encoded.
 
@@ -256,15 +255,14 @@ def cached_embeddings(
         ValueError: the embeddings are not finite.
     """
 
-    def encode_parts(job: Job) -> Iterator[Tensors]:
-        for part in row_ranges(len(job.rows), config.encode_batch_size):
+    def encode_parts(numbers: Sequence[int]) -> Iterator[Tensors]:
+        for part in row_ranges(len(numbers), config.encode_batch_size):
             with torch.no_grad():
-                encoded = encode([captions[job.rows[i]] for i in part])
+                encoded = encode([captions[numbers[i]] for i in part])
             yield {name: _in_half(value) for name, value in packed(encoded).items()}
 
-    ranges = row_ranges(len(captions))
-    jobs = [Job(shard_key("conditions", fingerprint, *(captions[i] for i in rows)), rows) for rows in ranges]
-    return Embeddings(build(jobs, encode_parts, config, "Encoding captions"))
+    wanted = Wanted(shard_key("conditions", fingerprint), keys_of(captions), encode_parts)
+    return Embeddings(keep([wanted], config, "captions")[0])
 
 
 def _in_half(values: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """VAE posteriors of clips, encoded once: whole by a VAE of clips, frame by frame by one of images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -10,9 +10,12 @@ from torch import Tensor
 
 from cm_diffusers.data.cache import Posteriors, Vae, check_sides, encode_images
 from cm_diffusers.data.clip_sources import FileClips
+from cm_diffusers.data.contents import Digests
+from cm_diffusers.data.kept import Kept, Wanted, keep
 from cm_diffusers.data.moving_articles import MovingArticles
 from cm_diffusers.data.preprocessing import PIXELS, View, preprocess, square
-from cm_diffusers.data.shards import Job, Tensors, build, row_ranges, shard_key
+from cm_diffusers.data.ragged import Tensors
+from cm_diffusers.data.shards import row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.errors import UserError
 
@@ -67,12 +70,11 @@ class ClipViews:
             view = View(*np.random.default_rng([int(self.clips.digests[row], 16), start]).random(2), flip=mirrored)
         return [preprocess(frame, self.images, view) for frame in frames]
 
-    def key(self, rows: list[int], variant: int, vae: Vae) -> str:
-        """sha256 of all that decides the latents of these clips."""
+    def setting(self, variant: int, vae: Vae) -> str:
+        """sha256 of all that decides the latents of clips, beside the clips."""
         images, seen = self.images, (self.num_frames, self.stride, self.num_starts, *self.start_and_flip(variant))
         settings = (images.resolution, images.interpolation_type, images.center_crop, images.vae_dtype)
-        digests = (self.clips.digests[row] for row in rows)
-        return shard_key("clip posterior", PIXELS, vae.fingerprint, *settings, *seen, *digests)
+        return shard_key("clip posterior", PIXELS, vae.fingerprint, *settings, *seen)
 
 
 def cached_clips(views: ClipViews, vae: Vae, device: torch.device | str = "cpu") -> Posteriors:
@@ -92,19 +94,20 @@ def cached_clips(views: ClipViews, vae: Vae, device: torch.device | str = "cpu")
         check_frames(views.num_frames, vae.latents.frames_per_latent)
     encoder = cache(lambda: vae.encoder(images, device))
 
-    def encode(job: Job) -> Iterator[Tensors]:
-        for part in row_ranges(len(job.rows), max(1, images.encode_batch_size // views.num_frames)):
-            clips = [views.frames(job.rows[i], job.variant) for i in part]
+    digests = Digests.of(views.clips.digests)
+    there = np.flatnonzero(digests.there)
+
+    def encode(numbers: Sequence[int], variant: int) -> Iterator[Tensors]:
+        for part in row_ranges(len(numbers), max(1, images.encode_batch_size // views.num_frames)):
+            clips = [views.frames(int(there[numbers[i]]), variant) for i in part]
             yield (_whole if whole else _by_frames)(clips, encoder(), images)
 
-    parts = [list(part) for part in row_ranges(len(views.clips.digests), CLIP_ROWS)]
-    jobs = [Job(views.key(rows, variant, vae), rows, variant) for variant in range(views.variants) for rows in parts]
-    shards = build(jobs, encode, images, "Encoding clips")
-    by_variant = [shards[i : i + len(parts)] for i in range(0, len(shards), len(parts))]
-    posteriors = Posteriors(parts, by_variant)
-    for variant in by_variant:  # a damaged file may be readable from some of its starts only
-        posteriors.valid &= Posteriors(parts, [variant]).valid
-    return posteriors
+    wanted = [
+        Wanted(views.setting(variant, vae), digests.table[there], partial(encode, variant=variant))
+        for variant in range(views.variants)
+    ]
+    kept = keep(wanted, images, "clips", CLIP_ROWS)
+    return Posteriors([Kept.together(len(digests), [(there, one)]) for one in kept])
 
 
 def check_frames(num_frames: int, frames_per_latent: int | None) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from cm_diffusers.data.cache import Vae, module_fingerprint
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.ragged import trimmed
-from cm_diffusers.data.shards import shard_key
+from cm_diffusers.data.shards import chunks, shard_key
 from cm_diffusers.models.families.base import family_of, network_of
 from cm_diffusers.models.merged_text import merges_zeros
 
@@ -89,12 +89,14 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
     return [rules, tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side, *template]
 
 
-def too_long(prompts: list[str], tokenizers: tuple[PreTrainedTokenizerBase, ...], found: Found) -> None:
+def too_long(prompts: Iterable[str], tokenizers: tuple[PreTrainedTokenizerBase, ...], found: Found) -> None:
     """`found` is told which of the prompts a tokenizer cuts."""
-    for most, tokenizer in {tokenizer.model_max_length: tokenizer for tokenizer in tokenizers}.items():
-        lengths = map(len, tokenizer(prompts, truncation=False).input_ids)
-        cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > most]
-        found.remark(f"captions that go on after {most} tokens, where the text tower stops reading", cut)
+    limits = {tokenizer.model_max_length: tokenizer for tokenizer in tokenizers}
+    for part in chunks(prompts):
+        for most, tokenizer in limits.items():
+            lengths = map(len, tokenizer(part, truncation=False).input_ids)
+            cut = [prompt for prompt, length in zip(part, lengths, strict=True) if length > most]
+            found.remark(f"captions that go on after {most} tokens, where the text tower stops reading", cut)
 
 
 @contextmanager

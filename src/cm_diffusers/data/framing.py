@@ -8,10 +8,10 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cm_diffusers.data.buckets import aspect_ratio_buckets, nearest_buckets
-from cm_diffusers.data.preprocessing import Size, View, content_hash, micro_conditions, square, upright_size
+from cm_diffusers.data.contents import MISSING, Digests, read_contents
+from cm_diffusers.data.preprocessing import Size, View, micro_conditions, square
 from cm_diffusers.data.sources import DataConfig
 
 
@@ -25,13 +25,13 @@ class Framing:
     Attributes:
         config: Preprocessing.
         digests: Content hashes of the files (N,); random crops are drawn from them.
-        sizes: Heights and widths of the upright images (N, 2); empty where nothing depends on them.
+        sizes: Heights and widths of the upright images (N, 2) int32; empty where nothing depends on them.
         targets: Sizes that images are brought to: one square, or the buckets.
         assigned: Number of each image's target (N,).
     """
 
     config: DataConfig
-    digests: list[str]
+    digests: Digests
     sizes: np.ndarray
     targets: list[Size]
     assigned: np.ndarray
@@ -42,19 +42,12 @@ class Framing:
         targets, sized = [square(config.resolution)], sized or config.aspect_ratio_buckets
         if config.aspect_ratio_buckets:
             targets = aspect_ratio_buckets(config.resolution, config.bucket_step, config.bucket_max_ratio)
-        digests, sizes = [], []
-        records = dataset.select_columns(config.image_column)
-        for row in tqdm(records, desc="Reading images", delay=1):
-            digests.append(content_hash(row[config.image_column]))
-            if sized:
-                sizes.append(
-                    upright_size(row[config.image_column]) or targets[0]
-                )  # unreadable ones are left out later
-        table = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
-        assigned = nearest_buckets(table, targets) if sized else np.zeros(len(digests), dtype=np.int64)
+        digests, sizes = read_contents(dataset, config, sized)
+        sizes[~sizes.all(1)] = targets[0]  # unreadable ones are left out later
+        assigned = nearest_buckets(sizes, targets) if sized else np.zeros(len(digests), dtype=np.int64)
         if config.aspect_ratio_buckets:
             _report(assigned, targets)
-        return cls(config, digests, table, targets, assigned)
+        return cls(config, digests, sizes, targets, assigned)
 
     @property
     def variants(self) -> int:
@@ -69,7 +62,7 @@ class Framing:
 
     def view(self, row: int, variant: int) -> View:
         number, mirrored = self.crop_and_flip(variant)
-        if number is None or self.digests[row] == "missing":
+        if number is None or self.digests[row] == MISSING:
             return View(flip=mirrored)
         return View(*np.random.default_rng([int(self.digests[row], 16), number]).random(2), flip=mirrored)
 

@@ -1,7 +1,7 @@
 """Distillation without images: prompts of the user, latents sampled by the teacher itself."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Embeddings, cached_embeddings
+from cm_diffusers.data.captions import EMPTY
 from cm_diffusers.data.clip_config import ClipConfig, as_video
 from cm_diffusers.data.clip_latents import check_frames
 from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.found import Found
+from cm_diffusers.data.kept import Kept, Wanted, keep
+from cm_diffusers.data.ragged import Tensors
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
-from cm_diffusers.data.shards import Job, Shard, Tensors, build, row_ranges, shard_key, tensors_of
+from cm_diffusers.data.shards import keys_of, row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig, captions_of, check_values
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tables import TABLE_SUFFIXES, read_lines, read_table
 from cm_diffusers.data.teacher_latents import check_side, teacher_latents
-from cm_diffusers.data.text_image import EMPTY, text_image_batches
+from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.data.video import video_batches
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError, readable
@@ -126,16 +129,15 @@ def generated_batches(
     found.report()
     prompts = [texts[i % len(texts)] for i in range(number)]
     sampler = _Sampler(config, generation, teacher, prompts, seed, num_frames)
-    jobs = sampler.jobs(encoders.fingerprint)
-    shards = sampler.shards(jobs, device)
+    setting = sampler.setting(encoders.fingerprint)
+    samples = sampler.samples(setting, device)
     table = {text: i for i, text in enumerate(dict.fromkeys(["", *texts]))}
     with placed(encoders.towers, device):
         embeddings = cached_embeddings(list(table), encoders.encode_prompts, encoders.fingerprint, config)
     numbers = np.array([table[prompt] for prompt in sampler.prompts])
     position = Position(seed, rank, world_size)
-    rows = sampler.shard_rows
-    source = _Source(config, shards, rows, numbers, embeddings, position, encoders.micro_conditioning)
-    fingerprint = shard_key(encoders.fingerprint, *(job.key for job in jobs))
+    source = _Source(config, samples, numbers, embeddings, position, encoders.micro_conditioning)
+    fingerprint = shard_key(encoders.fingerprint, setting, iter(prompts))
     return stream(source.make, config.dataloader_num_workers, found=found, fingerprint=fingerprint)
 
 
@@ -205,27 +207,26 @@ class _Sampler:
     def shard_rows(self) -> int:
         return max(1, GENERATED_ROWS // (self.num_frames or 1))
 
-    def jobs(self, text_fingerprint: str) -> list[Job]:
+    def setting(self, text_fingerprint: str) -> str:
+        """sha256 of all that decides a sample beside its number and prompt."""
         ask, scheduler = self.generation, self.teacher.scheduler
         schedule = sorted((k, repr(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
         made_by = [_fingerprint(network_of(self.teacher)), text_fingerprint, type(scheduler).__name__, schedule]
         settings = [ask.generation_steps, ask.generation_guidance_scale, self.config.resolution, self.seed]
-        settings += [] if self.num_frames is None else ["frames", self.num_frames]  # images keep the names they had
-        return [
-            Job(shard_key("generated", *made_by, *settings, rows.start, *(self.prompts[i] for i in rows)), rows)
-            for rows in row_ranges(len(self.prompts), self.shard_rows)
-        ]
+        settings += [] if self.num_frames is None else ["frames", self.num_frames]
+        return shard_key("generated", *made_by, *settings)
 
-    def shards(self, jobs: list[Job], device: torch.device | str) -> list[Shard]:
+    def samples(self, setting: str, device: torch.device | str) -> Kept:
         """Latents (N, C, ...) float16, scaled as the network wants them."""
         at_once = max(1, self.config.encode_batch_size // (self.num_frames or 1))
 
-        def draw(job: Job) -> Iterator[Tensors]:
+        def draw(numbers: Sequence[int]) -> Iterator[Tensors]:
             with _ready(self.teacher, device):
-                for part in row_ranges(len(job.rows), at_once):
-                    yield {"x0": self.draw([job.rows[i] for i in part])}
+                for part in row_ranges(len(numbers), at_once):
+                    yield {"x0": self.draw([numbers[i] for i in part])}
 
-        return build(jobs, draw, self.config, "Sampling the teacher")
+        keys = keys_of(f"{number} {prompt}" for number, prompt in enumerate(self.prompts))
+        return keep([Wanted(setting, keys, draw)], self.config, "samples of the teacher", self.shard_rows)[0]
 
     def draw(self, numbers: list[int]) -> Tensor:
         seeds = [int(np.random.SeedSequence([self.seed, GENERATE, i]).generate_state(1)[0]) for i in numbers]
@@ -273,8 +274,7 @@ def _ready(teacher: DiffusionPipeline, device: torch.device | str) -> Iterator[N
 @dataclass(frozen=True)
 class _Source:
     config: DataConfig
-    shards: list[Shard]
-    shard_rows: int
+    samples: Kept
     numbers: np.ndarray  # of each sample's prompt in `table`
     table: Embeddings
     position: Position
@@ -283,7 +283,7 @@ class _Source:
     def make(self, k: int) -> tuple[Tensor, Tensors, Tensors]:
         size, resolution = self.config.train_batch_size, self.config.resolution
         rows = batch_rows(k, size, len(self.numbers), self.position)
-        places = [(tensors_of(self.shards[i // self.shard_rows]), i % self.shard_rows) for i in rows]
+        places = [self.samples.row(row) for row in rows]
         x0 = torch.stack([tensors["x0"][place] for tensors, place in places]).float()
         dropped = batch_generator(k, self.position).random(size) < self.config.proportion_empty_prompts
         cond, uncond = self.table.with_empty(np.where(dropped, EMPTY, self.numbers[rows]), EMPTY)

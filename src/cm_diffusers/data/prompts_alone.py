@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import cached_embeddings
+from cm_diffusers.data.captions import EMPTY
 from cm_diffusers.data.encoders import Conditions, Encoders, placed, too_long
 from cm_diffusers.data.prompt_batches import prompt_batches
 from cm_diffusers.data.prompts import Prompt, named_prompts
 from cm_diffusers.data.sampler import Position, Stream
 from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig
-from cm_diffusers.data.text_image import EMPTY
 
 
 @dataclass

@@ -76,7 +76,16 @@ def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: F
     """The data source of `make(k) -> (x0, cond, uncond, ...)`, a batch's fields."""
 
     def batches(start: int) -> Iterator[Batch]:
-        loader = DataLoader(
+        for fields in loaded(make, num_workers, start):
+            yield Batch(*fields)
+
+    return Stream(batches, found, fingerprint)
+
+
+def loaded(make: Callable[[int], Any], num_workers: int, start: int) -> Iterator[Any]:
+    """`make(start)`, `make(start + 1)` and so on, by `num_workers` processes; by this one if there are none."""
+    return iter(
+        DataLoader(
             BatchDataset(make),
             sampler=count(start),
             batch_size=None,
@@ -84,7 +93,4 @@ def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: F
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the loader must not draw from the global generator
         )
-        for fields in loader:
-            yield Batch(*fields)
-
-    return Stream(batches, found, fingerprint)
+    )

@@ -69,17 +69,25 @@ class DataConfig:
         help="Read and encode while training, for data too large for a cache: of the Hub, parquet files or tar shards.",
     )
     shuffle_buffer_size: int = HfArg(
-        default=1000, help="With --streaming: samples held in memory and shuffled among themselves."
+        default=1000,
+        help="With --streaming: samples shuffled among themselves. Of tables they are held in memory; of tar shards they are "
+        "those of as many files as hold so many, and none is held.",
     )
     max_train_samples: int | None = HfArg(default=None, help="Use a fixed random subset of this many rows.")
     train_batch_size: int = HfArg(default=16, help="Batch size of each process and each micro-batch.")
-    dataloader_num_workers: int = HfArg(default=0, help="Processes that prepare batches; 0 prepares them in line.")
+    dataloader_num_workers: int = HfArg(
+        default=0,
+        help="Processes that prepare batches; 0 prepares them in line. With --streaming for tar shards alone.",
+    )
     cache_dir: str | None = HfArg(default=None, help="Where `datasets` keeps what it downloads.")
     cache_latents: bool = HfArg(
-        default=True, help="Keep VAE posteriors and text embeddings on disk; otherwise in memory, for this run only."
+        default=True,
+        help="Keep VAE posteriors and text embeddings on disk, or the indexes of tar shards; otherwise in memory, for this "
+        "run only.",
     )
     latent_cache_dir: str = HfArg(
-        default="~/.cache/cm_diffusers/latents", help="Where VAE posteriors and text embeddings are kept."
+        default="~/.cache/cm_diffusers/latents",
+        help="Where VAE posteriors and text embeddings are kept, and with --streaming the indexes of tar shards.",
     )
     encode_batch_size: int = HfArg(
         default=32, help="Images, frames or captions encoded at once while filling the cache."

@@ -4,11 +4,13 @@ Where that dot is one of a name such as `bag 2.0.png`, they share it up to the l
 """
 
 import glob
+import io
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,6 +20,7 @@ from fsspec import get_filesystem_class
 from fsspec.core import url_to_fs
 
 from cm_diffusers.data.file_names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, is_hidden, suffix_of
+from cm_diffusers.data.found import SHOWN
 from cm_diffusers.errors import UserError
 
 
@@ -106,25 +109,104 @@ def tar_rows(shards: list[str], image_column: str, caption_column: str) -> Itera
 
 
 def _rows_of(shard: str, image_column: str, caption_column: str) -> Iterator[dict[str, Any]]:
-    def rows(key: str, members: dict[str, bytes]) -> Iterator[dict[str, Any]]:
-        for name, sample in _samples(key, members, image_column):
-            yield _row(name, sample, image_column, caption_column)
-
-    key, members = None, {}
     with xopen(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
-        for member in archive:
-            path = PurePosixPath(member.name)
-            if member.isdir() or is_hidden(path):
-                continue
-            name, _, field = path.name.partition(".")
-            found = str(path.with_name(name))
-            if found != key or field in members:
-                yield from rows(key, members)
-                members = {}
-            key = found
-            wanted = member.isfile() and (field == image_column or _suffix(field) in READ_SUFFIXES)
-            members[field] = archive.extractfile(member).read() if wanted else b""
-    yield from rows(key, members)
+        for run in runs(archive, image_column, archive):
+            yield from (_row(*sample, image_column, caption_column) for sample in run.samples(image_column))
+
+
+def samples_of(content: bytes, image_column: str, caption_column: str) -> list[dict[str, Any]]:
+    """As `tar_rows`, of a piece of a tar; nothing of what is none."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            found = list(runs(archive, image_column, archive))
+    except tarfile.ReadError:
+        return []
+    return [_row(*sample, image_column, caption_column) for run in found for sample in run.samples(image_column)]
+
+
+@dataclass
+class Run:
+    """Members that follow one another and share a name up to the first dot.
+
+    Attributes:
+        key: That name.
+        fields: What follows the dot in each -> its content, empty where nobody reads it.
+        start, end: Its first byte in the tar, and the one after its last.
+        members: Name, size and time of each.
+    """
+
+    key: str
+    fields: dict[str, bytes]
+    start: int
+    end: int
+    members: list[tuple[str, int, float]]
+
+    def samples(self, image_column: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+        return _samples(self.key, self.fields, image_column)
+
+
+def runs(archive: tarfile.TarFile, image_column: str, reader: tarfile.TarFile | None) -> Iterator[Run]:
+    """
+    Args:
+        reader: Reads the members; None where their names suffice.
+    """
+    run = None
+    for member in archive:
+        path = PurePosixPath(member.name)
+        if member.isdir() or is_hidden(path):
+            continue
+        name, _, field = path.name.partition(".")
+        found = str(path.with_name(name))
+        if run is None or found != run.key or field in run.fields:
+            if run is not None:
+                yield run
+            run = Run(found, {}, member.offset, 0, [])
+        wanted = reader and member.isfile() and (field == image_column or _suffix(field) in READ_SUFFIXES)
+        run.fields[field] = reader.extractfile(member).read() if wanted else b""
+        run.end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        run.members.append((member.name, member.size, member.mtime))
+    if run is not None:
+        yield run
+
+
+@dataclass
+class Lacks:
+    """Samples that lack an image or a caption, by the names of their members.
+
+    Attributes:
+        reasons: Reason -> how many, and the names of the first.
+        fields: What samples hold that lack something, of the first.
+        samples: Number of all, with those that lack nothing.
+    """
+
+    reasons: dict[str, tuple[int, list[str]]]
+    fields: list[str]
+    samples: int
+
+    def has_all(self, key: str, fields: Iterable[str], image_column: str) -> bool:
+        """Whether a sample has both; counted here if not."""
+        self.samples += 1
+        has_image = any(_is_image(field, image_column) for field in fields)
+        if has_image and any(_suffix(field) in TEXT_SUFFIXES for field in fields):
+            return True
+        reason = "samples without a caption" if has_image else "samples without an image"
+        number, names = self.reasons.get(reason, (0, []))
+        self.reasons[reason] = number + 1, [*names, key] if number < SHOWN else names
+        if (held := ", ".join(fields)) not in self.fields and len(self.fields) < SHOWN:
+            self.fields.append(held)
+        return False
+
+    @classmethod
+    def together(cls, parts: Iterable[list[Any]]) -> "Lacks":
+        """Of several shards, as `list(...)` had them."""
+        whole = cls({}, [], 0)
+        for reasons, fields, samples in parts:
+            for reason, (more, names) in reasons.items():
+                number, known = whole.reasons.get(reason, (0, []))
+                whole.reasons[reason] = number + more, [*known, *names][:SHOWN]
+            whole.fields = list(dict.fromkeys([*whole.fields, *fields]))[:SHOWN]
+            whole.samples += samples
+        return whole
 
 
 def _samples(key: str, members: dict[str, bytes], image_column: str) -> Iterator[tuple[str, dict[str, bytes]]]:

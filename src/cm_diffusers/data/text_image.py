@@ -13,16 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from cm_diffusers.data.buckets import BucketBatches
 from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, both_branches, cached_embeddings, cached_posteriors
+from cm_diffusers.data.captions import EMPTY, Captions, Texts
 from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.images import usable_rows
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
 from cm_diffusers.data.shards import shard_key
-from cm_diffusers.data.sources import DataConfig, captions_of, load_image_text, source_name
-
-
-EMPTY = 0  # number of the empty prompt in every table
+from cm_diffusers.data.sources import DataConfig, load_image_text, source_name
 
 
 def text_image_batches(
@@ -70,7 +68,7 @@ def token_batches(
 ) -> Stream:
     """As `text_image_batches`, for training the text tower too: `cond["input_ids"]` (B, L) int64."""
     rows, texts = _load(config, vae, (copy.deepcopy(tokenizer),), False, device)
-    table = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    table = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
     source = _Source(vae, rows, texts, _Tokens(table), Position(seed, rank, world_size))
     return stream(source.make, config.dataloader_num_workers, found=rows.found, fingerprint=rows.fingerprint)
 
@@ -87,7 +85,7 @@ class _Rows:
     framing: Framing
     posteriors: Posteriors
     numbers: np.ndarray  # rows of the data set that can be used
-    captions: list[list[int]]  # for each of them, its captions' numbers in the table
+    captions: Captions  # for each of them, its captions' numbers in the table
     found: Found
     fingerprint: str  # of images, captions and VAE
 
@@ -96,7 +94,7 @@ class _Rows:
 class _Source:
     vae: Vae
     rows: _Rows
-    texts: list[str]  # of the table
+    texts: Texts  # of the table
     table: Embeddings | _Tokens
     position: Position
     micro_conditioning: bool = False
@@ -139,18 +137,16 @@ def _load(
     tokenizers: tuple[PreTrainedTokenizerBase, ...],
     sized: bool,
     device: torch.device | str,
-) -> tuple[_Rows, list[str]]:
+) -> tuple[_Rows, Texts]:
     found = Found(source_name(config))
     dataset = load_image_text(config, None, found)
-    captions = [captions_of(value, config.caption_column) for value in dataset[config.caption_column]]
+    captions = Captions.read(dataset, config.caption_column)
     framing = Framing.of(dataset, config, sized)
     posteriors = cached_posteriors(dataset, framing, vae, device)
-    captioned = np.array([len(texts) > 0 for texts in captions])
-    numbers = usable_rows(posteriors.valid, captioned, lambda row: dataset[row][config.image_column], found)
-    table = {"": EMPTY}
-    by_row = [[table.setdefault(text, len(table)) for text in captions[i]] for i in numbers]
-    found.captions = len(table) - 1
-    too_long(list(table), tokenizers, found)
+    numbers = usable_rows(posteriors.valid, captions.lengths > 0, lambda row: dataset[row][config.image_column], found)
+    texts, by_row = captions.numbered(numbers)
+    found.captions = len(texts) - 1
+    too_long(texts, tokenizers, found)
     found.report()
-    fingerprint = shard_key(vae.fingerprint, framing.digests, captions)
-    return _Rows(framing, posteriors, numbers, by_row, found, fingerprint), list(table)
+    fingerprint = shard_key(vae.fingerprint, iter(framing.digests), iter(captions))
+    return _Rows(framing, posteriors, numbers, by_row, found, fingerprint), texts

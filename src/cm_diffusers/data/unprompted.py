@@ -80,7 +80,9 @@ def unprompted_batches(
         affine = mean, std / sigma_data
     source = _Source(latents, labels, affine, Position(seed, rank, world_size))
     latents.found.report()
-    fingerprint = shard_key(vae.fingerprint, latents.framing.digests, None if labels is None else labels.tolist())
+    fingerprint = shard_key(
+        vae.fingerprint, iter(latents.framing.digests), None if labels is None else labels.tolist()
+    )
     return stream(source.make, config.dataloader_num_workers, found=latents.found, fingerprint=fingerprint)
 
 

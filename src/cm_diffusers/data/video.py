@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.cache import Embeddings, Posteriors, Vae, cached_embeddings
+from cm_diffusers.data.captions import EMPTY
 from cm_diffusers.data.clip_latents import ClipViews, cached_clips
 from cm_diffusers.data.clip_sources import FileClips
 from cm_diffusers.data.edges import edges
@@ -18,10 +19,11 @@ from cm_diffusers.data.folders import checked_folder
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.images import usable_rows
 from cm_diffusers.data.moving_articles import MovingArticles
+from cm_diffusers.data.ragged import Tensors
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
-from cm_diffusers.data.shards import Tensors, shard_key
+from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig, check_values, load_image_text
-from cm_diffusers.data.text_image import EMPTY, drawn_latents
+from cm_diffusers.data.text_image import drawn_latents
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch

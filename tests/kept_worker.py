@@ -1,0 +1,30 @@
+"""Encodings shared between two processes: `torchrun kept_worker.py FOLDER`; writes `rank-<n>.json`, what each encoded and found."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from cm_diffusers.data.kept import Wanted, keep
+from cm_diffusers.data.shards import keys_of, shard_key
+from cm_diffusers.data.sources import DataConfig
+
+
+def main() -> None:
+    folder, seen, names = Path(sys.argv[1]), [], [f"row {i}" for i in range(20)]
+
+    def encode(rows):
+        for row in rows:
+            seen.append(row)
+            yield {"x": torch.tensor([[row, os.getpid()]])}
+
+    wanted = Wanted(shard_key("numbers"), keys_of(names), encode)
+    found = keep([wanted], DataConfig(latent_cache_dir=str(folder / "cache")), "rows", 4)[0].values("x")
+    told = {"pid": os.getpid(), "seen": seen, "found": found.tolist()}
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
