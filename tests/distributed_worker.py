@@ -14,6 +14,7 @@ from toys import ToyConfig, ToyObjective, source, toy_network, toy_networks, toy
 from cm_diffusers.diffusion.trigflow import TrigFlowView
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.parts import whole
 from cm_diffusers.models.time_weight import WithTimeWeight
 from cm_diffusers.objectives.ct import CTConfig, CTObjective
 from cm_diffusers.objectives.scm import SCMConfig, SCMObjective
@@ -56,7 +57,7 @@ class Duel:
 def state(trainer) -> dict[str, Tensor]:
     found = {"student": trainer.student.state_dict(), "target": trainer.nets.target.state_dict()}
     found["export_ema"] = trainer.averages.state()["export_ema"]
-    return {f"{name}/{key}": value for name, values in found.items() for key, value in values.items()}
+    return {f"{name}/{key}": whole(value) for name, values in found.items() for key, value in values.items()}
 
 
 def full_run(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -89,13 +90,13 @@ def resumed_run(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
 def half_batches(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
     trainer = toy_trainer(folder / "halves", optim=OPTIM)
     trainer.fit(source(4, rank, ranks))
-    return {f"halves/{name}": value for name, value in trainer.student.state_dict().items()}
+    return {f"halves/{name}": whole(value) for name, value in trainer.student.state_dict().items()}
 
 
 def two_players(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
     nets = Networks(toy_network(0), critic=toy_network(1))
     toy_trainer(folder / "duel", nets, Duel(), OPTIM).fit(source(4, rank, ranks))
-    return {f"duel/{name}": value for name, value in nets.critic.state_dict().items()}
+    return {f"duel/{name}": whole(value) for name, value in nets.critic.state_dict().items()}
 
 
 class ToItself(CTObjective):
@@ -144,7 +145,8 @@ def matched(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
     batches = source(4, rank, ranks)
     trainer = toy_trainer(folder / "matched", nets, objective, OPTIM, gradient_accumulation_steps=2)
     trainer.fit(lambda start: (Batch(batch.x0) for batch in batches(start)))
-    return {f"matched/{one.name}/{key}": v for one in trainer.players for key, v in one.raw.state_dict().items()}
+    found = {one.name: one.raw.state_dict() for one in trainer.players}
+    return {f"matched/{name}/{key}": whole(v) for name, values in found.items() for key, v in values.items()}
 
 
 def main() -> None:

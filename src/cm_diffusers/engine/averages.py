@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cm_diffusers.engine.checkpoints import write_folder
+from cm_diffusers.engine.parts import gathered, local, shards
+from cm_diffusers.engine.slices import Stored
 from cm_diffusers.errors import UserError
 
 
@@ -62,12 +64,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - self.rate(step))
-
-    @torch.no_grad()
-    def load(self, average: dict[str, Tensor]) -> None:
-        for name, value in self.average.items():
-            value.copy_(average[name])
+        mine, theirs = ([local(value) for value in values.values()] for values in (self.average, self.live))
+        torch._foreach_lerp_(mine, theirs, 1 - self.rate(step))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -110,14 +108,14 @@ class Averages:
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {name: average.average for name, average in self.kept.items()}
 
-    def load(self, files: dict[str, dict[str, Tensor]]) -> None:
+    def load(self, files: dict[str, Stored]) -> None:
         for name, average in self.kept.items():
-            average.load(files[name])
+            files[name].fill_all(average.average)
 
-    def write_snapshots(self, run: Path, step: int) -> None:
-        """Keep the power-function averages of this step for `rebuild`."""
-        if self.powers:
-            tensors = {f"{sigma_rel:g}": average.average for sigma_rel, average in self.powers.items()}
+    def write_snapshots(self, run: Path, step: int, is_main: bool) -> None:
+        """Keep the power-function averages of this step for `rebuild`; called by all processes where they are sharded."""
+        tensors = {f"{width:g}": gathered(average.average, is_main) for width, average in self.powers.items()}
+        if tensors and is_main:
             write_folder(run / SNAPSHOTS / f"step-{step}", tensors)
 
 
@@ -199,6 +197,6 @@ def rebuild(run: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[
 @torch.no_grad()
 def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model for parameters; buffers are copied. `decay` is exact."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_lerp_(shards(average), shards(model), 1 - decay)
     for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)

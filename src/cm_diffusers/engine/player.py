@@ -6,9 +6,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import OptimConfig, make_lr_scheduler, make_optimizer
+from cm_diffusers.engine.parts import whole
+from cm_diffusers.engine.slices import Stored
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Loss, Networks
 
@@ -26,7 +29,11 @@ class Player:
             raise UserError(f"The {name} has no trainable parameter: every one has requires_grad=False.")
         optimizer = make_optimizer(self.trainable, optim)
         self.lr_scheduler = make_lr_scheduler(optimizer, optim, max_steps)  # ours to step: once, on every rank
-        self.network, self.optimizer = accelerator.prepare(self.raw, optimizer)
+        self.is_sharded = isinstance(self.raw, FSDPModule)
+        if self.is_sharded:  # which accelerate could do with one network alone, and rounds times
+            self.network, self.optimizer = self.raw, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.network, self.optimizer = accelerator.prepare(self.raw, optimizer)
         setattr(nets, name, self.network)
 
     def update(self, loss: Loss) -> dict[str, Tensor]:
@@ -35,7 +42,7 @@ class Player:
         Raises:
             FloatingPointError: Loss or gradient is not finite; the weights have not changed.
         """
-        norm = self.accelerator.clip_grad_norm_(self.trainable, self.optim.max_grad_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.trainable, self.optim.max_grad_norm))
         overflow_is_normal = self.accelerator.scaler is not None  # fp16: the scaler skips such a step
         if not loss.value.isfinite() or not (overflow_is_normal or norm.isfinite()):
             raise FloatingPointError(f"the {self.name}'s loss is {loss.value.item()}, its gradient norm {norm.item()}")
@@ -56,9 +63,10 @@ class Player:
         files = {self.name: checkpoints.trainable_state(self.raw), f"optimizer-{self.name}": tensors}
         return files, {"optimizer": rest, "lr_scheduler": self.lr_scheduler.state_dict()}
 
-    def load_state(self, files: dict[str, dict[str, Tensor]], rest: dict) -> None:
+    def load_state(self, files: dict[str, Stored], rest: dict) -> None:
         checkpoints.load_trainable_state(self.raw, files[self.name])
-        saved = checkpoints.join_optimizer_state(files[f"optimizer-{self.name}"], rest["optimizer"])
+        stored = files[f"optimizer-{self.name}"]
+        saved = checkpoints.join_optimizer_state(stored, rest["optimizer"], self.trainable)
         self.optimizer.load_state_dict(saved)
         self.lr_scheduler.load_state_dict(rest["lr_scheduler"])
 
