@@ -1,13 +1,20 @@
-"""What each process of a two-process run does: `torchrun distributed_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
+"""What processes that train together do: `distributed_worker.py FOLDER` starts one, two and three.
+
+The two write what they found to `rank-<n>.safetensors`: with whole networks and, below `sharded/`, with networks in parts.
+"""
 
 import os
 import sys
+from functools import partial
 from itertools import count
 from pathlib import Path
 
+import sharding_worker
 import torch
 from diffusers import UNet2DModel
+from processes import together
 from safetensors.torch import save_file
+from scripts import image_folder, models_folder
 from torch import Tensor, nn
 from toys import ToyConfig, ToyObjective, source, toy_network, toy_networks, toy_trainer
 
@@ -149,13 +156,75 @@ def matched(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
     return {f"matched/{name}/{key}": whole(v) for name, values in found.items() for key, v in values.items()}
 
 
-def main() -> None:
-    folder, rank, ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+TOYS = (full_run, resumed_run, half_batches, two_players, shared_masks, matched)
+
+
+def place() -> tuple[int, int]:
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def toys(folder: Path, prefix: str, settings: dict[str, str], runs: tuple = TOYS) -> dict[str, Tensor]:
     found = {}
-    for run in (full_run, resumed_run, half_batches, two_players, shared_masks, matched):
-        found |= run(folder, rank, ranks)
+    with sharding_worker.launched(settings):
+        for run in runs:
+            found |= run(folder / prefix, *place())
+    return {f"{prefix}{name}": value for name, value in found.items()}
+
+
+def of_networks(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
+    """By name: of whole networks and of such in parts, where they can be compared."""
+    work, found = sharding_worker, {}
+    for name, settings in (("whole", {}), ("parts", work.SHARDED)):
+        with work.launched(settings):
+            at = folder / name
+            for kind in ("full", "lora"):
+                seed = rank if name == "parts" else 0  # the first process's weights count
+                found[f"{name}/{kind}"] = work.distilled(at / kind, rank, kind, seed)
+            found[f"{name}/tangents"] = work.tangents(at / "tangents", rank)
+            found[f"{name}/rewarded"] = work.rewarded(at / "rewarded")
+            found[f"{name}/bf16"] = work.rounded(at / "bf16", rank)
+            found[f"{name}/diverged"] = work.diverged(at / "diverged", rank, ranks)
+            found[f"{name}/best"] = work.best(at / "best", rank, ranks)
+            work.drawn(at / "drawn")
+    with work.launched(work.SHARDED):
+        found["full disk"] = work.without_room(folder / "full disk", rank, ranks)
+        found["1 to 2"] = work.moved(folder / "2", rank, ranks, folder / "1" / "checkpoint-1", 2)
+        work.script(folder / "script", folder / "models")
+    found["parts to whole"] = work.moved(folder / "2 whole", rank, ranks, folder / "2" / "checkpoint-2", 3)
+    with work.launched(work.HYBRID):
+        found["whole to hybrid"] = work.moved(folder / "hybrid 2", rank, ranks, folder / "2 whole" / "checkpoint-3", 4)
+    return found
+
+
+def pair(folder: Path) -> None:
+    rank, ranks = place()
+    found = toys(folder, "", {}) | toys(folder, "sharded/", sharding_worker.SHARDED)
+    found |= toys(folder, "hybrid/", sharding_worker.HYBRID, (full_run,))
+    with sharding_worker.as_on_gpus():
+        found |= toys(folder, "forced/", sharding_worker.SHARDED, (full_run, two_players))
+    for name, values in of_networks(folder / "networks", rank, ranks).items():
+        found |= {f"networks/{name}/{key}": value for key, value in values.items()}
     save_file({name: value.detach().clone() for name, value in found.items()}, folder / f"rank-{rank}.safetensors")
     torch.distributed.destroy_process_group()
+
+
+def alone(folder: Path) -> None:
+    sharding_worker.moved(folder / "networks" / "1", 0, 1, None, 1)
+    image_folder(models_folder(folder / "networks" / "models") / "data")
+
+
+def three(folder: Path) -> None:
+    rank, ranks = place()
+    with sharding_worker.launched(sharding_worker.SHARDED):
+        checkpoint = folder / "networks" / "2" / "checkpoint-2"
+        found = sharding_worker.moved(folder / "networks" / "3", rank, ranks, checkpoint, 3)
+    save_file(found, folder / f"three-{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    for number, act in enumerate((alone, pair, three), start=1):
+        together(number, partial(act, Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_unet
 from torch import nn
@@ -32,7 +30,6 @@ from toys import (
     weights,
 )
 
-from cm_diffusers.engine import accelerator as accelerator_module
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.train_config import TrainConfig
@@ -478,13 +475,6 @@ def test_compile_reaches_every_network(tmp_path, monkeypatch, asked) -> None:
     nets = toy_networks()
     toy_trainer(tmp_path, nets, compile=asked)
     assert compiled == ([nets.student, nets.target] if asked else [])
-
-
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_sharded_training_is_refused(tmp_path, monkeypatch, kind) -> None:
-    monkeypatch.setattr(accelerator_module, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
-    with pytest.raises(ValueError, match=rf"Sharded training \({kind.value}\) is not supported"):
-        toy_trainer(tmp_path)
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path) -> None:

@@ -94,7 +94,9 @@ def _refuse_other_sharding() -> None:
     if not is_sharded():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("FSDP version 1 is not supported: give fsdp_version 2 (--fsdp_version 2) in `accelerate config`.")
+        raise UserError(
+            "FSDP version 1 is not supported: give fsdp_version 2 (--fsdp_version 2) in `accelerate config`."
+        )
     if not _said("FSDP_RESHARD_AFTER_FORWARD") and "FSDP_RESHARD_AFTER_FORWARD" in os.environ:
         raise UserError(
             "fsdp_reshard_after_forward false would leave whole weights where averages look for parts: give true."
