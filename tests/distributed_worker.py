@@ -11,6 +11,7 @@ from pathlib import Path
 
 import sharding_worker
 import torch
+import torch._dynamo  # once, and not in each fork
 from diffusers import UNet2DModel
 from processes import together
 from safetensors.torch import save_file
@@ -182,11 +183,11 @@ def of_networks(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Tens
                 found[f"{name}/{kind}"] = work.distilled(at / kind, rank, kind, seed)
             found[f"{name}/tangents"] = work.tangents(at / "tangents", rank)
             found[f"{name}/rewarded"] = work.rewarded(at / "rewarded")
-            found[f"{name}/bf16"] = work.rounded(at / "bf16", rank)
             found[f"{name}/diverged"] = work.diverged(at / "diverged", rank, ranks)
             found[f"{name}/best"] = work.best(at / "best", rank, ranks)
             work.drawn(at / "drawn")
     with work.launched(work.SHARDED):
+        found["bf16"] = work.rounded(folder / "bf16", rank)
         found["full disk"] = work.without_room(folder / "full disk", rank, ranks)
         found["1 to 2"] = work.moved(folder / "2", rank, ranks, folder / "1" / "checkpoint-1", 2)
         work.script(folder / "script", folder / "models")
