@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D"}  # of which diffusers' UNets list no more than some
 WHOLE = ("adamw_8bit", "adamp")  # optimizers that look at a weight as a whole
+NETWORKS = (ModelMixin, PreTrainedModel)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,8 +67,8 @@ class Sharding:
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         """What is gathered by itself, from the inside out: blocks, and the networks in a wrapper."""
-        kinds = (ModelMixin, PreTrainedModel)  # of a VAE other methods than forward are called, which gather nothing
-        inner = [one for one in network.modules() if isinstance(one, kinds) and not hasattr(one, "encode")]
+        inner = [one for one in network.modules() if isinstance(one, NETWORKS)]
+        inner = [one for one in inner if not hasattr(one, "encode")]  # a method of VAEs, which would gather nothing
         known = [names for one in inner for names in (one._no_split_modules, getattr(one, "_repeated_blocks", None))]
         names = self.units or BLOCKS.union(*(names or () for names in known))
         found = [module for module in network.modules() if type(module).__name__ in names or module in inner]
@@ -79,7 +80,7 @@ class Sharding:
             return
         for unit in (*self.blocks(network), network):
             _agree(unit, device)
-            inside = unit is not network or isinstance(network, ModelMixin | PreTrainedModel)
+            inside = unit is not network or isinstance(network, NETWORKS)
             policy = MixedPrecisionPolicy(
                 param_dtype=self.dtype if inside else None, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
@@ -114,7 +115,8 @@ def sharding_of(accelerator: Accelerator, in_float32: bool) -> Sharding | None:
     asked = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     units = frozenset(name.strip() for name in asked.split(",") if name.strip())
     dtype = None if in_float32 else DTYPES.get(accelerator.mixed_precision)
-    logger.info("Networks are sharded over %d processes (x %d copies); checkpoints, too", shape[1], copies)
+    if accelerator.is_main_process:
+        logger.info("Networks and checkpoints are in %d parts, on %d processes", shape[1], ranks)
     return Sharding(mesh, dtype, units, os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
 
 
@@ -133,8 +135,10 @@ def place(nets: Networks, sharding: Sharding | None, device: torch.device, compi
         compiles: Whether by torch.compile: each as a whole, or of a sharded one the blocks.
     """
     for _, network in nets.items():
-        for part in () if not compiles else (network,) if sharding is None else sharding.blocks(network):
-            part.compile()
+        blocks = [network] if sharding is None else sharding.blocks(network)
+        for block in blocks if compiles else ():
+            if sharding is None or not isinstance(block, NETWORKS):
+                block.compile()
         if sharding is None:
             network.to(device)
         else:
