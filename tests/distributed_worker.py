@@ -1,4 +1,4 @@
-"""What processes that train together do: `distributed_worker.py FOLDER` starts one, two and three.
+"""What processes that train together do: `distributed_worker.py FOLDER` starts one, two, three, and two.
 
 The two write what they found to `rank-<n>.safetensors`: with whole networks and, below `sharded/`, with networks in parts.
 """
@@ -178,9 +178,10 @@ def of_networks(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Tens
     for name, settings in (("whole", {}), ("parts", work.SHARDED)):
         with work.launched(settings):
             at = folder / name
-            for kind in ("full", "lora"):
-                seed = rank if name == "parts" else 0  # the first process's weights count
-                found[f"{name}/{kind}"] = work.distilled(at / kind, rank, kind, seed)
+            seed = rank if name == "parts" else 0  # the first process's weights count
+            found[f"{name}/full"] = work.distilled(at / "full", rank, "full", seed)
+            with work.launched(work.LARGE):
+                found[f"{name}/lora"] = work.distilled(at / "lora", rank, "lora", seed)
             found[f"{name}/tangents"] = work.tangents(at / "tangents", rank)
             found[f"{name}/rewarded"] = work.rewarded(at / "rewarded")
             found[f"{name}/diverged"] = work.diverged(at / "diverged", rank, ranks)
@@ -190,7 +191,6 @@ def of_networks(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Tens
         found["bf16"] = work.rounded(folder / "bf16", rank)
         found["full disk"] = work.without_room(folder / "full disk", rank, ranks)
         found["1 to 2"] = work.moved(folder / "2", rank, ranks, folder / "1" / "checkpoint-1", 2)
-        work.script(folder / "script", folder / "models")
     found["parts to whole"] = work.moved(folder / "2 whole", rank, ranks, folder / "2" / "checkpoint-2", 3)
     with work.launched(work.HYBRID):
         found["whole to hybrid"] = work.moved(folder / "hybrid 2", rank, ranks, folder / "2 whole" / "checkpoint-3", 4)
@@ -214,6 +214,11 @@ def alone(folder: Path) -> None:
     image_folder(models_folder(folder / "networks" / "models") / "data")
 
 
+def scripted(folder: Path) -> None:
+    with sharding_worker.launched(sharding_worker.SHARDED):
+        sharding_worker.script(folder / "networks" / "script", folder / "networks" / "models")
+
+
 def three(folder: Path) -> None:
     rank, ranks = place()
     with sharding_worker.launched(sharding_worker.SHARDED):
@@ -224,7 +229,7 @@ def three(folder: Path) -> None:
 
 
 def main() -> None:
-    for number, act in enumerate((alone, pair, three), start=1):
+    for number, act in ((1, alone), (2, pair), (3, three), (2, scripted)):
         together(number, partial(act, Path(sys.argv[1])))
 
 

@@ -33,6 +33,7 @@ from cm_diffusers.types import Batch, Loss, Networks
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 HYBRID = SHARDED | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
+LARGE = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "CrossAttnDownBlock2D, CrossAttnUpBlock2D"}
 OPTIM = {
     "student": OptimConfig(learning_rate=1e-3, adam_epsilon=1e-3),
     "critic": OptimConfig(learning_rate=3e-2, adam_epsilon=1e-3),
@@ -221,7 +222,7 @@ def moved(folder: Path, rank: int, ranks: int, resume: Path | None, steps: int) 
     )
     found = held(trainer)
     trainer.fit(source(size, rank, ranks))
-    trainer.end()
+    trainer.folder.end()  # and not `end`, which would take the group of processes away
     return found
 
 

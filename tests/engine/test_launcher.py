@@ -7,12 +7,10 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from scripts import run_script
-from toys import assert_same, forget_accelerate, source, tensors, toy_networks, toy_trainer
+from toys import assert_same, forget_accelerate, source, tensors, toy_trainer
 
 from cm_diffusers.engine import launcher
 from cm_diffusers.engine.cli import parse_configs
-from cm_diffusers.engine.optimizers import OptimConfig
-from cm_diffusers.engine.sharding import Sharding
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.publishing.provenance import command_of
 
@@ -149,20 +147,6 @@ def test_what_trains_one_network_alone_is_refused(monkeypatch, name) -> None:
         ValueError, match=r"trains one network, but runs here have several .*: choose FSDP with fsdp_version 2"
     ):
         settings()
-
-
-@pytest.mark.parametrize("name", ["adamw_8bit", "adamp"])
-def test_optimizers_of_whole_weights_are_refused(name) -> None:
-    sharding = Sharding(None, None, frozenset(), False)
-    with pytest.raises(ValueError, match=f"--optimizer {name} looks at whole weights"):
-        sharding.check(toy_networks(), [OptimConfig(optimizer=name)])
-    with pytest.raises(ValueError, match="names Linera, but no network of this run has such"):
-        Sharding(None, None, frozenset(["Linera"]), False).check(toy_networks(), [OptimConfig()])
-    quantized = toy_networks()
-    quantized.teacher = torch.nn.Linear(2, 2).requires_grad_(False)
-    quantized.teacher.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="The teacher is quantized, which cannot be sharded"):
-        sharding.check(quantized, [OptimConfig()])
 
 
 def test_what_acts_is_what_is_recorded(tmp_path, monkeypatch) -> None:

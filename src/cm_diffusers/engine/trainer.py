@@ -50,6 +50,7 @@ class Trainer:
 
     Attributes:
         place: Rank, number of ranks and device, as sources of batches take them.
+        sharding: How networks are parted among the ranks; None where each has them whole.
         steering: Callbacks that are part of the run, before the checkpoint, which has what they keep; one that fails ends it.
         stopping: Why training ends after this step; those set it, on all ranks alike.
     """
