@@ -105,7 +105,7 @@ def sharded(monkeypatch):
             "bf16",
             "--use_fsdp",
         ]
-        args = launch_command_parser().parse_args([*asked, *words, "train.py"])
+        args = launch_command_parser().parse_args([*asked, "--dynamo_backend", "no", *words, "train.py"])
         for name, value in prepare_multi_gpu_env(args).items():
             if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_")):
                 monkeypatch.setenv(name, value)
