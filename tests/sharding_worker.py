@@ -89,7 +89,7 @@ class Distilling:
     def student(self, nets: Networks, batch: Batch, progress) -> Loss:
         cond = {"encoder_hidden_states": batch.cond["text"]}
         with torch.no_grad():
-            goal = nets.teacher(batch.x0, TIMES, **cond).sample
+            goal = 0.5 * nets.teacher(batch.x0, TIMES, **cond).sample
             if nets.target is not None:
                 goal = goal + nets.target(batch.x0, TIMES / 2, **cond).sample
         found = nets.student(batch.x0, TIMES, **cond).sample
@@ -116,7 +116,9 @@ def networks(kind: str, seed: int) -> Networks:
         return Networks(student, teacher=WithoutAdapters(student))
     nets = Networks(unet(seed), target=unet(seed).requires_grad_(False), teacher=teacher)
     if kind == "full":
-        nets.critic = TeacherFeatureCritic(teacher, teacher, 8)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            nets.critic = TeacherFeatureCritic(teacher, teacher, 8)
     if kind == "bf16":
         nets.critic = LoRADecoderCritic(teacher, 2)
     return nets
@@ -231,7 +233,7 @@ def held(trainer: Trainer) -> dict[str, Tensor]:
     files = trainer.averages.state() | {"target": trainer.nets.target.state_dict()}
     for player in trainer.players:
         files |= player.state()[0]
-    return {f"{stem}/{name}": whole(value) for stem, named in files.items() for name, value in named.items()}
+    return {f"{stem}/{name}": whole(value).clone() for stem, named in files.items() for name, value in named.items()}
 
 
 def tangents(folder: Path, rank: int) -> dict[str, Tensor]:
