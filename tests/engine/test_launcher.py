@@ -129,8 +129,6 @@ def test_sharding_is_the_launchers(sharded) -> None:
     [
         ([], "FSDP version 1 is not supported: give fsdp_version 2"),
         (["--fsdp_version", "2", "--fsdp_reshard_after_forward", "false"], "fsdp_reshard_after_forward false would"),
-        (["--fsdp_version", "2", "--use_parallelism_config", "true", "--parallelism_config_tp_size", "2"], "tp_size above 1"),
-        (["--fsdp_version", "2", "--use_parallelism_config", "true", "--parallelism_config_cp_size", "2"], "cp_size above 1"),
     ],
 )  # fmt: skip
 def test_other_ways_of_sharding_are_refused(sharded, words, sentence) -> None:
@@ -138,6 +136,14 @@ def test_other_ways_of_sharding_are_refused(sharded, words, sentence) -> None:
     with pytest.raises(ValueError, match=sentence) as refused:
         settings()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["TP", "CP", "SP"])
+def test_other_parallelism_is_refused(sharded, monkeypatch, name) -> None:
+    sharded("--fsdp_version", "2")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
+    with pytest.raises(ValueError, match=f"{name.lower()}_size above 1 is not supported"):
+        settings()
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
