@@ -64,8 +64,8 @@ def main() -> None:
     trainer = Trainer(train, Networks(model), ClassificationObjective(method), optim, settings=[data])
     batches = image_batches(data, train.seed, *trainer.place[:2], label_column=config.label_column)
     trainer.fit(announce(trainer, batches, configs, "classifier"))
-    with trainer.export_weights() as student:
-        if trainer.accelerator.is_main_process:
+    with trainer.exported() as student:
+        if student is not None:
             figures = measure(student, test) | {"seed": train.seed}
             with written_aside(Path(train.output_dir) / "classifier") as folder:
                 student.save_pretrained(folder)

@@ -59,9 +59,10 @@ def main() -> None:
     trainer = Trainer(train, Networks(student), objective, optim, settings=[data, shape], callbacks=[grid])
     batches = token_batches(data, Vae.from_model(vae), pipe.tokenizer, train.seed, *trainer.place)
     trainer.fit(announce(trainer, batches, configs, "pipeline"))
-    with trainer.export_weights():
-        if trainer.accelerator.is_main_process:
-            show_end(trainer)
+    show_end(trainer)
+    with trainer.exported() as network:
+        if network is not None:
+            pipe.unet, pipe.text_encoder = network.unet, network.text_encoder
             save_pipeline(pipe, Path(train.output_dir) / "pipeline", model.save_fp16)
     conclude(trainer, configs, "pipeline")
     trainer.end()

@@ -41,9 +41,10 @@ def main() -> None:
     trainer = Trainer(train, Networks(pipe.transformer), objective, optim, settings=[data, shape], callbacks=[grid])
     batches = text_image_batches(data, Encoders.from_pipeline(pipe), train.seed, *trainer.place)
     trainer.fit(announce(trainer, batches, configs, "pipeline"))
-    with trainer.export_weights():
-        if trainer.accelerator.is_main_process:
-            show_end(trainer)
+    show_end(trainer)
+    with trainer.exported() as network:
+        if network is not None:
+            pipe.transformer = network
             save_pipeline(pipe, Path(train.output_dir) / "pipeline", result.save_fp16)
     conclude(trainer, configs, "pipeline")
     trainer.end()

@@ -61,12 +61,12 @@ def main() -> None:
     nets, objective = Networks(AutoencoderWithPosterior(vae)), AutoencoderObjective(method)
     trainer = Trainer(train, nets, objective, optim, settings=[data])
     trainer.fit(announce(trainer, image_batches(data, train.seed, *trainer.place[:2]), configs, "vae"))
-    with trainer.export_weights():
-        measured = {"train": image_batches(data, train.seed), **measured}
-        number = -(-final.latent_samples // data.train_batch_size)
-        figures = {name: measure(vae, images, number) for name, images in measured.items()}
-        vae.register_to_config(scaling_factor=1 / figures["train"]["latent_std"])  # 2112.10752, Appendix G
-        if trainer.accelerator.is_main_process:
+    with trainer.exported() as network:
+        if network is not None:
+            vae, measured = network.vae, {"train": image_batches(data, train.seed), **measured}
+            number = -(-final.latent_samples // data.train_batch_size)
+            figures = {name: measure(vae, images, number) for name, images in measured.items()}
+            vae.register_to_config(scaling_factor=1 / figures["train"]["latent_std"])  # 2112.10752, Appendix G
             write_result(Path(train.output_dir) / "vae", [vae.save_pretrained])
             figures |= {"samples": final.latent_samples, "seed": train.seed}
             (Path(train.output_dir) / "metrics.json").write_text(json.dumps(figures, indent=1))

@@ -76,7 +76,8 @@ class Objective(Protocol):
     """A method. `players` maps a field of `Networks` to that player's loss; None (never the first's) skips its turn.
 
     With a method `target_decay(progress)`, that is the rate of the EMA target instead of the config's. With
-    `spans_training` true, its curriculum spans the training, whose length a resume must not change then.
+    `spans_training` true, its curriculum spans the training, whose length a resume must not change then. With
+    `takes_derivatives` true, networks run outside of autocast, too. All ranks call each network equally often.
     """
 
     players: dict[str, Callable[[Networks, Batch, Progress], Loss | None]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.test_distributed import free_port
+from processes import free_port
 from rollout_worker import PROMPTS, STEPS, conditions, run, score
 from safetensors.torch import load_file
 from toys import assert_same, forget_accelerate, tensors

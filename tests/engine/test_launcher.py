@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from scripts import run_script
 from toys import assert_same, forget_accelerate, source, tensors, toy_trainer
 
@@ -88,6 +88,71 @@ def test_a_conflict_is_one_sentence(monkeypatch, launcher, words, sentence) -> N
     with pytest.raises(ValueError, match=sentence) as refused:
         settings(*words)
     assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """The environment that `accelerate launch --use_fsdp` makes on a machine with two GPUs."""
+
+    def launch(*words: str) -> None:
+        asked = [
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "bf16",
+            "--use_fsdp",
+        ]
+        args = launch_command_parser().parse_args([*asked, "--dynamo_backend", "no", *words, "train.py"])
+        for name, value in prepare_multi_gpu_env(args).items():
+            if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_")):
+                monkeypatch.setenv(name, value)
+
+    return launch
+
+
+def test_sharding_is_the_launchers(sharded) -> None:
+    sharded("--fsdp_version", "2", "--fsdp_activation_checkpointing", "true")
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"  # as accelerate has it where nobody asks
+    config = TrainConfig()
+    assert launcher.is_sharded()
+    assert (config.gradient_checkpointing, config.mixed_precision) == (True, "bf16")
+    assert (
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    )  # or transformers would load text towers of one process
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "FSDP version 1 is not supported: give fsdp_version 2"),
+        (["--fsdp_version", "2", "--fsdp_reshard_after_forward", "false"], "fsdp_reshard_after_forward false would"),
+    ],
+)  # fmt: skip
+def test_other_ways_of_sharding_are_refused(sharded, words, sentence) -> None:
+    sharded(*words)
+    with pytest.raises(ValueError, match=sentence) as refused:
+        settings()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["TP", "CP", "SP"])
+def test_other_parallelism_is_refused(sharded, monkeypatch, name) -> None:
+    sharded("--fsdp_version", "2")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
+    with pytest.raises(ValueError, match=f"{name.lower()}_size above 1 is not supported"):
+        settings()
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
+def test_what_trains_one_network_alone_is_refused(monkeypatch, name) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(
+        ValueError, match=r"trains one network, but runs here have several .*: choose FSDP with fsdp_version 2"
+    ):
+        settings()
 
 
 def test_what_acts_is_what_is_recorded(tmp_path, monkeypatch) -> None:

@@ -10,11 +10,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from diffusers import UNet2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_unet
@@ -34,7 +32,6 @@ from toys import (
 )
 
 from cm_diffusers.diffusion.views import EDMView
-from cm_diffusers.engine import accelerator as accelerator_module
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import OptimConfig, RAdam
 from cm_diffusers.engine.train_config import TrainConfig
@@ -610,13 +607,6 @@ def test_channels_last_is_a_matter_of_memory(tmp_path) -> None:
 def test_channels_last_without_convolutions_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="--channels_last is for networks of convolutions, which Sequential is not"):
         toy_trainer(tmp_path, channels_last=True)
-
-
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_sharded_training_is_refused(tmp_path, monkeypatch, kind) -> None:
-    monkeypatch.setattr(accelerator_module, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
-    with pytest.raises(ValueError, match=rf"Sharded training \({kind.value}\) is not supported"):
-        toy_trainer(tmp_path)
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, ControlNetModel, LCMScheduler, MotionAdapter, StableDiffusionPipeline
-from engine.test_distributed import free_port
 from huggingface_hub import ModelCard
+from processes import free_port
 from safetensors.torch import load_file
 from scripts import image_folder, run_script
 from tiny import tiny_pipeline

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, StableDiffusionXLPipeline
-from engine.test_distributed import free_port
 from huggingface_hub import ModelCard
+from processes import free_port
 from safetensors.torch import load_file
 from scott_worker import KINDS as PAIRS
 from scripts import CAPTIONS, data_flags, image_folder, run_script

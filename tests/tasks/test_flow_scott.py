@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from engine.test_distributed import free_port
 from flow_checks import branches
+from processes import free_port
 from safetensors.torch import load_file
 from scripts import data_flags, image_folder, run_script
 from tiny_flow import tiny_sd3

@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from cm_diffusers.data.rollouts import RolloutConfig
 from cm_diffusers.diffusion.views import EDMView
 from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.sharding import unit_classes
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError
@@ -50,7 +51,6 @@ from cm_diffusers.tasks.plan import (
     largest_unit,
     parts_of,
     strategies,
-    unit_classes,
 )
 from cm_diffusers.tasks.plan_networks import Training, training_of
 from cm_diffusers.tasks.plan_page import advice, page, recommended

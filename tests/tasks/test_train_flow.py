@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from engine.test_distributed import free_port
+from processes import free_port
 from safetensors.torch import load_file
 from scripts import data_flags, image_folder, run_script
 from scripts import flags as words

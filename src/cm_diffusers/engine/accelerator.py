@@ -5,7 +5,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.extras import TRACKERS, missing
@@ -16,8 +16,7 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
     """Accelerate's settings in the environment do not act beside ours: `take_launched` has read them.
 
     Raises:
-        ValueError: The tracker's package is missing or would record a secret, the device has no such precision, or
-            weights would be sharded.
+        ValueError: The tracker's package is missing or would record a secret, or the device has no such precision.
     """
     if report_to == "wandb" and (shown := [word for word in sys.argv if without_secrets(word) != word]):
         raise UserError(
@@ -40,11 +39,6 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
         )
     if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
         raise UserError(missing(f"--report_to {tracker}", TRACKERS[tracker]))
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"Sharded training ({accelerator.distributed_type.value}) is not supported: checkpoints and moving averages need "
-            "whole weights on every rank. Run `accelerate config` and choose multi-GPU without sharding."
-        )
     return accelerator
 
 

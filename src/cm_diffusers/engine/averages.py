@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from cm_diffusers.engine.checkpoints import write_folder
+from cm_diffusers.engine.parts import gathered, local, shards
+from cm_diffusers.engine.slices import Stored
 from cm_diffusers.errors import UserError
 
 
@@ -61,13 +63,10 @@ class MovingAverage:
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
-    def update(self, step: int, skipped: Tensor | None = None) -> None:
-        draw(list(self.average.values()), list(self.live.values()), 1 - self.rate(step), skipped)
-
     @torch.no_grad()
-    def load(self, average: dict[str, Tensor]) -> None:
-        for name, value in self.average.items():
-            value.copy_(average[name])
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        mine, theirs = ([local(value) for value in values.values()] for values in (self.average, self.live))
+        draw(mine, theirs, 1 - self.rate(step), skipped)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -115,14 +114,14 @@ class Averages:
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {name: average.average for name, average in self.kept.items()}
 
-    def load(self, files: dict[str, dict[str, Tensor]]) -> None:
+    def load(self, files: dict[str, Stored]) -> None:
         for name, average in self.kept.items():
-            average.load(files[name])
+            files[name].fill_all(average.average)
 
-    def write_snapshots(self, run: Path, step: int) -> None:
-        """Keep the power-function averages of this step for `rebuild`."""
-        if self.powers:
-            tensors = {f"{sigma_rel:g}": average.average for sigma_rel, average in self.powers.items()}
+    def write_snapshots(self, run: Path, step: int, is_main: bool) -> None:
+        """Keep the power-function averages of this step for `rebuild`; called by all processes where they are sharded."""
+        tensors = {f"{width:g}": gathered(average.average, is_main) for width, average in self.powers.items()}
+        if tensors and is_main:
             write_folder(run / SNAPSHOTS / f"step-{step}", tensors)
 
 
@@ -214,6 +213,6 @@ def draw(averages: list[Tensor], live: list[Tensor], weight: float, skipped: Ten
 @torch.no_grad()
 def ema_update(average: nn.Module, model: nn.Module, decay: float, skipped: Tensor | None = None) -> None:
     """average <- decay * average + (1 - decay) * model for parameters, where `skipped` is not 1; buffers are copied."""
-    draw(list(average.parameters()), list(model.parameters()), 1 - decay, skipped)
+    draw(shards(average), shards(model), 1 - decay, skipped)
     for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)

@@ -9,11 +9,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cm_diffusers.engine.own_files import foreign_files, is_checkpoint_file, keep_foreign, remove
+from cm_diffusers.engine.ranks import Ranks
+from cm_diffusers.engine.slices import DamagedCheckpointError, Stored, file_name, ranks_of, stems, to_write
 from cm_diffusers.errors import UserError, writable
 
 
@@ -21,10 +22,6 @@ logger = logging.getLogger(__name__)
 
 PREFIX, STATE, FILES, BRANCH_POINT = "checkpoint-", "state.json", "files", "branch_point"
 NEEDED = ("step", "identity", "players")  # in every `state.json`
-
-
-class DamagedCheckpointError(ValueError):
-    """A checkpoint does not hold what was written into it."""
 
 
 class OtherNetworkError(ValueError):
@@ -37,17 +34,18 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
-def load_trainable_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+def load_trainable_state(module: nn.Module, state: Stored) -> None:
     """
     Raises:
         OtherNetworkError: Names or shapes of the parameters are not the module's.
     """
-    expected, found = ({k: tuple(v.shape) for k, v in s.items()} for s in (trainable_state(module), state))
+    own = trainable_state(module)
+    expected, found = {name: tuple(value.shape) for name, value in own.items()}, state.shapes
     if odd := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise OtherNetworkError(
             f"The checkpoint belongs to another network: {len(odd)} parameters differ, such as {odd[0]}."
         )
-    module.load_state_dict(state, strict=False)
+    state.fill_all(own)
 
 
 def split_optimizer_state(state: dict) -> tuple[dict[str, Tensor], dict]:
@@ -59,9 +57,16 @@ def split_optimizer_state(state: dict) -> tuple[dict[str, Tensor], dict]:
     return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
 
 
-def join_optimizer_state(tensors: dict[str, Tensor], rest: dict) -> dict:
+def join_optimizer_state(tensors: Stored, rest: dict, parameters: list[nn.Parameter]) -> dict:
+    """
+    Args:
+        parameters: What it optimizes; of a sharded one, what has its shape is sharded alike.
+    """
     state: dict[int, dict] = {}
-    for key, value in {**tensors, **rest["scalars"]}.items():
+    for key in tensors:
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensors.like(key, parameters[int(index)])
+    for key, value in rest["scalars"].items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": rest["param_groups"]}
@@ -95,35 +100,57 @@ def write_folder(
     Raises:
         ValueError: The disk is full or may not be written to; nothing has changed.
     """
-    final = Path(os.path.realpath(final))
-    aside = final.with_name(f".{final.name}.{uuid4().hex[:8]}.partial")
-    replaced = final.with_name(f".{final.name}.replaced")
+    final, ranks = Path(os.path.realpath(final)), ranks_of(tensors)
+    aside = final.with_name(f".{final.name}.{ranks.first(lambda: uuid4().hex[:8])}.partial")
     size = sum(value.nbytes for named in tensors.values() for value in named.values())
     try:
         with writable(str(final), size, advice):
-            _fill(aside, tensors, state)
-            keep_foreign(final, aside, is_checkpoint_file)
-            if final.exists():
-                remove(replaced)
-                os.replace(final, replaced)
-            os.replace(aside, final)
+            ranks.first(lambda: aside.mkdir(parents=True))
+            written = ranks.each(lambda: _write(aside, tensors, ranks))
+            ranks.first(
+                lambda: _finish(aside, final, state, {name: size for one in written for name, size in one.items()})
+            )
     except BaseException:
-        remove(aside)
+        if ranks.rank == 0:
+            remove(aside)
         raise
-    remove(replaced)
     return final
 
 
-def _fill(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict | None) -> None:
-    folder.mkdir(parents=True)
+def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> dict[str, int]:
+    """What this process has of them; returns sizes by file name."""
     for stem, named in tensors.items():
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, folder / f"{stem}.safetensors")
+        values, header = to_write(named, ranks.rank)
+        if values or ranks.rank == 0:
+            save_file(values, folder / file_name(stem, ranks), *([] if header is None else [header]))
+    paths = [path for stem in tensors if (path := folder / file_name(stem, ranks)).exists()]
+    for path in paths:
+        _sync(path)
+    return {path.name: path.stat().st_size for path in paths}
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _finish(aside: Path, final: Path, state: dict | None, sizes: dict[str, int]) -> None:
+    """Where all files of all processes are there: say so, and give the folder its name."""
+    if unseen := [name for name in sizes if not (aside / name).is_file()]:
+        raise UserError(
+            f"{final} is not one folder for all machines: {unseen[0]} of another process is not in it; give an --output_dir that "
+            "they share."
+        )
     if state is not None:
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        (folder / STATE).write_text(json.dumps(state | {FILES: sizes}, indent=1))
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        (aside / STATE).write_text(json.dumps(state | {FILES: dict(sorted(sizes.items()))}, indent=1))
+        _sync(aside / STATE)
+    keep_foreign(final, aside, is_checkpoint_file)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        remove(replaced)
+        os.replace(final, replaced)
+    os.replace(aside, final)
+    remove(replaced)
 
 
 def read_state(path: Path) -> dict:
@@ -152,19 +179,15 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Stored], dict]:
     """Tensors by file stem and name, and the JSON.
 
     Raises:
         ValueError, DamagedCheckpointError: As `read_state`.
     """
-    state, files = read_state(path), {}
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            files[file.stem] = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise DamagedCheckpointError(f"{file} is damaged: {error}.") from error
-    return files, state
+    state = read_state(path)
+    found = stems(state.get(FILES) or (file.name for file in path.glob("*.safetensors")))
+    return {stem: Stored(path / name for name in names) for stem, names in found.items()}, state
 
 
 @contextmanager

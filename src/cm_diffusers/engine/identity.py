@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -39,6 +40,8 @@ REVISIONS = {  # flag of a model -> that of its revision on the Hub
     "spatial_lora": "spatial_lora_revision",
 }
 CONFIG = re.compile(r"(?:.*_)?config\.json|model_index\.json")
+GLOBAL_BATCH = ("num_processes", "train_batch_size", "gradient_accumulation_steps")  # whose product a step sees
+PER_PROCESS = "samples_per_rollout"  # drawn ahead by each, so that their number must stay
 VOLATILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # of a config: what saving it may change
 SAMPLED = 4096  # bytes of every tensor
 
@@ -146,12 +149,17 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _batch(identity: dict) -> int:
+    """Samples of a step, of all processes, where the run tells their number."""
+    return math.prod(identity.get(name) or 1 for name in GLOBAL_BATCH)
+
+
 def refuse_other_run(
     path: Path, saved: dict, identity: dict, defaults: dict, *, knows_data: bool, branches: bool = False
 ) -> None:
     """
     Args:
-        path: The checkpoint.
+        path: The checkpoint. Of another number of processes it may be, if a step sees as many samples.
         saved: Its identity. What it lacks, of an older release, had the default; flags that are no more do not count.
         identity: Of the run that would go on from it.
         defaults: As `run_defaults`.
@@ -167,11 +175,14 @@ def refuse_other_run(
     by_content = both | {FINGERPRINTS} | (NAMES_OF_DATA if DATA in was and (DATA in both or not knows_data) else set())
     before = {name: saved.get(name, defaults.get(name, value)) for name, value in identity.items()}
     compared = {name for name in identity.keys() - by_content if not (branches and is_schedule(name))}
+    if before["num_processes"] != identity["num_processes"] and PER_PROCESS not in identity:
+        compared -= {*GLOBAL_BATCH} if _batch(before) == _batch(identity) else set()
     if changed := sorted(name for name in compared if before[name] != identity[name]):
         differences = ", ".join(f"{name} was {before[name]!r}, now {identity[name]!r}" for name in changed)
-        raise UserError(
-            f"{path} belongs to a run with other settings ({differences}); use the same ones, or start afresh."
-        )
+        advice = "use the same ones, or start afresh"
+        if "num_processes" in changed and PER_PROCESS not in identity:
+            advice += f"; with other processes keep {' x '.join(GLOBAL_BATCH)}, {_batch(before)}"
+        raise UserError(f"{path} belongs to a run with other settings ({differences}); {advice}.")
     for name in sorted(name for name in both if was[name] != now[name]):
         what = (
             "was trained on other data: images or captions were changed, added, left out or put in another order since"

@@ -1,4 +1,4 @@
-"""What `accelerate launch` and its config file say, in the environment: precision, accumulation, compilation, processes."""
+"""What `accelerate launch` and its config file say, in the environment: precision, accumulation, compilation, sharding, processes."""
 
 import os
 from typing import Any
@@ -7,6 +7,7 @@ from cm_diffusers.errors import UserError
 
 
 DEFAULTS = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "compile": False}  # where nobody asks for more
+OTHERS = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}  # which part networks, but not so that several train
 DYNAMO = {"MODE": "default", "USE_FULLGRAPH": "False", "USE_DYNAMIC": "False", "USE_REGIONAL_COMPILATION": "False"}
 
 
@@ -28,6 +29,15 @@ def take_launched(config: Any) -> None:
             )
         value = given if asked is None else asked
         setattr(config, name, default if value is None else value)
+    _refuse_other_sharding()
+    if is_sharded():
+        config.gradient_checkpointing |= _said("FSDP_ACTIVATION_CHECKPOINTING")
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # text towers, which are not sharded, would stay empty
+
+
+def is_sharded() -> bool:
+    """Whether weights are to be parted among the processes."""
+    return _said("ACCELERATE_USE_FSDP")
 
 
 def refuse_lone_processes(trains: bool) -> None:
@@ -68,6 +78,35 @@ def _state() -> Any:
     from accelerate.utils import parse_flag_from_env
 
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def _said(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def _refuse_other_sharding() -> None:
+    for name, title in OTHERS.items():
+        if _said(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"{title} trains one network, but runs here have several (student, target, teacher, critic): choose FSDP with "
+                "fsdp_version 2, which shards all of them, in `accelerate config`."
+            )
+    if not is_sharded():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            "FSDP version 1 is not supported: give fsdp_version 2 (--fsdp_version 2) in `accelerate config`."
+        )
+    if not _said("FSDP_RESHARD_AFTER_FORWARD") and "FSDP_RESHARD_AFTER_FORWARD" in os.environ:
+        raise UserError(
+            "fsdp_reshard_after_forward false would leave whole weights where averages look for parts: give true."
+        )
+    for name in ("TP", "CP", "SP"):
+        if int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) > 1:
+            raise UserError(
+                f"{name.lower()}_size above 1 is not supported: give dp_shard_size and dp_replicate_size alone in "
+                "parallelism_config."
+            )
 
 
 def _asked(name: str, nothing: str) -> str | None:

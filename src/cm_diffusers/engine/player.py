@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from cm_diffusers.engine import checkpoints
 from cm_diffusers.engine.optimizers import (
@@ -15,6 +16,8 @@ from cm_diffusers.engine.optimizers import (
     make_optimizer,
     skips_on_the_device,
 )
+from cm_diffusers.engine.parts import whole
+from cm_diffusers.engine.slices import Stored
 from cm_diffusers.errors import UserError
 from cm_diffusers.types import Loss, Networks
 
@@ -32,12 +35,16 @@ class Player:
             raise UserError(f"The {name} has no trainable parameter: every one has requires_grad=False.")
         optimizer = make_optimizer(self.trainable, optim)
         self.lr_scheduler = make_lr_scheduler(optimizer, optim, max_steps)  # ours to step: once, on every rank
-        self.network, self.optimizer = accelerator.prepare(self.raw, optimizer)
+        self.is_sharded = isinstance(self.raw, FSDPModule)
+        if self.is_sharded:  # which accelerate could do with one network alone, and rounds times
+            self.network, self.optimizer = self.raw, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.network, self.optimizer = accelerator.prepare(self.raw, optimizer)
         setattr(nets, name, self.network)
 
     def update(self, loss: Loss) -> dict[str, Tensor]:
         """Clip, step and clear. Where loss or gradient norm is not finite nothing changes; `skipped` is 1 then, else 0."""
-        norm = self.accelerator.clip_grad_norm_(self.trainable, self.optim.max_grad_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.trainable, self.optim.max_grad_norm))
         self.skipped = 1 - (loss.value.isfinite() & norm.isfinite()).float()
         learning_rate = torch.tensor(self.lr_scheduler.get_last_lr()[0])
         self._step()
@@ -66,9 +73,10 @@ class Player:
         files = {self.name: checkpoints.trainable_state(self.raw), f"optimizer-{self.name}": tensors}
         return files, {"optimizer": rest, "lr_scheduler": self.lr_scheduler.state_dict()}
 
-    def load_state(self, files: dict[str, dict[str, Tensor]], rest: dict) -> None:
+    def load_state(self, files: dict[str, Stored], rest: dict) -> None:
         checkpoints.load_trainable_state(self.raw, files[self.name])
-        saved = checkpoints.join_optimizer_state(files[f"optimizer-{self.name}"], rest["optimizer"])
+        stored = files[f"optimizer-{self.name}"]
+        saved = checkpoints.join_optimizer_state(stored, rest["optimizer"], self.trainable)
         self.optimizer.load_state_dict(saved)
         lay_out_moments(self.optimizer.optimizer)
         self.lr_scheduler.load_state_dict(rest["lr_scheduler"])

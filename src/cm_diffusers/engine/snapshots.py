@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from cm_diffusers.engine.checkpoints import trainable_state, write_folder
+from cm_diffusers.engine.parts import gathered
 from cm_diffusers.errors import UserError
 
 
@@ -28,8 +29,11 @@ def is_due(step: int, every: int, window: list[int]) -> bool:
     return every > 0 and step % every == 0 and (not window or window[0] <= step <= window[1])
 
 
-def write_weights(run: Path, step: int, student: nn.Module) -> None:
-    write_folder(run / FOLDER / f"step-{step}", {STEM: trainable_state(student)})
+def write_weights(run: Path, step: int, student: nn.Module, is_main: bool = True) -> None:
+    """Whole, by the main process; called by all where the student is sharded."""
+    weights = gathered(trainable_state(student), is_main)
+    if is_main:
+        write_folder(run / FOLDER / f"step-{step}", {STEM: weights})
 
 
 def list_weights(run: Path) -> list[Kept]:

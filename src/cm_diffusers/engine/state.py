@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_state(trainer: Trainer, source: dict[str, Tensor]) -> None:
-    """Write the checkpoint of the present step, then prune those that are too many.
+    """Write the checkpoint of the present step, then prune those that are too many; called by all that hold a part of it.
 
     Args:
         source: What the source of batches keeps.
@@ -38,9 +38,10 @@ def write_state(trainer: Trainer, source: dict[str, Tensor]) -> None:
         files["source"] = source
     if trainer.accelerator.scaler is not None:
         state["grad_scaler"] = trainer.accelerator.scaler.state_dict()
-    trainer.averages.write_snapshots(trainer.output_dir, trainer.step)
+    is_main = trainer.accelerator.is_main_process
+    trainer.averages.write_snapshots(trainer.output_dir, trainer.step, is_main)
     checkpoints.write_checkpoint(trainer.output_dir, trainer.step, files, state)
-    if trainer.config.checkpoints_total_limit:
+    if trainer.config.checkpoints_total_limit and is_main:
         checkpoints.prune_checkpoints(
             trainer.output_dir, trainer.config.checkpoints_total_limit, trainer.config.branch_steps
         )
@@ -58,11 +59,20 @@ def load_state(trainer: Trainer, path: Path) -> dict[str, Tensor]:
         for player in trainer.players:
             player.load_state(files, state["players"][player.name])
         if trainer.nets.target is not None:
-            trainer.nets.target.load_state_dict(files["target"])
+            files["target"].fill_all(trainer.nets.target.state_dict())
         trainer.averages.load(files)
         if trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler.load_state_dict(state["grad_scaler"])
         trainer.step = int(state["step"])
     check_rates(trainer, path, state)
+    had, has = state["identity"].get("num_processes"), trainer.accelerator.num_processes
+    if had != has and trainer.accelerator.is_main_process:
+        logger.warning(
+            "%s was written by %s processes, and %d go on: weights, averages and optimizers are the same, but each process draws "
+            "noise and times of its own, so what follows is not what it would have been.",
+            path,
+            had,
+            has,
+        )
     logger.info("Resumed from %s at step %d", path, trainer.step)
-    return files.get("source", {})
+    return dict(files.get("source", {}))

@@ -17,14 +17,16 @@ from cm_diffusers.engine.identity import run_defaults, run_identity
 from cm_diffusers.engine.interrupts import stop_request
 from cm_diffusers.engine.looks import Looks, Turn, is_looked_at, is_saved, stacked
 from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.parts import filled, gathered, skeleton
 from cm_diffusers.engine.player import Player, only_trains
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.run_folder import RunFolder
+from cm_diffusers.engine.sharding import place, sharding_of
 from cm_diffusers.engine.snapshots import is_due, write_weights
 from cm_diffusers.engine.state import load_state, write_state
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import UserError, optional, writable
-from cm_diffusers.models.execution import compile_network, to_channels_last
+from cm_diffusers.models.execution import to_channels_last
 from cm_diffusers.models.recomputation import recompute_activations
 from cm_diffusers.types import Batch, Loss, Networks, Objective, Progress
 
@@ -50,6 +52,7 @@ class Trainer:
 
     Attributes:
         place: Rank, number of ranks and device, as sources of batches take them.
+        sharding: How networks are parted among the ranks; None where each has them whole.
         steering: Callbacks that are part of the run, before the checkpoint, which has what they keep; one that fails ends it.
         stopping: Why training ends after this step; those set it, on all ranks alike.
     """
@@ -69,6 +72,7 @@ class Trainer:
         self.source, self.source_state = None, {}
         optims = optim if isinstance(optim, dict) else dict.fromkeys(objective.players, optim)
         self.accelerator = make_accelerator(config.mixed_precision, config.report_to, config.output_dir)
+        self.sharding = sharding_of(self.accelerator, getattr(objective, "takes_derivatives", False))
         self.place = self.accelerator.process_index, self.accelerator.num_processes, self.device
         settings = [config, objective.config, *settings]
         self.identity = run_identity(type(objective).__name__, self.accelerator.num_processes, *settings, **optims)
@@ -78,10 +82,10 @@ class Trainer:
         self.folder = RunFolder(config, self.identity, defaults, settings[1:], self.accelerator)
         self.nets = nets(*self.place) if callable(nets) else nets
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        for _, module in self.nets.items():
-            module.to(self.device)
-            if config.compile:
-                compile_network(module)
+        if self.sharding is not None:
+            self.sharding.check(self.nets, optims.values(), config.channels_last)
+            self._skeleton = skeleton(self.nets.student)
+        place(self.nets, self.sharding, self.device, config.compile)
         if config.channels_last:
             to_channels_last([module for _, module in self.nets.items()])
         self.averages = Averages(self.nets.student, config.export_ema_decay, config.ema_sigma_rels)
@@ -204,7 +208,7 @@ class Trainer:
         """Back-propagate the mean loss over the micro-batches; returns means over micro-batches and ranks."""
         rows = []
         for batch in batches:
-            syncs = batch is batches[-1]
+            syncs = player.is_sharded or batch is batches[-1]  # whole gradients of a sharded one would not fit
             with nullcontext() if syncs else self.accelerator.no_sync(player.network):
                 with self.accelerator.autocast():
                     loss = self.objective.players[player.name](self.nets, batch, progress)
@@ -231,31 +235,51 @@ class Trainer:
 
     @contextmanager
     def export_weights(self) -> Iterator[nn.Module]:
-        """The student as it would be published: with averaged weights where `export_ema_decay` is set."""
+        """The student as it would be published: with averaged weights where `export_ema_decay` is set.
+
+        To sample with: a sharded one by all processes alike, see `takes_part`; to save, see `exported`.
+        """
         student = self.student
         was_training = student.training
-        with self.averages.applied():
+        rounded = self.sharding is not None and self.sharding.dtype is not None  # when gathered
+        with self.averages.applied(), self.accelerator.autocast() if rounded else nullcontext():
             try:
                 yield student.eval()
             finally:
                 student.train(was_training)
 
+    @contextmanager
+    def exported(self) -> Iterator[nn.Module | None]:
+        """The whole student of `export_weights` on the main process, None elsewhere; entered by all."""
+        with self.export_weights() as student:
+            is_main = self.accelerator.is_main_process
+            if self.sharding is None:
+                yield student if is_main else None
+                return
+            weights = gathered(student.state_dict(), is_main)
+        yield filled(self._skeleton, weights) if is_main else None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process takes part in passes between steps: the main one, or all where the student is sharded."""
+        return self.accelerator.is_main_process or self.sharding is not None
+
     def save(self) -> int:
-        """Write a checkpoint (by the main process: state is equal on all ranks) and return its step.
+        """Write a checkpoint and return its step: by the main process, or each its part of what is sharded.
 
         Raises:
             ValueError: It cannot be written; the one before stands.
         """
         source = self.source.state() if hasattr(self.source, "state") else {}
-        if self.accelerator.is_main_process:
+        if self.takes_part:
             write_state(self, source)
         self.accelerator.wait_for_everyone()
         return self.step
 
     def _keep_weights(self) -> None:
         config = self.config
-        if self.accelerator.is_main_process and is_due(self.step, config.snapshot_steps, config.snapshot_window):
-            write_weights(self.output_dir, self.step, self.student)
+        if self.takes_part and is_due(self.step, config.snapshot_steps, config.snapshot_window):
+            write_weights(self.output_dir, self.step, self.student, self.accelerator.is_main_process)
 
     def _resume(self) -> None:
         """From the folder's checkpoint, or from the one before if that is damaged."""

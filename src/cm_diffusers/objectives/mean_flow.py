@@ -83,6 +83,8 @@ class MeanFlowObjective:
         any_class: What it is told of an image whose class is hidden.
     """
 
+    takes_derivatives = True
+
     def __init__(self, config: MeanFlowConfig, view: View, any_class: int | None = None) -> None:
         check_sigmas(view, config.sigma_min, config.sigma_max)
         self.config, self.view, self.any_class = config, view, any_class

@@ -109,6 +109,8 @@ class SCMObjective:
         dmd_weight: Of the regulariser of rCM (2510.08431); above 0, `Networks.critic` is the fake score.
     """
 
+    takes_derivatives = True
+
     def __init__(
         self,
         config: SCMConfig,

@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 import cm_diffusers
-from cm_diffusers.engine.launcher import DEFAULTS
+from cm_diffusers.engine.launcher import DEFAULTS, is_sharded
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import network_of, tag_of
 from cm_diffusers.pipelines.recorded import PROVENANCE
@@ -163,6 +163,7 @@ def command_of(configs: Iterable[object]) -> str:
     """The script with every flag that is not its default, as `accelerate launch` starts it if on several processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     words = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    words += ["--use_fsdp", "--fsdp_version", "2"] if processes > 1 and is_sharded() else []
     words += _script()
     for config in configs:
         for field in fields(config):

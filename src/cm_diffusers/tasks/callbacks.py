@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.encoders import placed
+from cm_diffusers.engine.accelerator import any_rank
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError, optional
 from cm_diffusers.evaluation.grids import image_grid
@@ -69,8 +70,10 @@ class SampleGrids:
             self.show(trainer)
 
     def show(self, trainer: Trainer) -> None:
-        if self.wanted and trainer.accelerator.is_main_process:
-            publish_grid(trainer, self.draw(trainer))
+        if self.wanted and trainer.takes_part:
+            grid = self.draw(trainer)
+            if trainer.accelerator.is_main_process:
+                publish_grid(trainer, grid)
 
 
 def has_ended(trainer: Trainer) -> bool:
@@ -79,12 +82,14 @@ def has_ended(trainer: Trainer) -> bool:
 
 
 def show_end(trainer: Trainer) -> None:
-    """The grid of a training's end, where a run that was stopped after its last checkpoint has not drawn it.
+    """The grid of a training's end, where a run that was stopped after its last checkpoint has not drawn it; asked by all.
 
     One that cannot be drawn is a warning: the result is worth more.
     """
+    missing = trainer.accelerator.is_main_process and not grid_path(trainer).is_file()
+    missing = any_rank(trainer.accelerator, missing)  # others may look before it is written
     for callback in trainer.callbacks:
-        if isinstance(callback, SampleGrids) and not grid_path(trainer).is_file():
+        if isinstance(callback, SampleGrids) and missing:
             with optional("The last grid"):
                 callback.show(trainer)
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.optimizers import OptimConfig
+from cm_diffusers.engine.sharding import unit_classes
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, adapters_off
 from cm_diffusers.models.counting import Ask, Flops, Kept, count_flops, count_kept
@@ -29,7 +30,6 @@ from cm_diffusers.tasks.plan_starts import Given
 from cm_diffusers.types import Networks
 
 
-UNITS = {"BasicTransformerBlock", "ResnetBlock2D"}
 TERA, GIGA = 1e12, 1e9
 
 
@@ -211,15 +211,6 @@ def frozen_bytes(network: nn.Module, quantization: str) -> float:
     frozen = [p for p in network.parameters() if not p.requires_grad]
     bits = [BITS.get(quantization, 8 * p.itemsize) if id(p) in linear else 8 * p.itemsize for p in frozen]
     return sum(p.numel() * size / 8 for p, size in zip(frozen, bits, strict=True))
-
-
-def unit_classes(network: nn.Module) -> set[str]:
-    """Names of the classes whose modules are gathered one at a time, where a launcher's config names none."""
-    named = [module for module in network.modules() if isinstance(module, ModelMixin)]
-    lists = [
-        getattr(module, name, None) or [] for module in named for name in ("_no_split_modules", "_repeated_blocks")
-    ]
-    return UNITS.union(*lists)
 
 
 def largest_unit(network: nn.Module) -> int:

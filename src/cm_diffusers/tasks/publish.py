@@ -33,24 +33,25 @@ def publish(
         result: Name of its folder in that of the run.
         configs: The script's dataclasses, the `HubConfig` among them.
         describe: Name that the card shall give -> provenance.
-        save: (trained network, folder, provenance) -> None.
+        save: (trained network, folder, provenance) -> None; by the main process alone.
         repo_id: On the Hub; None to save alone.
         watch: Of the run, whose best weights are the result; None for the last ones.
 
     Returns:
         The address on the Hub; None where nothing was pushed, and beside the main process.
     """
-    address = None
-    if trainer.accelerator.is_main_process:
-        folder = trainer.output_dir / result
-        show_end(trainer)
-        provenance = describe(repo_id or str(folder))
-        watch = watch if watch and watch.looks else None  # none of a finished run that is only published
-        if watch is not None:
-            seen = {"published_step": watch.best["step"], f"{watch.config.stop_when}_when_best": watch.best["value"]}
-            provenance = replace(provenance, settings=provenance.settings | seen)
-        with trainer.export_weights() if watch is None else watch.best_weights(trainer) as network:
+    address, folder = None, trainer.output_dir / result
+    show_end(trainer)
+    watch = watch if watch and watch.looks else None  # none of a finished run that is only published
+    with trainer.exported() if watch is None else watch.best_weights(trainer) as network:
+        if network is not None:
+            provenance = describe(repo_id or str(folder))
+            if watch is not None:
+                best, column = watch.best, f"{watch.config.stop_when}_when_best"
+                seen = {"published_step": best["step"], column: best["value"]}
+                provenance = replace(provenance, settings=provenance.settings | seen)
             save(network, folder, provenance)
+    if trainer.accelerator.is_main_process:
         conclude(trainer, configs, result)
         if repo_id:
             hub = next(config for config in configs if isinstance(config, HubConfig))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
 from torch import nn
 from transformers.hf_argparser import HfArg
 
@@ -27,6 +26,8 @@ from cm_diffusers.engine.checkpoints import (
 )
 from cm_diffusers.engine.cli import parse_words, refuse_changed
 from cm_diffusers.engine.own_files import foreign_files, is_checkpoint_file, remove
+from cm_diffusers.engine.parts import gathered
+from cm_diffusers.engine.slices import Stored
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError, optional
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
@@ -125,7 +126,7 @@ class Watch:
             "scale": guidance_scale,
         }
         self.looks = self._known(trainer) if trainer.folder.continues else []
-        if trainer.step == 0 and trainer.accelerator.is_main_process:
+        if trainer.step == 0 and trainer.takes_part:
             self._value(trainer)  # what cannot be measured is told before training
         trainer.stopping = trainer.stopping or self._reason()
 
@@ -174,11 +175,11 @@ class Watch:
 
     def _look(self, trainer: Trainer) -> None:
         value = torch.zeros((), dtype=torch.float64, device=home_of_float64(trainer.device))
-        if trainer.accelerator.is_main_process:
+        if trainer.takes_part:
             value += self._value(trainer)
         value = broadcast(value).item()  # or processes might disagree on stopping
         self.looks.append({"step": trainer.step, "value": value})
-        if trainer.accelerator.is_main_process:
+        if trainer.takes_part:
             self._keep(trainer)
         with optional(f"The tracker at step {trainer.step}"):
             trainer.accelerator.log({f"watch/{self.config.stop_when}": value}, step=trainer.step)
@@ -204,9 +205,14 @@ class Watch:
     def _keep(self, trainer: Trainer) -> None:
         """The weights of this step where they are the best, and all looks, to read and to see."""
         run, best, looks = trainer.output_dir, self.best["step"], self.looks
+        is_main = trainer.accelerator.is_main_process
         if best == trainer.step:
             with trainer.export_weights() as student:
-                write_folder(run / BEST / f"step-{best}", {"student": trainable_state(student)})
+                weights = gathered(trainable_state(student), is_main)
+                if is_main:
+                    write_folder(run / BEST / f"step-{best}", {"student": weights})
+        if not is_main:
+            return
         steps = [int(path.name.removeprefix(PREFIX)) for path in list_checkpoints(run)]
         needed = {self._best_until(step) for step in [*steps, trainer.step]}
         for other in (run / BEST).glob("step-*"):
@@ -230,15 +236,20 @@ class Watch:
         return figure
 
     @contextmanager
-    def best_weights(self, trainer: Trainer) -> Iterator[nn.Module]:
-        """The student with what was best inside the block."""
-        with trainer.export_weights() as student:
-            last = {name: value.clone() for name, value in trainable_state(student).items()}
-            load_trainable_state(student, load_file(best_file(trainer.output_dir, self.best["step"])))
+    def best_weights(self, trainer: Trainer) -> Iterator[nn.Module | None]:
+        """The student with what was best inside the block, on the main process; None elsewhere."""
+        with trainer.exported() as student:
+            if student is None:
+                yield None
+                return
+            own = trainable_state(student)
+            last = {name: value.clone() for name, value in own.items()}
+            load_trainable_state(student, Stored([best_file(trainer.output_dir, self.best["step"])]))
             try:
                 yield student
             finally:
-                load_trainable_state(student, last)
+                for name, value in last.items():
+                    own[name].copy_(value)
 
 
 def make_watch(

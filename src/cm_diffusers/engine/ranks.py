@@ -1,0 +1,49 @@
+"""Processes that write one thing together: each knows when another fails, so that none waits for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import distributed as dist
+
+from cm_diffusers.errors import UserError
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """
+    Attributes:
+        rank: Of this process.
+        size: How many take part; each calls the same methods in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def each(self, act: Callable[[], T]) -> list[T]:
+        """What it gives on every rank.
+
+        Raises:
+            ValueError: It failed elsewhere; here it raises what it raised.
+        """
+        result, failure = None, None
+        try:
+            result = act()
+        except Exception as error:
+            failure = error
+        found = [(result, str(failure) if failure else None)]
+        if self.size > 1:
+            found *= self.size
+            dist.all_gather_object(found, (result, str(failure) if failure else None))
+        if failure:
+            raise failure
+        if told := [text for _, text in found if text is not None]:
+            raise UserError(f"Another process stopped: {told[0]}")
+        return [result for result, _ in found]
+
+    def first(self, act: Callable[[], T]) -> T:
+        """What it gives on the first rank, which alone calls it."""
+        return self.each(act if self.rank == 0 else lambda: None)[0]

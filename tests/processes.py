@@ -1,0 +1,46 @@
+"""Several processes that train together, as torchrun starts them, but forks of one that has imported everything."""
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def together(number: int, act: Callable[[], None]) -> None:
+    """Run it in so many forks; this process must not have trained anything, for threads do not survive a fork.
+
+    Raises:
+        RuntimeError: One fails; the others, which would wait for it, are ended.
+    """
+    port, children = free_port(), []
+    for rank in range(number):
+        child = os.fork()
+        if child == 0:
+            os._exit(_as_rank(rank, number, port, act))
+        children.append(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:
+                os.kill(other, 9)
+            raise RuntimeError(f"A process of {number} ended with {os.waitstatus_to_exitcode(status)}.")
+
+
+def _as_rank(rank: int, number: int, port: str, act: Callable[[], None]) -> int:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    try:
+        act()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+    return 0
