@@ -9,8 +9,9 @@ from diffusers import LCMScheduler
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.video import VideoDataConfig, video_batches
 from cm_diffusers.engine.cli import parse_configs, run
-from cm_diffusers.engine.distilling import DistillOptimConfig, DistillTrainConfig
+from cm_diffusers.engine.optimizers import CooledOptimConfig
 from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.motion import MotionConfig, check_frames, load_motion_adapter, motion_scheduler
 from cm_diffusers.models.motion_base import load_image_model
@@ -29,7 +30,7 @@ from cm_diffusers.tasks.summary import announce
 
 
 CONFIGS = (
-    TeacherConfig, MotionConfig, StageConfig, VideoDataConfig, LCMConfig, DistillOptimConfig, DistillTrainConfig, ValidationConfig, HubConfig,
+    TeacherConfig, MotionConfig, StageConfig, VideoDataConfig, LCMConfig, CooledOptimConfig, TrainConfig, ValidationConfig, HubConfig,
 )  # fmt: skip
 
 

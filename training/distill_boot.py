@@ -4,8 +4,9 @@ import cm_diffusers.engine.early
 
 from cm_diffusers.data.prompts_alone import PromptDataConfig
 from cm_diffusers.engine.cli import parse_configs, run
-from cm_diffusers.engine.distilling import DistillOptimConfig, DistillTrainConfig
+from cm_diffusers.engine.optimizers import CooledOptimConfig
 from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig, load_teacher
@@ -19,7 +20,7 @@ from cm_diffusers.tasks.watching import WatchConfig
 
 
 CONFIGS = (
-    TeacherConfig, StudentConfig, PromptDataConfig, BOOTConfig, DistillOptimConfig, DistillTrainConfig, ValidationConfig, WatchConfig,
+    TeacherConfig, StudentConfig, PromptDataConfig, BOOTConfig, CooledOptimConfig, TrainConfig, ValidationConfig, WatchConfig,
     HubConfig,
 )  # fmt: skip
 

@@ -6,8 +6,9 @@ from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_configs, run
-from cm_diffusers.engine.distilling import DistillOptimConfig, DistillTrainConfig
+from cm_diffusers.engine.optimizers import CooledOptimConfig
 from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.models.critics import CriticConfig
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.models.students import StudentConfig
@@ -22,7 +23,7 @@ from cm_diffusers.tasks.watching import WatchConfig
 
 
 CONFIGS = (
-    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, SCottConfig, CriticConfig, DistillOptimConfig, DistillTrainConfig,
+    TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, SCottConfig, CriticConfig, CooledOptimConfig, TrainConfig,
     ValidationConfig, WatchConfig, HubConfig,
 )  # fmt: skip
 

@@ -11,8 +11,9 @@ from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.generated import GenerationConfig
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.engine.cli import parse_words, run
-from cm_diffusers.engine.distilling import DistillOptimConfig, DistillTrainConfig
+from cm_diffusers.engine.optimizers import CooledOptimConfig
 from cm_diffusers.engine.recipes import shipped
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.errors import read_text
 from cm_diffusers.models.students import StudentConfig
 from cm_diffusers.models.teachers import TeacherConfig
@@ -35,7 +36,7 @@ class ShapeConfig:
 
 
 CONFIGS = (
-    ShapeConfig, TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, LCMConfig, DistillOptimConfig, DistillTrainConfig,
+    ShapeConfig, TeacherConfig, StudentConfig, DataConfig, GenerationConfig, ClipConfig, LCMConfig, CooledOptimConfig, TrainConfig,
     ValidationConfig, WatchConfig,
 )  # fmt: skip
 

@@ -9,8 +9,9 @@ from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
-from cm_diffusers.engine.distilling import DistillOptimConfig, DistillTrainConfig
+from cm_diffusers.engine.optimizers import CooledOptimConfig
 from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.adapters import target_names
 from cm_diffusers.models.families.base import network_of
@@ -28,7 +29,7 @@ from cm_diffusers.tasks.text_to_image import needs_encoders
 from cm_diffusers.tasks.text_to_image_checks import check_adapters
 
 
-CONFIGS = (FinetuneConfig, DataConfig, LCFConfig, DistillOptimConfig, DistillTrainConfig, ValidationConfig, HubConfig)
+CONFIGS = (FinetuneConfig, DataConfig, LCFConfig, CooledOptimConfig, TrainConfig, ValidationConfig, HubConfig)
 OF_TEACHERS = "validation_guidance_scale validation_teacher_steps"
 
 

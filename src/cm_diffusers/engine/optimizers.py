@@ -96,6 +96,16 @@ def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
                 moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
+@dataclass
+class CooledOptimConfig(OptimConfig):
+    """Of distillations with text: the rate falls at the end, which wins at equal cost (docs/results/defaults.md)."""
+
+    lr_scheduler: Schedule = HfArg(default="wsd", help="Shape of the learning rate; wsd is warm-up, stable, cooldown.")
+    lr_cooldown_steps: int | None = HfArg(
+        default=None, help="Steps of the cooldown at the end, for wsd; a third of --max_train_steps if not given."
+    )
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     settings = {
         "lr": config.learning_rate,

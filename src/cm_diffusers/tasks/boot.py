@@ -11,7 +11,6 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.prompts_alone import PromptDataConfig, batches_of_prompts
 from cm_diffusers.data.teacher_latents import check_side
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.engine.distilling import by_kind
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.train_config import TrainConfig
@@ -62,7 +61,7 @@ def distill(
         teacher: Without its network (`load_teacher`'s `late`).
         configs: The script's, for its flags and for the card; those of `WHAT_A_RUN_IS` among them.
     """
-    given, method = by_kind(configs), objective.config
+    given, method = {type(config): config for config in configs}, objective.config
     source, student, data = (given[kind] for kind in WHAT_A_RUN_IS)
     train, validation, watch = given[TrainConfig], given[ValidationConfig], given[WatchConfig]
     refuse_changed(validation, "validation_nfe", "here: the student makes its images in one step")

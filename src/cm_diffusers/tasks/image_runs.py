@@ -16,7 +16,6 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.diffusion.views import FlowView
 from cm_diffusers.engine.cli import refuse_changed
-from cm_diffusers.engine.distilling import by_kind
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
@@ -206,7 +205,7 @@ def train_images(
         configs: The script's, for its flags and for the card; those of `SHARED_CONFIGS` among them.
         w: Least and greatest guidance that is distilled into a student of text, which recommends their mean where it is told.
     """
-    given = by_kind(configs)
+    given = {type(config): config for config in configs}
     classes, data, optim, train, validation, watch, result, hub = (given[kind] for kind in SHARED_CONFIGS[1:])
     if nets.target is None or hasattr(objective, "target_decay"):
         refuse_changed(train, "ema_decay", f"with {name}: it has no averaged target, or one on a schedule")

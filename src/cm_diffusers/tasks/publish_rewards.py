@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from cm_diffusers.engine.distilling import by_kind
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.places import public
 from cm_diffusers.publishing.folders import write_result
@@ -41,7 +40,7 @@ def publish_run(
         data: What it was trained on, in words or as a folder.
         repo_id: On the Hub; None to save alone.
     """
-    given = by_kind(configs)
+    given = {type(config): config for config in configs}
     source = given[RewardModelConfig]
     unused = ["validation_guidance_scale", "validation_teacher_steps"]
     unused += ["eta"] * (tuned.record is not None) + ["ema_decay"] * (trainer.nets.target is None)

@@ -12,7 +12,6 @@ from torch import nn
 from cm_diffusers.data.clip_config import ClipConfig
 from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
-from cm_diffusers.engine.distilling import by_kind
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.train_config import TrainConfig
@@ -81,7 +80,7 @@ def distill(
     Returns:
         As `publish`.
     """
-    given, method = by_kind(configs), objective.config
+    given, method = {type(config): config for config in configs}, objective.config
     source, student, data, generation, clips, train, validation, watch = (given[kind] for kind in OF_A_DISTILLATION)
     scheduler = student_scheduler(teacher, method)
     make_pipeline = partial(lcm_pipeline, teacher, scheduler=scheduler)
@@ -149,7 +148,7 @@ def needs_encoders(
 
 def text_dtype(configs: Sequence[object]) -> torch.dtype:
     """Of the teacher's text towers: bfloat16 in such a run, where they encode captions for the cache and are done."""
-    given = by_kind(configs)
+    given = {type(config): config for config in configs}
     _, student, data, generation, _, train, validation, watch = (given[kind] for kind in OF_A_DISTILLATION)
     kept = generation.prompts_file or needs_encoders(student, data, validation, given.get(CriticConfig), watch)
     return torch.bfloat16 if train.mixed_precision == "bf16" and not kept else torch.float32
