@@ -1,10 +1,11 @@
-"""`train_flow.py` as a process of several: `torchrun flow_worker.py FOLDER FLAGS`; writes the weights to `rank-<n>.safetensors`."""
+"""`train_flow.py` as a process of several: `flow_worker.py FOLDER FLAGS`; writes the weights to `rank-<n>.safetensors`."""
 
 import os
 import sys
 from pathlib import Path
 from unittest import mock
 
+from processes import together
 from safetensors.torch import save_file
 from scripts import script
 
@@ -23,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together(2, main)

@@ -1,4 +1,4 @@
-"""Encodings shared between two processes: `torchrun kept_worker.py FOLDER`; writes `rank-<n>.json`, what each encoded and found."""
+"""Encodings shared between two processes: `kept_worker.py FOLDER`; writes `rank-<n>.json`, what each encoded and found."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from processes import together
 
 from cm_diffusers.data.kept import Wanted, keep
 from cm_diffusers.data.shards import keys_of, shard_key
@@ -27,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together(2, main)

@@ -2,9 +2,11 @@
 
 import os
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 
 def free_port() -> str:
@@ -44,3 +46,11 @@ def _as_rank(rank: int, number: int, port: str, act: Callable[[], None]) -> int:
         sys.stderr.flush()
         return 1
     return 0
+
+
+def run_worker(name: str, *words: str | Path) -> None:
+    """Run a script beside this file, which forks, in a process that has trained nothing."""
+    command = [sys.executable, str(Path(__file__).with_name(name)), *map(str, words)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]

@@ -1,4 +1,4 @@
-"""LCM on a tiny Qwen-Image in each of two processes: `torchrun qwen_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
+"""LCM on a tiny Qwen-Image in each of two processes: `qwen_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from processes import together
 from safetensors.torch import save_file
 from tiny_flow_b import tiny_qwen_image
 from toys import toy_trainer
@@ -46,8 +47,7 @@ def main() -> None:
         after = dict(trainer.student.named_parameters())
         found |= {f"{kind}/{name}": after[name].detach() - value for name, value in before.items()}
     save_file(found, folder / f"rank-{rank}.safetensors")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    together(2, main)

@@ -1,4 +1,4 @@
-"""Reward fine-tuning of a few numbers, alone or in each of two processes: `torchrun rollout_worker.py FOLDER`."""
+"""Reward fine-tuning of a few numbers, alone or in each of two processes: `rollout_worker.py FOLDER`."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import LCMScheduler
+from processes import together
 from safetensors.torch import save_file
 from torch import nn
 from toys import WIDTH, toy_trainer
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together(2, main)

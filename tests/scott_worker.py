@@ -1,4 +1,4 @@
-"""SCott on tiny UNets in each of two processes: `torchrun scott_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
+"""SCott on tiny UNets in each of two processes: `scott_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from latent_objectives import scott_of
+from processes import together
 from safetensors.torch import save_file
 from tiny import tiny_scheduler, tiny_unet
 from toys import toy_trainer
@@ -59,8 +60,7 @@ def main() -> None:
                 f"{kind}/{name}/{key}": p.detach().clone() for key, p in network.named_parameters() if p.requires_grad
             }
     save_file(found, folder / f"rank-{rank}.safetensors")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    together(2, main)

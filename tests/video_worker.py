@@ -1,4 +1,4 @@
-"""AnimateLCM's stages in each of two processes: `torchrun video_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
+"""AnimateLCM's stages in each of two processes: `video_worker.py FOLDER`; writes `rank-<n>.safetensors`."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from processes import together
 from safetensors.torch import save_file
 from tasks.test_animatelcm import lora_folder, randomised_parts
 from toys import toy_trainer
@@ -53,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together(2, main)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,8 +17,8 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL
-from engine.test_distributed import free_port
 from PIL import Image
+from processes import run_worker
 from safetensors.torch import save_file
 from scripts import run_script
 
@@ -125,10 +123,7 @@ def test_every_process_encodes_its_share(config, monkeypatch, machines):
 
 def test_two_processes_share_one_folder(tmp_path):
     """Five shards of four rows: the first process encodes three of them, and both read all."""
-    worker = Path(__file__).parents[1] / "kept_worker.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1"}
-    subprocess.run([*torchrun, str(worker), str(tmp_path)], check=True, capture_output=True, env=environment)
+    run_worker("kept_worker.py", tmp_path)
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     shares = [[*range(4), *range(8, 12), *range(16, 20)], [*range(4, 8), *range(12, 16)]]
     assert [rank["seen"] for rank in ranks] == shares

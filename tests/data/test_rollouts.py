@@ -1,13 +1,8 @@
 """Roll-outs: what is given to learn from, what a checkpoint brings back, and that rewards rise."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from processes import free_port
+from processes import run_worker
 from rollout_worker import PROMPTS, STEPS, conditions, run, score
 from safetensors.torch import load_file
 from toys import assert_same, forget_accelerate, tensors
@@ -164,11 +159,7 @@ def test_groups_share_a_prompt(tmp_path):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    worker = [str(Path(__file__).parents[1] / "rollout_worker.py"), str(folder)]
-    done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_worker("rollout_worker.py", folder)
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1)]
 
 

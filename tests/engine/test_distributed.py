@@ -1,10 +1,7 @@
 """Two processes on this machine: equal weights, different data, and the same run as one process makes; also with networks in parts."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import sharding_worker
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from distributed_worker import OPTIM, Duel, Jump
+from processes import run_worker
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
@@ -32,10 +30,7 @@ def clean_accelerate():
 def folder(tmp_path_factory) -> Path:
     """Where `distributed_worker.py` left the results of its processes: one, two, then three."""
     folder = tmp_path_factory.mktemp("distributed")
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    worker = [sys.executable, str(Path(__file__).parents[1] / "distributed_worker.py"), str(folder)]
-    done = subprocess.run(worker, env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_worker("distributed_worker.py", folder)
     return folder
 
 

@@ -1,16 +1,13 @@
 """`train_motion.py` and `distill_animatelcm.py` end to end on random pipelines, and a stage in two processes."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, ControlNetModel, LCMScheduler, MotionAdapter, StableDiffusionPipeline
 from huggingface_hub import ModelCard
-from processes import free_port
+from processes import run_worker
 from safetensors.torch import load_file
 from scripts import image_folder, run_script
 from tiny import tiny_pipeline
@@ -218,11 +215,7 @@ def test_gradient_checkpointing_changes_nothing(home, student, condition):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    worker = [str(Path(__file__).parents[1] / "video_worker.py"), str(folder)]
-    done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_worker("video_worker.py", folder)
     return folder
 
 

@@ -1,16 +1,13 @@
 """`distill_scott.py` end to end on random pipelines, and SCott in two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, StableDiffusionXLPipeline
 from huggingface_hub import ModelCard
-from processes import free_port
+from processes import run_worker
 from safetensors.torch import load_file
 from scott_worker import KINDS as PAIRS
 from scripts import CAPTIONS, data_flags, image_folder, run_script
@@ -139,11 +136,7 @@ def test_a_wrong_flag_is_one_sentence(home, values, words) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    worker = [str(Path(__file__).parents[1] / "scott_worker.py"), str(folder)]
-    done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_worker("scott_worker.py", folder)
     return folder
 
 

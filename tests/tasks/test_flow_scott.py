@@ -1,8 +1,5 @@
 """SCott on teachers of flows, end to end and by its critics; Qwen-Image in two processes; what flows are refused."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from flow_checks import branches
-from processes import free_port
+from processes import run_worker
 from safetensors.torch import load_file
 from scripts import data_flags, image_folder, run_script
 from tiny_flow import tiny_sd3
@@ -151,11 +148,7 @@ def test_every_solver_starts_from_the_noise_of_a_flow() -> None:
 
 def test_two_processes_share_the_students_of_qwen_image(tmp_path: Path) -> None:
     """All that trains has a gradient on both, and what has none is not waited for."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    worker = [str(Path(__file__).parents[1] / "qwen_worker.py"), str(tmp_path)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_worker("qwen_worker.py", tmp_path)
     first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert_same(second, first)
     moved = {name for name, value in first.items() if value.any()}

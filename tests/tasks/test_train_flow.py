@@ -1,16 +1,13 @@
 """Flow matching from scratch: two steps, a resume, and what is published."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from processes import free_port
+from processes import run_worker
 from safetensors.torch import load_file
 from scripts import data_flags, image_folder, run_script
 from scripts import flags as words
@@ -87,11 +84,7 @@ def test_two_processes_learn_one_network_of_both_their_data(flags: dict[str, obj
     """
     flags["export_ema_decay"] = 0
     run_script("train_flow", **flags | {"output_dir": tmp_path / "alone"})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    worker = [str(Path(__file__).parents[1] / "flow_worker.py"), str(tmp_path), *words(**flags)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_worker("flow_worker.py", tmp_path, *words(**flags))
     first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert_same(second, first)
     assert_same(weights(tmp_path / "run"), first)
