@@ -179,9 +179,8 @@ class Poisoned(ToyObjective):
 
 def diverged(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
     seen = []
-    trainer = toy_trainer(
-        folder, objective=Poisoned(), callbacks=[lambda t, _: seen.append(whole(t.student[0].weight).clone())]
-    )
+    keep = [lambda t, _: seen.append(whole(t.student[0].weight).clone())]
+    trainer = toy_trainer(folder, objective=Poisoned(), callbacks=keep, logging_steps=1)
     with pytest.raises(FloatingPointError, match="the student's loss is nan"):
         trainer.fit(source(4, rank, ranks))
     return {"before": seen[-1], "after": whole(trainer.student[0].weight)}

@@ -127,7 +127,7 @@ def test_every_script_says_what_it_does(path: Path) -> None:
 def ended(folder: Path, **values: object) -> SimpleNamespace:
     config = SimpleNamespace(validation_steps=500, max_train_steps=4, **values)
     accelerator = SimpleNamespace(
-        is_main_process=True, trackers=[], device="cpu", reduce=lambda value, reduction: value
+        num_processes=1, is_main_process=True, trackers=[], device="cpu", reduce=lambda value, reduction: value
     )
     return SimpleNamespace(
         accelerator=accelerator, output_dir=folder, step=4, stopping="", config=config, callbacks=[], takes_part=True

@@ -146,10 +146,10 @@ def count(training: Training, given: Given) -> Counted:
         recompute_activations(nets.student)
         again = costs["student"].forward * learning(training, "student")
     kept = kept_of(training, DTYPES[train.mixed_precision] if train.mixed_precision != "no" else None)
-    student = given.get(StudentConfig)
+    student, optim = given.get(StudentConfig), next(one for one in given.values() if isinstance(one, OptimConfig))
     width = 4 if train.mixed_precision == "no" else 2  # bytes of a parameter that is gathered
     return Counted(
-        parts=parts_of(nets, given[OptimConfig], train, student.quantize_teacher if student else "no"),
+        parts=parts_of(nets, optim, train, student.quantize_teacher if student else "no"),
         trained=sum(p.numel() for p in _trained(nets)),
         unit=largest_unit(nets.student),
         width=width,
