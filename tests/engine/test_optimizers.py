@@ -9,6 +9,7 @@ from torch import nn
 
 from cm_diffusers.engine.optimizers import (
     OPTIMIZERS,
+    CooledOptimConfig,
     OptimConfig,
     RAdam,
     make_lr_scheduler,
@@ -152,3 +153,22 @@ def test_radam_that_may_skip_steps_as_torch_s_does():
         else:
             reference.step()
         assert all(map(torch.equal, ours, theirs)), step
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "cooldown"),
+    [
+        (CooledOptimConfig(), 600, 200),
+        (CooledOptimConfig(lr_warmup_steps=8), 10, 2),
+        (CooledOptimConfig(lr_cooldown_steps=0), 600, 0),
+        (CooledOptimConfig(lr_cooldown_steps=7), 600, 7),
+        (CooledOptimConfig(lr_scheduler="constant"), 600, 0),
+        (OptimConfig(), 600, 0),
+    ],
+)
+def test_a_distillation_cools_down_over_a_third_unless_told_otherwise(config, steps, cooldown) -> None:
+    assert config.cooldown_of(steps) == cooldown
+    scheduler = make_lr_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], config.learning_rate), config, steps)
+    middle = steps - cooldown + cooldown / 4
+    if cooldown % 4 == 0:
+        assert scheduler.lr_lambdas[0](middle) == pytest.approx(0.5 if cooldown else 1)

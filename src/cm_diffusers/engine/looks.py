@@ -44,13 +44,13 @@ class Looks:
     """Keeps every turn until it is looked at, stops the run where one was not finite, and shows what there is to see.
 
     Attributes:
-        turns, images, seconds: Since the last look: of the players, of all ranks, and without what was written and shown.
+        turns, seen, seconds: Since the last look: of the players, images of all ranks, and without what was written and shown.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
         self.accelerator, self.config = accelerator, config
         self.turns: list[Turn] = []
-        self.images, self.seconds = 0, 0.0
+        self.seen, self.seconds = 0, 0.0
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -80,7 +80,7 @@ class Looks:
         """The bar, and at every `logging_steps` the tracker, have these values, if there are any, and the speed since the last."""
         if not values:
             return
-        speed, self.images, self.seconds = self.images / self.seconds, 0, 0.0
+        speed, self.seen, self.seconds = self.seen / self.seconds, 0, 0.0
         others = [f"{name[:-5]} {value:.4g}, " for name, value in values.items() if name.endswith("/loss")]
         bar.set_postfix_str(f"loss {values['loss']:.4g}, {''.join(others)}{speed:.1f} images/s", False)
         if step % self.config.logging_steps == 0:

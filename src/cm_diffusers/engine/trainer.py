@@ -144,7 +144,7 @@ class Trainer:
                 with self.looks.measured():
                     loss, images = self.training_step(stream)
                     self._take_ahead(stream)
-                    self.looks.images += images
+                    self.looks.seen += images
                     values = self.looks.values(loss) if self._looks else {}
                 bar.update()
                 self.looks.show(self.step, values, bar)
