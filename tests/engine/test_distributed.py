@@ -138,9 +138,8 @@ def test_students_and_critics_in_parts_learn_the_same(ranks, kind) -> None:
         whole, parts = (below(found, f"networks/{name}/{kind}/") for name in ("whole", "parts"))
         assert whole["losses"].shape == (20, 2)
         torch.testing.assert_close(parts["losses"][:, 0], whole["losses"][:, 0], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(
-            parts["losses"], whole["losses"], rtol=1e-4, atol=1e-5
-        )  # a critic's grow apart faster
+        # the second column is the critic's, in which rounding grows
+        torch.testing.assert_close(parts["losses"], whole["losses"], rtol=0, atol=1e-5)
         assert (whole["losses"][0] - whole["losses"][-1]).abs().min() > 1e-3, "both have learned"
         sizes = {
             name: value.item() / whole[name].item() for name, value in parts.items() if "bytes/" in name and value
