@@ -47,7 +47,8 @@ def main() -> None:
         raise UserError(
             f"--cooldown_steps has {len(counts)} for {len(places)} --checkpoints: give one, or one for each."
         )
-    counts, commands = counts * (len(places) // len(counts)), [command_of(place) for place in places]
+    counts, scripts = counts * (len(places) // len(counts)), Path(__file__).parent
+    commands = [command_of(place, scripts) for place in places]
     states, evaluation = [read_state(place) for place in places], config.evaluation
     ends = [f"{state['step']}+{count}" for state, count in zip(states, counts, strict=True)]
     tail = "" if shape == "1-sqrt" else f"-{shape}"

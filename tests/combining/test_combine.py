@@ -62,7 +62,7 @@ def interrupted(*of: object) -> None:
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("lora")
     lora_run(home)
-    run_script("combine", **flags(home, lora_rank=3, num_inference_steps=2, objective="coverage", pull=0.1))
+    run_script("combine", **flags(home, lora_rank=3, step_weights=[0, 1], objective="coverage", pull=0.1))
     return home
 
 
@@ -77,9 +77,11 @@ def test_the_tables_have_each_baseline_and_the_found_one(kind: str, request: pyt
     assert all(name.startswith(start) for name, start in zip(names, [*BASELINES, "found"], strict=True))
     assert told["published"] == ("found" if told["accepted"] else told["published"])
     assert all(sum(vector) == pytest.approx(1) for vector in told["weights"].values())
-    count = 2 if kind == "whole" else 1
-    assert [row["pipeline"] for row in told["holdout"]] == [name for name in names for _ in range(count)]
-    assert [row["fid"] for row in told["holdout"]] != [row["fid"] for row in told["search_set"]]
+    searched = [1, 2] if kind == "whole" else [2]  # one step has no weight there
+    for rows, steps in ((told["search_set"], searched), (told["holdout"], [1, 2])):
+        seen = [(row["pipeline"], row["num_inference_steps"]) for row in rows]
+        assert seen == [(name, count) for name in names for count in steps]
+    assert {row["fid"] for row in told["holdout"]}.isdisjoint(row["fid"] for row in told["search_set"])
     assert told["evaluations"] == 7 + 3
     text = (home / "out" / "table.md").read_text("utf-8")
     assert text.startswith(told["conclusion"])
@@ -120,9 +122,8 @@ def test_a_whole_student_is_published_as_combined(whole: Path) -> None:
 def test_the_holdout_measured_what_is_published(kind: str, request: pytest.FixtureRequest) -> None:
     """From its folder, after the SVD, on other images and seeds."""
     told = table(home := request.getfixturevalue(kind))
-    steps = [1, 2] if kind == "whole" else [2]
     config = ObjectiveConfig(
-        num_inference_steps=steps, num_images=12, feature_extractor=str(home / "classifier"), eval_batch_size=12
+        num_inference_steps=[1, 2], num_images=12, feature_extractor=str(home / "classifier"), eval_batch_size=12
     )
     data = ReferenceConfig(train_data_dir=str(home / "data"), resolution=32)
     bench = make_bench(config, data, home / "out" / ("pipeline" if kind == "whole" else "lora"))
@@ -249,7 +250,9 @@ def test_the_objective_is_a_mean_over_the_steps_and_less_is_better() -> None:
     sheet.config.objective = "coverage"
     assert sheet.value(rows) == pytest.approx(-(3 / 4 * 0.4 + 1 / 4 * 0.8))
     assert sheet.shown(sheet.value(rows)) == pytest.approx(0.5)
-    assert sheet.value([]) == sheet.value([{"num_inference_steps": 1, "coverage": None}]) == np.inf
+    sheet.config.step_weights = [0.0, 1.0]
+    assert sheet.value(rows) == sheet.value(rows[1:]) == -0.8
+    assert sheet.value([]) == sheet.value([{"num_inference_steps": 2, "coverage": None}]) == np.inf
 
 
 def test_the_bootstrap_is_paired() -> None:

@@ -159,10 +159,14 @@ def test_a_run_keeps_its_command_without_what_is_private(tmp_path, monkeypatch) 
     expected = ["distill_lcm.py", "--seed", "3", "--w_max", "4", "--w_max", "6"]
     assert command_line() == expected
     toy_trainer(tmp_path / "run").fit(source())
-    assert command_of(tmp_path / "run" / "checkpoint-4") == expected
+    (tmp_path / "scripts").mkdir()
+    with pytest.raises(ValueError, match=r"made by distill_lcm.py, which is not in .*scripts: start that script itself"):
+        command_of(tmp_path / "run" / "checkpoint-4", tmp_path / "scripts")
+    (tmp_path / "scripts" / "distill_lcm.py").touch()
+    assert command_of(tmp_path / "run" / "checkpoint-4", tmp_path / "scripts") == expected
     assert "hf_secret" not in (tmp_path / "run" / "run.json").read_text()
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     del content["command"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"does not tell how the run of .*checkpoint-4 was started"):
-        command_of(tmp_path / "run" / "checkpoint-4")
+        command_of(tmp_path / "run" / "checkpoint-4", tmp_path / "scripts")

@@ -177,7 +177,8 @@ def test_a_distillation_publishes_its_best_weights(tmp_path, kind) -> None:
         "stop_interval": 1,
         "stop_patience": 9,
     }
-    run_script("distill_lcm", **where, **data, **settings, **kind, **stop)
+    grids = {"validation_prompts": ["a"], "validation_steps": 1, "validation_seeds": [0], "validation_nfe": [1]}
+    run_script("distill_lcm", **where, **data, **settings, **kind, **stop, **grids, validation_teacher_steps=2)
     looks = json.loads((tmp_path / "run" / "watch.json").read_text())["looks"]
     assert [look["step"] for look in looks] == [1, 2, 3, 4]
     (folder,) = (tmp_path / "run" / name for name in ("pipeline", "lora") if (tmp_path / "run" / name).is_dir())
@@ -185,6 +186,8 @@ def test_a_distillation_publishes_its_best_weights(tmp_path, kind) -> None:
     best = max(looks, key=lambda look: look["value"])
     assert found["published_step"] == best["step"]
     assert found["coverage_when_best"] == best["value"]
+    shown = tmp_path / "run" / "samples" / f"step-{best['step']:06d}.png"
+    assert (folder / "samples.png").read_bytes() == shown.read_bytes()
     kept = load_file(tmp_path / "run" / "best" / f"step-{best['step']}" / "student.safetensors")
     assert_same(kept, load_file(tmp_path / "run" / "snapshots" / f"step-{best['step']}" / "student.safetensors"))
     if folder.name == "pipeline":

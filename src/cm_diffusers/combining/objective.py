@@ -39,7 +39,8 @@ class ObjectiveConfig:
         default_factory=lambda: [1, 2, 4], help="Steps to sample with; the objective is a weighted mean over them."
     )
     step_weights: list[float] | None = HfArg(
-        default=None, help="Weight of each of --num_inference_steps; all alike if not given."
+        default=None,
+        help="Weight of each of --num_inference_steps; all alike if not given. With 0 it is only measured on the hold-out.",
     )
     guidance_scale: float | None = HfArg(
         default=None, help="Guidance scale to sample with; if not given, what the student's record recommends."
@@ -90,9 +91,10 @@ class ObjectiveConfig:
 
     @property
     def weights(self) -> dict[int, float]:
-        """Of each number of steps, 1 in all."""
+        """Of each number of steps that counts, 1 in all."""
         weights = np.array(self.step_weights or [1.0] * len(self.num_inference_steps))
-        return dict(zip(self.num_inference_steps, (weights / weights.sum()).tolist(), strict=True))
+        shares = zip(self.num_inference_steps, (weights / weights.sum()).tolist(), strict=True)
+        return {steps: share for steps, share in shares if share}
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Sheet:
         extractor: As of `load_extractor`.
         reference: Real images and what they show.
         seed: Of the first image.
+        steps: Numbers of them to sample with, those that count among them.
         sampler: The student's.
 
     Raises:
@@ -130,9 +133,10 @@ class Sheet:
         extractor: ImageClassifier | InceptionFeatures,
         reference: Reference,
         seed: int,
+        steps: Collection[int],
         sampler: Sampler,
     ) -> None:
-        self.config, self.extractor, self.sampler = config, extractor, sampler
+        self.config, self.extractor, self.steps, self.sampler = config, extractor, steps, sampler
         self.seeds = range(seed, seed + len(reference.images))
         self.asked = asked_of(sampler.pipe, reference, "The student")
         self.labels = wanted_labels(extractor, reference)
@@ -146,7 +150,7 @@ class Sheet:
     def draw(self) -> Features | None:
         """Of the images that the student draws now; None if some are not finite, as those of wild weights."""
         config, sampler, found = self.config, self.sampler, {}
-        for steps in config.num_inference_steps:
+        for steps in self.steps:
             given = (steps, sampler.guidance_scale, config.eval_batch_size, sampler.resolution)
             images, _ = draw(sampler.pipe, self.asked, self.seeds, *given)
             if not images.isfinite().all():
@@ -164,7 +168,8 @@ class Sheet:
     def value(self, rows: Sequence[Row]) -> float:
         """The objective, turned so that less is better; infinite if it could not be measured."""
         name, weights = self.config.objective, self.config.weights
-        values = [math.nan if row[name] is None else row[name] * weights[row["num_inference_steps"]] for row in rows]
+        counted = [(row[name], weights[n]) for row in rows if (n := row["num_inference_steps"]) in weights]
+        values = [math.nan if value is None else value * weight for value, weight in counted]
         total = sum(values) if name in LOWER_IS_BETTER else -sum(values)
         return total if values and math.isfinite(total) else math.inf
 
@@ -184,10 +189,8 @@ class Sheet:
         )
 
     def _resampled(self, features: Features, chosen: Sequence[int]) -> float:
-        wanted = [self.config.objective]
-        return self.value(
-            [{"num_inference_steps": n, **self._quality(one, chosen, wanted)} for n, one in features.items()]
-        )
+        wanted, weights = [self.config.objective], self.config.weights
+        return self.value([{"num_inference_steps": n, **self._quality(features[n], chosen, wanted)} for n in weights])
 
     def _quality(self, features: Tensor, chosen: Sequence[int], columns: Collection[str] = COLUMNS) -> Row:
         """Of the chosen ones of the images."""
@@ -233,6 +236,9 @@ def make_bench(config: ObjectiveConfig, data: ReferenceConfig, source: Path) -> 
         sampler = Sampler(pipe, scale, data.resolution)
     else:
         refuse_changed(config, "guidance_scale", "on a pipeline without prompts")
-    seeds = (config.seed, config.of_holdout)
-    sheets = [Sheet(config, extractor, one, seed, sampler) for one, seed in zip(references, seeds, strict=True)]
+    search, holdout = references
+    sheets = (
+        Sheet(config, extractor, search, config.seed, config.weights, sampler),
+        Sheet(config, extractor, holdout, config.of_holdout, config.num_inference_steps, sampler),
+    )
     return Bench(sampler, *sheets)

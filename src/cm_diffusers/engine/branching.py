@@ -37,20 +37,29 @@ def command_line() -> list[str]:
     return [Path(sys.argv[0]).name, *map(without_secrets, words)]
 
 
-def command_of(checkpoint: Path) -> list[str]:
+def command_of(checkpoint: Path, scripts: Path) -> list[str]:
     """`command_line` of the run that a checkpoint is of.
 
+    Args:
+        scripts: The folder that the script must be in.
+
     Raises:
-        ValueError: It is not known.
+        ValueError: It is not known, or its script is another's.
     """
     run = checkpoint.resolve().parent / "run.json"
     try:
-        return json.loads(run.read_text("utf-8"))[COMMAND]
+        script, *words = json.loads(run.read_text("utf-8"))[COMMAND]
     except (OSError, ValueError, LookupError) as error:
         raise UserError(
             f"{run} does not tell how the run of {checkpoint} was started: give a checkpoint inside the folder of a run of this "
             "release."
         ) from error
+    if not (scripts / script).is_file():
+        raise UserError(
+            f"The run of {checkpoint} was made by {script}, which is not in {scripts}: start that script itself, with "
+            "--resume_from_checkpoint, a new --output_dir, --max_train_steps and --lr_cooldown_steps."
+        )
+    return [script, *words]
 
 
 def is_schedule(name: str) -> bool:

@@ -91,8 +91,10 @@ def _seen_from(folder: Path, record: Record) -> Record:
 
 
 def _student_card(record: Record, provenance: Provenance, folder: Path) -> str:
-    """With the last grid in `samples/` beside the folder: that of the run that ends here."""
-    grids = sorted((folder.parent / "samples").glob("step-*.png"))
+    """With the last grid in `samples/` beside the folder, that of the run that ends here; with that of the published step alone
+    where the weights are not the last ones."""
+    step = provenance.settings.get("published_step")
+    grids = sorted((folder.parent / "samples").glob("step-*.png" if step is None else f"step-{step:06d}.png"))
     if grids:
         with optional("Its sample grid", WITHOUT):
             shutil.copyfile(grids[-1], folder / SAMPLES)
