@@ -1,7 +1,8 @@
 """Train the variants that a study lists, each with several seeds; measure all of them alike; write tables and plots.
 
 A variant's command may name another one's result, of the same seed, as <ITS NAME>, such as a model to start from; that
-one stands before it. What is finished is not done again: a study can be stopped, taken up, and given more variants.
+one stands before it. What is finished is not done again: a study can be stopped, taken up, and given more variants, also
+on another machine, where the rows of its last tables count as long as a variant's command is the same.
 """
 
 import json
@@ -11,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from cm_diffusers.engine.cli import parse_configs, run
 from cm_diffusers.evaluation.candidates import check_output
 from cm_diffusers.evaluation.comparison import Comparison, EvaluationConfig
 from cm_diffusers.evaluation.reference import ReferenceConfig
-from cm_diffusers.evaluation.report import refuse_one_name, row_names
+from cm_diffusers.evaluation.report import hardware, refuse_one_name, row_names
 from cm_diffusers.evaluation.video import VideoComparison, VideoEvaluationConfig
 from cm_diffusers.measured import result_folder
 from cm_diffusers.models.motion import MotionConfig
@@ -98,7 +99,8 @@ def measure(
     before = len(comparison.rows)
     own = {"gammas": gammas} if gammas else {}
     comparison.measure(str(result_folder(folder)), name, steps or comparison.config.num_inference_steps, **own)
-    more = {"seed": seed, "cpu_minutes": cpu_minutes(folder)} | ({"variant": name} if gammas else {})
+    more = {"seed": seed, "cpu_minutes": cpu_minutes(folder), "hardware": hardware()}
+    more |= {"variant": name} if gammas else {}
     if starts:
         costs = [cpu_minutes(start) for start in starts]
         more["start_minutes"] = None if None in costs else sum(costs)
@@ -119,6 +121,15 @@ def read_rows(folder: Path, origin: dict[str, object]) -> list[dict]:
             f"{folder} was made by {found['origin']}, but the study now says {origin}: delete the folder."
         )
     return found["rows"]
+
+
+def published_rows(folder: Path, name: str, seed: int, origin: dict[str, object]) -> list[dict]:
+    """Those in the results of a study whose training lies elsewhere; none if it was made by another command or evaluation."""
+    path = folder / ROWS
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if found.get("origins", {}).get(name) != origin:
+        return []
+    return [row for row in found["rows"] if row["seed"] == seed and row.get("variant", row["pipeline"]) == name]
 
 
 def _write(path: Path, content: object) -> None:
@@ -185,29 +196,38 @@ def read_study(path: Path, only: list[str] | None) -> Study:
     return Study(commands, study["tables"], " ".join(study["evaluation"].split()), steps, measures, gammas)
 
 
+def trained(study: Study, name: str, seed: int, folders: Mapping[str, Path]) -> Path:
+    """The result of a variant, which is trained now, and what it starts from before it, if they are not there."""
+    command = study.commands[name]
+    for other in started_from(command, study.commands):
+        command = command.replace(f"<{other}>", shlex.quote(str(trained(study, other, seed, folders))))
+    train(command, seed, folders[name])
+    return result_folder(folders[name])
+
+
 def main() -> None:
     (config,) = parse_configs((StudyConfig,), __doc__)
     path = Path(config.study)
     study = read_study(path, config.only)
     check_output(config.output_dir)
     commands, steps, gammas, comparison = study.commands, study.steps, study.gammas, study.comparison()
+    origins, output = {}, Path(config.output_dir) / path.stem
+    for name, command in commands.items():
+        own = {"steps": steps.get(name), "gammas": gammas.get(name)}
+        origins[name] = {"command": command, "evaluation": study.evaluation} | {k: v for k, v in own.items() if v}
     rows = [row | {"seed": config.seeds[0]} for row in comparison.run()]
     for seed in config.seeds:
         folders = {name: Path(config.work_dir) / path.stem / f"{folder_name(name)}-{seed}" for name in commands}
         for name, command in commands.items():
-            folder, origin = folders[name], {"command": command, "evaluation": study.evaluation}
-            origin |= {"steps": steps[name]} if name in steps else {}
-            origin |= {"gammas": gammas[name]} if name in gammas else {}
-            starts = [folders[other] for other in started_from(command, commands)]
-            known = read_rows(folder, origin)
+            folder, origin = folders[name], origins[name]
+            known = read_rows(folder, origin) or published_rows(output, name, seed, origin)
             if not known and (config.only is None or name in config.only):
-                for other in started_from(command, commands):
-                    command = command.replace(f"<{other}>", shlex.quote(str(result_folder(folders[other]))))
-                train(command, seed, folder)
+                trained(study, name, seed, folders)
                 if study.is_measured(name):
+                    starts = [folders[other] for other in started_from(command, commands)]
                     measure(comparison, name, seed, folder, origin, starts, steps.get(name), gammas.get(name))
             rows += known or read_rows(folder, origin)
-    print(write_study(Path(config.output_dir) / path.stem, study.tables, rows, comparison.setting))
+    print(write_study(output, study.tables, rows, comparison.setting, origins))
 
 
 if __name__ == "__main__":

@@ -34,19 +34,23 @@ LOGARITHMIC = ("fid", "fd_frames", "fd_differences")
 Rows = list[Row]
 
 
-def write_study(folder: Path, tables: dict[str, dict], rows: Rows, setting: Setting | VideoSetting) -> str:
+def write_study(
+    folder: Path, tables: dict[str, dict], rows: Rows, setting: Setting | VideoSetting, origins: Mapping[str, dict]
+) -> str:
     """Writes NAME.md and NAME.png for each table, and all rows as rows.json; returns the tables.
 
     Args:
         tables: By name: `variants`, `num_inference_steps`, and what the `plot` is over: "steps", "variants" or "cost".
         rows: Of all pipelines and seeds.
+        origins: Of each variant, what its rows were made by.
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = list(pages(tables, rows, setting))
     for page in made:
         replace_file(folder / f"{page.name}.md", lambda path, text=page.text: path.write_text(text, "utf-8"))
         write_plot(folder / f"{page.name}.png", page.plot(), DPI)
-    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    made_by = {name: origin for name, origin in origins.items() if any(name == _variant(row) for row in rows)}
+    numbers = json.dumps({"setting": asdict(setting), "origins": made_by, "rows": rows}, indent=1) + "\n"
     replace_file(folder / "rows.json", lambda path: path.write_text(numbers, "utf-8"))
     return "\n".join(page.text for page in made)
 
@@ -71,8 +75,11 @@ def pages(tables: dict[str, dict], rows: Rows, setting: Setting | VideoSetting) 
 def _belongs(row: Row, table: dict) -> bool:
     if row["pipeline"] in BASELINES:
         return True
-    variant = row.get("variant", row["pipeline"])  # of several gammas
-    return variant in table["variants"] and row["num_inference_steps"] in table["num_inference_steps"]
+    return _variant(row) in table["variants"] and row["num_inference_steps"] in table["num_inference_steps"]
+
+
+def _variant(row: Row) -> str:
+    return row.get("variant", row["pipeline"])  # of several gammas
 
 
 def grouped(rows: Rows, *keys: str) -> dict[tuple, Rows]:
@@ -104,9 +111,10 @@ def markdown(rows: Rows, setting: Setting | VideoSetting) -> str:
         minutes = [_cell(spread(group, cost), "{:.0f}", False) for cost in costs]
         lines.append([name, seeds, *minutes, *plain, *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    machines = dict.fromkeys(row.get("hardware", setting.hardware) for row in _of_variants(rows))
     return (
         f"{table}\n\nMean over the seeds ± half the range. {_protocol(setting)} CPU minutes: of the training, on "
-        f"{setting.hardware}.\n"
+        f"{' or '.join(machines or [setting.hardware])}.\n"
     )
 
 

@@ -57,7 +57,7 @@ def test_report_holds_the_tables_asked_for(tmp_path):
         "steps": {"variants": ["ours"], "num_inference_steps": [1, 2], "plot": "steps"},
         "parts": {"variants": ["ours", "never trained"], "num_inference_steps": [2], "plot": "variants"},
     }
-    study_report.write_study(tmp_path, tables, [*ROWS, row("other", 0, 2, 7.0)], SETTING)
+    study_report.write_study(tmp_path, tables, [*ROWS, row("other", 0, 2, 7.0)], SETTING, {})
     names = {"steps.md", "steps.png", "parts.md", "parts.png", "rows.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
     parts = (tmp_path / "parts.md").read_text("utf-8")
@@ -129,6 +129,7 @@ def test_rows_stay_with_what_made_them(tmp_path):
     for _ in range(2):
         study.measure(comparison, "ours", 3, tmp_path, origin, [])
     row = {"pipeline": "ours", "source": str(tmp_path / "student"), "steps": [1, 2], "seed": 3, "cpu_minutes": None}
+    row["hardware"] = study.hardware()
     assert study.read_rows(tmp_path, origin) == [row]
     assert len(comparison.rows) == 2
     other = tmp_path / "other"
@@ -198,10 +199,38 @@ def test_the_start_s_cost_counts(tmp_path):
     assert [line.get_xdata().tolist() for line in axes.get_lines() if line.get_marker() == "o"] == [[10.0], [6.0]]
 
 
+def test_a_start_is_trained_where_it_is_missing(tmp_path):
+    (tmp_path / "script.py").write_text(TRAINING)
+    (tmp_path / "calls.txt").write_text("one\ntwo\n")
+    command = shlex.quote(str(tmp_path / "script.py"))
+    commands = {"base": command, "tuned": f"{command} --resume_from_checkpoint <base>"}
+    found, folders = study.Study(commands, {}, "", {}, "images"), {name: tmp_path / name for name in commands}
+    assert study.trained(found, "tuned", 7, folders) == tmp_path / "tuned" / "pipeline"
+    calls = ["7 None True", f"7 {tmp_path / 'base' / 'pipeline'} True"]
+    assert (tmp_path / "calls.txt").read_text().splitlines()[2:] == calls
+    study.trained(found, "tuned", 7, folders)
+    assert len((tmp_path / "calls.txt").read_text().splitlines()) == 4
+
+
+def test_rows_of_another_machine_count_while_the_command_is_the_same(tmp_path):
+    origin = {"command": "train", "evaluation": "flags"}
+    rows = [*ROWS, row("other", 0, 2, 7.0)]
+    text = study_report.write_study(tmp_path, {}, rows, SETTING, {"ours": origin, "other": {}, "never": {}})
+    assert not text
+    assert study.published_rows(tmp_path, "ours", 1, origin) == ROWS[-2:]
+    assert study.published_rows(tmp_path, "ours", 2, origin) == []
+    assert study.published_rows(tmp_path, "ours", 1, origin | {"command": "train --fast"}) == []
+    assert study.published_rows(tmp_path, "other", 0, {}) == rows[-1:]
+    assert study.published_rows(tmp_path / "none", "ours", 1, origin) == []
+    assert list(json.loads((tmp_path / "rows.json").read_text("utf-8"))["origins"]) == ["ours", "other"]
+    later = [row | {"hardware": "another machine"} for row in ROWS[-2:]]
+    assert study_report.markdown([*ROWS[:-2], *later], SETTING).endswith("on a machine or another machine.\n")
+
+
 def test_metrics_that_nobody_has_are_left_out(tmp_path):
     rows = [row | {"vendi": None} for row in ROWS]
     tables = {name: {"variants": ["ours"], "num_inference_steps": [1], "plot": name} for name in study_report.PLOTS}
-    study_report.write_study(tmp_path, tables, rows, SETTING)
+    study_report.write_study(tmp_path, tables, rows, SETTING, {})
     assert (tmp_path / "variants.png").stat().st_size > 10_000
 
 
@@ -222,7 +251,7 @@ def test_studies_of_clips_have_their_own_columns(tmp_path):
         }
         rows.append({"pipeline": "ours", "num_inference_steps": 4, "guidance_scale": 1.0} | found)
     tables = {name: {"variants": ["ours"], "num_inference_steps": [4], "plot": name} for name in study_report.PLOTS}
-    text = study_report.write_study(tmp_path, tables, rows, CLIPS)
+    text = study_report.write_study(tmp_path, tables, rows, CLIPS, {})
     heads, _, real, ours = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[:4])
     assert heads[5:7] == ["direction accuracy", "off constant velocity, px"]
     assert real[:6] == ["other real clips", "–", "–", "–", "–", "0.250"]

@@ -160,7 +160,9 @@ def test_a_run_keeps_its_command_without_what_is_private(tmp_path, monkeypatch) 
     assert command_line() == expected
     toy_trainer(tmp_path / "run").fit(source())
     (tmp_path / "scripts").mkdir()
-    with pytest.raises(ValueError, match=r"made by distill_lcm.py, which is not in .*scripts: start that script itself"):
+    with pytest.raises(
+        ValueError, match=r"made by distill_lcm.py, which is not in .*scripts: start that script itself"
+    ):
         command_of(tmp_path / "run" / "checkpoint-4", tmp_path / "scripts")
     (tmp_path / "scripts" / "distill_lcm.py").touch()
     assert command_of(tmp_path / "run" / "checkpoint-4", tmp_path / "scripts") == expected
