@@ -41,9 +41,6 @@ class VariantConfig(LCMConfig):
         help="LCM's, the pseudo-Huber of a sample's norm (2310.14189), l2, or l2 of a sample over its own value + 0.01.",
     )
     huber_c: float = HfArg(default=0.001, help="c of LCM's distance.")
-    time_power: float = HfArg(
-        default=0.0, help="The k-th time of the grid is drawn with k^power: late ones more often."
-    )
     coarse_share: float = HfArg(
         default=0.0,
         help="Share of the training, its beginning, with half of the grid's points: solver steps twice as long.",
@@ -88,13 +85,9 @@ class VariedLCM:
     def times(self, batch_size: int, progress: Progress) -> tuple[Tensor, Tensor]:
         """t and s below it, each `(B,)`; in the coarse part of the training t is every second of the grid, and s two below."""
         config, teaching = self.config, self.teaching
-        if config.time_power == 0 and config.coarse_share == 0:
-            return teaching.pairs(batch_size)
-        weights = torch.arange(1, len(teaching.grid) + 1, dtype=torch.float64) ** config.time_power
-        number = torch.multinomial(weights, batch_size, replacement=True)
         if progress.step >= config.coarse_share * progress.max_steps:
-            return teaching.grid[number], teaching.before[number]
-        number = (number | 1).clamp(max=len(teaching.grid) - 1)
+            return teaching.pairs(batch_size, config.time_power)
+        number = torch.randint(len(teaching.grid) // 2, (batch_size,)) * 2 + 1
         return teaching.grid[number], teaching.before[number - 1]
 
     def distance(self, online: Tensor, target: Tensor) -> Tensor:

@@ -296,7 +296,7 @@ def test_variants_of_lcm_begin_at_lcm_itself_and_differ_where_they_say() -> None
     lcm = lcm_of(LCMConfig(w_min=0.0, w_max=4.0), VP, "epsilon", 16)(networks, batch, Progress(0, 10)).value.item()
     assert varied_loss(batch, networks) == lcm
     changes = [
-        {"distance": "l2"}, {"distance": "adaptive"}, {"distance": "sample_huber"}, {"huber_c": 0.03}, {"time_power": 1.0},
+        {"distance": "l2"}, {"distance": "adaptive"}, {"distance": "sample_huber"}, {"huber_c": 0.03}, {"time_power": 0.0},
         {"guidance_pairs": True}, {"coarse_share": 0.5},
     ]  # fmt: skip
     losses = [varied_loss(batch, networks, **change) for change in changes]

@@ -15,7 +15,7 @@ INTERVALS = {
     "[0, inf)": """
         adam_weight_decay adaptive_power boundary_weight critic_learning_rate diffusion_weight dmd_weight dsm_weight generation_guidance_scale guidance_scale guidance_scales huber_c
         kl_coef kl_in_advantage kl_weight l1_weight learning_rate mapping_b mapping_k r1_weight stop_diversity stop_held_out stop_kl
-        pull step_weights tangent_c validation_guidance_scale
+        pull step_weights tangent_c time_power validation_guidance_scale
     """,
     "(0, inf)": """
         adam_epsilon adaptive_c adv_clip adversarial_weight clip_range crop_zoom final_std logit_std lora_alpha mutation_std p_std recommended_sigmas reward_weight

@@ -24,7 +24,7 @@ TYPES = ["epsilon", "v_prediction", "sample"]
 
 
 def lcm(prediction_type="epsilon", dim=None, process=VP, **settings):
-    settings = {"w_min": 0.0, "w_max": 0.0, "loss_type": "l2"} | settings
+    settings = {"w_min": 0.0, "w_max": 0.0, "loss_type": "l2", "time_power": 0.0} | settings
     return lcm_of(LCMConfig(**settings), process, prediction_type, dim)
 
 

@@ -59,6 +59,15 @@ def test_pairs_are_uniform_and_one_spacing_apart():
     assert t.dtype == s.dtype == torch.long
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_late_pairs_are_drawn_more_often(power):
+    t, s = vp_teaching(DiscreteVP(torch.linspace(0.99, 0.01, 1000)), "epsilon", None, 50).pairs(50_000, power)
+    assert set((t - s).tolist()) <= {19, 20}
+    chances = torch.arange(1, 51) ** power / (torch.arange(1, 51) ** power).sum()
+    counts, expected = torch.bincount(t, minlength=1000)[19::20], 50_000 * chances
+    assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
+
+
 @pytest.mark.parametrize(("d", "value"), [(1.0, 0.9990005), (1e-3, 4.142136e-4), (0.0, 0.0), (-1.0, 0.9990005)])
 def test_huber_values(d, value):
     """sqrt(d^2 + c^2) - c at c = 0.001; (sqrt(2) - 1) c at d = c."""

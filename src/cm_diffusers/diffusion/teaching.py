@@ -107,9 +107,13 @@ class Teaching:
                 f"teacher and {cure}; this is {self.prediction_type} with {chosen}."
             )
 
-    def pairs(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Times t `(B,)` drawn uniformly from the grid and s `(B,)` below them."""
-        number = torch.randint(len(self.grid), (batch_size,))
+    def pairs(self, batch_size: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Times t `(B,)` of the grid, the k-th with a chance proportional to k^power, and s `(B,)` below them."""
+        if power == 0:
+            number = torch.randint(len(self.grid), (batch_size,))
+        else:
+            chances = torch.arange(1, len(self.grid) + 1, dtype=torch.float64) ** power
+            number = torch.multinomial(chances, batch_size, replacement=True)
         return self.grid[number], self.before[number]
 
     def denoiser(self, network: nn.Module) -> ConditionalDenoiser:

@@ -28,6 +28,11 @@ class LCMConfig:
     )
     loss_type: Literal["huber", "l2"] = HfArg(default="huber", help="Distance between student and target.")
     timestep_scaling_factor: float = HfArg(default=10.0, help="Scale of t in the boundary scalings.")
+    time_power: float = HfArg(
+        default=1.0,
+        help="The k-th time of the grid is drawn with a chance proportional to k to this power: 0, all alike, is the paper's; 1 "
+        "draws noisy ones more often.",
+    )
     shift: float | None = HfArg(
         default=None, help="Teachers of a flow: shift of the time grid; that of the teacher's scheduler if not given."
     )
@@ -61,7 +66,7 @@ class LCMObjective:
     def pair(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The student's jump from t, with a gradient, the target's from s, each `(B, ...)`, and the guidance w `(B,)`."""
         config, teaching, x0, device = self.config, self.teaching, batch.x0, batch.x0.device
-        t, s = teaching.pairs(len(x0))
+        t, s = teaching.pairs(len(x0), config.time_power)
         w = torch.empty(len(x0), device=device).uniform_(config.w_min, config.w_max)
         x_t = diffuse(teaching.process, x0, torch.randn_like(x0), t)
         with torch.no_grad():  # first, so that its activations are gone before the student's are kept

@@ -211,7 +211,7 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
         }
     else:
         grid = {"shift": config.get("shift", 1.0), "num_ddim_timesteps": config.get("original_inference_steps", 50)}
-    method = LCMConfig(w_min=record.w_min, w_max=record.w_max, **grid)
+    method = LCMConfig(w_min=record.w_min, w_max=record.w_max, time_power=0.0, **grid)  # as published
     teaching = teaching_of(pipe, None, method)
     guiding = replace(teaching.guiding, told=told_of(tuned.network))
     return LCMObjective(method, replace(teaching, guiding=guiding))
