@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 
 FASHION_LABELS = (
@@ -78,6 +86,16 @@ def tiny_text_encoder() -> CLIPTextModel:
 
 def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary(), merges=word_merges(WORDS), model_max_length=16)
+
+
+def tiny_clip() -> tuple[CLIPModel, CLIPProcessor]:
+    """Of the tiny text encoder's shape, with an eye for 32 pixels."""
+    vision = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 16}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tiny_text_encoder().config.to_dict()
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return model, CLIPProcessor(image_processor=CLIPImageProcessor(**size), tokenizer=tiny_tokenizer())
 
 
 def tiny_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from tiny import tiny_tokenizer
+from tiny_flow_a import tiny_gemma_tokenizer, tiny_t5_tokenizer
 
 from cm_diffusers.data.clip_sources import FileClips
 from cm_diffusers.data.encoders import too_long
@@ -156,6 +158,29 @@ def test_captions_that_are_cut_are_counted():
     assert line == (
         "captions that go on after 4 tokens, where the text tower stops reading: 2 (a b c d e, a b c d e f)"
     )
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, tiny_t5_tokenizer, tiny_gemma_tokenizer])
+def test_captions_that_are_surely_short_are_not_tokenized(make):
+    """Of random ASCII, the worst that a tokenizer meets, none is called short that it cuts."""
+    tokenizer, seen, random = make(), [], np.random.default_rng(0)
+    tokenizer.model_max_length = 16
+
+    class Counting:
+        model_max_length = 16
+
+        def __call__(self, texts, truncation):
+            seen.extend(texts)
+            return tokenizer(texts, truncation=truncation)
+
+    texts = ["".join(map(chr, random.integers(32, 127, length))) for length in range(1, 25) for _ in range(40)]
+    found = Found("set")
+    too_long([*texts, "é" * 5], (Counting(),), found)
+    cut = [text for text in texts if len(tokenizer(text).input_ids) > 16]
+    assert sum(counted.number for counted in found.remarks.values()) == len(cut) > 0
+    short = [text for text in texts if len(text) <= 12]
+    assert not set(short) & set(seen)
+    assert {"", "é" * 5} <= set(seen)  # the tokenizer's marks are counted once
 
 
 # ---- what is left out

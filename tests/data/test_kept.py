@@ -23,10 +23,12 @@ from safetensors.torch import save_file
 from scripts import run_script
 
 from cm_diffusers.data import contents, housekeeping, kept
+from cm_diffusers.data import images as pixels
 from cm_diffusers.data.cache import Vae
 from cm_diffusers.data.captions import Captions
 from cm_diffusers.data.contents import Digests
 from cm_diffusers.data.encoders import Encoders
+from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.kept import Kept, Wanted, keep
 from cm_diffusers.data.shards import keys_of, shard_key
 from cm_diffusers.data.sources import DataConfig
@@ -233,6 +235,35 @@ def test_a_file_that_could_not_be_read_is_tried_again(images, encoders, monkeypa
     assert text_image_batches(images, encoders, 0).found.images == 4
     monkeypatch.setattr(contents, "content_hash", read)
     assert text_image_batches(images, encoders, 0).found.images == 5
+
+
+def test_pixel_sets_are_read_and_decoded_once(images, hashed, tmp_path, monkeypatch):
+    """Nothing is opened at a later start but what could not be read; the images themselves only where they fit into memory."""
+    damaged = tmp_path / "set" / "4.png"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    decode, decoded = contents.decode_image, []
+    monkeypatch.setattr(contents, "decode_image", lambda record: decoded.append(record["path"]) or decode(record))
+    monkeypatch.setattr(pixels, "MEMORY_LIMIT", 0)
+    before = image_batches(images, 0)
+    assert before.found.images == 4
+    assert len(hashed) == 5
+    assert len(decoded) == 6
+    hashed.clear()
+    decoded.clear()
+    again = image_batches(images, 0)
+    assert (hashed, decoded) == ([], [str(damaged)])
+    monkeypatch.undo()
+    assert again.fingerprint == before.fingerprint == image_batches(images, 0).fingerprint
+    kept_nowhere = image_batches(replace(images, cache_latents=False), 0)
+    assert kept_nowhere.fingerprint == before.fingerprint
+    assert before.fingerprint == shard_key(list(digests_of(tmp_path / "set")), None)
+    for one, two in zip(islice(before(0), 3), islice(kept_nowhere(0), 3), strict=True):
+        assert torch.equal(one.x0, two.x0)
+
+
+def digests_of(folder: Path) -> list[str]:
+    """As runs before this one have named the content of a folder."""
+    return [sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.png"))]
 
 
 def test_images_in_tables_have_their_table_and_row(config):

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import tarfile
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +19,7 @@ from PIL import Image
 from pyarrow import parquet
 from tiny_xl import tiny_xl_pipeline
 
+from cm_diffusers.data import streamed
 from cm_diffusers.data.cache import Vae
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sampler import SHUFFLE
@@ -293,6 +295,45 @@ def test_an_unreadable_image_does_not_move_the_others(tmp_path, config, encoders
         assert_same(take(config, encoders, 1, start)[0], whole[start])
 
 
+def test_tables_are_read_apart_with_the_same_batches(tmp_path, config, encoders, monkeypatch):
+    """From batch 3 on, over epochs, and with samples that lack something."""
+    config = tables(config, tmp_path)
+    path = tmp_path / "parquet" / "0.parquet"
+    rows = parquet.read_table(path).to_pylist()
+    rows[1]["image"]["bytes"], rows[2]["text"] = BROKEN, " "
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    decode, state = streamed.decode_image, torch.get_rng_state()
+
+    def decode_and_tell(record):
+        (tmp_path / f"decoded-by-{os.getpid()}").touch()
+        return decode(record)
+
+    alone = streaming_batches(config, encoders, 0)
+    expected = [*islice(alone(3), 14)]
+    monkeypatch.setattr(streamed, "decode_image", decode_and_tell)
+    apart = streaming_batches(replace(config, dataloader_num_workers=3), encoders, 0)
+    for one, two in zip(expected, islice(apart(3), 14), strict=True):
+        assert_same(one, two)
+        assert one.texts == two.texts
+    assert torch.equal(torch.get_rng_state(), state)
+    assert alone.found.skipped == apart.found.skipped
+    assert len(alone.found.skipped) == 2
+    (told,) = tmp_path.glob("decoded-by-*")
+    assert told.name != f"decoded-by-{os.getpid()}"
+
+
+def test_what_is_wrong_is_one_sentence_also_from_another_process(tmp_path, config, encoders):
+    config = replace(tables(config, tmp_path), dataloader_num_workers=2)
+    for path in (tmp_path / "parquet").glob("*.parquet"):
+        rows = [row | {"text": ""} for row in parquet.read_table(path).to_pylist()]
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(
+        ValueError, match=r"^None of the 20 samples of .* left out, samples without a caption: 20 "
+    ) as found:
+        next(streaming_batches(config, encoders, 0)(0))
+    assert "\n" not in str(found.value)
+
+
 def test_members_of_samples_may_differ(tmp_path):
     members = {
         "a/0.jpg": encoded(0, "JPEG"), "a/0.json": json.dumps({"caption": "from json", "w": 1}).encode(),
@@ -417,8 +458,6 @@ def test_more_processes_than_samples(tmp_path, config, encoders):
         ({"num_crops": 2}, "--num_crops has no effect with --streaming"),
         ({"max_train_samples": 9}, "--max_train_samples has no effect with --streaming"),
         ({"train_shards_path_or_url": None, "train_data_dir": "."}, "--latent_cache_dir has no effect with --streaming of"),
-        ({"train_shards_path_or_url": None, "train_data_dir": ".", "dataloader_num_workers": 2, **NOT_KEPT},
-         "--dataloader_num_workers is 2; leave it out, or give tar files"),
         ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size must be at least 1, but it is 0"),
     ],
 )  # fmt: skip

@@ -273,7 +273,7 @@ def test_wrong_input_gets_one_sentence(config, change, options, message, vae):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", [{"num_crops": 2}, {"vae_dtype": "bfloat16"}, {"cache_latents": False}])
+@pytest.mark.parametrize("change", [{"num_crops": 2}, {"vae_dtype": "bfloat16"}])
 def test_flags_of_the_cache_are_for_latents(config, change):
     with pytest.raises(ValueError, match=f"--{next(iter(change))} has no effect on pixels without prompts"):
         unprompted_batches(replace(config, **change), 0)

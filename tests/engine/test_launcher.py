@@ -184,7 +184,7 @@ def test_processes_that_would_each_be_a_run_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launcher, "_joined", lambda: 1)
     with pytest.raises(
-        ValueError, match="started 2 processes, but only 1 of them would train together, because no GPU"
+        ValueError, match="started 2 processes, but only 1 of them would work together, because no GPU"
     ):
         settings()
     with pytest.raises(ValueError, match="started 2 processes, but this script is one"):

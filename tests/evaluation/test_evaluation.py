@@ -23,8 +23,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from PIL import Image, ImageFont
-from tiny import FASHION_LABELS, tiny_pipeline, tiny_text_encoder, tiny_tokenizer
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from tiny import FASHION_LABELS, tiny_clip, tiny_pipeline
 
 from cm_diffusers import ConsistencyImagesPipeline, EDMConsistencyScheduler
 from cm_diffusers.evaluation import compared, metrics
@@ -176,16 +175,11 @@ def test_prompts_name_their_longest_label() -> None:
 
 
 def test_clip_score_is_the_cosine_of_the_towers(tmp_path: Path) -> None:
-    text, vision = tiny_text_encoder().config.to_dict(), {"image_size": 32, "patch_size": 16, "hidden_size": 16}
-    vision |= {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    size = {"height": 32, "width": 32}
-    settings = {"size": {"shortest_edge": 32}, "crop_size": size}
-    processor = CLIPProcessor(image_processor=CLIPImageProcessor(**settings), tokenizer=tiny_tokenizer())
+    model, processor = tiny_clip()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     images, prompts = (torch.rand(3, 3, 32, 32) * 255).round() / 255, ["a bag", "a photo of a coat", "a dress"]
-    score = metrics.clip_score(images, prompts, str(tmp_path))
+    score = metrics.clip_scores(metrics.load_clip(str(tmp_path)), images, prompts).mean().item()
     mean, std = torch.tensor(processor.image_processor.image_mean), torch.tensor(processor.image_processor.image_std)
     pixels = (images - mean[:, None, None]) / std[:, None, None]
     tokens = processor.tokenizer(prompts, padding=True, return_tensors="pt")

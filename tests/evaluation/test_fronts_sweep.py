@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from scripts import run_script
-from tiny import FASHION_LABELS, tiny_text_encoder, tiny_tokenizer
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from tiny import FASHION_LABELS, tiny_clip
 
 from cm_diffusers.evaluation import metrics, sweep
 from cm_diffusers.evaluation.compared import draw
@@ -249,18 +248,15 @@ def test_classes_gammas_and_pipelines_that_are_asked_for_nothing(home: Path, tmp
 
 
 def test_clip_models_give_their_columns(home: Path, tmp_path: Path) -> None:
-    text, vision = tiny_text_encoder().config.to_dict(), {"image_size": 32, "patch_size": 16, "hidden_size": 16}
-    vision |= {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path / "clip")
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPProcessor(CLIPImageProcessor(**size), tiny_tokenizer()).save_pretrained(tmp_path / "clip")
+    for part in tiny_clip():
+        part.save_pretrained(tmp_path / "clip")
     flags = {"clip_model": tmp_path / "clip", "cmmd_model": tmp_path / "clip", "axes": "clip_score,cmmd"}
     (row,) = fronts(home, tmp_path / "out", **flags)["rows"]
     images, _ = generate(
         load_pipeline(str(home / "lora")), [p for p in PROMPTS for _ in range(EACH)], range(9), 1, 1.5, 32, 32
     )
     clip = metrics.load_clip(str(tmp_path / "clip"))
-    score = metrics.clip_score(images, [p for p in PROMPTS for _ in range(EACH)], str(tmp_path / "clip"))
+    score = metrics.clip_scores(clip, images, [p for p in PROMPTS for _ in range(EACH)]).mean().item()
     assert row["clip_score"] == pytest.approx(score, abs=1e-3)
     data = ReferenceConfig(train_data_dir=str(home / "three"), label_column="label", resolution=32)
     real, fake = (metrics.clip_embeddings(clip, some) for some in (load_reference(data).images, images))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from cm_diffusers.data.kept import Wanted, keep
-from cm_diffusers.data.preprocessing import content_hash, upright_size
+from cm_diffusers.data.preprocessing import content_hash, decode_image, upright_size
 from cm_diffusers.data.ragged import Tensors
 from cm_diffusers.data.shards import AT_ONCE, row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig
@@ -54,19 +54,22 @@ class Contents(NamedTuple):
         digests: Of their bytes.
         sizes: Heights and widths of the upright images (N, 2) int32, 0 where a file's header cannot be read; (0, 2) where
             nobody asked.
+        readable: Whether each is an image (N,); (0,) where nobody asked.
     """
 
     digests: Digests
     sizes: np.ndarray
+    readable: np.ndarray
 
 
-def read_contents(dataset: datasets.Dataset, config: DataConfig, sized: bool) -> Contents:
+def read_contents(dataset: datasets.Dataset, config: DataConfig, sized: bool, decoded: bool = False) -> Contents:
     """What is in the files of `config.image_column`; files that were read before and have not changed are not opened.
 
     Args:
         dataset: Rows with the images undecoded.
         config: Where what was read is kept.
         sized: Whether sizes are wanted.
+        decoded: Whether images are decoded to find out which can be; what could not be is tried again each time.
     """
     records, column = dataset.select_columns(config.image_column), config.image_column
     keys = _file_keys(records, column)
@@ -78,19 +81,29 @@ def read_contents(dataset: datasets.Dataset, config: DataConfig, sized: bool) ->
                 chunk = records[rows[[numbers[i] for i in part]]][column]
                 table = Digests.of(list(pool.map(content_hash, chunk))).table.copy()
                 read = {"digest": torch.from_numpy(table)}
+                read |= {"readable": torch.tensor([*pool.map(_readable, chunk)])} if decoded else {}
                 yield read | ({"size": torch.tensor([*map(_size, chunk)], dtype=torch.int32)} if sized else {})
 
-    setting = shard_key("files", "sized" if sized else "")
+    setting = shard_key("files", "sized" if sized else "", *["decoded"] * decoded)
     (kept,) = keep([Wanted(setting, keys[rows], read)], config, "image files", FILE_ROWS)
     table = np.zeros((len(records), 32), np.uint8)
     sizes = np.zeros((len(records) if sized else 0, 2), np.int32)
+    readable = np.zeros(len(records) if decoded else 0, bool)
     if len(rows):
         table[rows] = kept.values("digest")
         if sized:
             sizes[rows] = kept.values("size")
+        if decoded:
+            readable[rows] = kept.values("readable")
     for row in rows[~table[rows].any(1)].tolist():  # they could not be read then, but perhaps they can now
         table[row] = Digests.of([content_hash(records[row][column])]).table[0]
-    return Contents(Digests(table), sizes)
+    for row in np.flatnonzero(~readable).tolist():
+        readable[row] = _readable(records[row][column])
+    return Contents(Digests(table), sizes, readable)
+
+
+def _readable(record: dict[str, Any] | None) -> bool:
+    return decode_image(record) is not None
 
 
 def _size(record: dict[str, Any] | None) -> tuple[int, int]:

@@ -90,13 +90,19 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
 
 
 def too_long(prompts: Iterable[str], tokenizers: tuple[PreTrainedTokenizerBase, ...], found: Found) -> None:
-    """`found` is told which of the prompts a tokenizer cuts."""
-    limits = {tokenizer.model_max_length: tokenizer for tokenizer in tokenizers}
+    """`found` is told which of the prompts a tokenizer cuts; those that are too short for that are not tokenized."""
+    limits = {tokenizer.model_max_length: (tokenizer, _sure(tokenizer)) for tokenizer in tokenizers}
     for part in chunks(prompts):
-        for most, tokenizer in limits.items():
-            lengths = map(len, tokenizer(part, truncation=False).input_ids)
-            cut = [prompt for prompt, length in zip(part, lengths, strict=True) if length > most]
+        for most, (tokenizer, sure) in limits.items():
+            perhaps = [prompt for prompt in part if len(prompt) > sure or not prompt.isascii()]
+            lengths = map(len, tokenizer(perhaps, truncation=False).input_ids if perhaps else [])
+            cut = [prompt for prompt, length in zip(perhaps, lengths, strict=True) if length > most]
             found.remark(f"captions that go on after {most} tokens, where the text tower stops reading", cut)
+
+
+def _sure(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of ASCII, each a token at most, that it cannot cut: beside them are its marks, and perhaps a leading space."""
+    return tokenizer.model_max_length - len(tokenizer([""], truncation=False).input_ids[0]) - 1
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Framing:
         targets, sized = [square(config.resolution)], sized or config.aspect_ratio_buckets
         if config.aspect_ratio_buckets:
             targets = aspect_ratio_buckets(config.resolution, config.bucket_step, config.bucket_max_ratio)
-        digests, sizes = read_contents(dataset, config, sized)
+        digests, sizes, _ = read_contents(dataset, config, sized)
         sizes[~sizes.all(1)] = targets[0]  # unreadable ones are left out later
         assigned = nearest_buckets(sizes, targets) if sized else np.zeros(len(digests), dtype=np.int64)
         if config.aspect_ratio_buckets:

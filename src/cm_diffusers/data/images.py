@@ -9,12 +9,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from cm_diffusers.data.contents import read_contents
 from cm_diffusers.data.found import SHOWN, Found
 from cm_diffusers.data.preprocessing import (
-    content_hash,
     crop,
     decode_image,
     drawn_view,
@@ -43,7 +42,7 @@ def image_batches(
     """A data source of pixels x0 (B, 3, R, R) in [-1, 1], crops and flips drawn anew for every batch.
 
     Args:
-        config: the images and their preprocessing; captions are not needed.
+        config: the images, their preprocessing, and where it is kept what is in their files; captions are not needed.
         seed: seed of the order, the crops and the flips.
         rank: number of this process.
         world_size: number of processes, which share every epoch.
@@ -64,7 +63,7 @@ def image_batches(
     images = Images(dataset.select_columns(config.image_column), config, found)
     make = partial(_make_batch, images=images, labels=labels, position=Position(seed, rank, world_size))
     found.report()
-    fingerprint = shard_key(images.digests, None if labels is None else labels.tolist())
+    fingerprint = shard_key(iter(images.digests), None if labels is None else labels.tolist())
     return stream(make, config.dataloader_num_workers, found=found, fingerprint=fingerprint)
 
 
@@ -123,26 +122,20 @@ class Images:
     """The readable images of a dataset, resized: `images[i]` is (H, W, 3) uint8; small sets stay in memory."""
 
     def __init__(self, dataset: datasets.Dataset, config: DataConfig, found: Found) -> None:
-        self.dataset, self.config = dataset, config
-        keep = len(dataset) * 3 * config.resolution**2 < MEMORY_LIMIT
-        valid, self.memory, self.digests = [], [], []
-        for record in dataset:
-            self.digests.append(content_hash(record[config.image_column]))
-            image = decode_image(record[config.image_column])
-            valid.append(image is not None)
-            if keep and image is not None:
-                self.memory.append(self._resized(image))
-        self.rows = usable_rows(np.asarray(valid), None, lambda row: dataset[row][config.image_column], found)
+        self.dataset, self.config, self.memory = dataset, config, []
+        self.digests, _, readable = read_contents(dataset, config, False, decoded=True)
+        self.rows = usable_rows(readable, None, lambda row: dataset[row][config.image_column], found)
+        if len(self) * 3 * config.resolution**2 < MEMORY_LIMIT:
+            self.memory = [self._read(index) for index in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if self.memory:
-            return self.memory[index]
-        return self._resized(decode_image(self.dataset[int(self.rows[index])][self.config.image_column]))
+        return self.memory[index] if self.memory else self._read(index)
 
-    def _resized(self, image: Image.Image) -> np.ndarray:
+    def _read(self, index: int) -> np.ndarray:
+        image = decode_image(self.dataset[int(self.rows[index])][self.config.image_column])
         return resize(image, square(self.config.resolution), self.config.interpolation_type)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cm_diffusers.data.found import Found
+from cm_diffusers.errors import UserError
 from cm_diffusers.types import Batch
 
 
@@ -68,8 +69,24 @@ class BatchDataset(Dataset):
     def __init__(self, make: Callable[[int], tuple[Any, ...]]) -> None:
         self.make = make
 
-    def __getitem__(self, k: int) -> tuple[Any, ...]:
-        return self.make(k)
+    def __getitem__(self, k: int) -> tuple[Any, ...] | UserError:
+        try:
+            return self.make(k)
+        except UserError as error:
+            return error
+
+
+class ReadOn(IterableDataset):
+    """What `read(start)` gives, in its order."""
+
+    def __init__(self, read: Callable[[int], Iterator[Any]], start: int) -> None:
+        self.read, self.start = read, start
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.read(self.start)
+        except UserError as error:
+            yield error
 
 
 def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: Found, fingerprint: str = "") -> Stream:
@@ -84,13 +101,28 @@ def stream(make: Callable[[int], tuple[Any, ...]], num_workers: int, *, found: F
 
 def loaded(make: Callable[[int], Any], num_workers: int, start: int) -> Iterator[Any]:
     """`make(start)`, `make(start + 1)` and so on, by `num_workers` processes; by this one if there are none."""
-    return iter(
-        DataLoader(
-            BatchDataset(make),
-            sampler=count(start),
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the loader must not draw from the global generator
-        )
+    return _by_workers(BatchDataset(make), num_workers, sampler=count(start))
+
+
+def read_on(read: Callable[[int], Iterator[Any]], apart: bool, start: int) -> Iterator[Any]:
+    """`read(start)`, by a process of its own or by this one: what can only be read in order is read by one."""
+    return _by_workers(ReadOn(read, start), int(apart))
+
+
+def _by_workers(dataset: Dataset, num_workers: int, sampler: Iterator[int] | None = None) -> Iterator[Any]:
+    """
+    Raises:
+        ValueError: As in the worker: the loader would put its traceback into the sentence.
+    """
+    loader = DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the loader must not draw from the global generator
     )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item

@@ -77,17 +77,18 @@ class DataConfig:
     train_batch_size: int = HfArg(default=16, help="Batch size of each process and each micro-batch.")
     dataloader_num_workers: int = HfArg(
         default=0,
-        help="Processes that prepare batches; 0 prepares them in line. With --streaming for tar shards alone.",
+        help="Processes that prepare batches; 0 prepares them in line. With --streaming of tables one process reads, and decodes "
+        "in so many threads.",
     )
     cache_dir: str | None = HfArg(default=None, help="Where `datasets` keeps what it downloads.")
     cache_latents: bool = HfArg(
         default=True,
-        help="Keep VAE posteriors and text embeddings on disk, or the indexes of tar shards; otherwise in memory, for this "
-        "run only.",
+        help="Keep VAE posteriors and text embeddings on disk, and what image files and tar shards hold; otherwise in memory, "
+        "for this run only.",
     )
     latent_cache_dir: str = HfArg(
         default="~/.cache/cm_diffusers/latents",
-        help="Where VAE posteriors and text embeddings are kept, and with --streaming the indexes of tar shards.",
+        help="Where VAE posteriors and text embeddings are kept, and what image files and tar shards hold.",
     )
     encode_batch_size: int = HfArg(
         default=32, help="Images, frames or captions encoded at once while filling the cache."

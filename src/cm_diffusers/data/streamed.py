@@ -30,14 +30,17 @@ class Sample:
     captions: list[str]
     epoch: int
     name: str
+    found: Image.Image | None = None
 
-    @cached_property
+    @property
     def image(self) -> Image.Image | None:
         record, self.record = self.record, None  # the file is not needed twice
-        if record["bytes"] is None and "://" in (record["path"] or ""):
-            with suppress(FileNotFoundError), xopen(record["path"], "rb") as file:
-                record = {"bytes": file.read(), "path": None}
-        return decode_image(record)
+        if record is not None:
+            if record["bytes"] is None and "://" in (record["path"] or ""):
+                with suppress(FileNotFoundError), xopen(record["path"], "rb") as file:
+                    record = {"bytes": file.read(), "path": None}
+            self.found = decode_image(record)
+        return self.found
 
 
 class Decoded(NamedTuple):

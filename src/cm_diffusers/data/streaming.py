@@ -1,10 +1,12 @@
 """Latents with captions of data sets too large to cache: read, encoded and forgotten while training."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
+from operator import attrgetter
 from typing import Any
 
 import datasets
@@ -17,7 +19,7 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.folders import checked_tables
 from cm_diffusers.data.found import Found
-from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, loaded
+from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, loaded, read_on
 from cm_diffusers.data.shards import file_samples, shard_key
 from cm_diffusers.data.sources import (
     DataConfig,
@@ -57,7 +59,8 @@ def streaming_batches(
     Where an image turns out unreadable, the sample after it takes its place, and what follows stays where it is.
 
     Tar shards have an index, so any batch is found at once, and their order does not depend on the number of processes.
-    Of tables a batch takes the next B samples with a caption, and a resumed run reads past what was seen, without decoding.
+    Of tables a batch takes the next B samples with a caption, and a resumed run reads past what was seen, without decoding; with
+    workers one process reads, and decodes in as many threads.
 
     Args:
         config: The data and its preprocessing.
@@ -105,17 +108,8 @@ def _of_tars(config: DataConfig, position: Position, found: Found) -> tuple[Read
 
 def _of_tables(config: DataConfig, position: Position, found: Found) -> tuple[Read, list[str]]:
     files = [] if config.dataset_name else _parquet_files(config, found)
-    reader, size = _Reader(config, _open(config, files), position, found), config.train_batch_size
-
-    def read(start: int) -> Iterator[Decoded]:
-        samples = reader.samples()
-        for _ in tqdm(islice(samples, start * size), "Skipping what was seen", start * size, disable=not start):
-            pass
-        window = _Window(samples, found)
-        for k in count(start):
-            yield decoded(window.take(size), config, k, position)
-
-    return read, file_samples(files)
+    reader = _Reader(config, _open(config, files), position, found)
+    return partial(read_on, reader.batches, config.dataloader_num_workers > 0), file_samples(files)
 
 
 def _check(config: DataConfig, encoders: Encoders) -> None:
@@ -123,11 +117,6 @@ def _check(config: DataConfig, encoders: Encoders) -> None:
     refuse_changed(config, CACHED_ONLY, "with --streaming")
     if not config.train_shards_path_or_url:
         refuse_changed(config, KEEPING, "with --streaming of tables, which leave nothing behind")
-        if config.dataloader_num_workers:
-            raise UserError(
-                f"--streaming reads tables in the training process, for an exact resume: --dataloader_num_workers is "
-                f"{config.dataloader_num_workers}; leave it out, or give tar files to --train_shards_path_or_url."
-            )
     check_sides(config, encoders.vae.latents)
 
 
@@ -156,6 +145,9 @@ def _parquet_files(config: DataConfig, found: Found) -> list[str]:
     return checked_tables(tables)
 
 
+LeftOut = list[tuple[str, str]]  # reason and name
+
+
 @dataclass(frozen=True)
 class _Reader:
     """The samples of one rank, epoch after epoch, in an order that depends on the seed alone."""
@@ -165,15 +157,30 @@ class _Reader:
     position: Position
     found: Found
 
-    def samples(self) -> Iterator[Sample]:
+    def batches(self, start: int) -> Iterator[Decoded]:
+        """From batch `start` on; images are decoded by so many threads as there are to be workers."""
+        config, left_out = self.config, []
+        samples, size, threads = self.samples(left_out), config.train_batch_size, config.dataloader_num_workers
+        for _ in tqdm(islice(samples, start * size), "Skipping what was seen", start * size, disable=not start):
+            pass
+        window = _Window(samples, left_out, ThreadPoolExecutor(threads).map if threads else map)
+        for k in count(start):
+            read = decoded(window.take(size), config, k, self.position, left_out)
+            left_out.clear()
+            yield read
+
+    def samples(self, left_out: LeftOut) -> Iterator[Sample]:
         """Endless; whole epochs in blocks, each shuffled.
+
+        Args:
+            left_out: Is told what has no image or no caption.
 
         Raises:
             ValueError: an epoch holds no sample with an image and a caption.
         """
         size = self.config.shuffle_buffer_size
         for epoch in count():
-            samples = self._epoch(epoch)
+            samples = self._epoch(epoch, left_out)
             for block in count():
                 held = list(islice(samples, size))
                 if not held:
@@ -181,7 +188,7 @@ class _Reader:
                 generator = np.random.default_rng([self.position.seed, SHUFFLE, epoch, 1 + block])
                 yield from (held[i] for i in generator.permutation(len(held)))
 
-    def _epoch(self, epoch: int) -> Iterator[Sample]:
+    def _epoch(self, epoch: int, left_out: LeftOut) -> Iterator[Sample]:
         fields, usable, number = set(), 0, 0
         for number, row in enumerate(self._rows(epoch), 1):
             captions = captions_of(row[self.config.caption_column], self.config.caption_column)
@@ -192,11 +199,13 @@ class _Reader:
                 yield Sample(record, captions, epoch, name)
             else:
                 fields.add(", ".join(name for name, value in row.items() if value is not None))
-                self.found.skip("samples without a caption" if record else "samples without an image", [name])
+                left_out.append(("samples without a caption" if record else "samples without an image", name))
         if not number:
             name = source_name(self.config)
             raise UserError(f"{name} gave this process no sample: it is empty, or has fewer than there are processes.")
         if not usable:
+            for reason, name in left_out:
+                self.found.skip(reason, [name])
             raise UserError(nothing_usable(self.config, number, fields, self.found))
 
     def _rows(self, epoch: int) -> Iterator[dict[str, Any]]:
@@ -211,22 +220,33 @@ class _Reader:
 
 
 class _Window:
-    """The samples a batch takes, and as many after them as it takes to find a readable image."""
+    """The samples a batch takes, and as many after them as it takes to find a readable image.
 
-    def __init__(self, samples: Iterator[Sample], found: Found) -> None:
-        self.samples, self.found, self.held = samples, found, deque()
+    Args:
+        samples: In their order.
+        left_out: Is told what cannot be read.
+        each: `map`, or that of a pool of threads, to decode by.
+    """
+
+    def __init__(self, samples: Iterator[Sample], left_out: LeftOut, each: Callable[..., Iterable]) -> None:
+        self.samples, self.left_out, self.each, self.held = samples, left_out, each, deque()
 
     def take(self, size: int) -> list[Sample]:
+        self._hold(size)
+        for _ in self.each(attrgetter("image"), islice(self.held, size)):
+            pass
         taken = [self._readable(i) for i in range(size)]
         for _ in range(size):
             if (sample := self.held.popleft()).image is None:
-                self.found.skip("samples whose image cannot be read", [sample.name])
+                self.left_out.append(("samples whose image cannot be read", sample.name))
         return taken
+
+    def _hold(self, number: int) -> None:
+        self.held.extend(islice(self.samples, max(0, number - len(self.held))))
 
     def _readable(self, i: int) -> Sample:
         for j in count(i):
-            while len(self.held) <= j:
-                self.held.append(next(self.samples))
+            self._hold(j + 1)
             if self.held[j].image is not None:
                 return self.held[j]
             if self.held[j].epoch > self.held[i].epoch + 1:

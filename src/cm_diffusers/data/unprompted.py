@@ -20,7 +20,7 @@ from cm_diffusers.errors import UserError
 
 
 OF_CAPTIONS = "caption_column proportion_empty_prompts aspect_ratio_buckets streaming"
-OF_LATENTS = "cache_latents latent_cache_dir encode_batch_size num_crops vae_dtype"
+OF_LATENTS = "encode_batch_size num_crops vae_dtype"
 LEAST_STD = 1e-6  # of scaled latents: what a posterior of no variance is cached as
 
 

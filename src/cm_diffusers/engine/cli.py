@@ -38,7 +38,9 @@ def parse_configs(configs: Sequence[type], description: str, argv: Sequence[str]
         argv: Words to parse in place of the command line's; what they name need not be there, nor what they need installed.
     """
     parsed = parse_words(configs, description, argv)
-    refuse_lone_processes(trains=any(hasattr(config, "max_train_steps") for config in parsed))
+    refuse_lone_processes(
+        shares=any(hasattr(config, "max_train_steps") or getattr(config, "shares", False) for config in parsed)
+    )
     for config in parsed:
         if getattr(config, "overwrite_output_dir", False):
             from cm_diffusers.engine.run_folder import refuse_inputs_inside

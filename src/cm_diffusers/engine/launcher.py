@@ -40,23 +40,23 @@ def is_sharded() -> bool:
     return _said("ACCELERATE_USE_FSDP")
 
 
-def refuse_lone_processes(trains: bool) -> None:
+def refuse_lone_processes(shares: bool) -> None:
     """Processes that do not work together would each do the whole and write it to the same place.
 
     Args:
-        trains: Whether this is a training script: others are one process.
+        shares: Whether this script shares its work among processes: others are one process.
 
     Raises:
         ValueError: The launcher started more processes than take part.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and not trains:
+    if started > 1 and not shares:
         raise UserError(f"The launcher started {started} processes, but this script is one: start it with python.")
     if started > 1 and (joined := _joined()) < started:
         raise UserError(
-            f"The launcher started {started} processes, but only {joined} of them would train together, because no GPU was "
-            "found: run `accelerate config` for this machine, launch one process, or set ACCELERATE_USE_CPU=1 to train "
-            "with all of them on CPUs."
+            f"The launcher started {started} processes, but only {joined} of them would work together, because no GPU was "
+            "found: run `accelerate config` for this machine, launch one process, or set ACCELERATE_USE_CPU=1 to use "
+            "all of them on CPUs."
         )
 
 

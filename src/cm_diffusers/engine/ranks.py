@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 from torch import distributed as dist
@@ -18,10 +19,19 @@ class Ranks:
     Attributes:
         rank: Of this process.
         size: How many take part; each calls the same methods in the same order.
+        group: By which they talk; torch's own if None.
     """
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def patient(cls) -> "Ranks":
+        """All processes of the launcher, which may wait a week for each other: torch's own give up after minutes."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=timedelta(weeks=1), backend="gloo"))
 
     def each(self, act: Callable[[], T]) -> list[T]:
         """What it gives on every rank.
@@ -37,7 +47,7 @@ class Ranks:
         found = [(result, str(failure) if failure else None)]
         if self.size > 1:
             found *= self.size
-            dist.all_gather_object(found, (result, str(failure) if failure else None))
+            dist.all_gather_object(found, (result, str(failure) if failure else None), self.group)
         if failure:
             raise failure
         if told := [text for _, text in found if text is not None]:

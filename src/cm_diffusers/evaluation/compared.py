@@ -1,6 +1,6 @@
 """What all comparisons of pipelines share: which they are, what they are asked for, and how their images are drawn."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.candidates import Candidate
 from cm_diffusers.evaluation.reference import Reference
-from cm_diffusers.evaluation.sampling import generate, generate_unprompted, reads_prompts, takes_classes
+from cm_diffusers.evaluation.sampling import generate, generate_unprompted, reads_prompts, takes_classes, unchanged
 from cm_diffusers.models.classifier import ImageClassifier
 from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import SINGLE_FILE_CONFIG
@@ -126,11 +126,12 @@ def draw(
     guidance: float | None,
     batch_size: int,
     side: int | None,
+    see: Callable[[Tensor], Tensor] = unchanged,
 ) -> tuple[Tensor, float]:
     """As `generate` or `generate_unprompted`, whichever the pipeline is for; `asked` as `asked_of` says."""
     if reads_prompts(pipe):
-        return generate(pipe, asked, seeds, steps, guidance, batch_size, side)
-    return generate_unprompted(pipe, seeds, steps, batch_size, asked)
+        return generate(pipe, asked, seeds, steps, guidance, batch_size, side, see)
+    return generate_unprompted(pipe, seeds, steps, batch_size, asked, see)
 
 
 def wanted_labels(extractor: torch.nn.Module, reference: Reference) -> list[int | None]:

@@ -1,15 +1,20 @@
 """Several pipelines on the same prompts or classes and seeds, measured against the same real images and teacher."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import ClassVar
 
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.shards import row_ranges
+from cm_diffusers.engine.ranks import Ranks
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.candidates import Candidate, common_side
@@ -22,23 +27,26 @@ from cm_diffusers.evaluation.compared import (
     guidance_of,
     wanted_labels,
 )
-from cm_diffusers.evaluation.features import extract_features, load_extractor
+from cm_diffusers.evaluation.features import NotFiniteError, load_extractor
 from cm_diffusers.evaluation.grids import image_grid
 from cm_diffusers.evaluation.quality import quality
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Keep, Row, Setting, forget, hardware, row_names
 from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts
+from cm_diffusers.evaluation.seen import SHOWN, Look, Seen, by_all
 from cm_diffusers.measured import REAL, TEACHER, weights_digest
 from cm_diffusers.places import public
 from cm_diffusers.record import read_record
 
 
-GRID_COLUMNS = 10
+AT_ONCE = 64  # real images in memory
 
 
 @dataclass
 class EvaluationConfig(ComparedConfig):
     """Which pipelines to sample, how, and what to measure."""
+
+    shares: ClassVar[bool] = True  # among processes
 
     reference_steps: int = HfArg(default=50, help="Steps of the teacher's reference samples.")
     num_images: int = HfArg(
@@ -50,34 +58,40 @@ class EvaluationConfig(ComparedConfig):
 class Comparison:
     """Samples pipelines and measures them; `rows` and `strips` (of the grid) grow in the order of measurement.
 
-    Pipelines that read prompts get the captions of the reference, class-conditional ones its labels, others nothing.
+    Images are looked at batch by batch, by each process its share; features of all are kept. Pipelines that read prompts get the captions of the reference, class-conditional ones its labels, others nothing.
     Images may have any size: the extractor brings them to its own.
+
+    Args:
+        config: The pipelines, and how they are sampled.
+        data: Real images.
+        ranks: Processes that each make such a comparison, and call its methods together.
 
     Raises:
         ValueError: wrong configuration; too few reference images; an extractor that cannot be loaded; a pipeline that
             is none or that the reference cannot prompt.
     """
 
-    def __init__(self, config: EvaluationConfig, data: ReferenceConfig) -> None:
+    def __init__(self, config: EvaluationConfig, data: ReferenceConfig, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self.names, self.config, self.data, self.device = _names(config), config, data, PartialState().device
         candidates = [Candidate.of(source) for source in config.sources]
         self.side = data.resolution
         self.extractor = load_extractor(config.feature_extractor, self.device)
-        if config.clip_model:
-            metrics.load_clip(config.clip_model)
+        self.clip = config.clip_model and metrics.load_clip(config.clip_model, self.device)
         data = replace(data, resolution=data.resolution or common_side(candidates))
         self.reference, *others = load_references(data, config.num_images, 2)
         for one in candidates:
             check_candidate(one, self.reference, self._steps(one.source))
             self._load(one.source)  # hours may pass before it is its turn
         self.labels = wanted_labels(self.extractor, self.reference)
-        self.real = extract_features(self.extractor, self.reference.images, bar="real images")
+        real = self._real(self.reference)
+        self.real = real.features
         self.teacher: dict[float | None, Tensor] = {}
         self.weights = {
             name: weights_digest(source) for name, source in zip(self.names, config.pipelines, strict=True)
         }
         self.rows = [self._ceiling(other) for other in others]
-        self.strips: list[tuple[str, Tensor]] = [("real", self.reference.images[:GRID_COLUMNS])]
+        self.strips: list[tuple[str, Tensor]] = [("real", real.first)]
         count = config.num_images
         self.setting = Setting(
             num_images=count,
@@ -101,7 +115,7 @@ class Comparison:
         """Measures the teacher, longest first, then every pipeline.
 
         Args:
-            keep: Gets all rows so far after each.
+            keep: Gets all rows so far after each, in the first process.
         """
         config = self.config
         if config.teacher is not None:
@@ -114,7 +128,7 @@ class Comparison:
         """The first images of the reference and of every row."""
         labels, strips = zip(*self.strips, strict=True)
         heads = self.reference.captions or ["" if label is None else str(label) for label in self.reference.labels]
-        return image_grid(strips, labels, heads[:GRID_COLUMNS])
+        return image_grid(strips, labels, heads[:SHOWN])
 
     def measure(
         self, source: str, name: str, steps: list[int], keep: Keep = forget, gammas: list[float] | None = None
@@ -136,16 +150,17 @@ class Comparison:
             for guidance, count in product(scales, steps):
                 is_reference = source == self.config.teacher and count == self.config.reference_steps
                 self._measure(pipe, label, count, guidance, side, is_reference)
-                keep(self.rows)
+                if self.ranks.rank == 0:
+                    keep(self.rows)
 
     def look(self, pipe: DiffusionPipeline, steps: int, guidance: float) -> Row | None:
         """The quality of what a pipeline draws now, kept nowhere; None of images that are no numbers."""
-        config, asked = self.config, asked_of(pipe, self.reference, "the student")
-        seeds = range(config.seed, config.seed + config.num_images)
-        images, _ = draw(pipe, asked, seeds, steps, guidance, config.eval_batch_size, self.side)
-        if not images.isfinite().all():
+        asked = asked_of(pipe, self.reference, "the student")
+        try:
+            seen = self._drawn(pipe, asked, steps, guidance, self.side)
+        except NotFiniteError:
             return None
-        return self._quality(extract_features(self.extractor, images), asked, self.labels)
+        return self._quality(seen.features, asked, self.labels)
 
     def _load(self, source: str) -> DiffusionPipeline:
         config = self.config
@@ -161,35 +176,65 @@ class Comparison:
         side: int | None,
         is_reference: bool,
     ) -> None:
-        config, asked = self.config, asked_of(pipe, self.reference, name)
-        seeds = range(config.seed, config.seed + config.num_images)
-        images, seconds = draw(pipe, asked, seeds, steps, guidance, config.eval_batch_size, side)
-        features = extract_features(self.extractor, images, bar="features")
+        asked, count = asked_of(pipe, self.reference, name), self.config.num_images
+        seen = self._drawn(pipe, asked, steps, guidance, side)
         if is_reference:
-            self.teacher[guidance] = features
-        self.rows.append(
-            {
+            self.teacher[guidance] = seen.features
+
+        def row() -> Row:
+            return {
                 "pipeline": name,
                 "num_inference_steps": steps,
                 "guidance_scale": guidance,
-                "resolution": images.shape[-1],
-                **self._quality(features, asked, self.labels),
-                "fid_teacher": self._to_teacher(features, guidance),
-                "clip_score": self._clip_score(images) if reads_prompts(pipe) else None,
-                "images_per_second": len(images) / seconds,
-                "ms_per_image": 1000 * seconds / len(images),
+                "resolution": seen.first.shape[-1],
+                **self._quality(seen.features, asked, self.labels),
+                "fid_teacher": self._to_teacher(seen.features, guidance),
+                "clip_score": seen.scores.mean().item() if len(seen.scores) else None,
+                "images_per_second": count / seen.seconds,
+                "ms_per_image": 1000 * seen.seconds / count,
             }
-        )
+
+        self.rows.append(self.ranks.first(row))
         scale = "" if guidance is None else f", {guidance:g}"
-        self.strips.append((f"{name}, {steps} steps{scale}", images[:GRID_COLUMNS]))
+        self.strips.append((f"{name}, {steps} steps{scale}", seen.first))
+
+    def _drawn(
+        self,
+        pipe: DiffusionPipeline,
+        asked: list[str] | list[int] | None,
+        steps: int,
+        guidance: float | None,
+        side: int | None,
+    ) -> Seen:
+        config, clip = self.config, self.clip if reads_prompts(pipe) else None
+
+        def see(numbers: list[int]) -> Seen:
+            mine, seeds = asked and [asked[i] for i in numbers], [config.seed + i for i in numbers]
+            look = Look(self.extractor, clip, mine if clip else ())
+            return look.seen(*draw(pipe, mine, seeds, steps, guidance, config.eval_batch_size, side, look))
+
+        return self._of_all(config.eval_batch_size, see)
+
+    def _real(self, reference: Reference) -> Seen:
+        def see(numbers: list[int]) -> Seen:
+            look = Look(self.extractor)
+            parts = tqdm([*row_ranges(len(numbers), AT_ONCE)], "real images", leave=False)
+            return look.seen(torch.cat([look(reference.pictures[[numbers[i] for i in part]]) for part in parts]))
+
+        return self._of_all(AT_ONCE, see)
+
+    def _of_all(self, batch_size: int, see: Callable[[list[int]], Seen]) -> Seen:
+        seen = by_all(self.ranks, self.config.num_images, batch_size, see)
+        return seen._replace(features=seen.features.to(self.device))
 
     def _ceiling(self, other: Reference) -> Row:
         """Real images measured as if a pipeline had drawn them: what chance alone leaves of each number."""
-        features = extract_features(self.extractor, other.images)
+        seen = self._real(other)
         asked = other.captions or (None if None in other.labels else other.labels)
-        quality = self._quality(features, asked, wanted_labels(self.extractor, other))
+        labels = wanted_labels(self.extractor, other)
+        quality = self.ranks.first(lambda: self._quality(seen.features, asked, labels))
         row = {"pipeline": REAL, "num_inference_steps": None, "guidance_scale": None}
-        return {**row, "resolution": other.images.shape[-1], **quality}
+        return {**row, "resolution": seen.first.shape[-1], **quality}
 
     def _quality(self, features: Tensor, asked: list[str] | list[int] | None, labels: list[int | None]) -> Row:
         return quality(self.extractor, self.real, features, asked, labels)
@@ -199,10 +244,6 @@ class Comparison:
         teacher = self.teacher.get(guidance, next(iter(self.teacher.values()), None))
         differs = teacher is not None and teacher is not features
         return metrics.frechet_distance(teacher, features) if differs else None
-
-    def _clip_score(self, images: Tensor) -> float | None:
-        model = self.config.clip_model
-        return metrics.clip_score(images.to(self.device), self.reference.prompts, model) if model else None
 
 
 def _names(config: EvaluationConfig) -> list[str]:

@@ -16,6 +16,10 @@ from cm_diffusers.models.classifier import ImageClassifier
 VideoExtractor = Callable[[Tensor], Tensor]  # (N, F, 3, H, W) in [0, 1] -> (N, D)
 
 
+class NotFiniteError(UserError):
+    """Images or their features are no numbers."""
+
+
 class InceptionFeatures(nn.Module):
     """Inception-v3 pool features (B, 2048), the network of published FIDs.
 
@@ -77,7 +81,7 @@ def extract_features(
     with torch.autocast(device.type, enabled=False):
         features = torch.cat([extractor.features(part.to(device).float()) for part in parts])
     if broken := int((~features.isfinite().all(1)).sum()):
-        raise UserError(
+        raise NotFiniteError(
             f"Features of {broken} of {len(images)} images are not finite: the images are not, or the extractor."
         )
     return features

@@ -54,8 +54,8 @@ class Judging:
             batch_size,
             device,
         )
-        self.clip = clip_model and _on(metrics.load_clip(clip_model), device)
-        self.embedder = cmmd_model and _on(metrics.load_clip(cmmd_model), device)
+        self.clip = clip_model and metrics.load_clip(clip_model, device)
+        self.embedder = cmmd_model and metrics.load_clip(cmmd_model, device)
 
     def ask(self, asked: Reference) -> None:
         """What the images to come should show.
@@ -122,7 +122,3 @@ def texts_of(asked: Reference) -> list[str] | None:
     if asked.captions is not None:
         return asked.captions
     return None if names is None or None in asked.labels else [names[label] for label in asked.labels]
-
-
-def _on(clip: metrics.Clip, device: torch.device) -> metrics.Clip:
-    return clip[0].to(device), clip[1]

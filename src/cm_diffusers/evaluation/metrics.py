@@ -16,6 +16,8 @@ from cm_diffusers.errors import UserError
 
 
 NEIGHBOURS = 5  # k of the neighbour metrics
+CHUNK = 1024  # features that are compared, or added up in float64, at once
+ALONE = {"sync_on_compute": False}  # torchmetrics would wait for other processes, which need not measure
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # 2401.09603, section 4
 Clip = tuple[CLIPModel, CLIPProcessor]
 WORD = r"[^\W_]+(?:-[^\W_]+)*"
@@ -33,9 +35,10 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to features (N, D) and (M, D), in float64; biased upwards in N, M."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(_Features(real.shape[1]))
-    metric.update(real.cpu().double(), real=True)
-    metric.update(fake.cpu().double(), real=False)
+    metric = FrechetInceptionDistance(_Features(real.shape[1]), **ALONE)
+    for features, is_real in ((real, True), (fake, False)):
+        for part in features.split(CHUNK):
+            metric.update(part.cpu().double(), real=is_real)
     return metric.compute().item()
 
 
@@ -54,7 +57,7 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, subset_size:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
         torch.default_generator.manual_seed(0)  # torch.manual_seed would re-seed those of all GPUs, too
-        metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=size, **ALONE)
         metric.update(real.cpu().double(), real=True)
         metric.update(fake.cpu().double(), real=False)
         mean, std = metric.compute()
@@ -69,7 +72,7 @@ def gaussian_discrepancy(real: Tensor, fake: Tensor) -> float:
     real, fake = real.cpu().double(), fake.cpu().double()
 
     def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
-        rows = [torch.exp(torch.cdist(part, b).square() / (-2 * CMMD_SIGMA**2)).mean(1) for part in a.split(1024)]
+        rows = [torch.exp(torch.cdist(part, b).square() / (-2 * CMMD_SIGMA**2)).mean(1) for part in a.split(CHUNK)]
         return torch.cat(rows).mean()
 
     squared = mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake)
@@ -89,7 +92,7 @@ def neighbour_metrics(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[s
     real, fake = real.float(), fake.float()
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     recalled, covered, hits = [], [], torch.zeros(len(fake), device=fake.device)
-    for part, radius in zip(real.split(1024), real_radius.split(1024), strict=True):
+    for part, radius in zip(real.split(CHUNK), real_radius.split(CHUNK), strict=True):
         distance = _distances(part, fake)
         inside = distance < radius[:, None]
         hits += inside.sum(0)
@@ -117,7 +120,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Distance (N,) to the k-th nearest other sample; the nearest of all is the sample itself."""
-    return torch.cat([_distances(part, features).kthvalue(k + 1, dim=1).values for part in features.split(1024)])
+    return torch.cat([_distances(part, features).kthvalue(k + 1, dim=1).values for part in features.split(CHUNK)])
 
 
 def vendi_score(features: Tensor) -> float:
@@ -136,9 +139,10 @@ def mean_pairwise_distance(features: Tensor) -> float:
 
 def prompt_vendi_score(features: Tensor, prompts: Sequence[str], images_per_prompt: int = 10) -> float | None:
     """Mean Vendi score of groups of `images_per_prompt` images of one prompt, in their order; None if there is none."""
-    scores = []
-    for prompt in dict.fromkeys(prompts):
-        rows = [i for i, other in enumerate(prompts) if other == prompt]
+    scores, rows_of = [], {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(prompt, []).append(row)
+    for rows in rows_of.values():
         groups = [features[rows[i : i + images_per_prompt]] for i in range(0, len(rows), images_per_prompt)]
         scores += [vendi_score(group) for group in groups if len(group) == images_per_prompt]
     return sum(scores) / len(scores) if scores else None
@@ -172,7 +176,7 @@ def prompt_agreement(logits: Tensor, labels: Sequence[int | None]) -> float | No
     return None if math.isnan(mean) else mean
 
 
-def load_clip(model_id: str) -> Clip:
+def load_clip(model_id: str, device: torch.device | str = "cpu") -> Clip:
     """In float32, to be read only.
 
     Raises:
@@ -180,7 +184,7 @@ def load_clip(model_id: str) -> Clip:
     """
     try:
         model = CLIPModel.from_pretrained(model_id, use_safetensors=True, dtype=torch.float32)
-        return model.eval(), CLIPProcessor.from_pretrained(model_id)
+        return model.eval().to(device), CLIPProcessor.from_pretrained(model_id)
     except (OSError, ImportError) as error:
         raise UserError(f"CLIP model {model_id!r} could not be loaded; give a Hub id or a local folder.") from error
 
@@ -208,13 +212,3 @@ def clip_scores(clip: Clip, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """
     outputs = _through_clip(clip, images, prompts)
     return torch.cat([100 * (output.image_embeds * output.text_embeds).sum(1).cpu() for output in outputs])
-
-
-def clip_score(images: Tensor, prompts: Sequence[str], model_id: str) -> float:
-    """Mean of `clip_scores` by a CLIP model that is loaded for it.
-
-    Raises:
-        ValueError: if the CLIP model cannot be loaded.
-    """
-    model, processor = load_clip(model_id)
-    return clip_scores((model.to(images.device), processor), images, prompts).mean().item()

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data.folders import checked_folder
@@ -61,22 +60,53 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """Images that are read when they are asked for: `pictures[2, 5]` is (2, 3, R, R) in [0, 1].
+
+    Attributes:
+        rows: With the images undecoded.
+        order: Which row each is.
+        data: How they are resized and cropped.
+    """
+
+    rows: Dataset
+    order: Sequence[int]
+    data: DataConfig
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, numbers: Sequence[int]) -> Tensor:
+        """
+        Raises:
+            ValueError: An image cannot be read.
+        """
+        chosen = [self.order[number] for number in numbers]
+        return torch.stack([_pixels(self.rows[row][self.data.image_column], self.data, row) for row in chosen])
+
+
+@dataclass(frozen=True)
 class Reference:
     """N real images.
 
     Attributes:
-        images: (N, 3, R, R) in [0, 1].
+        pictures: The images.
         captions: One per image; None where the data has none.
         labels: Class of each image; all None without a label column.
         class_names: Names of the classes, where the label column has them.
         without_captions: Why there are none, and what to do.
     """
 
-    images: Tensor
+    pictures: Pictures
     captions: list[str] | None
     labels: list[int | None]
     class_names: list[str] | None = None
     without_captions: str | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """All of them, read anew (N, 3, R, R)."""
+        return self.pictures[range(len(self.pictures))]
 
     @property
     def prompts(self) -> list[str]:
@@ -91,13 +121,13 @@ class Reference:
 
 
 def load_reference(config: ReferenceConfig, num_images: int | None = None, captioned: bool = True) -> Reference:
-    """Reads the first `num_images` rows (all when None), taking one of each class in turn where there are labels.
+    """The first `num_images` rows (all when None), taking one of each class in turn where there are labels.
 
     Args:
         captioned: Whether rows without a caption are left out and named, where as many have one.
 
     Raises:
-        ValueError: if there are fewer rows, or an image cannot be read.
+        ValueError: if there are fewer rows.
     """
     return load_references(config, num_images, 1, captioned)[0]
 
@@ -108,7 +138,7 @@ def load_references(
     """Up to `most` disjoint sets of `num_images` rows, as `load_reference` takes the first; as many as there are rows for.
 
     Raises:
-        ValueError: if there is no set, or an image cannot be read.
+        ValueError: if there is no set.
     """
     label = config.label_column
     known = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "label_column"}
@@ -133,13 +163,8 @@ def load_references(
     references = []
     for start in range(0, size * min(most, len(order) // size), size):
         part = slice(start, start + size)
-        images = [
-            _pixels(rows[row][config.image_column], data, row) for row in tqdm(order[part], "Real images", delay=1)
-        ]
-        prompts = None if texts is None else texts[part]
-        references.append(
-            Reference(torch.stack(images), prompts, [labels[row] for row in order[part]], names, missing)
-        )
+        pictures, prompts = Pictures(rows, order[part], data), None if texts is None else texts[part]
+        references.append(Reference(pictures, prompts, [labels[row] for row in order[part]], names, missing))
     return references
 
 
@@ -164,9 +189,8 @@ def repeated(reference: Reference, num_prompts: int | None, times: int) -> Refer
         )
     rows = [row for row in rows[: num_prompts or MOST_PROMPTS] for _ in range(times)]
     captions = reference.captions and [reference.captions[row] for row in rows]
-    return replace(
-        reference, images=reference.images[:0], captions=captions, labels=[reference.labels[row] for row in rows]
-    )
+    none = replace(reference.pictures, order=[])
+    return replace(reference, pictures=none, captions=captions, labels=[reference.labels[row] for row in rows])
 
 
 def _read(config: ReferenceConfig, data: DataConfig) -> tuple[Dataset, list[list[str]], str | None]:

@@ -149,6 +149,10 @@ def takes_classes(pipe: DiffusionPipeline) -> bool:
     return told and pipe.unet.config.num_class_embeds is not None
 
 
+def unchanged(images: Tensor) -> Tensor:
+    return images
+
+
 def generate(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
@@ -157,6 +161,7 @@ def generate(
     guidance_scale: float,
     batch_size: int,
     resolution: int | None = None,
+    see: Callable[[Tensor], Tensor] = unchanged,
     eta: float | None = None,
     num_frames: int | None = None,
 ) -> tuple[Tensor, float]:
@@ -170,11 +175,13 @@ def generate(
         guidance_scale: In the pipeline's own convention.
         batch_size: Images drawn at once.
         resolution: Height and width in pixels; None: the pipeline's default.
+        see: What is kept of each batch of images, (B, ...).
         eta: Of pipelines that take it, for DDIM's noise; None: the pipeline's default, or gamma of a student's `TCDScheduler`.
         num_frames: Of clips; None for images.
 
     Returns:
-        Images (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1], rounded to 8 bits and on the CPU, and the seconds they took after a warm-up.
+        Images (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1], rounded to 8 bits and on the CPU, or what `see` makes of them; and the
+        seconds that they took after a warm-up, without `see`.
     """
 
     if eta is None and isinstance(pipe.scheduler, TCDScheduler):
@@ -190,8 +197,10 @@ def generate(
             arguments |= {"eta": eta}
         return {"prompt": list(prompts[rows]), **arguments}
 
-    samples, seconds = _drawn(pipe, ask, seeds, num_inference_steps, batch_size)
-    return samples[:, 0] if samples.ndim == 5 and num_frames is None else samples, seconds
+    def seen(samples: Tensor) -> Tensor:
+        return see(samples[:, 0] if samples.ndim == 5 and num_frames is None else samples)
+
+    return _drawn(pipe, ask, seeds, num_inference_steps, batch_size, seen)
 
 
 def generate_unprompted(
@@ -200,6 +209,7 @@ def generate_unprompted(
     num_inference_steps: int,
     batch_size: int,
     class_labels: Sequence[int] | None = None,
+    see: Callable[[Tensor], Tensor] = unchanged,
 ) -> tuple[Tensor, float]:
     """As `generate`, from a pipeline without prompts; grey images are given three equal channels.
 
@@ -209,14 +219,17 @@ def generate_unprompted(
         num_inference_steps: The scheduler's `recommended_sigmas` are taken if they are so many.
         batch_size: Images drawn at once.
         class_labels: N classes, for a network that takes them.
+        see: As for `generate`.
     """
 
     def ask(rows: slice, steps: int) -> dict[str, Any]:
         labels = {} if class_labels is None else {"class_labels": list(class_labels[rows])}
         return {"batch_size": len(seeds[rows]), **_schedule(pipe, steps), **labels}
 
-    images, seconds = _drawn(pipe, ask, seeds, num_inference_steps, batch_size)
-    return images.expand(-1, 3, -1, -1), seconds
+    def seen(images: Tensor) -> Tensor:
+        return see(images.expand(-1, 3, -1, -1))
+
+    return _drawn(pipe, ask, seeds, num_inference_steps, batch_size, seen)
 
 
 def _schedule(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
@@ -233,8 +246,9 @@ def _drawn(
     seeds: Sequence[int],
     num_inference_steps: int,
     batch_size: int,
+    see: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, float]:
-    """Images and seconds; `ask` makes the pipeline's arguments of the rows of a batch and a number of steps."""
+    """What `see` keeps, and seconds; `ask` makes the pipeline's arguments of the rows of a batch and a number of steps."""
 
     def draw(rows: slice, steps: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
@@ -245,7 +259,10 @@ def _drawn(
         return (images.float() * 255).round().cpu() / 255
 
     draw(slice(0, batch_size), min(2, num_inference_steps))
-    started, parts = time.perf_counter(), []
+    seconds, parts = 0.0, []
     for start in tqdm(range(0, len(seeds), batch_size), desc=f"{num_inference_steps} steps", leave=False):
-        parts.append(draw(slice(start, start + batch_size), num_inference_steps))
-    return torch.cat(parts), time.perf_counter() - started
+        started = time.perf_counter()
+        images = draw(slice(start, start + batch_size), num_inference_steps)
+        seconds += time.perf_counter() - started
+        parts.append(see(images))
+    return torch.cat(parts), seconds

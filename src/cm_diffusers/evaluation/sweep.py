@@ -84,7 +84,7 @@ class Sweep:
         reference = load_reference(self.data, config.num_images)
         self.asked = repeated(reference, config.num_prompts, config.images_per_prompt)
         self.num_prompts = len(self.asked.labels) // config.images_per_prompt
-        self.num_real = len(reference.images)
+        self.num_real = len(reference.pictures)
         check_sizes(config, self.num_prompts, self.num_real)
         for one, name in zip(candidates, self._labels, strict=True):
             check_candidate(one, self.asked, self._steps(name))

@@ -101,7 +101,7 @@ def _towers(model: CLIPModel, processor: str) -> Towers:
 
 
 def load_clip_score(source: str = CLIP, revision: str | None = None) -> Agreement:
-    """100 cos, as `evaluation.metrics.clip_score`."""
+    """100 cos, as `evaluation.metrics.clip_scores`."""
     return Agreement(load_towers(source, revision), PERCENT)
 
 
