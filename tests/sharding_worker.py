@@ -1,6 +1,7 @@
 """What processes do with networks in parts, and with whole ones to compare them with: see `distributed_worker.py`."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from unittest import mock
 import pytest
 import rollout_worker
 import torch
+import video_worker
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from scripts import data_flags, run_script
@@ -133,14 +135,22 @@ def sizes(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def distilled(folder: Path, rank: int, kind: str, seed: int = 0, **config) -> dict[str, Tensor]:
-    """20 steps, and what is exported."""
+    """20 steps, and what is exported. A whole network of which another process has the weights is on "meta" here."""
     nets, losses = networks(kind, seed), []
+    if seed and kind == "full":
+        for _, module in nets.items():
+            module.to("meta")
     settings = {"max_train_steps": 20, "checkpointing_steps": 20, "export_ema_decay": 0.5, "ema_sigma_rels": [0.1]}
     watch = [lambda _, loss: losses.append(torch.stack([loss.value, loss.logs.get("fake/loss", loss.value)]))]
     judged = nets.critic is not None
     trainer = toy_trainer(folder, nets, Distilling(judged), OPTIM, watch, **settings | {"snapshot_steps": 10} | config)
+    begun = {
+        f"begun/{name}/{key}": whole(value).clone()
+        for name, module in trainer.nets.items()
+        for key, value in [*module.named_parameters(), *module.named_buffers()]
+    }
     trainer.fit(lambda start: noise(rank))
-    found = {"losses": torch.stack(losses)} | sizes(trainer)
+    found = {"losses": torch.stack(losses)} | sizes(trainer) | begun
     with trainer.exported() as network:
         assert (network is None) == (rank > 0)
         if rank == 0 and kind == "lora":
@@ -260,10 +270,25 @@ def drawn(folder: Path) -> None:
 
 
 def rewarded(folder: Path) -> dict[str, Tensor]:
-    trainer, data = rollout_worker.run(folder, {"inner_epochs": 2})
-    return {name: whole(value) for name, value in trainer.student.state_dict().items()} | {
-        "rewards": data.rollout.rewards
-    }
+    """20 updates on 5 roll-outs, held back towards the model before training."""
+    losses, config = [], {"max_train_steps": 20, "checkpointing_steps": 20}
+    watch = [lambda _, loss: losses.append(loss.value)]
+    trainer, data = rollout_worker.run(folder, {"inner_epochs": 2}, {"kl_coef": 0.1}, callbacks=watch, **config)
+    found = {name: whole(value) for name, value in trainer.student.state_dict().items()}
+    return found | {"rewards": data.rollout.rewards, "losses": torch.stack(losses)}
+
+
+def motion(folder: Path, rank: int) -> dict[str, Tensor]:
+    """20 steps of AnimateLCM's motion modules, with its teacher and averaged target; small ones, for rounding grows in large ones."""
+    losses, config = [], {"max_train_steps": 20, "checkpointing_steps": 20, "gradient_accumulation_steps": 1}
+    watch = [lambda _, loss: losses.append(loss.value)]
+    home = folder.parent / f"lora-{rank}"
+    optim = OptimConfig(learning_rate=2e-4, adam_epsilon=1e-3)
+    trainer = video_worker.trainer(folder, "motion", home, optim, callbacks=watch, **config)
+    before = [whole(p).clone() for p in trainer.players[0].trainable]
+    trainer.fit(video_worker.clips("motion", rank))
+    moved = [(whole(p) - was).abs().max() for p, was in zip(trainer.players[0].trainable, before, strict=True)]
+    return {"losses": torch.stack(losses), "moved": torch.stack(moved)} | sizes(trainer)
 
 
 def best(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -276,7 +301,17 @@ def best(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
 
 
 def script(folder: Path, models: Path) -> None:
-    """A student by the command line, with grids."""
+    """A student by the command line, with grids; notes how many bytes of networks this process has before they are parted."""
+    from cm_diffusers.engine import trainer
+
+    place, rank = trainer.place, os.environ["RANK"]
+
+    def noting(nets: Networks, *how) -> None:
+        held = {name: sum(p.nbytes for p in net.parameters() if not p.is_meta) for name, net in nets.items()}
+        folder.with_name(f"held-{rank}.json").write_text(json.dumps(held))
+        place(nets, *how)
+
+    trainer.place = noting  # of this fork
     steps = {"max_train_steps": 2, "checkpointing_steps": 1, "lr_warmup_steps": 0, "validation_prompts": ["a coat"]}
     flags = data_flags(models / "data", models / "cache") | steps | {"validation_nfe": [1]}
     run_script("distill_lcm", pretrained_teacher_model=models / "teacher", output_dir=folder, **flags)
