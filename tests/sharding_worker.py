@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import rollout_worker
+import tiny
 import torch
 import video_worker
 from accelerate.state import AcceleratorState, PartialState
@@ -40,6 +42,8 @@ OPTIM = {
     "student": OptimConfig(learning_rate=1e-3, adam_epsilon=1e-3),
     "critic": OptimConfig(learning_rate=3e-2, adam_epsilon=1e-3),
 }
+OF_MOTION = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "CrossAttnDownBlockMotion, CrossAttnUpBlockMotion"}
+SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4}
 TIMES = torch.tensor([437.0, 0.002])  # of which bfloat16 would make 436 and 0.001999
 
 
@@ -68,10 +72,9 @@ def as_on_gpus() -> Iterator[None]:
 
 
 def unet(seed: int, **config) -> nn.Module:
-    small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return tiny_unet(**small | config)
+        return tiny_unet(**SMALL | {"cross_attention_dim": 8} | config)
 
 
 def noise(rank: int) -> Iterator[Batch]:
@@ -279,16 +282,24 @@ def rewarded(folder: Path) -> dict[str, Tensor]:
 
 
 def motion(folder: Path, rank: int) -> dict[str, Tensor]:
-    """20 steps of AnimateLCM's motion modules, with its teacher and averaged target; small ones, for rounding grows in large ones."""
-    losses, config = [], {"max_train_steps": 20, "checkpointing_steps": 20, "gradient_accumulation_steps": 1}
-    watch = [lambda _, loss: losses.append(loss.value)]
-    home = folder.parent / f"lora-{rank}"
-    optim = OptimConfig(learning_rate=2e-4, adam_epsilon=1e-3)
-    trainer = video_worker.trainer(folder, "motion", home, optim, callbacks=watch, **config)
+    """20 steps of AnimateLCM's motion modules, with its teacher and averaged target; in float64, for in float32 rounding grows."""
+    with mock.patch.object(tiny, "tiny_unet", partial(tiny_unet, **SMALL)):
+        made, losses = video_worker.stage("motion", folder.parent / f"lora-{rank}"), []
+    for _, network in made.nets.items():
+        network.double()
+    config, watch = {"max_train_steps": 20, "checkpointing_steps": 20}, [lambda _, loss: losses.append(loss.value)]
+    optim = OptimConfig(learning_rate=3e-4, adam_epsilon=1e-3)
+    with launched(OF_MOTION):
+        trainer = toy_trainer(folder, made.nets, made.objective, optim, watch, **config)
     before = [whole(p).clone() for p in trainer.players[0].trainable]
-    trainer.fit(video_worker.clips("motion", rank))
+    trainer.fit(lambda start: map(doubled, video_worker.clips("motion", rank)(start)))
     moved = [(whole(p) - was).abs().max() for p, was in zip(trainer.players[0].trainable, before, strict=True)]
     return {"losses": torch.stack(losses), "moved": torch.stack(moved)} | sizes(trainer)
+
+
+def doubled(batch: Batch) -> Batch:
+    cond, uncond = ({name: value.double() for name, value in one.items()} for one in (batch.cond, batch.uncond))
+    return Batch(batch.x0.double(), cond, uncond)
 
 
 def best(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
