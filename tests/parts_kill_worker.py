@@ -71,18 +71,18 @@ def kill_in_training(output: Path) -> list[tuple[int, float]]:
     return found
 
 
-def wait(folder: Path, settings: dict[str, str]) -> None:
-    """The first process looks, and shows, for longer than others wait where nobody asks for more; here for a second."""
+def wait(folder: Path, way: str) -> None:
+    """The first process looks, or shows, for longer than others wait where nobody asks for more; here for a second."""
     distributed_c10d.default_pg_timeout = timedelta(seconds=1)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     slow = lambda *_: time.sleep(1.5 * (rank == 0))  # noqa: E731
-    with launched(settings):
-        if settings:
-            trainer = toy_trainer(folder, max_train_steps=2, callbacks=[slow])
-        else:
-            refuse_lone_processes(trains=True)  # as scripts begin
+    with launched(HYBRID if way == "copies" else {}):
+        if way == "script":
+            refuse_lone_processes(trains=True)
             trainer, _, comparison = watched(folder, [9.0, 5.0], max_train_steps=2)
             comparison.look = lambda *_: slow() or {"fid": 5.0}
+        else:
+            trainer = toy_trainer(folder, max_train_steps=2, callbacks=[slow])
     trainer.fit(source(4, rank, ranks))
 
 
@@ -123,12 +123,12 @@ def kill_while_writing(folder: Path, number: int) -> dict[str, float]:
         AssertionError: A checkpoint is lost, or one that is there does not hold what belongs into it.
     """
     folder.mkdir()
-    chance, counter, weights, seconds, longest = random.Random(0), mmap.mmap(-1, 8), network().state_dict(), 0.0, 0.0
+    chance, counter, weights, halves, longest = random.Random(0), mmap.mmap(-1, 8), network().state_dict(), 0, 0.0
     written = lambda: int.from_bytes(counter[:8])  # noqa: E731
     for _ in range(number):
         before, children = written(), start(2, partial(write_often, folder, counter))
         wait_until(lambda before=before: written() > before)
-        time.sleep(wait := chance.uniform(0, LONGEST))
+        time.sleep(chance.uniform(0, LONGEST))
         victims, whole = chance.choice([children, children[:1], children[1:]]), written()
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
@@ -142,10 +142,10 @@ def kill_while_writing(folder: Path, number: int) -> dict[str, float]:
             assert path.name == f"checkpoint-{state['step']}"
             for stem, expected in named(weights, state["step"]).items():
                 assert_same(dict(files[stem]), expected)
+        halves += any(path.name[0] == "." for path in folder.iterdir())
         clear_leftovers(folder)
         assert {path.name[:11] for path in folder.iterdir()} == {"checkpoint-"}
-        seconds += wait
-    return {"kills": number, "written": written(), "seconds": seconds, "longest": longest}
+    return {"kills": number, "halves": halves, "written": written(), "longest": longest}
 
 
 def wait_until(holds: Callable[[], bool], longest: float = 60) -> None:
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     found = {}
     if "training" in sys.argv:
         found["training"] = kill_in_training(output)
-        for name, settings in (("whole", {}), ("copies", HYBRID)):
-            found[name] = [code for code, _ in ends(start(2, partial(wait, output / f"waits-{name}", settings)))]
+        for way, number in (("script", 2), ("trainer", 2), ("copies", 4)):
+            found[way] = [code for code, _ in ends(start(number, partial(wait, output / way, way)))]
     found |= kill_while_writing(output / "written", int(sys.argv[2]))
     sys.stdout.write(json.dumps(found))
