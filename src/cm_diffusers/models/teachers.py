@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.errors import UserError
-from cm_diffusers.models.casting import Dtypes, cast, load_cast_networks, part_dtypes
+from cm_diffusers.models.casting import Dtypes, load_cast_networks, part_dtypes
 from cm_diffusers.models.exact_times import embed_exactly
 from cm_diffusers.models.families.base import FAMILIES, family_of, network_of
 from cm_diffusers.models.merged_text import merge_zero_text, merge_zeros, merges_zeros, text_lengths
@@ -79,7 +79,6 @@ def load_network(
     config: TeacherConfig,
     dtype: torch.dtype = torch.float32,
     quantization: PipelineQuantizationConfig | None = None,
-    elsewhere: bool = False,
 ) -> None:
     """The network of a teacher, or a student, that was loaded late, into its pipeline; nothing where it is there already.
 
@@ -87,15 +86,11 @@ def load_network(
         config: As `load_teacher` was given it.
         dtype: Of its weights.
         quantization: Of its linear layers.
-        elsewhere: Leave it on "meta": another process has its weights, and will give each its part.
 
     Raises:
         ValueError: It does not load, or has non-finite weights.
     """
     if not is_late(known := network_of(pipe)):
-        return
-    if elsewhere:
-        cast(known, dtype)
         return
     name, path = network_name(pipe), config.pretrained_teacher_model
     others = {other: part for other, part in pipe.components.items() if other != name}
