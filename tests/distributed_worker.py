@@ -184,6 +184,7 @@ def of_networks(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Tens
                 found[f"{name}/lora"] = work.distilled(at / "lora", rank, "lora", seed)
             found[f"{name}/tangents"] = work.tangents(at / "tangents", rank)
             found[f"{name}/rewarded"] = work.rewarded(at / "rewarded")
+            found[f"{name}/motion"] = work.motion(at / "motion", rank)
             found[f"{name}/diverged"] = work.diverged(at / "diverged", rank, ranks)
             found[f"{name}/best"] = work.best(at / "best", rank, ranks)
             work.drawn(at / "drawn")

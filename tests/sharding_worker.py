@@ -1,17 +1,21 @@
 """What processes do with networks in parts, and with whole ones to compare them with: see `distributed_worker.py`."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import rollout_worker
+import tiny
 import torch
+import video_worker
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from scripts import data_flags, run_script
@@ -38,6 +42,8 @@ OPTIM = {
     "student": OptimConfig(learning_rate=1e-3, adam_epsilon=1e-3),
     "critic": OptimConfig(learning_rate=3e-2, adam_epsilon=1e-3),
 }
+OF_MOTION = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "CrossAttnDownBlockMotion, CrossAttnUpBlockMotion"}
+SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4}
 TIMES = torch.tensor([437.0, 0.002])  # of which bfloat16 would make 436 and 0.001999
 
 
@@ -66,10 +72,9 @@ def as_on_gpus() -> Iterator[None]:
 
 
 def unet(seed: int, **config) -> nn.Module:
-    small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return tiny_unet(**small | config)
+        return tiny_unet(**SMALL | {"cross_attention_dim": 8} | config)
 
 
 def noise(rank: int) -> Iterator[Batch]:
@@ -133,14 +138,22 @@ def sizes(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def distilled(folder: Path, rank: int, kind: str, seed: int = 0, **config) -> dict[str, Tensor]:
-    """20 steps, and what is exported."""
+    """20 steps, and what is exported. A whole network of which another process has the weights is on "meta" here."""
     nets, losses = networks(kind, seed), []
+    if seed and kind == "full":
+        for _, module in nets.items():
+            module.to("meta")
     settings = {"max_train_steps": 20, "checkpointing_steps": 20, "export_ema_decay": 0.5, "ema_sigma_rels": [0.1]}
     watch = [lambda _, loss: losses.append(torch.stack([loss.value, loss.logs.get("fake/loss", loss.value)]))]
     judged = nets.critic is not None
     trainer = toy_trainer(folder, nets, Distilling(judged), OPTIM, watch, **settings | {"snapshot_steps": 10} | config)
+    begun = {
+        f"begun/{name}/{key}": whole(value).clone()
+        for name, module in trainer.nets.items()
+        for key, value in [*module.named_parameters(), *module.named_buffers()]
+    }
     trainer.fit(lambda start: noise(rank))
-    found = {"losses": torch.stack(losses)} | sizes(trainer)
+    found = {"losses": torch.stack(losses)} | sizes(trainer) | begun
     with trainer.exported() as network:
         assert (network is None) == (rank > 0)
         if rank == 0 and kind == "lora":
@@ -260,10 +273,33 @@ def drawn(folder: Path) -> None:
 
 
 def rewarded(folder: Path) -> dict[str, Tensor]:
-    trainer, data = rollout_worker.run(folder, {"inner_epochs": 2})
-    return {name: whole(value) for name, value in trainer.student.state_dict().items()} | {
-        "rewards": data.rollout.rewards
-    }
+    """20 updates on 5 roll-outs, held back towards the model before training."""
+    losses, config = [], {"max_train_steps": 20, "checkpointing_steps": 20}
+    watch = [lambda _, loss: losses.append(loss.value)]
+    trainer, data = rollout_worker.run(folder, {"inner_epochs": 2}, {"kl_coef": 0.1}, callbacks=watch, **config)
+    found = {name: whole(value) for name, value in trainer.student.state_dict().items()}
+    return found | {"rewards": data.rollout.rewards, "losses": torch.stack(losses)}
+
+
+def motion(folder: Path, rank: int) -> dict[str, Tensor]:
+    """20 steps of AnimateLCM's motion modules, with its teacher and averaged target; in float64, for in float32 rounding grows."""
+    with mock.patch.object(tiny, "tiny_unet", partial(tiny_unet, **SMALL)):
+        made, losses = video_worker.stage("motion", folder.parent / f"lora-{rank}"), []
+    for _, network in made.nets.items():
+        network.double()
+    config, watch = {"max_train_steps": 20, "checkpointing_steps": 20}, [lambda _, loss: losses.append(loss.value)]
+    optim = OptimConfig(learning_rate=3e-4, adam_epsilon=1e-3)
+    with launched(OF_MOTION):
+        trainer = toy_trainer(folder, made.nets, made.objective, optim, watch, **config)
+    before = [whole(p).clone() for p in trainer.players[0].trainable]
+    trainer.fit(lambda start: map(doubled, video_worker.clips("motion", rank)(start)))
+    moved = [(whole(p) - was).abs().max() for p, was in zip(trainer.players[0].trainable, before, strict=True)]
+    return {"losses": torch.stack(losses), "moved": torch.stack(moved)} | sizes(trainer)
+
+
+def doubled(batch: Batch) -> Batch:
+    cond, uncond = ({name: value.double() for name, value in one.items()} for one in (batch.cond, batch.uncond))
+    return Batch(batch.x0.double(), cond, uncond)
 
 
 def best(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -276,7 +312,17 @@ def best(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
 
 
 def script(folder: Path, models: Path) -> None:
-    """A student by the command line, with grids."""
+    """A student by the command line, with grids; notes how many bytes of networks this process has before they are parted."""
+    from cm_diffusers.engine import trainer
+
+    place, rank = trainer.place, os.environ["RANK"]
+
+    def noting(nets: Networks, *how) -> None:
+        held = {name: sum(p.nbytes for p in net.parameters() if not p.is_meta) for name, net in nets.items()}
+        folder.with_name(f"held-{rank}.json").write_text(json.dumps(held))
+        place(nets, *how)
+
+    trainer.place = noting  # of this fork
     steps = {"max_train_steps": 2, "checkpointing_steps": 1, "lr_warmup_steps": 0, "validation_prompts": ["a coat"]}
     flags = data_flags(models / "data", models / "cache") | steps | {"validation_nfe": [1]}
     run_script("distill_lcm", pretrained_teacher_model=models / "teacher", output_dir=folder, **flags)

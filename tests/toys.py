@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cm_diffusers.engine.checkpoints import read_checkpoint
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
@@ -92,6 +93,12 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by file and name."""
     files = sorted(folder.glob("*.safetensors"))
     return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def stored(checkpoint: Path) -> dict[str, Tensor]:
+    """As `tensors`, whole also where processes wrote parts, by what the file would be called then."""
+    files, _ = read_checkpoint(checkpoint)
+    return {f"{stem}/{name}": value for stem, named in files.items() for name, value in named.items()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

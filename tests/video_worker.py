@@ -21,11 +21,15 @@ SETTINGS = {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_accumulati
 KINDS = {"motion": {}, "joint": {"lora_rank": 2, "lora_alpha": 2.0}, "adapter": {"condition": "image"}}
 
 
-def trainer(folder, kind, home, **config):
+def stage(kind, home):
     parts = randomised_parts()
     values = {} if kind == "joint" else {"spatial_lora": lora_folder(home, parts.scheduler)}
     method = LCMConfig() if kind == "adapter" else LCMConfig(w_min=1.0, w_max=3.0)
-    made = make_stage(StageConfig(kind, **KINDS[kind], **values), method, parts)
+    return make_stage(StageConfig(kind, **KINDS[kind], **values), method, parts)
+
+
+def trainer(folder, kind, home, **config):
+    made = stage(kind, home)
     return toy_trainer(folder, made.nets, made.objective, OptimConfig(learning_rate=1e-3), **SETTINGS | config)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from toys import ToyObjective, assert_same, forget_accelerate, rows, source, tensors, toy_network, toy_trainer
+from toys import ToyObjective, assert_same, forget_accelerate, rows, source, stored, tensors, toy_network, toy_trainer
 
 from cm_diffusers.engine.checkpoints import read_checkpoint
 from cm_diffusers.types import Networks
@@ -136,6 +136,8 @@ def test_students_and_critics_in_parts_learn_the_same(ranks, kind) -> None:
     """20 steps of a UNet with teacher, EMA target and a critic on the teacher's features, or of a LoRA that is its own teacher."""
     for found in ranks:
         whole, parts = (below(found, f"networks/{name}/{kind}/") for name in ("whole", "parts"))
+        begun = {name.replace("module.", ""): value for name, value in below(whole, "begun/").items()}
+        assert_same(below(parts, "begun/"), begun)  # though the second process began without weights, or with others
         assert whole["losses"].shape == (20, 2)
         torch.testing.assert_close(parts["losses"][:, 0], whole["losses"][:, 0], rtol=1e-6, atol=1e-6)
         # the second column is the critic's, in which rounding grows
@@ -147,6 +149,21 @@ def test_students_and_critics_in_parts_learn_the_same(ranks, kind) -> None:
         assert sizes.keys() >= {"bytes/student", "bytes/optimizer"}
         assert max(sizes.values()) <= 0.52
         assert kind == "lora" or sizes.keys() >= {"bytes/target", "bytes/teacher"}
+
+
+@pytest.mark.parametrize("name", ["motion", "rewarded"])
+def test_motion_and_rewards_in_parts_are_learnt_the_same(ranks, name) -> None:
+    """20 steps of AnimateLCM's motion modules; 20 updates of RLCM, on roll-outs of its own."""
+    for found in ranks:
+        whole, parts = (below(found, f"networks/{place}/{name}/") for place in ("whole", "parts"))
+        assert whole["losses"].shape == (20,)
+        torch.testing.assert_close(parts["losses"], whole["losses"], rtol=0, atol=1e-6)
+        assert whole.get("moved", torch.ones(1)).max() > 1e-4
+        sizes = {key: value.item() / whole[key].item() for key, value in parts.items() if "bytes/" in key}
+        assert max(sizes.values(), default=0) <= 0.52
+        assert name == "rewarded" or sizes.keys() >= {
+            f"bytes/{one}" for one in ("student", "target", "teacher", "optimizer")
+        }
 
 
 def test_what_is_published_of_parts_is_whole_and_by_its_name(folder) -> None:
@@ -176,6 +193,9 @@ def test_a_script_publishes_what_it_trained_in_parts(folder) -> None:
     assert type(pipe.unet) is UNet2DConditionModel
     assert (folder / "networks/script/samples/step-000002.png").is_file()
     assert {path.name[:8] for path in (folder / "networks/script/checkpoint-2").glob("student*")} == {"student-"}
+    first, second = (json.loads((folder / f"networks/held-{rank}.json").read_text()) for rank in (0, 1))
+    assert min(first[name] for name in ("student", "target", "teacher")) > 0
+    assert second == dict.fromkeys(first, 0), "it loads no network"
 
 
 def test_roll_outs_derivatives_and_the_best_weights_of_parts(ranks) -> None:
@@ -214,11 +234,6 @@ def test_a_full_disk_of_one_process_ends_all_and_leaves_nothing_half(folder) -> 
     read_checkpoint(run / "checkpoint-2")
 
 
-def everything(checkpoint: Path) -> dict[str, Tensor]:
-    files, _ = read_checkpoint(checkpoint)
-    return {f"{stem}/{name}": value for stem, stored in files.items() for name, value in stored.items()}
-
-
 @pytest.mark.parametrize(
     ("written", "read"),
     [
@@ -229,7 +244,7 @@ def everything(checkpoint: Path) -> dict[str, Tensor]:
     ],
 )
 def test_a_checkpoint_is_the_same_for_any_number_of_processes(folder, ranks, written, read) -> None:
-    expected, places = everything(folder / "networks" / written), [f"networks/{read}/"] * 2
+    expected, places = stored(folder / "networks" / written), [f"networks/{read}/"] * 2
     found = [below(rank, name) for rank, name in zip(ranks, places, strict=True)]
     if read == "three":
         found = [load_file(folder / f"three-{rank}.safetensors") for rank in range(3)]
@@ -241,7 +256,7 @@ def test_a_checkpoint_is_the_same_for_any_number_of_processes(folder, ranks, wri
 def test_one_process_goes_on_from_parts(folder, tmp_path, caplog, name) -> None:
     checkpoint = folder / "networks" / name
     found = sharding_worker.moved(tmp_path, 0, 1, checkpoint, int(name[-1]))
-    assert_same(found, everything(checkpoint))
+    assert_same(found, stored(checkpoint))
     assert "each process draws noise and times of its own" in caplog.text
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
 
@@ -289,13 +304,13 @@ def test_a_file_of_other_processes_does_not_count(folder, tmp_path) -> None:
     source, copy = folder / "networks/2/checkpoint-2", tmp_path / "checkpoint-2"
     shutil.copytree(source, copy)
     shutil.copy(source / "student-00002-of-00002.safetensors", copy / "student-00003-of-00003.safetensors")
-    assert_same(everything(copy), everything(source))
+    assert_same(stored(copy), stored(source))
 
 
 def test_torch_reads_the_parts_as_its_own(folder, tmp_path) -> None:
     for path in (folder / "networks/2/checkpoint-2").glob("student-*"):
         shutil.copy(path, tmp_path)
-    expected = below(everything(folder / "networks/2/checkpoint-2"), "student/")
+    expected = below(stored(folder / "networks/2/checkpoint-2"), "student/")
     found = {name: torch.zeros_like(value) for name, value in expected.items()}
     dcp.load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
     assert_same(found, expected)

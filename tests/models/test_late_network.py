@@ -74,6 +74,31 @@ def test_it_is_what_diffusers_loads(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
+def test_what_is_made_without_weights_takes_those_of_another_process(name: str, tmp_path: Path) -> None:
+    """Each tensor has the other's form, or sending it would hang; of those that are made, only buffers take memory."""
+    PIPELINES[name]().save_pretrained(tmp_path)
+    config = TeacherConfig(str(tmp_path))
+    full = family_of(network_of(load_teacher(config, late=True))).student is not None
+    for student in (
+        StudentConfig(**HALF),
+        StudentConfig(cast_teacher_unet="bf16") if full else StudentConfig(lora=True),
+    ):
+        late, whole = (load_teacher(config, student.loaded_dtype, late=True) for _ in range(2))
+        load_network(whole, config, student.loaded_dtype)
+        made, wanted = (make_networks(network_of(pipe), student) for pipe in (late, whole))
+        assert forms(made) == forms(wanted)
+        assert all(p.is_meta for _, network in made.items() for p in network.parameters())
+        assert not any(p.is_meta for _, network in wanted.items() for p in network.parameters())
+
+
+def forms(nets: Networks) -> list[tuple]:
+    found = [
+        (name, key, p) for name, net in nets.items() for key, p in [*net.named_parameters(), *net.named_buffers()]
+    ]
+    return [(name, key, p.shape, p.dtype, p.requires_grad) for name, key, p in found]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_on_a_base_in_half_precision(name: str, checkpointing: bool) -> None:
     """Student = teacher at first, and only float32 adapters learn; recomputed activations give the same gradients."""

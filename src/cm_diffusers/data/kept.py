@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,6 +18,7 @@ from cm_diffusers.data import shards as files
 from cm_diffusers.data.ragged import Tensors, is_by_row
 from cm_diffusers.data.shards import KEYS, Shard, row_ranges, shard_name, tensors_of
 from cm_diffusers.data.sources import DataConfig
+from cm_diffusers.engine.launcher import processes
 from cm_diffusers.errors import UserError
 
 
@@ -151,10 +152,7 @@ def _of_all(value: int) -> list[int]:
 
 
 def _state() -> PartialState | None:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    # Accelerator reads this variable, PartialState alone does not: on a CPU it would then see one process.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else processes()
 
 
 class _Search:

@@ -5,8 +5,9 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
+from cm_diffusers.engine.launcher import PATIENCE
 from cm_diffusers.errors import UserError
 from cm_diffusers.extras import TRACKERS, missing
 from cm_diffusers.places import without_secrets
@@ -31,7 +32,7 @@ def make_accelerator(mixed_precision: str, report_to: str, output_dir: str) -> A
         log_with=tracker,
         project_dir=output_dir,
         # before torch 2.11 autocast keeps the weights that a pass without a gradient has cast for the pass that learns
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:
         raise UserError(

@@ -1,6 +1,7 @@
 """What `accelerate launch` and its config file say, in the environment: precision, accumulation, compilation, sharding, processes."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 from cm_diffusers.errors import UserError
@@ -8,6 +9,8 @@ from cm_diffusers.errors import UserError
 
 DEFAULTS = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "compile": False}  # where nobody asks for more
 OTHERS = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}  # which part networks, but not so that several train
+# How long a process waits for others, one of which may be drawing, measuring or writing alone; NCCL itself gives up after ten minutes.
+PATIENCE = timedelta(hours=2)
 DYNAMO = {"MODE": "default", "USE_FULLGRAPH": "False", "USE_DYNAMIC": "False", "USE_REGIONAL_COMPILATION": "False"}
 
 
@@ -65,19 +68,20 @@ def refuse_half_on_cpu(mixed_precision: str) -> None:
     Raises:
         ValueError: It is fp16 on a CPU, which would train in float32.
     """
-    if mixed_precision == "fp16" and _state().device.type == "cpu":
+    if mixed_precision == "fp16" and processes().device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU, but this run is on cpu: take bf16 or no.")
 
 
 def _joined() -> int:
-    return _state().num_processes
+    return processes().num_processes
 
 
-def _state() -> Any:
+def processes() -> Any:
+    """This process among those that train together, as accelerate's `PartialState`; they find each other at the first call."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 
 def _said(name: str) -> bool:

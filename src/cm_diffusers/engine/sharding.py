@@ -11,11 +11,13 @@ from diffusers import ModelMixin
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 
-from cm_diffusers.engine.launcher import is_sharded
+from cm_diffusers.engine.launcher import PATIENCE, is_sharded
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.execution import compile_network
@@ -75,7 +77,7 @@ class Sharding:
         return [module for module in reversed(found) if module is not network]
 
     def shard(self, network: nn.Module, device: torch.device) -> None:
-        """Part a network in place: its weights are those of the first process."""
+        """Part a network in place: its weights are those of the first process; on others it may be on "meta"."""
         if next(network.parameters(), None) is None:  # the student without its adapters, say
             return
         for unit in (*self.blocks(network), network):
@@ -124,6 +126,8 @@ def sharding_of(accelerator: Accelerator, in_float32: bool) -> Sharding | None:
         raise UserError(f"dp_replicate_size {copies} does not divide {ranks} processes: give one that does.")
     names, shape = ("dp_replicate", "dp_shard"), (copies, ranks // copies)
     mesh = init_device_mesh(accelerator.device.type, shape[copies == 1 :], mesh_dim_names=names[copies == 1 :])
+    for group in mesh.get_all_groups():  # new ones do not take over that of the group of all
+        _set_pg_timeout(PATIENCE, group)
     asked = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     units = frozenset(name.strip() for name in asked.split(",") if name.strip())
     dtype = None if in_float32 else DTYPES.get(accelerator.mixed_precision)
@@ -132,12 +136,28 @@ def sharding_of(accelerator: Accelerator, in_float32: bool) -> Sharding | None:
     return Sharding(mesh, dtype, units, os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
 
 
+def comes_from_the_first(rank: int) -> bool:
+    """Whether a process need not load what trains, for its parts come from the first one."""
+    return is_sharded() and rank > 0
+
+
 def _agree(unit: nn.Module, device: torch.device) -> None:
-    """Move what is not sharded yet, and take the first process's values: FSDP2 itself would mix those of all."""
+    """Move what is not sharded yet, and take the first process's values: FSDP2 itself would mix those of all.
+
+    What is on "meta" takes memory here alone, and loses it again with all but a part as soon as the unit is sharded.
+    """
     for tensor in (*unit.parameters(), *unit.buffers()):
-        if not isinstance(tensor, DTensor):
-            tensor.data = tensor.data.to(device).contiguous()
-            dist.broadcast(tensor.data, 0)
+        if isinstance(tensor, DTensor):
+            continue
+        if tensor.is_meta:
+            held = torch.empty_like(tensor, device=device)
+            swap_tensors(
+                tensor, nn.Parameter(held, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else held
+            )
+        else:
+            tensor.data = tensor.data.to(device)
+        tensor.data = tensor.data.contiguous()
+        dist.broadcast(tensor.data, 0)
 
 
 def place(nets: Networks, sharding: Sharding | None, device: torch.device, compiles: bool) -> None:

@@ -1,10 +1,12 @@
 """Students and their targets: copies of a teacher, or adapters on it."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
@@ -15,6 +17,7 @@ from cm_diffusers.models.casting import cast
 from cm_diffusers.models.families.base import family_of
 from cm_diffusers.models.quantization import QUANTIZATIONS
 from cm_diffusers.models.target_input import TARGET_INPUT, add_target_input
+from cm_diffusers.models.teachers import is_late
 from cm_diffusers.types import Networks
 
 
@@ -83,6 +86,8 @@ def require_autocast(config: StudentNetworkConfig, mixed_precision: str) -> None
 def make_networks(teacher: nn.Module, config: StudentNetworkConfig, target_dim: int | None = None) -> Networks:
     """The networks of a distillation: copy and EMA target, or adapters on the teacher, which is then its own student.
 
+    All is on "meta" if the teacher is.
+
     Args:
         target_dim: Of a student that is told where its jumps end, which it ignores at first.
     """
@@ -100,13 +105,14 @@ def make_networks(teacher: nn.Module, config: StudentNetworkConfig, target_dim: 
 
 
 def make_student(teacher: nn.Module, guidance_embedding_dim: int | None) -> nn.Module:
-    """A copy of the teacher, with a guidance embedding that starts at zero: student = teacher at step 0.
+    """A copy of the teacher, with a guidance embedding that starts at zero: student = teacher at step 0. On "meta" if that is.
 
     Args:
         guidance_embedding_dim: Size of the embedding where its family has a choice, e.g. 256; None for none.
     """
     make = family_of(teacher).student
-    return trainable(copy.deepcopy(teacher) if make is None else make(teacher, guidance_embedding_dim))
+    with init_empty_weights() if is_late(teacher) else nullcontext():
+        return trainable(copy.deepcopy(teacher) if make is None else make(teacher, guidance_embedding_dim))
 
 
 def trainable(network: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from cm_diffusers.data.teacher_latents import check_side
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.sharding import comes_from_the_first
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.errors import UserError
@@ -87,7 +88,8 @@ def distill(
         batches = batches_of_prompts(data, Encoders.from_pipeline(teacher), train.seed, *place)
         if student.lora and not validation.validation_prompts and watch.stop_when is None:
             release_encoders(teacher)
-        load_network(teacher, source, student.loaded_dtype, quantization)
+        if not comes_from_the_first(place[0]):
+            load_network(teacher, source, student.loaded_dtype, quantization)
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
         return replace(make_networks(network_of(teacher), student), target=None)  # which BOOT does not have
 

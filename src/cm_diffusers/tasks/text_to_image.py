@@ -14,6 +14,7 @@ from cm_diffusers.data.generated import GenerationConfig, training_batches
 from cm_diffusers.data.sources import DataConfig, source_name
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.sharding import comes_from_the_first
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.critics import CriticConfig, make_critic
@@ -105,7 +106,8 @@ def distill(
         batches = training_batches(data, generation, teacher, train.seed, *place, clips)
         if not needs_encoders(student, data, validation, judge, watch):
             release_encoders(teacher)
-        complete()
+        if not comes_from_the_first(place[0]):
+            complete()
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
         nets = make_networks(network_of(teacher), student, target_dim)
         return replace(nets, critic=make_critic(nets, judge, teacher.vae))

@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.data.clip_config import OF_FILES, OF_IMAGES, ClipConfig
@@ -84,8 +83,7 @@ def check_late(teacher: DiffusionPipeline, config: StudentConfig, draws: bool, j
     if config.lora:
         target_names(network, config.lora_target_modules)
     elif is_late(network):
-        with init_empty_weights():
-            make_student(network, config.guidance_embedding_dim(network))
+        make_student(network, config.guidance_embedding_dim(network))
     flag = f"--quantize_teacher {config.quantize_teacher}"
     if config.quantize_teacher != "no" and draws:
         raise UserError(f"{flag} would draw the data of --prompts_file with rounded weights: leave one of them out.")
