@@ -1,4 +1,4 @@
-"""LCM with one thing changed: what `studies/lcm_defaults.toml` compares, and no flag of the package unless it wins."""
+"""LCM with one thing changed: what `studies/lcm_defaults.toml`, `lcm_bundled.toml` and `lcm_v.toml` compare, and no flag of the package unless it wins."""
 
 import cm_diffusers.engine.early
 from dataclasses import dataclass
