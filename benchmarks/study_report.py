@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cm_diffusers.evaluation import report, video_report
 from cm_diffusers.evaluation.report import Row, Setting, replace_file, write_plot
@@ -209,7 +210,11 @@ def _finish(axes: Axes, metric: str, title: str, rows: Rows, line: Callable[...,
             style, label = ("--", f"{TEACHER}, {steps} steps") if steps else (":", row["pipeline"])
             line(row[metric], color="grey", linestyle=style, label=label)
     if metric in LOGARITHMIC:
+        axis = axes.yaxis if line == axes.axhline else axes.xaxis
         (axes.set_yscale if line == axes.axhline else axes.set_xscale)("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.set_title(title)
     axes.grid(alpha=0.3)
     if axes is axes.figure.axes[0]:
