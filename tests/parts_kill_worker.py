@@ -78,7 +78,7 @@ def wait(folder: Path, way: str) -> None:
     slow = lambda *_: time.sleep(1.5 * (rank == 0))  # noqa: E731
     with launched(HYBRID if way == "copies" else {}):
         if way == "script":
-            refuse_lone_processes(trains=True)
+            refuse_lone_processes(shares=True)
             trainer, _, comparison = watched(folder, [9.0, 5.0], max_train_steps=2)
             comparison.look = lambda *_: slow() or {"fid": 5.0}
         else:

@@ -7,9 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import DDIMScheduler
 from tiny import tiny_pipeline
 
+from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.front_columns import (
@@ -26,7 +28,7 @@ from cm_diffusers.evaluation.front_columns import (
 from cm_diffusers.evaluation.front_plot import colours
 from cm_diffusers.evaluation.fronts import bootstrap, hypervolume, non_dominated, worst
 from cm_diffusers.evaluation.kept import Kept, pipeline_digest, tensors_digest
-from cm_diffusers.evaluation.reference import Reference, repeated
+from cm_diffusers.evaluation.reference import Pictures, Reference, repeated
 from cm_diffusers.evaluation.sampling import load_pipeline, set_lora_scale
 from cm_diffusers.measured import TEACHER
 from evaluation.test_evaluation import save_tiny_lora
@@ -217,7 +219,8 @@ def test_axes_and_reference_points_are_read() -> None:
 
 
 def reference(captions: list[str] | None, labels: list[int | None]) -> Reference:
-    return Reference(torch.zeros(len(labels), 3, 2, 2), captions, labels, ["x", "y", "z"], "none")
+    pictures = Pictures(Dataset.from_list([]), range(len(labels)), DataConfig())
+    return Reference(pictures, captions, labels, ["x", "y", "z"], "none")
 
 
 def test_prompts_are_the_first_different_ones() -> None:

@@ -115,7 +115,8 @@ def test_gradient_is_that_of_distillation_from_an_exact_teacher():
     """E[x_s | x_t] is one DDIM step: consistency training is distillation on average (2303.01469, Theorem 2)."""
     data, gradients = Gaussian(0.5, 0.5), []
     teacher = OracleNet(VP, "sample", data)
-    distillation = lcm_of(LCMConfig(w_min=0.0, w_max=0.0, loss_type="l2", num_ddim_timesteps=4), VP, "sample", None)
+    settings = {"w_min": 0.0, "w_max": 0.0, "loss_type": "l2", "num_ddim_timesteps": 4, "time_power": 0.0}
+    distillation = lcm_of(LCMConfig(**settings), VP, "sample", None)
     for objective in (lcf("sample", grid=4), distillation):
         student = Affine()
         batch = Batch(draw(data, 400_000, 2).float())

@@ -137,7 +137,7 @@ def test_one_phase_is_lcm_bit_for_bit():
     nets = Networks(
         Exact(FLOW, "flow_prediction", data, torch.zeros_like), teacher=OracleNet(FLOW, "flow_prediction", data)
     )
-    lcm = LCMObjective(LCMConfig(w_min=0.0, w_max=0.0, loss_type="l2"), teaching)
+    lcm = LCMObjective(LCMConfig(w_min=0.0, w_max=0.0, loss_type="l2", time_power=0.0), teaching)
     batch = Batch(draw(Gaussian(0.1, 1.0), 200, 8))
     expected = loss(lcm, nets, batch)
     assert expected > 1e-9
@@ -155,7 +155,9 @@ def test_one_phase_is_lcm_with_the_scalings_of_ddim(prediction_type):
         return c_skip, VP.alpha(zero) - c_skip * VP.alpha(t)
 
     net = OracleNet(VP, prediction_type, Gaussian(0.3, 2.0))
-    lcm = LCMObjective(LCMConfig(w_min=0.0, w_max=0.0, loss_type="l2"), replace(teaching, scalings=scalings))
+    lcm = LCMObjective(
+        LCMConfig(w_min=0.0, w_max=0.0, loss_type="l2", time_power=0.0), replace(teaching, scalings=scalings)
+    )
     batch = Batch(draw(Gaussian(0.1, 1.0), 200, 8))
     expected = loss(lcm, Networks(net, teacher=net), batch)
     found = [loss(one, Networks(net, teacher=net), batch) for one in (pcm(teaching, 1), tcd(teaching, phases=1))]

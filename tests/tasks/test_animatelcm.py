@@ -229,7 +229,7 @@ def test_what_is_saved_samples_alike_in_a_stock_pipeline(parts, lora, tmp_path, 
     wanted = frames_of(made.make_pipeline(network))
     assert torch.allclose(frames_of(stock), wanted, atol=2e-5)
     stock.unload_lora_weights()
-    assert (frames_of(stock) - wanted).abs().max() > 1e-3  # the LoRA matters
+    assert (frames_of(stock) - wanted).abs().max() > 2e-4  # the LoRA matters
 
 
 def test_bad_input(parts, lora):
