@@ -27,12 +27,21 @@ if UNDER_XDIST:
     torch.set_num_threads(1)
 
 
-def load_aligned(path: str, device: str | int = "cpu", *, load=safetensors.torch.load_file) -> dict[str, Tensor]:
+load_mapped = safetensors.torch.load_file
+
+
+def load_aligned(path: str, device: str | int = "cpu") -> dict[str, Tensor]:
     """A mapped file's weights begin anywhere, and some CPUs round otherwise there: a bit of 1e-7, where tests ask for equality."""
-    return {name: tensor.clone() for name, tensor in load(path, device).items()}
+    return {name: tensor.clone() for name, tensor in load_mapped(path, device).items()}
 
 
 safetensors.torch.load_file = load_aligned  # before anything else imports it
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights stay in the map of their file, as outside of tests."""
+    monkeypatch.setattr(safetensors.torch, "load_file", load_mapped)
 
 
 @pytest.fixture(autouse=True)

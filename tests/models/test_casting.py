@@ -83,7 +83,7 @@ def test_files_of_the_hub(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="the peak is told by Linux")
-def test_no_whole_file_lies_beside_what_is_made_of_it(tmp_path) -> None:
+def test_no_whole_file_lies_beside_what_is_made_of_it(tmp_path, mapped) -> None:
     one = in_one_file(tmp_path, tiny_pipeline(unet=tiny_unet(block_out_channels=(32, 384))))
     (file,) = (tmp_path / "unet").glob("*.safetensors")
     for config in (TeacherConfig(str(tmp_path)), one):
