@@ -204,7 +204,7 @@ def image_grids(
 def beside(network: nn.Module, pipe: DiffusionPipeline) -> AbstractContextManager:
     """The other parts of a pipeline are on its network's device inside the block, and back where they were after it."""
     others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not network]
-    return placed(tuple(others), next(network.parameters()).device)
+    return placed(tuple(others), network.device)
 
 
 def precision(trainer: Trainer, network: nn.Module) -> AbstractContextManager:

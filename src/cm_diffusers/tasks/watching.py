@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.encoders import placed
 from cm_diffusers.diffusion.process import home_of_float64
 from cm_diffusers.engine.checkpoints import (
     PREFIX,
@@ -35,7 +36,7 @@ from cm_diffusers.evaluation.reference import ReferenceConfig
 from cm_diffusers.evaluation.report import Row, replace_file, write_plot
 from cm_diffusers.models.families.base import network_of
 from cm_diffusers.ranges import check_ranges
-from cm_diffusers.tasks.callbacks import beside, has_ended
+from cm_diffusers.tasks.callbacks import has_ended
 from cm_diffusers.types import Loss
 
 
@@ -188,8 +189,10 @@ class Watch:
         with trainer.export_weights() as student, torch.no_grad():
             pipe = self.make_pipeline(student)
             network = pipe.unet if hasattr(pipe, "unet") else network_of(pipe)  # a UNet2DModel is of no family
+            others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not network]
             cast = network.dtype != torch.float32  # below a LoRA
-            with beside(network, pipe), trainer.accelerator.autocast() if cast else nullcontext():
+            # the trainer's device, not the network's: offloaded parts of it lie on the CPU
+            with placed(tuple(others), trainer.device), trainer.accelerator.autocast() if cast else nullcontext():
                 rows = [self.comparison.look(pipe, n, self.scale) for n in config.num_inference_steps]
         if None in rows:  # images that are no numbers
             return math.nan
