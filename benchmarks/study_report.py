@@ -108,8 +108,8 @@ def markdown(rows: Rows, setting: Setting | VideoSetting) -> str:
         plain = ["–" if value is None else f"{value:g}" for value in (steps, guidance)]
         costs = ["cpu_minutes", *["start_minutes"] * started]
         several = len(group) > 1
-        cells = [_cell(spread(group, key), COLUMNS[key][1], several) for key in metrics]
-        minutes = [_cell(spread(group, cost), "{:.0f}", False) for cost in costs]
+        cells = [cell(spread(group, key), COLUMNS[key][1], several) for key in metrics]
+        minutes = [cell(spread(group, cost), "{:.0f}", False) for cost in costs]
         lines.append([name, seeds, *minutes, *plain, *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     machines = dict.fromkeys(row.get("hardware", setting.hardware) for row in _of_variants(rows))
@@ -132,7 +132,7 @@ def _protocol(setting: Setting | VideoSetting) -> str:
     )
 
 
-def _cell(found: tuple[float, float] | None, form: str, several: bool) -> str:
+def cell(found: tuple[float, float] | None, form: str, several: bool) -> str:
     if found is None:
         return "–"
     return form.format(found[0]) + (f" ±{form.format(found[1])}" if several else "")
