@@ -85,6 +85,11 @@ def encoders() -> Encoders:
     return Encoders(Vae(NoVae, "mean of pixels", latents), prompts, "two numbers")
 
 
+def black(*_: object) -> torch.Tensor:
+    """In place of an image; a `Mock` would keep all that it is given."""
+    return torch.zeros(3, SIDE, SIDE)
+
+
 def anonymous() -> float:
     """MB of this process's memory that nothing backs."""
     status = Path("/proc/self/status").read_text()
@@ -128,8 +133,7 @@ def measure(kind: str, folder: Path, batches: int) -> dict[str, float]:
         shards = f"{folder}/tars/{{000..{TARS - 1:03}}}.tar"
         config = DataConfig(train_shards_path_or_url=shards, streaming=True, **common)
         make = streaming_batches
-    black = torch.zeros(3, SIDE, SIDE)
-    with mock.patch.object(cache, "_image", return_value=black), watched() as found:
+    with mock.patch.object(cache, "_image", black), watched() as found:
         stream = make(config, encoders(), 0)
         next(stream(batches))
     return found

@@ -1,7 +1,8 @@
 """Search for combinations of snapshots (LCSC, 2404.02241) of LCM's and CD's trainings at a constant rate: which weights are
 best on images that the search has not seen, at one step and at several, and from how few updates.
 
-What is finished is not done again; a search that was stopped goes on.
+CD's teacher is what training/recipes/edm_fashion_latents.args trains. What is finished is not done again; a search that was
+stopped goes on.
 """
 
 import json
@@ -28,7 +29,7 @@ TRAININGS = {
     "LCM": f"""training/distill_lcm.py --recipe training/recipes/lcm_fashion.args --train_batch_size 48 --max_train_steps 600
         --checkpointing_steps 600 {CONSTANT} --snapshot_steps 30 --snapshot_window 300 600""",
     "CD": f"""training/distill_cd.py --recipe training/recipes/cd_fashion_latents.args --max_train_steps 330
-        --pretrained_teacher_model assets/fashion_edm_latents {CONSTANT} --snapshot_steps 15 --snapshot_window 165 330""",
+        {CONSTANT} --snapshot_steps 15 --snapshot_window 165 330""",
 }
 UPDATES = {"LCM": (600, 450), "CD": (330, 240)}  # all, and those of the early search
 SAMPLED = {"LCM": "--guidance_scale 2", "CD": ""}
