@@ -14,7 +14,6 @@ from cm_diffusers.engine.rng import seed_everything
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.motion import MotionConfig, check_frames, load_motion_adapter, motion_scheduler
-from cm_diffusers.models.motion_base import load_image_model
 from cm_diffusers.models.students import require_autocast
 from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.objectives.lcm import LCMConfig
@@ -25,6 +24,7 @@ from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.animatelcm import Parts, StageConfig, idle_settings, make_stage
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.clip_grids import stage_grid
+from cm_diffusers.tasks.motion_base import load_image_model
 from cm_diffusers.tasks.publish import publish
 from cm_diffusers.tasks.summary import announce
 

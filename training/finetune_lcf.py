@@ -11,6 +11,7 @@ from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.engine.cli import parse_configs, refuse_changed, run
 from cm_diffusers.engine.optimizers import CooledOptimConfig
 from cm_diffusers.engine.rng import seed_everything
+from cm_diffusers.engine.sharding import comes_from_the_first
 from cm_diffusers.engine.train_config import TrainConfig
 from cm_diffusers.engine.trainer import Trainer
 from cm_diffusers.models.adapters import target_names
@@ -55,7 +56,8 @@ def main() -> None:
         batches = load(data, Encoders.from_pipeline(before), train.seed, *place)
         if not needs_encoders(source, data, validation):
             release_encoders(before)
-        load_network(before, source.place)
+        if not comes_from_the_first():
+            load_network(before, source.place)
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
         return finetune_networks(network_of(before), source)
 

@@ -22,7 +22,6 @@ from cm_diffusers.models.motion import (
     train_motion,
     video_pipeline,
 )
-from cm_diffusers.models.motion_base import load_image_model
 from cm_diffusers.models.teachers import TeacherConfig
 from cm_diffusers.objectives.diffusion import DiffusionConfig, DiffusionObjective
 from cm_diffusers.publishing.hub import HubConfig, check_hub
@@ -30,6 +29,7 @@ from cm_diffusers.publishing.pipelines import MotionResultConfig, save_motion_ad
 from cm_diffusers.publishing.provenance import describe_run
 from cm_diffusers.tasks.callbacks import ValidationConfig
 from cm_diffusers.tasks.clip_grids import clip_grid
+from cm_diffusers.tasks.motion_base import load_image_model
 from cm_diffusers.tasks.publish import publish
 from cm_diffusers.tasks.summary import announce
 from cm_diffusers.types import Networks

@@ -14,7 +14,8 @@ from scripts import flags as words
 from tiny import tiny_pipeline
 from toys import assert_same
 
-from cm_diffusers.models.teachers import load_stock
+from cm_diffusers.models.teachers import is_late, load_stock
+from cm_diffusers.tasks import flow_models
 
 
 SHAPE = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "pos_embed_max_size": 8}
@@ -35,6 +36,17 @@ def flags(home: Path, tmp_path: Path) -> dict[str, object]:
     steps = {"max_train_steps": 2, "checkpointing_steps": 1, "learning_rate": 1e-3, "export_ema_decay": 0.5}
     base = {"pretrained_pipeline": home / "base", "transformer_config": config, "text_length": 8}
     return data_flags(home / "data", home / "cache") | base | steps | {"output_dir": tmp_path / "run"}
+
+
+def test_the_network_of_the_base_is_not_read(flags: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    bases = []
+    monkeypatch.setattr(flow_models, "load_stock", lambda *given: bases.append(load_stock(*given)) or bases[-1])
+    config = flow_models.SmallFlowConfig(
+        *(str(flags[name]) for name in ("pretrained_pipeline", "transformer_config")), 8
+    )
+    pipe = flow_models.new_flow_pipeline(config, 32, 1.0)
+    assert is_late(bases[0].unet)
+    assert not any(is_late(part) for part in (pipe.vae, pipe.text_encoder, pipe.transformer))
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

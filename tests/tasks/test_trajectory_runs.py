@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from scripts import run_script
 
 from cm_diffusers import ConsistencyPipeline, TwoTimeUNet2DModel
 from cm_diffusers.diffusion.views import EDMView, VPView
+from cm_diffusers.models.teachers import is_late
 from cm_diffusers.objectives.ctm import CTMConfig, CTMObjective
 from cm_diffusers.publishing.images import view_of
 from cm_diffusers.record import read_record
@@ -74,6 +76,13 @@ def test_a_finished_one_is_a_denoiser_again(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "pipeline"
     model = load_image_model(StartConfig(str(folder)))
     assert type(model.network) is TwoTimeUNet2DModel
+    with mock.patch("cm_diffusers.tasks.image_models.comes_from_the_first", return_value=True):
+        known = load_image_model(StartConfig(str(folder))).network
+    assert type(known) is TwoTimeUNet2DModel
+    assert is_late(known)
+    assert {k: v.shape for k, v in known.state_dict().items()} == {
+        k: v.shape for k, v in model.network.state_dict().items()
+    }
     settings = {"train_batch_size": 2, "num_images": 3, "resolution": 16, "tolerance": 0.1, "num_probes": 2}
     data = {"train_data_dir": home / "data", "label_column": "label", "output_dir": tmp_path / "likelihood"}
     run_script("evaluate_likelihood", pretrained_teacher_model=folder, **data, **settings)

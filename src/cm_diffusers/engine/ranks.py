@@ -28,7 +28,11 @@ class Ranks:
 
     @classmethod
     def patient(cls) -> "Ranks":
-        """All processes of the launcher, which may wait a week for each other: torch's own give up after minutes."""
+        """All processes of the launcher, which may wait a week for each other: torch's own give up after minutes.
+
+        `PATIENCE` is shorter, for it also ends a training whose processes do not make the same passes. Here each has a share of
+        its own, which on a slow device may take hours longer.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=timedelta(weeks=1), backend="gloo"))

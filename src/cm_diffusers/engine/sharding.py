@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 
-from cm_diffusers.engine.launcher import PATIENCE, is_sharded
+from cm_diffusers.engine.launcher import PATIENCE, is_sharded, processes
 from cm_diffusers.engine.optimizers import OptimConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.execution import compile_network
@@ -136,9 +136,9 @@ def sharding_of(accelerator: Accelerator, in_float32: bool) -> Sharding | None:
     return Sharding(mesh, dtype, units, os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
 
 
-def comes_from_the_first(rank: int) -> bool:
-    """Whether a process need not load what trains, for its parts come from the first one."""
-    return is_sharded() and rank > 0
+def comes_from_the_first() -> bool:
+    """Whether this process need not load networks that will be sharded, for its parts come from the first one."""
+    return is_sharded() and processes().process_index > 0
 
 
 def _agree(unit: nn.Module, device: torch.device) -> None:

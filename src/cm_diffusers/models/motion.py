@@ -26,6 +26,7 @@ from transformers.hf_argparser import HfArg
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.unet import is_xl
 from cm_diffusers.models.stored import only_variant
+from cm_diffusers.models.teachers import is_late
 
 
 ANIMATEDIFF_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "trained_betas": None}
@@ -148,6 +149,8 @@ def adapter_at_root(
 def inflate(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionModel:
     """The network on clips `(B, C, F, h, w)`: copies of its layers on every frame, and of the motion modules between.
 
+    On "meta" if the image model's is.
+
     Raises:
         ValueError: They do not fit together.
     """
@@ -159,7 +162,10 @@ def inflate(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionMod
             f"model {unet.config.norm_num_groups}: it was made for another."
         )
     try:
-        return UNetMotionModel.from_unet2d(unet, adapter)
+        with unet.device:
+            # from_unet2d moves the motion modules to the network, and pipelines hold them
+            between = MotionAdapter.from_config(adapter.config) if is_late(unet) else adapter
+            return UNetMotionModel.from_unet2d(unet, between)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"The motion adapter was made for another image model: {reason}") from error

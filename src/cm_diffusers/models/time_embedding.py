@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from cm_diffusers.models.teachers import is_late
+
 
 STEPS, LEARNING_RATE = 400, 2e-3  # seconds; more barely brings it nearer
 
@@ -10,8 +12,11 @@ STEPS, LEARNING_RATE = 400, 2e-3  # seconds; more barely brings it nearer
 def teach_time(unet: nn.Module, was: Tensor, told: Tensor) -> None:
     """Trains the embedding, in place, to make of times `told` what it made of `was`, both `(N,)`.
 
-    It comes as near as waves as slow as those of `told` can; the rest of the network stays.
+    It comes as near as waves as slow as those of `told` can; the rest of the network stays. One on "meta" takes its weights from
+    a process that does this.
     """
+    if is_late(unet):
+        return
 
     def embedded(times: Tensor) -> Tensor:
         return unet.time_embedding(unet.time_proj(times.float()))

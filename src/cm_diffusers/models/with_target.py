@@ -12,6 +12,8 @@ from cm_diffusers.models.two_times import TwoTimeUNet2DModel
 def with_target(unet: UNet2DModel) -> TwoTimeUNet2DModel:
     """A network with the same weights that is told where to jump, and does not heed it yet; a copy of one that is told already.
 
+    On "meta" if that is.
+
     Raises:
         ValueError: Something else stands where the second embedding goes, or it is no UNet2DModel.
     """
@@ -23,7 +25,8 @@ def with_target(unet: UNet2DModel) -> TwoTimeUNet2DModel:
             f"The network is a {found}{' with a class_embed_type' if isinstance(unet, UNet2DModel) else ''}, which cannot be told "
             "where to jump; give a model without prompts, whose UNet2DModel takes classes by num_class_embeds or none."
         )
-    network = TwoTimeUNet2DModel.from_config(dict(unet.config) | {"_class_name": TwoTimeUNet2DModel.__name__})
+    with unet.device:
+        network = TwoTimeUNet2DModel.from_config(dict(unet.config) | {"_class_name": TwoTimeUNet2DModel.__name__})
     weights = {
         name.replace("class_embedding.", "class_embedding.classes."): w for name, w in unet.state_dict().items()
     }

@@ -30,6 +30,7 @@ from cm_diffusers.models.families.unet import LCM_LORA_TARGETS
 from cm_diffusers.models.image_to_video import ImageToVideoAdapter
 from cm_diffusers.models.motion import check_same_schedule, inflate, motion_adapter_of, train_motion, video_pipeline
 from cm_diffusers.models.students import frozen_copy
+from cm_diffusers.models.teachers import is_late
 from cm_diffusers.objectives.lcf import LCFConfig, LCFObjective
 from cm_diffusers.objectives.lcm import LCMConfig, LCMObjective
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
@@ -228,8 +229,8 @@ def _cast(teacher: UNetMotionModel, config: StageConfig) -> UNetMotionModel:
     return teacher.to({"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.cast_teacher_unet])
 
 
-def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionModel, Lora, Record | None]:
-    """A copy of the image model's network with a LoRA of its noise schedule in the weights, that LoRA, and its record.
+def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionModel, Lora | None, Record | None]:
+    """A copy of the image model's network with a LoRA of its noise schedule in the weights, that LoRA (not on "meta"), and its record.
 
     Raises:
         ValueError: It does not load or does not fit.
@@ -253,8 +254,9 @@ def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionMode
         )
     else:
         check_same_schedule(parts.scheduler, pipe.record.scheduler, f"The LoRA {config.spatial_lora}")
-    lora, record = Lora.of(pipe.unet), pipe.record
-    pipe.fuse_lora()
+    lora, record = None if is_late(pipe.unet) else Lora.of(pipe.unet), pipe.record
+    if lora is not None:
+        pipe.fuse_lora()
     pipe.unload_lora_weights()
     return pipe.unet, lora, record
 
@@ -262,7 +264,8 @@ def _fused_alike(parts: Parts, config: StageConfig) -> tuple[UNet2DConditionMode
 def _new_controlnet(parts: Parts, unet: UNet2DConditionModel) -> ControlNetModel:
     """Whose hint is halved as often as the VAE halves images; the stock one halves three times."""
     halvings = len(parts.image.vae.config.block_out_channels)
-    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[:halvings])
+    with unet.device:
+        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[:halvings])
 
 
 def image_layers(unet: UNet2DConditionModel, names: Sequence[str]) -> list[str]:

@@ -88,7 +88,7 @@ def distill(
         batches = batches_of_prompts(data, Encoders.from_pipeline(teacher), train.seed, *place)
         if student.lora and not validation.validation_prompts and watch.stop_when is None:
             release_encoders(teacher)
-        if not comes_from_the_first(place[0]):
+        if not comes_from_the_first():
             load_network(teacher, source, student.loaded_dtype, quantization)
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
         return replace(make_networks(network_of(teacher), student), target=None)  # which BOOT does not have

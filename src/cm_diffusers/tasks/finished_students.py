@@ -9,6 +9,7 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 
 from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.engine.sharding import comes_from_the_first
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import add_lora
 from cm_diffusers.models.casting import part_dtypes
@@ -21,6 +22,7 @@ from cm_diffusers.models.teachers import (
     TeacherConfig,
     check_finite,
     frozen,
+    is_late,
     load_stock,
     load_teacher,
     stock_pipeline,
@@ -72,7 +74,7 @@ def load_student(config: FinetuneConfig, late: bool = False) -> tuple[DiffusionP
     Of a published consistency model without a record, scheduler and network tell what the record would.
 
     Args:
-        late: As for `load_teacher`; a LoRA is fused at once.
+        late: As for `load_teacher`; a LoRA is fused at once. A network that `comes_from_the_first` is on "meta" in any case.
 
     Raises:
         ValueError: Out of reach, not a latent consistency model, not as its record says, or with missing or non-finite
@@ -102,7 +104,7 @@ def load_ddim(config: FinetuneConfig) -> DiffusionPipeline:
     Raises:
         ValueError: As `load_teacher`, or it is of another process.
     """
-    pipe = load_teacher(config.place)
+    pipe = load_teacher(config.place, late=comes_from_the_first())
     network = network_of(pipe)
     if not isinstance(family_of(network).process(pipe), DiscreteVP):
         raise UserError(
@@ -122,17 +124,22 @@ def _load(path: str, record: Record | None, config: FinetuneConfig, late: bool) 
             f"{path} is a LoRA, and one LoRA on another cannot be published; leave --lora out (or give "
             "--no_lora), which fuses it first, or give a whole student."
         )
+    known = comes_from_the_first()
     if not lora:
-        dtype = part_dtypes(None if late and not is_single_file(path) else torch.float32)
-        return load_stock(path, dtype, revision=revision, **options)
+        return _load_stock(path, late or known, revision=revision, **options)
     try:
-        pipe = load_stock(base_model_of(record, path), **options)
+        pipe = _load_stock(base_model_of(record, path), known, **options)
     except ValueError as error:
         raise UserError(f"The base model of the LoRA {path} cannot be loaded: {error}") from error
     load_lora(pipe, path, **({"revision": revision} if revision else {}))
-    pipe.fuse_lora()
+    if not is_late(network_of(pipe)):
+        pipe.fuse_lora()
     pipe.unload_lora_weights()
     return pipe
+
+
+def _load_stock(source: str, late: bool, **options: str | None) -> DiffusionPipeline:
+    return load_stock(source, part_dtypes(None if late and not is_single_file(source) else torch.float32), **options)
 
 
 def _is_pipeline(path: str, revision: str | None) -> bool:

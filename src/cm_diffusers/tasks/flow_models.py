@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import dataclass
 
+import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -16,8 +17,10 @@ from transformers.hf_argparser import HfArg
 
 from cm_diffusers.engine.recipes import shipped
 from cm_diffusers.errors import UserError, read_text
+from cm_diffusers.models.casting import part_dtypes
 from cm_diffusers.models.families.latents import kl_latents
 from cm_diffusers.models.merged_text import merge_zero_text, silent_t5, silent_tokenizer
+from cm_diffusers.models.single_file import is_single_file
 from cm_diffusers.models.teachers import frozen, load_stock
 from cm_diffusers.ranges import check_ranges
 
@@ -52,7 +55,8 @@ def new_flow_pipeline(config: SmallFlowConfig, resolution: int, shift: float) ->
     Raises:
         ValueError: The pipeline lacks a part, or the settings are not those of the network.
     """
-    base = load_stock(config.pretrained_pipeline)
+    source = config.pretrained_pipeline
+    base = load_stock(source, part_dtypes(torch.float32 if is_single_file(source) else None))  # without its network
     vae, tower = getattr(base, "vae", None), getattr(base, "text_encoder", None)
     if not isinstance(vae, AutoencoderKL) or not isinstance(tower, CLIPTextModel):
         raise UserError(

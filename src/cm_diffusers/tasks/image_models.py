@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ from cm_diffusers.data.unprompted import LatentStatistics, measure_statistics, u
 from cm_diffusers.diffusion.views import EDMView, View
 from cm_diffusers.engine.cli import refuse_changed
 from cm_diffusers.engine.recipes import shipped
+from cm_diffusers.engine.sharding import comes_from_the_first
 from cm_diffusers.errors import UserError, read_text
 from cm_diffusers.models.classes import classes_of
 from cm_diffusers.models.double_norm import add_double_norm
@@ -44,6 +46,7 @@ from cm_diffusers.models.teachers import (
     load_teacher,
     stored_vae,
 )
+from cm_diffusers.models.two_times import TwoTimeUNet2DModel
 from cm_diffusers.pipelines import ConsistencyImagesPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.loading import WITHOUT_PROMPT
 from cm_diffusers.publishing.images import images_pipeline, text_pipeline, view_of
@@ -53,6 +56,7 @@ from cm_diffusers.types import Batch
 
 
 logger = logging.getLogger(__name__)
+UNETS = {kind.__name__: kind for kind in (UNet2DModel, TwoTimeUNet2DModel)}  # of models without prompts
 
 
 @dataclass
@@ -167,7 +171,7 @@ class ImageModel:
 
 
 def load_image_model(config: StartConfig) -> ImageModel:
-    """A diffusion model in float32, frozen, seen in EDM's coordinates.
+    """A diffusion model in float32, frozen, seen in EDM's coordinates; its network is on "meta" where it `comes_from_the_first`.
 
     Raises:
         ValueError: Out of reach, or not a model that this can be.
@@ -176,12 +180,14 @@ def load_image_model(config: StartConfig) -> ImageModel:
     index = {} if is_single_file(path) else _index(config)
     if not index or any(name.startswith("text_encoder") for name in index):
         where = {"teacher_variant": config.teacher_variant, "single_file_config": config.single_file_config}
-        pipe = load_teacher(TeacherConfig(path, config.teacher_revision, **where))
+        pipe = load_teacher(TeacherConfig(path, config.teacher_revision, **where), late=comes_from_the_first())
         return ImageModel(network_of(pipe), text_view(path, pipe, config.sigma_data), vae=pipe.vae, pipe=pipe)
     refuse_changed(config, "single_file_config", "for a model that is no .safetensors file")
     ours = index["_class_name"] in WITHOUT_PROMPT
     hub = {"revision": config.teacher_revision, "variant": config.teacher_variant}
-    pipe = ConsistencyPipeline.from_pretrained(path, **hub, **LOADING) if ours else load_stock(path, **hub)
+    parts = _known_parts(config, index) if comes_from_the_first() else {}
+    load = partial(ConsistencyPipeline.from_pretrained, **LOADING) if ours else load_stock
+    pipe = load(path, **hub, **parts)
     check_start(path, pipe, ours)
     pipe.unet.requires_grad_(False).eval()
     return (
@@ -198,6 +204,15 @@ def _index(config: StartConfig) -> dict:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is neither a pipeline folder here nor a Hub id within reach: {reason}") from error
+
+
+def _known_parts(config: StartConfig, index: dict) -> dict[str, UNet2DModel]:
+    """The network on "meta", if it is one that `check_start` takes."""
+    if (kind := UNETS.get(index.get("unet", ("", ""))[1])) is None:
+        return {}
+    with torch.device("meta"):
+        where = {"subfolder": "unet", "revision": config.teacher_revision}
+        return {"unet": kind.from_config(kind.load_config(config.pretrained_teacher_model, **where))}
 
 
 def _edm_model(path: str, pipe: DiffusionPipeline, sigma_data: float | None) -> ImageModel:

@@ -15,6 +15,7 @@ from cm_diffusers.data.found import Found
 from cm_diffusers.data.prompts import Prompt, named_prompts
 from cm_diffusers.data.ragged import joined
 from cm_diffusers.diffusion.process import DiscreteVP
+from cm_diffusers.engine.sharding import comes_from_the_first
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.adapters import WithoutAdapters, adapter_layers, add_lora
 from cm_diffusers.models.decoding import in_chunks
@@ -194,7 +195,7 @@ def distillation_of(tuned: Tuned, nets: Networks, source: RewardModelConfig, tea
     """
     record, config, family = tuned.record, tuned.pipe.scheduler.config, family_of(tuned.network)
     teacher = teacher or first_model_of(record, source.pretrained_student_model)
-    pipe = load_teacher(TeacherConfig(teacher))
+    pipe = load_teacher(TeacherConfig(teacher), late=comes_from_the_first())
     kinds = [family_of(network_of(each)).prediction_type(each) for each in (pipe, tuned.pipe)]
     if kinds[0] != kinds[1]:
         raise UserError(

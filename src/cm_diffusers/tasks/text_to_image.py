@@ -106,7 +106,7 @@ def distill(
         batches = training_batches(data, generation, teacher, train.seed, *place, clips)
         if not needs_encoders(student, data, validation, judge, watch):
             release_encoders(teacher)
-        if not comes_from_the_first(place[0]):
+        if not comes_from_the_first():
             complete()
         seed_everything(train.seed)  # adapters start alike, whatever the cache held
         nets = make_networks(network_of(teacher), student, target_dim)
