@@ -119,7 +119,7 @@ def real_and_generated(
     pipe = load_pipeline(config.pipeline, dtype, device)
     parts, vae = tqdm(row_ranges(len(prompts), size), desc="real images", leave=False), pipe.vae.float()
     real = torch.cat([see(through_vae(vae, reference.pictures[part])) for part in parts])
-    vae.to(dtype)
+    vae.type(dtype)  # without the warning of `to`
     seeds, steps = range(config.seed, config.seed + len(prompts)), config.num_inference_steps
     fake, _ = generate(pipe, prompts, seeds, steps, guidance, size, resolution, see)
     return real, fake
