@@ -186,13 +186,13 @@ def test_of_clips_those_that_are_shown_stay(parts: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(video, "extract_features", lambda *given: holding.note() or extract(*given))
 
     def compare(count: int) -> None:
-        config = settings(parts, num_videos=count, eval_batch_size=12, num_shown=2)
-        comparison = VideoComparison(config, articles(parts, num_clips=96), MotionConfig())
+        config = settings(parts, num_videos=count, eval_batch_size=6, num_shown=2)
+        comparison = VideoComparison(config, articles(parts, num_clips=48), MotionConfig())
         comparison._measure(Painter(OBEDIENT), "obedient", [1, 2], [2.0])
         kept = {part.label: part.clips.untyped_storage().nbytes() for part in comparison.shown}
         assert kept == dict.fromkeys(["real", "obedient, 1 steps, 2", "obedient, 2 steps, 2"], 2 * 6 * IMAGE)
 
-    assert holding.most(48, compare, 48) == holding.most(24, compare, 24)
+    assert holding.most(48, compare, 24) == holding.most(24, compare, 12)
 
 
 def test_fvd_calls_the_extractor_with_clips(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
