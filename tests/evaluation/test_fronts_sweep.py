@@ -17,6 +17,7 @@ from tiny import FASHION_LABELS, tiny_clip
 from cm_diffusers.evaluation import metrics, sweep
 from cm_diffusers.evaluation.compared import draw
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
+from cm_diffusers.evaluation.front_report import plots_of
 from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference
 from cm_diffusers.evaluation.sampling import generate, generate_unprompted, load_pipeline, set_lora_scale
 from cm_diffusers.rewards import load_reward
@@ -220,6 +221,37 @@ def test_a_sweep_that_ends_early_keeps_its_points(home: Path, tmp_path: Path, mo
     rows = fronts(home, tmp_path, num_inference_steps=[1, 2])["rows"]
     assert len(rows) == 2
     assert asked == [1, 2, 3]
+
+
+def test_plots_of_an_earlier_sweep_do_not_look_current(home: Path, tmp_path: Path) -> None:
+    """Those that its record names; other files of such names are somebody's own."""
+    fronts(home, tmp_path, axes=["fid,kid", "fid,recall", "kid,recall"])
+    (tmp_path / "front_mine.png").write_text("mine")
+    (tmp_path / "front_fid_density.png").write_text("mine, too")
+    first = (tmp_path / "front_fid_kid.png").stat().st_mtime_ns
+    (tmp_path / "front_kid_recall.png").unlink()
+    fronts(home, tmp_path, axes=["fid,kid", "recall,fid"])
+    names = ["front_fid_density.png", "front_fid_kid.png", "front_mine.png", "front_recall_fid.png"]
+    assert sorted(path.name for path in tmp_path.glob("front_*")) == names
+    assert (tmp_path / "front_fid_density.png").read_text() == "mine, too"
+    assert (tmp_path / "front_fid_kid.png").stat().st_mtime_ns > first
+    (tmp_path / "table.json").write_text('{"rows": []}')  # of something else
+    fronts(home, tmp_path, axes="fid,kid")
+    assert sorted(path.name for path in tmp_path.glob("front_*")) == names
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "[]", '{"fronts": 1}', '{"fronts": [{"axes": [1, 2]}]}', '{"fronts": ["x"]}']
+)
+def test_a_record_of_something_else_names_no_plots(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "table.json").write_text(text)
+    assert plots_of(tmp_path / "table.json") == set()
+
+
+def test_no_record_names_a_plot_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text('{"fronts": [{"axes": ["../../x", "/y"]}]}')
+    assert plots_of(tmp_path / "table.json") == {"front_..-..-x_-y.png"}
 
 
 def test_classes_gammas_and_pipelines_that_are_asked_for_nothing(home: Path, tmp_path: Path) -> None:

@@ -428,22 +428,22 @@ def test_logistic_regression_is_at_its_minimum():
 def test_features_are_means_over_maps(home):
     network, images = load_backbone(str(home / "resnet")), torch.rand(5, 3, 32, 32)
     expected = torch.cat([m.mean(dim=(2, 3)) for m in network(images)], dim=1)
-    found = pooled_features(network, images, batch_size=2)
+    found = pooled_features(network, images)
     assert found.shape == (5, 8 + 8 + 16)
     torch.testing.assert_close(found, expected)
 
 
 def test_images_of_one_kind_are_at_chance_and_brighter_ones_are_not(home):
     network, images = load_backbone(str(home / "resnet")), torch.rand(600, 3, 32, 32)
-    one, other = (pooled_features(network, part, 100) for part in images.chunk(2))
+    one, other = (pooled_features(network, part) for part in images.chunk(2))
     assert probe(one, other)[0] == pytest.approx(0.5, abs=0.12)
-    assert probe(one, pooled_features(network, images[300:] * 0.8 + 0.2, 100))[0] > 0.99
+    assert probe(one, pooled_features(network, images[300:] * 0.8 + 0.2))[0] > 0.99
 
 
 @torch.no_grad()
 def test_real_images_meet_the_probe_decoded():
     vae, images = tiny_vae(), torch.rand(3, 3, 32, 32)
-    found = through_vae(vae, images, batch_size=2)
+    found = through_vae(vae, images)
     assert torch.equal((found * 255).round() / 255, found)
     expected = (vae.decode(vae.encode(images * 2 - 1).latent_dist.mean).sample + 1) / 2
     torch.testing.assert_close(found, expected.clamp(0, 1), atol=0.5 / 255 + 1e-5, rtol=0)
@@ -494,17 +494,19 @@ def test_a_wrong_ranking_is_one_sentence(home, values, words):
 def test_guidance_is_the_record_s_or_given(home, tmp_path, monkeypatch, given, expected):
     student, asked, images = shutil.copytree(home / "teacher", tmp_path / "student"), [], torch.rand(4, 3, 32, 32)
     config = RankingConfig(str(student), [], num_images=4, num_inference_steps=2, guidance_scale=given, seed=5)
-    monkeypatch.setattr(separability, "generate", lambda _, *values: (asked.append(values), (images, 1.0))[1])
+    reference = SimpleNamespace(pictures=images, prompts=["a coat"] * 4)
+    see = lambda images: images.flatten(1)  # noqa: E731
+    monkeypatch.setattr(separability, "generate", lambda _, *values: (asked.append(values), (see(images), 1.0))[1])
 
     def draw():
         scale = guidance_of(config, Candidate.of(str(student)))
-        return real_and_generated(config, images, ["a coat"] * 4, 32, scale, torch.device("cpu"))
+        return real_and_generated(config, reference, 32, scale, see, torch.device("cpu"))
 
     if given is None:
         with pytest.raises(ValueError, match="has no record that recommends a guidance scale: give --guidance_scale"):
             draw()
     write_record(Record("lcm", "teacher", "distilled", 1.0, 7.0, 3.5, 4, {}), student)
     real, fake = draw()
-    assert asked == [(["a coat"] * 4, range(5, 9), 2, expected, 32, 32)]
-    assert torch.equal(fake, images)
-    assert not torch.equal(real, images)
+    assert asked == [(["a coat"] * 4, range(5, 9), 2, expected, 32, 32, see)]
+    assert torch.equal(fake, see(images))
+    assert not torch.equal(real, see(images))

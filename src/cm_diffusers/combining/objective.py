@@ -19,11 +19,12 @@ from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.candidates import Candidate, common_side
 from cm_diffusers.evaluation.compared import asked_of, draw, wanted_labels
-from cm_diffusers.evaluation.features import InceptionFeatures, extract_features, load_extractor
+from cm_diffusers.evaluation.features import InceptionFeatures, NotFiniteError, load_extractor
 from cm_diffusers.evaluation.quality import COLUMNS, LOWER_IS_BETTER, quality
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Row
 from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts
+from cm_diffusers.evaluation.seen import Look, see_real
 from cm_diffusers.models.classifier import ImageClassifier
 
 
@@ -137,10 +138,11 @@ class Sheet:
         sampler: Sampler,
     ) -> None:
         self.config, self.extractor, self.steps, self.sampler = config, extractor, steps, sampler
-        self.seeds = range(seed, seed + len(reference.images))
+        self.seeds = range(seed, seed + len(reference.pictures))
         self.asked = asked_of(sampler.pipe, reference, "The student")
         self.labels = wanted_labels(extractor, reference)
-        self.real = extract_features(extractor, reference.images, bar="real images")
+        self.device = PartialState().device
+        self.real = see_real(Look(extractor), reference.pictures).features.to(self.device)
         if self._quality(self.real, range(len(self.real)), [config.objective])[config.objective] is None:
             raise UserError(
                 f"--objective {config.objective} cannot be measured on these images: agreement needs a classifier as "
@@ -152,10 +154,11 @@ class Sheet:
         config, sampler, found = self.config, self.sampler, {}
         for steps in self.steps:
             given = (steps, sampler.guidance_scale, config.eval_batch_size, sampler.resolution)
-            images, _ = draw(sampler.pipe, self.asked, self.seeds, *given)
-            if not images.isfinite().all():
+            try:
+                features, _ = draw(sampler.pipe, self.asked, self.seeds, *given, Look(self.extractor))
+            except NotFiniteError:
                 return None
-            found[steps] = extract_features(self.extractor, images)
+            found[steps] = features.to(self.device)
         return found
 
     def rows(self, features: Features | None) -> list[Row]:

@@ -10,10 +10,8 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from cm_diffusers.data.shards import row_ranges
 from cm_diffusers.engine.ranks import Ranks
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
@@ -33,13 +31,10 @@ from cm_diffusers.evaluation.quality import quality
 from cm_diffusers.evaluation.reference import Reference, ReferenceConfig, load_references
 from cm_diffusers.evaluation.report import Keep, Row, Setting, forget, hardware, row_names
 from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts
-from cm_diffusers.evaluation.seen import SHOWN, Look, Seen, by_all
+from cm_diffusers.evaluation.seen import AT_ONCE, SHOWN, Look, Seen, by_all, see_real
 from cm_diffusers.measured import REAL, TEACHER, weights_digest
 from cm_diffusers.places import public
 from cm_diffusers.record import read_record
-
-
-AT_ONCE = 64  # real images in memory
 
 
 @dataclass
@@ -91,7 +86,7 @@ class Comparison:
             name: weights_digest(source) for name, source in zip(self.names, config.pipelines, strict=True)
         }
         self.rows = [self._ceiling(other) for other in others]
-        self.strips: list[tuple[str, Tensor]] = [("real", real.first)]
+        self.strips: list[tuple[str, Tensor]] = [("real", real.shown)]
         count = config.num_images
         self.setting = Setting(
             num_images=count,
@@ -186,17 +181,17 @@ class Comparison:
                 "pipeline": name,
                 "num_inference_steps": steps,
                 "guidance_scale": guidance,
-                "resolution": seen.first.shape[-1],
+                "resolution": seen.shown.shape[-1],
                 **self._quality(seen.features, asked, self.labels),
                 "fid_teacher": self._to_teacher(seen.features, guidance),
-                "clip_score": seen.scores.mean().item() if len(seen.scores) else None,
+                "clip_score": seen.scores["clip_score"].mean().item() if seen.scores else None,
                 "images_per_second": count / seen.seconds,
                 "ms_per_image": 1000 * seen.seconds / count,
             }
 
         self.rows.append(self.ranks.first(row))
         scale = "" if guidance is None else f", {guidance:g}"
-        self.strips.append((f"{name}, {steps} steps{scale}", seen.first))
+        self.strips.append((f"{name}, {steps} steps{scale}", seen.shown))
 
     def _drawn(
         self,
@@ -210,18 +205,17 @@ class Comparison:
 
         def see(numbers: list[int]) -> Seen:
             mine, seeds = asked and [asked[i] for i in numbers], [config.seed + i for i in numbers]
-            look = Look(self.extractor, clip, mine if clip else ())
+
+            def score(images: Tensor, rows: slice) -> dict[str, Tensor]:
+                return {"clip_score": metrics.clip_scores(clip, images, mine[rows])}
+
+            look = Look(self.extractor, clip and score)
             return look.seen(*draw(pipe, mine, seeds, steps, guidance, config.eval_batch_size, side, look))
 
         return self._of_all(config.eval_batch_size, see)
 
     def _real(self, reference: Reference) -> Seen:
-        def see(numbers: list[int]) -> Seen:
-            look = Look(self.extractor)
-            parts = tqdm([*row_ranges(len(numbers), AT_ONCE)], "real images", leave=False)
-            return look.seen(torch.cat([look(reference.pictures[[numbers[i] for i in part]]) for part in parts]))
-
-        return self._of_all(AT_ONCE, see)
+        return self._of_all(AT_ONCE, lambda numbers: see_real(Look(self.extractor), reference.pictures, numbers))
 
     def _of_all(self, batch_size: int, see: Callable[[list[int]], Seen]) -> Seen:
         seen = by_all(self.ranks, self.config.num_images, batch_size, see)
@@ -234,7 +228,7 @@ class Comparison:
         labels = wanted_labels(self.extractor, other)
         quality = self.ranks.first(lambda: self._quality(seen.features, asked, labels))
         row = {"pipeline": REAL, "num_inference_steps": None, "guidance_scale": None}
-        return {**row, "resolution": seen.first.shape[-1], **quality}
+        return {**row, "resolution": seen.shown.shape[-1], **quality}
 
     def _quality(self, features: Tensor, asked: list[str] | list[int] | None, labels: list[int | None]) -> Row:
         return quality(self.extractor, self.real, features, asked, labels)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cm_diffusers.errors import UserError
 from cm_diffusers.extras import FIDELITY, missing
@@ -65,21 +64,15 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> ImageClassi
 
 
 @torch.no_grad()
-def extract_features(
-    extractor: ImageClassifier | InceptionFeatures, images: Tensor, batch_size: int = 64, bar: str | None = None
-) -> Tensor:
+def extract_features(extractor: ImageClassifier | InceptionFeatures, images: Tensor, batch_size: int = 64) -> Tensor:
     """Features (N, D) of images (N, 3, H, W) in [0, 1], computed in float32 on the extractor's device and kept there.
-
-    Args:
-        bar: Words of a progress bar; none without.
 
     Raises:
         ValueError: Some are not finite: LAPACK would end the process on them.
     """
     device = next(extractor.parameters()).device
-    parts = tqdm(images.split(batch_size), bar, leave=False, disable=bar is None)
     with torch.autocast(device.type, enabled=False):
-        features = torch.cat([extractor.features(part.to(device).float()) for part in parts])
+        features = torch.cat([extractor.features(part.to(device).float()) for part in images.split(batch_size)])
     if broken := int((~features.isfinite().all(1)).sum()):
         raise NotFiniteError(
             f"Features of {broken} of {len(images)} images are not finite: the images are not, or the extractor."

@@ -75,7 +75,7 @@ class Front:
     @property
     def file(self) -> str:
         """Of its plot."""
-        return "front_" + "_".join(re.sub(r"[^\w.-]+", "-", key) for key in self.axes) + ".png"
+        return plot_file(self.axes)
 
     def caption(self, columns: Mapping[str, Column]) -> str:
         point = zip(self.axes, self.reference_point, strict=True)
@@ -226,8 +226,26 @@ def as_json(report: Report) -> str:
 
 
 def write_tables(folder: Path, report: Report) -> str:
-    """Writes `table.md`, `table.json` and `table.csv`; returns the Markdown."""
+    """Writes `table.md`, `table.json` and `table.csv`; returns the Markdown.
+
+    Plots that the table there names and this one does not are taken away before it is overwritten: they would look like
+    this sweep's.
+    """
     table = markdown(report)
+    for name in plots_of(folder / "table.json") - {front.file for front in report.fronts}:
+        (folder / name).unlink(missing_ok=True)
     write_table(folder, table, as_json(report))
     replace_file(folder / "table.csv", lambda path: path.write_text(comma_separated(report), "utf-8"))
     return table
+
+
+def plots_of(path: Path) -> set[str]:
+    """Files of the plots that a sweep's JSON says it made; none where there is no such JSON."""
+    try:
+        return {plot_file(front["axes"]) for front in json.loads(path.read_text("utf-8"))["fronts"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def plot_file(axes: Sequence[str]) -> str:
+    return "front_" + "_".join(re.sub(r"[^\w.-]+", "-", key) for key in axes) + ".png"

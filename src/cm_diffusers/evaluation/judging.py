@@ -1,4 +1,4 @@
-"""What looks at the images of a sweep: an extractor of features, CLIP models, and rewards."""
+"""What looks at the images of a sweep, batch by batch: an extractor of features, CLIP models, and rewards."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -9,8 +9,8 @@ from torch import Tensor
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation import metrics
 from cm_diffusers.evaluation.compared import wanted_labels
-from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
-from cm_diffusers.evaluation.front_columns import EMBEDDINGS, FEATURES, REWARD, SCORE
+from cm_diffusers.evaluation.features import classify, load_extractor
+from cm_diffusers.evaluation.front_columns import EMBEDDINGS, REWARD, SCORE
 from cm_diffusers.evaluation.kept import Found, network_digest
 from cm_diffusers.evaluation.reference import Reference
 
@@ -33,7 +33,6 @@ class Judging:
         clip_model, cmmd_model: As for `metrics.load_clip`, or None.
         judges: Rewards by name.
         device: Where networks run.
-        batch_size: Images judged at once.
 
     Raises:
         ValueError: One of them cannot be loaded.
@@ -46,14 +45,8 @@ class Judging:
         cmmd_model: str | None,
         judges: Mapping[str, Judge],
         device: torch.device,
-        batch_size: int,
     ) -> None:
-        self.extractor, self.judges, self.batch_size, self.device = (
-            load_extractor(extractor, device),
-            judges,
-            batch_size,
-            device,
-        )
+        self.extractor, self.judges, self.device = load_extractor(extractor, device), judges, device
         self.clip = clip_model and metrics.load_clip(clip_model, device)
         self.embedder = cmmd_model and metrics.load_clip(cmmd_model, device)
 
@@ -89,31 +82,30 @@ class Judging:
             "texts": self.texts,
         }
 
-    def look(self, images: Tensor) -> Found:
-        """Features, and embeddings for CMMD, of images (N, 3, H, W) in [0, 1]."""
-        found = {FEATURES: extract_features(self.extractor, images, bar="features").cpu()}
-        return found | ({EMBEDDINGS: metrics.clip_embeddings(self.embedder, images)} if self.embedder else {})
+    def embed(self, images: Tensor) -> Found:
+        """Embeddings for CMMD (B, D) of images (B, 3, H, W) in [0, 1]; nothing if it is not wanted."""
+        return {EMBEDDINGS: metrics.clip_embeddings(self.embedder, images)} if self.embedder else {}
 
-    def score(self, images: Tensor, features: Tensor, prompted: bool) -> Found:
-        """Scores (N,) of images that show what `ask` says, as far as they go.
+    @torch.no_grad()
+    def score(self, images: Tensor, rows: slice, prompted: bool) -> Found:
+        """Scores (B,) by CLIP and rewards of images that show what `ask` says.
 
         Args:
+            images: (B, 3, H, W) in [0, 1].
+            rows: Which of all they are.
             prompted: Whether they were drawn for captions, and not for classes alone.
         """
         found = {}
-        if (logits := classify(self.extractor, features.to(self.device))) is not None:
-            found["agreement"] = metrics.agreements(logits, self.labels)
         if self.clip and prompted:
-            found["clip_score"] = metrics.clip_scores(self.clip, images, self.texts)
+            found["clip_score"] = metrics.clip_scores(self.clip, images, self.texts[rows])
         for name, judge in self.judges.items():
-            found[f"{REWARD}{name}"] = self._judged(judge, images)
+            found[f"{REWARD}{name}"] = judge(images.to(self.device), self.texts[rows])
         return {f"{SCORE}{key}": values for key, values in found.items()}
 
-    @torch.no_grad()
-    def _judged(self, judge: Judge, images: Tensor) -> Tensor:
-        starts = range(0, len(images), self.batch_size)
-        parts = [(images[i : i + self.batch_size], self.texts[i : i + self.batch_size]) for i in starts]
-        return torch.cat([judge(part.to(self.device), texts) for part, texts in parts])
+    def agreement(self, features: Tensor) -> Found:
+        """Scores (N,) of the features (N, D) of all images that show what `ask` says; none without a classifier."""
+        logits = classify(self.extractor, features.to(self.device))
+        return {} if logits is None else {f"{SCORE}agreement": metrics.agreements(logits, self.labels)}
 
 
 def texts_of(asked: Reference) -> list[str] | None:

@@ -173,7 +173,7 @@ def repeated(reference: Reference, num_prompts: int | None, times: int) -> Refer
 
     Args:
         reference: Without captions, rows of different classes are taken; without these, any, as many as `num_prompts`.
-        num_prompts: How many rows; if None all that there are, but `MOST_PROMPTS` at most: images of all are in memory.
+        num_prompts: How many rows; if None all that there are, but `MOST_PROMPTS` at most: images of all are drawn at every point of a sweep.
         times: How often each.
 
     Raises:

@@ -1,17 +1,21 @@
 """Images that are looked at batch by batch and forgotten, by each process its share of the batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from cm_diffusers.data.shards import row_ranges
 from cm_diffusers.engine.ranks import Ranks
 from cm_diffusers.evaluation.features import NotFiniteError, extract_features
-from cm_diffusers.evaluation.metrics import Clip, clip_scores
+from cm_diffusers.evaluation.reference import Pictures
 
 
 SHOWN = 10  # images kept, for a grid
+AT_ONCE = 64  # real images in memory
+Score = Callable[[Tensor, slice], dict[str, Tensor]]  # images (B, 3, H, W), which of all -> (B, ...) by name
 
 
 class Seen(NamedTuple):
@@ -19,14 +23,14 @@ class Seen(NamedTuple):
 
     Attributes:
         features: (N, D), on the CPU.
-        scores: CLIP scores (N,); (0,) where nobody asked.
-        first: The first ten images (10, 3, H, W), or all if there are fewer.
+        scores: What else was found of each, (N, ...) by name.
+        shown: The images that are kept (S, 3, H, W): the first ten, or others that were named.
         seconds: That it took to draw them, of all processes together.
     """
 
     features: Tensor
-    scores: Tensor
-    first: Tensor
+    scores: dict[str, Tensor]
+    shown: Tensor
     seconds: float
 
 
@@ -35,13 +39,15 @@ class Look:
 
     Args:
         extractor: As `load_extractor` gives it.
-        clip: For scores, or None.
-        prompts: Of all images, for the scores.
+        score: What else is to be found of each image.
+        shown: Numbers of the images to keep.
     """
 
-    def __init__(self, extractor: nn.Module, clip: Clip | None = None, prompts: Sequence[str] = ()) -> None:
-        self.extractor, self.clip, self.prompts = extractor, clip, prompts
-        self.first, self.scores = torch.empty(0), torch.empty(0)
+    def __init__(
+        self, extractor: nn.Module, score: Score | None = None, shown: Collection[int] = range(SHOWN)
+    ) -> None:
+        self.extractor, self.score, self.numbers = extractor, score, shown
+        self.count, self.shown, self.scores = 0, [], []
 
     def __call__(self, images: Tensor) -> Tensor:
         """
@@ -50,18 +56,31 @@ class Look:
         """
         if not images.isfinite().all():
             raise NotFiniteError("Some of the images are not finite: take another --dtype, or look at the weights.")
-        if not len(self.first):
-            self.first = images[:SHOWN].clone()  # a view would keep the batch
-        elif len(self.first) < SHOWN:
-            self.first = torch.cat([self.first, images[: SHOWN - len(self.first)]])
-        if self.clip:
-            asked = self.prompts[len(self.scores) : len(self.scores) + len(images)]
-            self.scores = torch.cat([self.scores, clip_scores(self.clip, images, asked)])
+        rows = slice(self.count, self.count + len(images))
+        self.shown.append(images[[row - rows.start for row in range(rows.start, rows.stop) if row in self.numbers]])
+        if self.score:
+            self.scores.append(self.score(images, rows))
+        self.count = rows.stop
         return extract_features(self.extractor, images).cpu()
 
     def seen(self, features: Tensor, seconds: float = 0.0) -> Seen:
         """With all features that it gave (N, D)."""
-        return Seen(features, self.scores, self.first, seconds)
+        names = self.scores[0] if self.scores else ()
+        scores = {name: torch.cat([part[name] for part in self.scores]) for name in names}
+        return Seen(features, scores, torch.cat(self.shown), seconds)
+
+
+def see_real(look: Look, pictures: Pictures, numbers: Sequence[int] | None = None) -> Seen:
+    """Real images, read batch by batch.
+
+    Args:
+        look: That has seen none.
+        pictures: The images.
+        numbers: Of those to see, in this order; all if not given.
+    """
+    numbers = range(len(pictures)) if numbers is None else numbers
+    parts = tqdm(row_ranges(len(numbers), AT_ONCE), "real images", leave=False)
+    return look.seen(torch.cat([look(pictures[[numbers[i] for i in part]]) for part in parts]))
 
 
 def by_all(ranks: Ranks, number: int, batch_size: int, see: Callable[[list[int]], Seen]) -> Seen:
@@ -73,7 +92,7 @@ def by_all(ranks: Ranks, number: int, batch_size: int, see: Callable[[list[int]]
         ranks: The processes.
         number: Of images.
         batch_size: Images that `see` takes at once.
-        see: Numbers of images -> what is left of them, in this order.
+        see: Numbers of images -> what is left of them, in this order, the first ten of them shown.
 
     Raises:
         ValueError: `see` failed here or elsewhere.
@@ -83,7 +102,7 @@ def by_all(ranks: Ranks, number: int, batch_size: int, see: Callable[[list[int]]
 
     def mine() -> tuple[list[int], Seen]:
         seen = see(rows)
-        return rows, seen._replace(first=seen.first[: sum(row < SHOWN for row in rows)])
+        return rows, seen._replace(shown=seen.shown[: sum(row < SHOWN for row in rows)])
 
     told = ranks.each(lambda: mine() if rows else None)
     return told[0][1] if ranks.size == 1 else _together([part for part in told if part])
@@ -92,12 +111,11 @@ def by_all(ranks: Ranks, number: int, batch_size: int, see: Callable[[list[int]]
 def _together(parts: list[tuple[list[int], Seen]]) -> Seen:
     """Rows of the images and what is left of these, of each process that has some."""
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
-    features, scores, first, seconds = zip(*(seen for _, seen in parts), strict=True)
+    features, scores, shown, seconds = zip(*(seen for _, seen in parts), strict=True)
     heads = torch.tensor([row for rows, _ in parts for row in rows if row < SHOWN]).argsort()
-    scores = torch.cat(scores)
     return Seen(
         torch.cat(features)[order],
-        scores[order] if len(scores) else scores,
-        torch.cat([f for f in first if len(f)])[heads],
+        {name: torch.cat([part[name] for part in scores])[order] for name in scores[0]},
+        torch.cat([some for some in shown if len(some)])[heads],
         sum(seconds),
     )

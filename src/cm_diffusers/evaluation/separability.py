@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from cm_diffusers.data.shards import row_ranges
 from cm_diffusers.errors import UserError
 from cm_diffusers.evaluation.candidates import Candidate, check_output
-from cm_diffusers.evaluation.reference import USUAL_SIDE, ReferenceConfig, load_reference
+from cm_diffusers.evaluation.reference import USUAL_SIDE, Reference, ReferenceConfig, load_reference
 from cm_diffusers.evaluation.sampling import generate, load_pipeline
 from cm_diffusers.markdown import cell
 from cm_diffusers.models.vision_critic import FeatureNetwork, load_backbone
@@ -76,13 +78,16 @@ def rank_backbones(config: RankingConfig, data: ReferenceConfig) -> list[Separab
     device, networks = PartialState().device, [load_backbone(name) for name in config.backbones]
     side = data.resolution or student.side or USUAL_SIDE
     reference = load_reference(replace(data, resolution=side), config.num_images)
-    real, fake = real_and_generated(config, reference.images, reference.prompts, side, guidance, device)
-    rows = []
-    for name, network in zip(config.backbones, networks, strict=True):
+    for network in networks:
         network.to(device)
-        features = [pooled_features(network, images, config.eval_batch_size, name) for images in (real, fake)]
-        rows.append(Separability(name, features[0].shape[1], *probe(*features, config.seed)))
-        network.cpu()
+
+    def see(images: Tensor) -> Tensor:
+        return torch.cat([pooled_features(network, images) for network in networks], dim=1)
+
+    real, fake = real_and_generated(config, reference, side, guidance, see, device)
+    widths = [sum(network.widths) for network in networks]
+    found = zip(config.backbones, real.split(widths, dim=1), fake.split(widths, dim=1), strict=True)
+    rows = [Separability(name, ours.shape[1], *probe(ours, theirs, config.seed)) for name, ours, theirs in found]
     return sorted(rows, key=lambda row: (-row.accuracy, row.cross_entropy))
 
 
@@ -98,32 +103,40 @@ def guidance_of(config: RankingConfig, student: Candidate) -> float:
 
 
 def real_and_generated(
-    config: RankingConfig, images: Tensor, prompts: list[str], resolution: int, guidance: float, device: torch.device
+    config: RankingConfig,
+    reference: Reference,
+    resolution: int,
+    guidance: float,
+    see: Callable[[Tensor], Tensor],
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Both as the critic meets them, decoded from latents, and with the same rounding; each (N, 3, R, R) in [0, 1]."""
-    pipe = load_pipeline(config.pipeline, getattr(torch, config.dtype), device)
-    seeds = range(config.seed, config.seed + len(prompts))
-    steps, batch_size = config.num_inference_steps, config.eval_batch_size
-    fake, _ = generate(pipe, prompts, seeds, steps, guidance, batch_size, resolution)
-    return through_vae(pipe.vae.float(), images, batch_size), fake
+    """What `see` makes of both, (N, D) each, as the critic meets them: decoded from latents, and with the same rounding.
+
+    Args:
+        see: Takes batches of images (B, 3, R, R) in [0, 1], none of which is kept, and gives (B, D).
+    """
+    dtype, size, prompts = getattr(torch, config.dtype), config.eval_batch_size, reference.prompts
+    pipe = load_pipeline(config.pipeline, dtype, device)
+    parts, vae = tqdm(row_ranges(len(prompts), size), desc="real images", leave=False), pipe.vae.float()
+    real = torch.cat([see(through_vae(vae, reference.pictures[part])) for part in parts])
+    vae.type(dtype)  # without the warning of `to`
+    seeds, steps = range(config.seed, config.seed + len(prompts)), config.num_inference_steps
+    fake, _ = generate(pipe, prompts, seeds, steps, guidance, size, resolution, see)
+    return real, fake
 
 
 @torch.no_grad()
-def through_vae(vae: AutoencoderKL, images: Tensor, batch_size: int) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1], encoded (as the posterior's mean) and decoded again, rounded to 8 bits."""
-    found = []
-    for part in tqdm(images.split(batch_size), desc="real images", leave=False):
-        latents = vae.encode(part.to(vae.device) * 2 - 1).latent_dist.mode()
-        found.append((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).cpu())
-    return (torch.cat(found) * 255).round() / 255
+def through_vae(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], encoded (as the posterior's mean) and decoded again, rounded to 8 bits."""
+    latents = vae.encode(images.to(vae.device) * 2 - 1).latent_dist.mode()
+    return ((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).cpu() * 255).round() / 255
 
 
 @torch.no_grad()
-def pooled_features(network: FeatureNetwork, images: Tensor, batch_size: int, name: str = "") -> Tensor:
-    """Mean over each feature map, of all levels (N, D), on the CPU, of images (N, 3, H, W) in [0, 1]."""
-    parts = tqdm(images.split(batch_size), desc=name, leave=False)
-    pooled = [[m.mean(dim=(2, 3)) for m in network(part.to(network.mean.device))] for part in parts]
-    return torch.cat([torch.cat(levels, dim=1) for levels in pooled]).cpu()
+def pooled_features(network: FeatureNetwork, images: Tensor) -> Tensor:
+    """Mean over each feature map, of all levels (B, D), on the CPU, of images (B, 3, H, W) in [0, 1]."""
+    maps = network(images.to(network.mean.device))
+    return torch.cat([m.mean(dim=(2, 3)) for m in maps], dim=1).cpu()
 
 
 def probe(real: Tensor, fake: Tensor, seed: int = 0) -> tuple[float, float]:

@@ -46,6 +46,7 @@ from cm_diffusers.evaluation.kept import Found, Kept, pipeline_digest, tensors_d
 from cm_diffusers.evaluation.reference import ReferenceConfig, load_reference, repeated
 from cm_diffusers.evaluation.report import hardware, row_names
 from cm_diffusers.evaluation.sampling import load_pipeline, reads_prompts, set_lora_scale
+from cm_diffusers.evaluation.seen import Look, see_real
 from cm_diffusers.measured import TEACHER, distance_name
 from cm_diffusers.record import read_record
 
@@ -79,7 +80,7 @@ class Sweep:
         candidates = [Candidate.of(source) for source in config.sources]
         extractor = config.feature_extractor
         models = config.clip_model, config.cmmd_model
-        self.judging = Judging(extractor, *models, judges, self.device, config.eval_batch_size)
+        self.judging = Judging(extractor, *models, judges, self.device)
         self.data = replace(data, resolution=data.resolution or common_side(candidates))
         reference = load_reference(self.data, config.num_images)
         self.asked = repeated(reference, config.num_prompts, config.images_per_prompt)
@@ -97,7 +98,8 @@ class Sweep:
         self.kept = Kept(Path(config.output_dir) / POINTS)
         told = reference.captions or reference.labels
         asked = (self.asked.captions or self.asked.labels)[:: config.images_per_prompt]
-        self.real = RealImages.of(self._on_device(self.judging.look(reference.images)), told, asked)
+        real = see_real(Look(self.judging.extractor, lambda images, _: self.judging.embed(images)), reference.pictures)
+        self.real = RealImages.of(self._on_device({FEATURES: real.features, **real.scores}), told, asked)
         self.judged_by = self.judging.digest
         self.compared_with = [tensors_digest(self.real.found), told, config.bootstrap_samples]
 
@@ -192,24 +194,30 @@ class Sweep:
         return self.side or (record and record.resolution)
 
     def _found(self, point: Point) -> Found:
-        """Draws the images, and judges them."""
+        """Draws the images, and judges them batch by batch."""
         pipe, config = self._pipe(point.source), self.config
         if point.gamma is not None:
             pipe.scheduler.register_to_config(gamma=point.gamma)
         if point.lora_scale is not None:
             set_lora_scale(pipe, point.lora_scale)
-        asked = asked_of(pipe, self.asked, point.source)
+        asked, prompted = asked_of(pipe, self.asked, point.source), reads_prompts(pipe)
         seeds = range(config.seed, config.seed + len(self.asked.labels))
         knobs, side = (point.num_inference_steps, point.guidance_scale), self._side(point.source)
-        images, seconds = draw(pipe, asked, seeds, *knobs, config.eval_batch_size, side)
-        found = self.judging.look(images)
+
+        def judge(images: Tensor, rows: slice) -> Found:
+            scores = {} if asked is None else self.judging.score(images, rows, prompted)
+            return self.judging.embed(images) | scores
+
+        look = Look(self.judging.extractor, judge, shown_of(self.num_prompts, config.images_per_prompt))
+        seen = look.seen(*draw(pipe, asked, seeds, *knobs, config.eval_batch_size, side, look))
+        found = {FEATURES: seen.features, **seen.scores}
         if asked is not None:
-            found |= self.judging.score(images, found[FEATURES], reads_prompts(pipe))
-            found |= variety(found[FEATURES], config.images_per_prompt)
+            found |= self.judging.agreement(seen.features) | variety(seen.features, config.images_per_prompt)
         timed = f"{hardware()}, {config.dtype}, batch size {config.eval_batch_size}"
         machine = torch.tensor(list(timed.encode()), dtype=torch.uint8)
-        found |= {SECONDS: torch.tensor(seconds), MACHINE: machine, ASKED: torch.tensor(asked is not None)}
-        return found | {SHOWN: thumbnails(images, config.images_per_prompt), SIDE: torch.tensor(images.shape[-1])}
+        found |= {SECONDS: torch.tensor(seen.seconds), MACHINE: machine, ASKED: torch.tensor(asked is not None)}
+        shown = thumbnails(seen.shown, min(SHOWN_EACH, config.images_per_prompt))
+        return found | {SHOWN: shown, SIDE: torch.tensor(seen.shown.shape[-1])}
 
     def _columns(self, found: Found) -> Found:
         """Of each column its value (1,), or that and both ends of its interval (3,), in float64.
@@ -248,9 +256,14 @@ def check_sizes(config: FrontsConfig, num_prompts: int, num_real: int) -> None:
             raise UserError(f"{what} makes {count} images: the metrics need more than {metrics.NEIGHBOURS}.")
 
 
-def thumbnails(images: Tensor, images_per_prompt: int) -> Tensor:
-    """A few of images (N, 3, H, W) in [0, 1] of each of the first prompts, (P, E, 3, h, w) in bytes, sides at most 96."""
-    some = images.unflatten(0, (-1, images_per_prompt))[:SHOWN_PROMPTS, :SHOWN_EACH]
-    factor = max(1, max(some.shape[-2:]) / SHOWN_SIDE)
-    small = adaptive_avg_pool2d(some.flatten(0, 1), [round(side / factor) for side in some.shape[-2:]])
-    return (small * 255).round().byte().unflatten(0, some.shape[:2])
+def shown_of(num_prompts: int, images_per_prompt: int) -> set[int]:
+    """Numbers of the images that a page shows: a few of each of the first prompts."""
+    few = range(min(SHOWN_EACH, images_per_prompt))
+    return {prompt * images_per_prompt + one for prompt in range(min(SHOWN_PROMPTS, num_prompts)) for one in few}
+
+
+def thumbnails(images: Tensor, each: int) -> Tensor:
+    """Images (P E, 3, H, W) in [0, 1] of P prompts, E of each, small: (P, E, 3, h, w) in bytes, sides at most 96."""
+    factor = max(1, max(images.shape[-2:]) / SHOWN_SIDE)
+    small = adaptive_avg_pool2d(images, [round(side / factor) for side in images.shape[-2:]])
+    return (small * 255).round().byte().unflatten(0, (-1, each))

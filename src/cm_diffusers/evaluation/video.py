@@ -197,11 +197,10 @@ class VideoComparison:
         """What is measured of each clip, and the first clips, of batches and the seconds that they took."""
         parts, shown, wanted = [], [], self.config.num_shown
         for clips, seconds in batches:
-            if sum(map(len, shown)) < wanted:
-                shown.append(clips)
+            shown.append(clips[: max(0, wanted - sum(map(len, shown)))].clone())  # a view would keep the batch
             spent = {"seconds": torch.full((len(clips),), seconds / len(clips))}
             parts.append(self._of_batch(clips.to(self.device)) | spent)
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, torch.cat(shown)[:wanted]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, torch.cat(shown)
 
     def _of_batch(self, clips: Tensor) -> Measurements:
         count, differences = self.config.frames_per_clip, motion.frame_differences(clips)
