@@ -6,7 +6,6 @@ is a process of its own. Its seconds at work leave out what it waited for disks 
 other process could share (RssAnon): the most of it, and what is left at the first batch.
 """
 
-import argparse
 import io
 import json
 import subprocess
@@ -16,13 +15,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import pyarrow as pa
 import torch
 from PIL import Image
 from pyarrow import parquet
+from reporting import write_report
+from transformers.hf_argparser import HfArg
 
 from cm_diffusers.data import cache
 from cm_diffusers.data.cache import Vae
@@ -30,10 +33,30 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.text_image import text_image_batches
+from cm_diffusers.engine.cli import parse_configs, run
+from cm_diffusers.evaluation.report import filled_columns, hardware
 from cm_diffusers.models.families.base import Latents
 
 
 SIDE, FILE_ROWS, TARS, BATCH = 8, 100_000, 40, 4
+COLUMNS = {
+    "start": ("start", "{}"),
+    "seconds": ("seconds to the first batch", "{:.1f}"),
+    "cpu": ("of them at work", "{:.1f}"),
+    "most": ("most memory, MB", "{:.0f}"),
+    "left": ("memory at the first batch, MB", "{:.0f}"),
+}
+
+
+@dataclass
+class SizeConfig:
+    """How much, and where."""
+
+    rows: int = HfArg(default=1_000_000, help="Of the cached data set; 0 leaves it out.")
+    batches: int = HfArg(default=100_000, help="Before the stream is resumed; 0 leaves it out.")
+    workdir: str = HfArg(default="runs/data_at_size", help="Where data and caches go.")
+    output_dir: str = HfArg(default="runs/data_at_size_table", help="Where the table goes.")
+    measure: Literal["rows", "tars"] | None = HfArg(default=None, help="One start, in this process.")
 
 
 def png(number: int) -> bytes:
@@ -146,38 +169,37 @@ def start(kind: str, folder: Path, batches: int = 0) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(folder: Path, rows: int, batches: int) -> Iterator[str]:
-    yield "| start | seconds to the first batch | of them at work | most memory, MB | memory at the first batch, MB |"
-    yield "|---|---|---|---|---|"
+def report(config: SizeConfig) -> list[dict[str, float | str]]:
+    """A row for each start."""
+    folder, rows, batches, found = Path(config.workdir), config.rows, config.batches, []
 
-    def line(name: str, found: dict[str, float]) -> str:
-        return f"| {name} | {found['seconds']:.1f} | {found['cpu']:.1f} | {found['most']:.0f} | {found['left']:.0f} |"
+    def add(name: str, kind: str, seen: int = 0) -> None:
+        found.append({"start": name} | start(kind, folder, seen))
+        print(json.dumps(found[-1]), flush=True)
 
     if rows:
         if not (folder / "rows").exists():
             write_rows(folder / "rows", rows)
-        yield line(f"{rows:,} rows, nothing cached", start("rows", folder))
-        yield line(f"{rows:,} rows, all cached", start("rows", folder))
+        add(f"{rows:,} rows, nothing cached", "rows")
+        add(f"{rows:,} rows, all cached", "rows")
     if batches:
         if not (folder / "tars").exists():
             write_tars(folder / "tars", batches * BATCH // 4)
-        yield line("tar shards, first batch of a run", start("tars", folder))
-        yield line(f"tar shards, resumed after {batches:,} batches of {BATCH}", start("tars", folder, batches))
+        add("tar shards, first batch of a run", "tars")
+        add(f"tar shards, resumed after {batches:,} batches of {BATCH}", "tars", batches)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/data_at_size"), help="Where data and caches go.")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="Of the cached data set; 0 leaves it out.")
-    parser.add_argument("--batches", type=int, default=100_000, help="Before the stream is resumed; 0 leaves it out.")
-    parser.add_argument("--measure", choices=["rows", "tars"], help="One start, in this process.")
-    given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure(given.measure, given.workdir, given.batches)))
-    else:
-        for line in report(given.workdir, given.rows, given.batches):
-            print(line, flush=True)
+    (config,) = parse_configs((SizeConfig,), __doc__)
+    if config.measure is not None:
+        print(json.dumps(measure(config.measure, Path(config.workdir), config.batches)))
+        return
+    found = report(config)
+    table = f"{filled_columns(found, COLUMNS)}\n\nOne process, {hardware()}.\n"
+    write_report(Path(config.output_dir), "data_at_size", table, {"rows": found})
+    print(table)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
