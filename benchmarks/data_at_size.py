@@ -144,10 +144,10 @@ def watched() -> Iterator[dict[str, float]]:
 def measure(kind: str, folder: Path, batches: int) -> dict[str, float]:
     """Until the first batch: of a cached run, or of a stream that goes on after so many batches."""
     common = {"resolution": SIDE, "train_batch_size": BATCH, "center_crop": True, "cache_dir": str(folder / "hf")}
+    common["latent_cache_dir"] = str(folder / "cache")
     if kind == "rows":
         config = DataConfig(
             train_data_dir=str(folder / "rows"),
-            latent_cache_dir=str(folder / "cache"),
             encode_batch_size=1024,
             **common,
         )
@@ -185,8 +185,8 @@ def report(config: SizeConfig) -> list[dict[str, float | str]]:
     if batches:
         if not (folder / "tars").exists():
             write_tars(folder / "tars", batches * BATCH // 4)
-        add("tar shards, first batch of a run", "tars")
-        add(f"tar shards, resumed after {batches:,} batches of {BATCH}", "tars", batches)
+        add("tar shards without an index, first batch", "tars")
+        add(f"tar shards with one, resumed after {batches:,} batches of {BATCH}", "tars", batches)
     return found
 
 

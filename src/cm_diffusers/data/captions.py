@@ -83,7 +83,8 @@ class Captions(Sequence):
         """The distinct texts of some rows, the empty prompt before all; and of each of these rows their numbers."""
         chosen = np.zeros(len(self), bool)
         chosen[rows] = True
-        mine = self.values.array.filter(pa.array(np.repeat(chosen, self.lengths)))
-        table = pa.chunked_array([pa.array([""], pa.large_string()), mine]).combine_chunks().dictionary_encode()
-        numbers = table.indices.to_numpy()[1:]
-        return Texts(table.dictionary), Captions(numbers, self.lengths[rows])
+        mine = self.values.array
+        if not chosen.all():  # each copy of millions of texts counts
+            mine = mine.filter(pa.array(np.repeat(chosen, self.lengths)))
+        empty, others = pa.chunked_array([pa.array([""], pa.large_string()), mine]).dictionary_encode().chunks
+        return Texts(others.dictionary), Captions(others.indices.to_numpy(), self.lengths[rows])
