@@ -305,7 +305,7 @@ def test_variants_of_lcm_begin_at_lcm_itself_and_differ_where_they_say() -> None
 
 
 def test_variants_of_lcm_draw_the_times_that_they_say() -> None:
-    method = VariantConfig(time_power=1.0, coarse_share=0.5)
+    method = VariantConfig(num_ddim_timesteps=50, time_power=1.0, coarse_share=0.5)
     objective = VariedLCM(method, lcm_of(method, VP, "epsilon", 16).teaching, 0.95)
     t, s = objective.times(40_000, Progress(5, 10))
     assert set((t - s).tolist()) == {20, 19}  # the first time of the grid goes to 0
