@@ -81,7 +81,7 @@ def rows_of(kind: str, seed: int, what: str, found: dict[str, Any]) -> list[Row]
     rows: dict[str, Row] = {}
     for place in ("search_set", "holdout"):
         for one in found[place]:
-            name = one["pipeline"].partition(" (")[0] if one["pipeline"] != "uniform (SWA)" else "uniform"
+            name = one["pipeline"].partition(" (")[0]
             row = rows.setdefault(name, {"training": kind, "seed": seed, "search": what, "weights": name})
             row[f"{place}_{one['num_inference_steps']}"] = one["fid"]
     shared = {"evaluations": found["evaluations"], "minutes": found["minutes"], "hardware": found["hardware"]}
