@@ -1,6 +1,7 @@
 """The folder of a run: what a start may find in it, what it replaces, and that no file of the user is touched."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,33 @@ def test_a_failure_before_the_first_checkpoint_brings_the_earlier_run_back(tmp_p
     with pytest.raises(RuntimeError, match="no memory"):
         again.fit(source())
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_a_kill_between_averages_and_the_first_checkpoint_does_not_block_the_folder(tmp_path, resume) -> None:
+    """A checkpoint's averages are there before it is."""
+    flags = {"ema_sigma_rels": [0.1], "checkpointing_steps": 2}
+    straight = toy_trainer(tmp_path / "straight", **flags)
+    straight.fit(source())
+    straight.end()
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    for left in ("checkpoint-2", "checkpoint-4", "averages/step-4"):
+        shutil.rmtree(tmp_path / "killed" / left)
+    again = toy_trainer(tmp_path / "killed", **flags, resume_from_checkpoint=resume)
+    again.fit(source())
+    again.end()
+    assert content(tmp_path / "killed").keys() == content(tmp_path / "straight").keys()
+    for part in ("checkpoint-4", "averages/step-2", "averages/step-4"):
+        assert_same(tensors(tmp_path / "killed" / part), tensors(tmp_path / "straight" / part))
+
+
+def test_averages_of_several_steps_are_not_replaced_unasked(tmp_path) -> None:
+    """Somebody may have removed the checkpoints, and want to choose from them."""
+    finished(tmp_path, checkpointing_steps=2)
+    for left in ("checkpoint-2", "checkpoint-4", "pipeline", "samples"):
+        shutil.rmtree(tmp_path / left)
+    with pytest.raises(ValueError, match="already holds the files of another run, such as averages"):
+        toy_trainer(tmp_path, ema_sigma_rels=[0.1], checkpointing_steps=2)
 
 
 def test_a_failure_later_keeps_the_earlier_run_until_the_resumed_one_has_ended(tmp_path) -> None:

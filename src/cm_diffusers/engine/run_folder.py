@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from cm_diffusers.engine import checkpoints
+from cm_diffusers.engine.averages import SNAPSHOTS
 from cm_diffusers.engine.branching import COMMAND, command_line
 from cm_diffusers.engine.identity import DATA, FINGERPRINTS, refuse_other_run
 from cm_diffusers.engine.lock import FolderLock
@@ -232,16 +233,20 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
             f"--output_dir {path} holds files, such as {names[0]}, but no {IDENTITY}, so it is not the folder of a run and "
             "nothing in it is deleted: give another folder."
         )
-    kept = [
-        name
-        for name in names
-        if FOLDERS.fullmatch(name.strip(".").removesuffix(".replaced")) and name not in NO_PROGRESS
-    ]
+    kept = [name for name in names if _is_progress(path, name)]
     if kept and not overwrite:
         raise UserError(
             f"--output_dir {path} already holds the files of another run, such as {kept[0]}; choose another folder, "
             "continue it with --resume_from_checkpoint latest, or give --overwrite_output_dir to replace them."
         )
+
+
+def _is_progress(path: Path, name: str) -> bool:
+    """Whether a run could go on, or somebody choose, from what is there; averages of one step are those of a first checkpoint
+    that a kill cut short."""
+    if name == SNAPSHOTS:
+        return len(list((path / name).glob("step-*"))) > 1
+    return bool(FOLDERS.fullmatch(name.strip(".").removesuffix(".replaced"))) and name not in NO_PROGRESS
 
 
 def _refuse_read_only(path: Path) -> None:
