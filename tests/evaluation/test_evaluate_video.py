@@ -317,6 +317,15 @@ def test_evaluate_video_end_to_end(
         assert grid.width > 4 * 96
 
 
+def test_a_table_leaves_no_animations_of_an_earlier_one(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = parts / "again_out"
+    out.mkdir()
+    (out / "mine.gif").write_text("the user's")
+    for names in ("first", "second"):
+        evaluate(parts, monkeypatch, pipelines=str(parts / "student"), names=names, output_dir=str(out))
+        assert sorted(path.name for path in out.glob("*.gif")) == sorted(["mine.gif", "real.gif", f"{names}.gif"])
+
+
 def test_clips_without_directions(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"moving_articles": "", "num_clips": "", "train_data_dir": f"{parts / 'clips'}", "num_videos": "3"}
     evaluate(parts, monkeypatch, **flags, num_inference_steps="1", output_dir=f"{parts / 'plain'}")

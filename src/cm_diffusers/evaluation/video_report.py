@@ -1,5 +1,6 @@
 """What an evaluation of videos leaves behind: a Markdown table, its numbers as JSON, a plot, strips and animations."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,15 @@ def write_report(
     """Writes `table.md`, `table.json`, `plot.png`, `grid.png` and a GIF of each pipeline; returns the Markdown table.
 
     The grid has the frames of the first clip of every row of the table; a GIF has a row for each number of steps and
-    guidance scale, and a column for each of the first prompts.
+    guidance scale, and a column for each of the first prompts. GIFs of pipelines that only an earlier table there names are taken
+    away: they would look like this one's.
 
     Args:
         weights: As for `table_json`.
     """
     table = markdown_table(rows, setting)
+    for name in animations_of(folder / "table.json") - {clips_of(part.pipeline) for part in shown}:
+        (folder / name).unlink(missing_ok=True)
     write_table(folder, table, table_json(rows, setting, weights))
     frames = [f"frame {number + 1}" for number in range(setting.num_frames)]
     heads = [f"{prompts[0]}: {frames[0]}", *frames[1:]]
@@ -149,6 +153,14 @@ def write_report(
         write_animation(folder / clips_of(name), [part for part in shown if part.pipeline == name], prompts)
     remove_partial(folder)
     return table
+
+
+def animations_of(path: Path) -> set[str]:
+    """Files of the GIFs that an evaluation's JSON says it made; none where there is no such JSON."""
+    try:
+        return {clips_of(row["pipeline"]) for row in json.loads(path.read_text("utf-8"))["rows"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 def write_animation(path: Path, shown: Sequence[Shown], prompts: Sequence[str]) -> None:
