@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import DDIMScheduler
+from matplotlib.axes import Axes
 from tiny import tiny_pipeline
 
 from cm_diffusers.data.sources import DataConfig
@@ -25,7 +26,8 @@ from cm_diffusers.evaluation.front_columns import (
     variety,
     within,
 )
-from cm_diffusers.evaluation.front_plot import colours
+from cm_diffusers.evaluation.front_plot import colours, plot
+from cm_diffusers.evaluation.front_report import Front, Report
 from cm_diffusers.evaluation.fronts import bootstrap, hypervolume, non_dominated, worst
 from cm_diffusers.evaluation.kept import Kept, pipeline_digest, tensors_digest
 from cm_diffusers.evaluation.reference import Pictures, Reference, repeated
@@ -304,3 +306,35 @@ def test_a_lora_counts_by_its_scale(tmp_path) -> None:
 def test_no_two_pipelines_have_one_colour(count: int) -> None:
     rows = [{"pipeline": name} for name in [TEACHER, *(f"student {place}" for place in range(count))]]
     assert len(set(colours(rows).values())) == count + 1
+
+
+def drawn(rows: list[dict]) -> Axes:
+    """The panel of agreement and FID."""
+    axes = ("agreement", "fid")
+    front = Front.of(rows, axes, COLUMNS, {})
+    return plot(Report(rows, [], [], COLUMNS, [front], {}, {}), front).get_axes()[0]
+
+
+def settings(name: str, points: list[tuple[float, float]]) -> list[dict]:
+    """Rows that differ in steps, guidance and columns."""
+    knobs = [{"num_inference_steps": i, "guidance_scale": i / 2} for i in range(1, len(points) + 1)]
+    same = {"pipeline": name, "gamma": None, "lora_scale": None}
+    return [same | own | {"agreement": x, "fid": y} for own, (x, y) in zip(knobs, points, strict=True)]
+
+
+def test_knobs_stand_beside_points_where_there_is_room() -> None:
+    crowd = [(0.9 + i / 1e5, 10 + i / 1e3) for i in range(40)]  # each better in one column: all on the front
+    axes = drawn(settings("LCM", [(0.8, 5.0), *crowd, (0.99, 20.0)]))
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    found = {text.get_text() for text in axes.texts}
+    assert {"1 g0.5", "42 g21"} <= found
+    assert len(found) < 10
+
+
+def test_a_teacher_that_is_far_away_does_not_press_the_students_together() -> None:
+    teacher = settings(TEACHER, [(0.1, 150.0), (0.85, 12.0)])
+    axes = drawn([*teacher, *settings("LCM", [(0.8, 9.0), (0.9, 10.0)])])
+    assert axes.get_xlim() == pytest.approx((0.792, 0.908))
+    assert axes.get_ylim() == pytest.approx((10.08, 8.92))  # less is better: upside down
+    assert drawn(teacher).get_ylim()[0] > 150  # alone it is seen whole

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cm_diffusers.evaluation.front_report import HIGH, KNOBS, LOW, Front, Report, in_words, turned, values_of
+from cm_diffusers.evaluation.front_report import HIGH, KNOBS, LOW, Front, Report, turned, values_of
 from cm_diffusers.evaluation.fronts import non_dominated
 from cm_diffusers.evaluation.report import Row, replace_file
 from cm_diffusers.measured import TEACHER
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # of Okabe and Ito
 GREY = "#777777"  # the teacher's
+MARKS = {
+    "guidance_scale": "g guidance",
+    "gamma": "γ gamma",
+    "lora_scale": "L scale of the LoRA",
+}  # first letter -> knob
+SIDES = (
+    ((6, 2), "left", "bottom"),
+    ((-6, 2), "right", "bottom"),
+    ((6, -2), "left", "top"),
+    ((-6, -2), "right", "top"),
+)
 
 
 def write_plots(folder: Path, report: Report) -> None:
@@ -41,10 +52,16 @@ def plot(report: Report, front: Front) -> "Figure":
 
     panels = pairs(front)
     figure = Figure(figsize=(5.6 * len(panels), 5), layout="constrained")
-    for axes, pair in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _panel(axes, report, front, pair)
+    figure.subplots(1, len(panels))
+    on = [_panel(axes, report, front, pair) for axes, pair in zip(figure.get_axes(), panels, strict=True)]
     figure.get_axes()[0].legend(fontsize="small")
-    figure.supxlabel(plain(front.caption(report.columns)), fontsize="small", wrap=True)
+    knobs = [mark for key, mark in MARKS.items() if any(row.get(key) is not None for row in report.rows)]
+    words = f"{front.caption(report.columns)}. Beside points: {', '.join(['steps', *knobs])}"
+    figure.supxlabel(plain(words), fontsize="small", wrap=True)
+    figure.draw_without_rendering()  # now it is known where everything is
+    for axes, pair, places in zip(figure.get_axes(), panels, on, strict=True):
+        rows = [report.rows[place] for place in places]
+        _name(axes, [marked(row, turned(report.rows, row)) for row in rows], values_of(rows, pair))
     return figure
 
 
@@ -53,21 +70,26 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) -> None:
+def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) -> np.ndarray:
+    """Draws all but the knobs; numbers of the rows on the front of the pair, in its order."""
     values, better = values_of(report.rows, pair), [report.columns[key].better for key in pair]
+    on = np.flatnonzero(non_dominated(values, better))
+    on = on[np.argsort(values[on, 0])]
+    best = [*set(on.tolist()).union(front.members if len(front.axes) > 2 else ())]
     for name, colour in colours(report.rows).items():
         own = [place for place, row in enumerate(report.rows) if row["pipeline"] == name]
-        style = {"color": colour, "label": plain(name), "marker": "s" if name == TEACHER else "o"}
-        axes.scatter(*values[own].T, **style, s=24, zorder=2)
+        style = {"color": colour, "marker": "s" if name == TEACHER else "o", "s": 24, "zorder": 2}
+        axes.scatter(*values[own].T, **style, alpha=0.35, linewidths=0)
+        axes.scatter(*values[[place for place in best if place in own]].T, **style, label=plain(name))
         for line in curves([report.rows[place] for place in own], pair) if name == TEACHER else []:
             axes.plot(*line.T, color=colour, linestyle="--", linewidth=1, zorder=1)
-        _intervals(axes, [report.rows[place] for place in own], pair, colour)
+        _intervals(axes, [report.rows[place] for place in best if place in own], pair, colour)
     if len(front.axes) > 2:
         axes.scatter(
             *values[list(front.members)].T, s=90, facecolors="none", edgecolors="black", linewidths=1, zorder=3
         )
-    on = np.flatnonzero(non_dominated(values, better))
-    axes.plot(*values[on[np.argsort(values[on, 0])]].T, color="black", linewidth=0.8, zorder=1)
+    axes.plot(*values[on].T, color="black", linewidth=0.8, zorder=1)
+    axes.set(**limits(report.rows, pair))
     for key, way, invert, label in zip(
         pair, better, (axes.invert_xaxis, axes.invert_yaxis), (axes.set_xlabel, axes.set_ylabel), strict=True
     ):
@@ -75,16 +97,42 @@ def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) ->
         if way == "min":
             invert()
     axes.grid(alpha=0.3)
-    for turn, place in enumerate(on[np.argsort(values[on, 0])]):
-        row = report.rows[place]
-        _name(axes, in_words(row, turned(report.rows, row)), values[place], (3, -7)[turn % 2])
+    return on
 
 
-def _name(axes: "Axes", words: str, point: np.ndarray, rise: float) -> None:
-    """Beside a point, on the side where there is room."""
-    right = axes.transAxes.inverted().transform(axes.transData.transform(point))[0] > 0.5
-    style = {"textcoords": "offset points", "ha": "right" if right else "left", "fontsize": 6}
-    axes.annotate(words, point, (-6 if right else 6, rise), **style)
+def limits(rows: Sequence[Row], pair: tuple[str, str]) -> dict[str, tuple[float, float]]:
+    """So that the points of all pipelines are seen well, the far ends of the teacher's curve if there is room; or all there is."""
+    values = values_of([row for row in rows if row["pipeline"] != TEACHER] or rows, pair)
+    values = values[np.isfinite(values).all(1)]
+    if not len(values):
+        return {}
+    low, high = values.min(0), values.max(0)
+    margin = np.where(high > low, 0.08 * (high - low), 0.08 * np.abs(high) + 0.01)
+    return dict(
+        zip(("xlim", "ylim"), zip((low - margin).tolist(), (high + margin).tolist(), strict=True), strict=True)
+    )
+
+
+def marked(row: Row, keys: set[str]) -> str:
+    """The knobs of a row that are named, as short as can be."""
+    steps = [str(row["num_inference_steps"])] if "num_inference_steps" in keys else []
+    others = [mark[0] + f"{row[key]:g}" for key, mark in MARKS.items() if key in keys and row.get(key) is not None]
+    return " ".join([*steps, *others])
+
+
+def _name(axes: "Axes", words: Sequence[str], points: np.ndarray) -> None:
+    """Beside each point where there is room, on whichever side; the page names them all."""
+    from matplotlib.transforms import Bbox
+
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(points)]
+    for text, point in zip(words, points, strict=True):
+        for place, across, up in SIDES:
+            note = axes.annotate(text, point, place, textcoords="offset points", ha=across, va=up, fontsize=6)
+            box = note.get_window_extent()
+            if box.count_overlaps(taken) == 0 and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1):
+                taken.append(box)
+                break
+            note.remove()
 
 
 def _intervals(axes: "Axes", rows: Sequence[Row], pair: tuple[str, str], colour: str) -> None:
