@@ -10,9 +10,11 @@ import study_report
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cm_diffusers.evaluation import report, video_report
+from cm_diffusers.evaluation import front_plot, front_report, report, video_report
+from cm_diffusers.evaluation.front_columns import known_columns
 from cm_diffusers.evaluation.grids import MARGIN, SMALLEST
 from cm_diffusers.evaluation.report import replace_file, write_plot
+from cm_diffusers.measured import distance_name
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,8 @@ def evaluations() -> Iterator[Page]:
     """Of `training/evaluate.py` and `evaluate_video.py`."""
     for path in sorted(RESULTS.glob("*/table.json")):
         content = json.loads(path.read_text("utf-8"))
+        if "fronts" in content:
+            continue
         kind = video_report if "num_clips" in content["setting"] else report
         setting = (video_report.VideoSetting if kind is video_report else report.Setting)(**content["setting"])
         rows = content["rows"]
@@ -53,6 +57,24 @@ def evaluations() -> Iterator[Page]:
             kind.markdown_table(rows, setting),
             lambda k=kind, r=rows, s=setting: k.plot(r, s),
         )
+
+
+def sweeps() -> Iterator[tuple[Path, front_report.Report]]:
+    """Folder and content of `training/evaluate_fronts.py`, without the images of its points."""
+    for path in sorted(RESULTS.glob("*/table.json")):
+        content = json.loads(path.read_text("utf-8"))
+        if "fronts" in content:
+            rows, setting = content["rows"], content["setting"]
+            known = known_columns(setting["rewards"], distance_name(setting["extractor"]))
+            columns = {key: one for key, one in known.items() if any(row.get(key) is not None for row in rows)}
+            fronts = [front_report.Front(**front) for front in content["fronts"]]
+            yield path.parent, front_report.Report(rows, [], [], columns, fronts, setting, content["pipelines"])
+
+
+def fronts() -> Iterator[Page]:
+    """The tables of `sweeps`."""
+    for folder, found in sweeps():
+        yield folder / "table.md", front_report.markdown(found), None
 
 
 def summary() -> Iterator[Page]:
@@ -97,10 +119,12 @@ def studies() -> Iterator[Page]:
 
 
 if __name__ == "__main__":
-    for page, text, draw in (*evaluations(), *summary(), *studies()):
+    for page, text, draw in (*evaluations(), *fronts(), *summary(), *studies()):
         replace_file(page, lambda path, text=text: path.write_text(text, "utf-8"))
         if draw:
             plot = page.with_name("plot.png" if page.stem == "table" else f"{page.stem}.png")
             dpi = 150 if page.stem == "table" else study_report.DPI
             write_plot(plot, draw(), dpi)
+    for folder, found in sweeps():
+        front_plot.write_plots(folder, found)
     replace_file(RESULTS / "students" / "teaser.png", lambda path: teaser().save(path, format="PNG", optimize=True))

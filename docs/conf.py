@@ -11,6 +11,14 @@ import cm_diffusers
 
 
 ROOT = Path(__file__).resolve().parents[1]
+FLAGS = """# {name}.py
+
+```{{argparse}}
+:module: parsers
+:func: {name}
+:prog: {name}.py
+```
+"""
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "cm_diffusers"
@@ -66,5 +74,14 @@ def skip_member(app, what, name, member, skip, options) -> bool | None:
     return True if module.split(".")[0] == "diffusers" else None
 
 
+def write_flags(app) -> None:
+    """A page for each training script; docs/api/flags.md says in which order."""
+    folder = ROOT / "docs" / "api" / "generated" / "flags"
+    folder.mkdir(parents=True, exist_ok=True)
+    for script in sorted((ROOT / "training").glob("*.py")):
+        (folder / f"{script.stem}.md").write_text(FLAGS.format(name=script.stem), "utf-8")
+
+
 def setup(app) -> None:
+    app.connect("builder-inited", write_flags)
     app.connect("autodoc-skip-member", skip_member)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cm_diffusers.evaluation.front_report import HIGH, KNOBS, LOW, Front, Report, turned, values_of
 from cm_diffusers.evaluation.fronts import non_dominated
-from cm_diffusers.evaluation.report import Row, replace_file
+from cm_diffusers.evaluation.report import Row, write_plot
 from cm_diffusers.measured import TEACHER
 
 
@@ -37,8 +37,7 @@ SIDES = (
 def write_plots(folder: Path, report: Report) -> None:
     """A file for each front."""
     for front in report.fronts:
-        figure = plot(report, front)
-        replace_file(folder / front.file, lambda path, figure=figure: figure.savefig(path, dpi=150, format="png"))
+        write_plot(folder / front.file, plot(report, front), 150)
 
 
 def pairs(front: Front) -> list[tuple[str, str]]:
