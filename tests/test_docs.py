@@ -22,7 +22,9 @@ import redraw
 update_docs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "update_docs.py"))
 
 
-TABLES = {page: text for page, text, _ in (*redraw.evaluations(), *redraw.fronts(), *redraw.summary(), *redraw.studies())}
+TABLES = {
+    page: text for page, text, _ in (*redraw.evaluations(), *redraw.fronts(), *redraw.summary(), *redraw.studies())
+}
 
 
 @pytest.mark.parametrize("page", TABLES, ids=lambda page: f"{page.parent.name}-{page.stem}")

@@ -21,12 +21,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # of Okabe and Ito
 GREY = "#777777"  # the teacher's
-MARKS = {
-    "guidance_scale": "g guidance",
-    "gamma": "γ gamma",
-    "lora_scale": "L scale of the LoRA",
-}  # first letter -> knob
-SIDES = (
+# The letter of a knob, and what it is.
+MARKS = {"guidance_scale": "g guidance", "gamma": "γ gamma", "lora_scale": "L scale of the LoRA"}
+SIDES = (  # of a point: offset of a text, and which of its corners that is
     ((6, 2), "left", "bottom"),
     ((-6, 2), "right", "bottom"),
     ((6, -2), "left", "top"),

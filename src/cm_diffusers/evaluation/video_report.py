@@ -158,7 +158,8 @@ def write_report(
 def animations_of(path: Path) -> set[str]:
     """Files of the GIFs that an evaluation's JSON says it made; none where there is no such JSON."""
     try:
-        return {clips_of(row["pipeline"]) for row in json.loads(path.read_text("utf-8"))["rows"]}
+        rows = json.loads(path.read_text("utf-8"))["rows"]
+        return {clips_of(row["pipeline"]) for row in rows if row["num_inference_steps"] is not None}
     except (OSError, ValueError, LookupError, TypeError):
         return set()
 
