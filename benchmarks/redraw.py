@@ -66,7 +66,7 @@ def sweeps() -> Iterator[tuple[Path, front_report.Report]]:
         if "fronts" in content:
             rows, setting = content["rows"], content["setting"]
             known = known_columns(setting["rewards"], distance_name(setting["extractor"]))
-            columns = {key: one for key, one in known.items() if any(row.get(key) is not None for row in rows)}
+            columns = front_report.filled(known, rows)
             fronts = [front_report.Front(**front) for front in content["fronts"]]
             yield path.parent, front_report.Report(rows, [], [], columns, fronts, setting, content["pipelines"])
 

@@ -104,9 +104,8 @@ def limits(rows: Sequence[Row], pair: tuple[str, str]) -> dict[str, tuple[float,
         return {}
     low, high = values.min(0), values.max(0)
     margin = np.where(high > low, 0.08 * (high - low), 0.08 * np.abs(high) + 0.01)
-    return dict(
-        zip(("xlim", "ylim"), zip((low - margin).tolist(), (high + margin).tolist(), strict=True), strict=True)
-    )
+    (left, down), (right, up) = (low - margin).tolist(), (high + margin).tolist()
+    return {"xlim": (left, right), "ylim": (down, up)}
 
 
 def marked(row: Row, keys: set[str]) -> str:

@@ -113,12 +113,17 @@ class Report:
     @classmethod
     def of(cls, sweep: Sweep, found: Sequence[Measured]) -> Self:
         rows = [row_of(one) for one in found]
-        columns = {key: one for key, one in sweep.columns.items() if any(row.get(key) is not None for row in rows)}
+        columns = filled(sweep.columns, rows)
         fronts = [Front.of(rows, axes, sweep.columns, sweep.reference_point) for axes in sweep.axes]
         texts = (sweep.judging.texts or [])[:: sweep.config.images_per_prompt][:SHOWN_PROMPTS]
         digests = {one.point.pipeline: sweep.digests[one.point.source] for one in found}
         setting = setting_of(sweep) | {"speed": "; ".join(sorted({one.machine for one in found}))}
         return cls(rows, [one.shown for one in found], texts, columns, fronts, setting, digests)
+
+
+def filled(columns: Mapping[str, Column], rows: Sequence[Row]) -> dict[str, Column]:
+    """Those that a row has."""
+    return {key: one for key, one in columns.items() if any(row.get(key) is not None for row in rows)}
 
 
 def row_of(found: Measured) -> Row:
