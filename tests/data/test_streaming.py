@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tarfile
+import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tars import tar_rows, tar_shards
 from cm_diffusers.data.text_image import text_image_batches
+from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import Latents
 from cm_diffusers.models.families.latents import posterior
 
@@ -150,8 +152,58 @@ def test_what_was_seen_is_neither_decoded_nor_encoded(config, encoders, monkeypa
     seen = []
     decode = Image.open
     monkeypatch.setattr(Image, "open", lambda *a: seen.append(a) or decode(*a))
-    next(streaming_batches(config, encoders, 0)(6))
-    assert len(seen) == 3
+    batches = streaming_batches(config, encoders, 0)(6)
+    next(batches)
+    batches.close()
+    assert len(seen) == 6, "batch 6 and, ahead, batch 7"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_batch_is_made_while_one_is_used_and_not_by_who_uses_it(either, encoders, workers):
+    """Its host may wait for the device, and the one that trains does not."""
+    made, encoded_again = [], threading.Event()
+
+    def encode(texts: list[str]) -> dict[str, torch.Tensor]:
+        made.append(threading.get_ident())
+        if texts != [""] and len(set(made)) > 1:
+            encoded_again.set()
+        return encode_prompts(texts)
+
+    config = replace(either, dataloader_num_workers=workers, encode_batch_size=3)
+    batches = streaming_batches(config, replace(encoders, encode_prompts=encode), 0)(0)
+    next(batches)
+    assert encoded_again.wait(60), "though nobody has asked for it"
+    next(batches)
+    batches.close()
+    first, *others = made
+    assert first == threading.get_ident()
+    assert set(others[2:]).isdisjoint({first})
+
+
+def test_what_is_wrong_with_a_batch_is_said_when_it_is_asked_for(either, encoders):
+    def encode(texts: list[str]) -> dict[str, torch.Tensor]:
+        calls.append(texts)
+        if len(calls) > 2:
+            raise UserError("one sentence")
+        return encode_prompts(texts)
+
+    calls: list[list[str]] = []
+    config = replace(either, encode_batch_size=3)
+    batches = streaming_batches(config, replace(encoders, encode_prompts=encode), 0)(0)
+    next(batches)
+    with pytest.raises(UserError, match="one sentence"):
+        next(batches)
+
+
+def test_a_pipeline_may_be_sampled_while_its_prompts_are_encoded():
+    """Of a tokenizer in use by two threads one of them finds that it is "already borrowed"."""
+    pipe = tiny_xl_pipeline()
+    encoders, expected = Encoders.from_pipeline(pipe), Encoders.from_pipeline(pipe).encode_prompts(["a", ""])
+    parts = [pipe.tokenizer, pipe.tokenizer_2]
+    pipe.tokenizer = pipe.tokenizer_2 = None
+    found = encoders.encode_prompts(["a", ""])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not {*map(id, parts)} & {*map(id, encoders.tokenizers)}
 
 
 def test_every_epoch_holds_every_sample_once_in_another_order(either, encoders):

@@ -34,7 +34,7 @@ class Encoders:
         fingerprint: Names what `encode_prompts` computes.
         micro_conditioning: Whether the network is also told sizes and crop, as `time_ids` (B, 6).
         towers: The modules that `encode_prompts` runs where they are.
-        tokenizers: Copies of those it reads prompts with, to count tokens.
+        tokenizers: Those it reads prompts with, to count tokens.
     """
 
     vae: Vae
@@ -46,7 +46,12 @@ class Encoders:
 
     @classmethod
     def from_pipeline(cls, pipe: DiffusionPipeline) -> "Encoders":
-        """The encoders of a pipeline whose network is of a known family."""
+        """The encoders of a pipeline whose network is of a known family.
+
+        They have tokenizers of their own: one is not to be used by two threads, and a pipeline that is sampled while a
+        stream is encoded uses its.
+        """
+        pipe = _with_own(pipe, "tokenizer")
         network = network_of(pipe)
         family, towers, tokenizers = family_of(network), _numbered(pipe, "text_encoder"), _numbered(pipe, "tokenizer")
         return cls(
@@ -55,8 +60,17 @@ class Encoders:
             _fingerprint(pipe, family.network == "unet", towers, tokenizers),
             network.config.get("addition_embed_type") == "text_time",
             tuple(towers.values()),
-            tuple(copy.deepcopy([*tokenizers.values()])),
+            tuple(tokenizers.values()),
         )
+
+
+def _with_own(pipe: DiffusionPipeline, kind: str) -> DiffusionPipeline:
+    """The same pipeline, but for copies of the parts of a kind."""
+    found = copy.copy(pipe)
+    for name, part in pipe.components.items():
+        if name.startswith(kind):
+            setattr(found, name, copy.deepcopy(part))
+    return found
 
 
 def _numbered(pipe: DiffusionPipeline, kind: str) -> dict[str, Any]:

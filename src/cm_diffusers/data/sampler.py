@@ -1,6 +1,7 @@
 """An endless stream of whole batches in which batch k of a rank is a pure function of (seed, rank, k)."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -126,3 +127,18 @@ def _by_workers(dataset: Dataset, num_workers: int, sampler: Iterator[int] | Non
         if isinstance(item, UserError):
             raise item
         yield item
+
+
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same endless items, each made by a thread while the one before it is used.
+
+    The first is made where it is asked for: a data loader starts its processes then, which a thread should not.
+    """
+    first = next(items)
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items)
+        yield first
+        while True:
+            item = following.result()
+            following = thread.submit(next, items)
+            yield item

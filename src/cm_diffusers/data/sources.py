@@ -90,9 +90,7 @@ class DataConfig:
         default="~/.cache/cm_diffusers/latents",
         help="Where VAE posteriors and text embeddings are kept, and what image files and tar shards hold.",
     )
-    encode_batch_size: int = HfArg(
-        default=32, help="Images, frames or captions encoded at once while filling the cache."
-    )
+    encode_batch_size: int = HfArg(default=32, help="Images, frames or captions encoded at once.")
     num_crops: int = HfArg(default=1, help="Random crops cached for each image; --center_crop needs one.")
     proportion_empty_prompts: float = HfArg(default=0.0, help="Share of captions replaced by the empty prompt.")
     vae_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(

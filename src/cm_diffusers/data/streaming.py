@@ -19,7 +19,7 @@ from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.folders import checked_tables
 from cm_diffusers.data.found import Found
-from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, loaded, read_on
+from cm_diffusers.data.sampler import SHUFFLE, Position, Stream, ahead, loaded, read_on
 from cm_diffusers.data.shards import file_samples, shard_key
 from cm_diffusers.data.sources import (
     DataConfig,
@@ -56,7 +56,8 @@ def streaming_batches(
     """As `text_image_batches`, with nothing kept: crops, flips and captions are drawn and encoded anew for each batch.
 
     Every epoch visits the files in another order, and about `config.shuffle_buffer_size` samples at a time are shuffled.
-    Where an image turns out unreadable, the sample after it takes its place, and what follows stays where it is.
+    Where an image turns out unreadable, the sample after it takes its place, and what follows stays where it is. A thread
+    reads and encodes the next batch while one is used.
 
     Tar shards have an index, so any batch is found at once, and their order does not depend on the number of processes.
     Of tables a batch takes the next B samples with a caption, and a resumed run reads past what was seen, without decoding; with
@@ -89,8 +90,7 @@ def streaming_batches(
     found.aloud = True
 
     def batches(start: int) -> Iterator[Batch]:
-        for k, part in enumerate(read(start), start):
-            yield encoder.batch(part, k, position)
+        return ahead(encoder.batch(part, k, position) for k, part in enumerate(read(start), start))
 
     marks = [encoders.vae.fingerprint, encoders.fingerprint]
     return Stream(batches, found, shard_key(*marks, *fingerprint) if fingerprint else "")
