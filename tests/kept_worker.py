@@ -5,11 +5,13 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from processes import together
 
 from cm_diffusers.data.kept import Wanted, keep
-from cm_diffusers.data.shards import keys_of, shard_key
+from cm_diffusers.data.keys import keys_of
+from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig
 
 
@@ -22,7 +24,8 @@ def main() -> None:
             yield {"x": torch.tensor([[row, os.getpid()]])}
 
     wanted = Wanted(shard_key("numbers"), keys_of(names), encode)
-    found = keep([wanted], DataConfig(latent_cache_dir=str(folder / "cache")), "rows", 4)[0].values("x")
+    (kept,) = keep([wanted], DataConfig(latent_cache_dir=str(folder / "cache")), "rows", 4)
+    found = kept.fill("x", np.zeros((len(names), 2), np.int64))
     told = {"pid": os.getpid(), "seen": seen, "found": found.tolist()}
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(told))
 

@@ -19,7 +19,8 @@ from cm_diffusers.data import shards
 from cm_diffusers.data.cache import Vae
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.kept import Wanted, keep
-from cm_diffusers.data.shards import keys_of, shard_key
+from cm_diffusers.data.keys import keys_of
+from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
 from cm_diffusers.types import Batch

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value, load_from_disk
 from diffusers import AutoencoderKL
 from PIL import Image
 from processes import run_worker
@@ -30,7 +30,8 @@ from cm_diffusers.data.contents import Digests
 from cm_diffusers.data.encoders import Encoders
 from cm_diffusers.data.images import image_batches
 from cm_diffusers.data.kept import Kept, Wanted, keep
-from cm_diffusers.data.shards import keys_of, shard_key
+from cm_diffusers.data.keys import Keys, keys_of
+from cm_diffusers.data.shards import shard_key
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.data.text_image import text_image_batches
 
@@ -70,7 +71,9 @@ def test_only_new_rows_are_encoded_wherever_they_are_put(config):
     found = keep([wanted(changed, seen)], config, "rows", 4)[0]
     assert rows_of(found, len(changed)) == expected(changed)
     assert seen[10:] == ["first", "inside"]
-    assert found.values("x").tolist() == expected(changed)
+    assert found.fill("x", np.zeros((len(changed), 2), np.int64)).tolist() == expected(changed)
+    some = Kept.together(len(changed) + 1, [(np.arange(len(changed)), found)])
+    assert some.fill("x", np.full((len(changed) + 1, 2), 7)).tolist() == [*expected(changed), [7, 7]]
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -147,7 +150,47 @@ def test_a_disk_without_room_is_found_before_a_shard_is_encoded(config, monkeypa
     assert len(caplog.messages) == 1
 
 
-# ---- captions and digests without Python objects
+# ---- captions, keys and digests without Python objects
+
+
+@pytest.mark.parametrize("bits", [1, 8, 64])
+def test_keys_are_numbered_and_found_also_where_they_begin_or_end_alike(bits):
+    """Words of so many bits: of one bit most keys share their last word with others, which are not them."""
+    draw = np.random.default_rng(0)
+    words = draw.integers(0, 2**bits, (300, 4), np.uint64, endpoint=False)
+    table = words.view(np.uint8)
+    keys, known = Keys(table), {}
+    for row, key in enumerate(map(bytes, table)):
+        known.setdefault(key, row)
+    assert sorted(keys.first.tolist()) == sorted(known.values())
+    assert [keys.first[number] for number in keys.number] == [known[bytes(key)] for key in table]
+    asked = np.concatenate([table[::3], draw.integers(0, 2**bits, (300, 4), np.uint64).view(np.uint8)])
+    found = [keys.first[number] if number >= 0 else None for number in keys.find(asked)]
+    assert found == [known.get(bytes(key)) for key in asked]
+    assert (bits == 1) == (len(known) == 16)
+    assert len(Keys(table[:0])) == 0
+    assert Keys(table[:0]).find(asked[:2]).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_captions_stay_where_the_data_set_has_them(tmp_path, kind):
+    """A million of them per process would be memory; repeated or blank ones need a copy of the others."""
+    rows = [f"a caption of {i}" for i in range(20_000)]
+    features = Features({"text": Value(kind)})
+    Dataset.from_dict({"text": rows}, features).save_to_disk(tmp_path / "set")
+    before = pa.total_allocated_bytes()
+    captions = Captions.read(load_from_disk(tmp_path / "set"), "text")
+    texts, numbers = captions.numbered(np.arange(len(rows)))
+    assert pa.total_allocated_bytes() - before < 100_000
+    assert list(texts) == ["", *rows]
+    assert [found.tolist() for found in numbers] == [[i + 1] for i in range(len(rows))]
+    assert texts[5] == rows[4]
+    rows[7], rows[19_000] = " ", rows[3]
+    captions = Captions.read(Dataset.from_dict({"text": rows}, features), "text")
+    usable = np.flatnonzero(captions.lengths)
+    texts, numbers = captions.numbered(usable)
+    assert list(texts) == ["", *rows[:7], *rows[8:19_000], *rows[19_001:]]
+    assert [texts[number] for (number,) in numbers] == [rows[i] for i in usable]
 
 
 def test_captions_are_numbered_as_a_loop_would():

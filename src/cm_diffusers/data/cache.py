@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.kept import Kept, Wanted, keep
+from cm_diffusers.data.keys import keys_of
 from cm_diffusers.data.preprocessing import PIXELS, decode_image, preprocess
 from cm_diffusers.data.ragged import Tensors, joined, packed, row_of
-from cm_diffusers.data.shards import keys_of, row_ranges, shard_key
+from cm_diffusers.data.shards import row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig
 from cm_diffusers.errors import UserError
 from cm_diffusers.models.families.base import Latents
@@ -115,7 +116,7 @@ class Posteriors:
 
     def __init__(self, kept: list[Kept]) -> None:
         self.kept = kept
-        self.valid = np.logical_and.reduce([one.values("valid", False) for one in kept])
+        self.valid = np.logical_and.reduce([one.fill("valid", np.zeros(len(one.shard), bool)) for one in kept])
 
     def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (B, C, h, w) float16, of `rows, variants`, each (B,), of one size."""
@@ -180,7 +181,7 @@ def cached_posteriors(
     wanted = [
         Wanted(
             _setting(framing, rows[0], variant, vae),
-            framing.digests.table[rows],
+            framing.digests.table if len(rows) == len(there) else framing.digests.table[rows],
             partial(encode, rows=rows, variant=variant),
         )
         for variant in range(framing.variants)

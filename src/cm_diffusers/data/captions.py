@@ -1,4 +1,4 @@
-"""The captions of a data set: one list of texts in Arrow, and by row the numbers of its own."""
+"""The captions of a data set: texts in Arrow, where they lie on disk as far as they can, and by row the numbers of its own."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -7,17 +7,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from cm_diffusers.data.keys import Keys, keys_of
 from cm_diffusers.data.shards import AT_ONCE
 from cm_diffusers.data.sources import captions_of
 
 
 EMPTY = 0  # number of the empty prompt in every table
+STRINGS = (pa.string(), pa.large_string())
 
 
 class Texts(Sequence):
-    """Texts that take the memory of their characters."""
+    """Texts that take at most the memory of their characters."""
 
-    def __init__(self, array: pa.Array) -> None:
+    def __init__(self, array: pa.ChunkedArray) -> None:
         self.array = array
 
     def __len__(self) -> int:
@@ -50,10 +52,13 @@ class Captions(Sequence):
         """
         lengths, parts = [], []
         for batch in dataset.select_columns(column).with_format("arrow").iter(AT_ONCE):
-            rows = [captions_of(value, column) for value in batch[column].to_pylist()]
-            lengths.append(np.fromiter(map(len, rows), np.int32))
-            parts.append(pa.array([text for texts in rows for text in texts], pa.large_string()))
-        return cls(Texts(pa.chunked_array(parts, pa.large_string()).combine_chunks()), np.concatenate(lengths))
+            values, given = batch[column], batch[column].to_pylist()
+            kind = values.type if values.type in STRINGS else pa.large_string()
+            rows = [captions_of(value, column) for value in given]
+            texts = [text for row in rows for text in row]
+            lengths.append(np.fromiter(map(len, rows), np.int32, len(rows)))
+            parts += values.chunks if texts == given else [pa.array(texts, kind)]
+        return cls(Texts(pa.chunked_array(parts, kind)), np.concatenate(lengths))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -81,10 +86,21 @@ class Captions(Sequence):
 
     def numbered(self, rows: np.ndarray) -> tuple[Texts, "Captions"]:
         """The distinct texts of some rows, the empty prompt before all; and of each of these rows their numbers."""
+        lengths = self.lengths
         chosen = np.zeros(len(self), bool)
         chosen[rows] = True
-        mine = self.values.array
-        if not chosen.all():  # each copy of millions of texts counts
-            mine = mine.filter(pa.array(np.repeat(chosen, self.lengths)))
-        empty, others = pa.chunked_array([pa.array([""], pa.large_string()), mine]).dictionary_encode().chunks
-        return Texts(others.dictionary), Captions(others.indices.to_numpy(), self.lengths[rows])
+        mine = _filtered(self.values.array, np.repeat(chosen, lengths))
+        keys = Keys(keys_of(Texts(mine)))
+        order = np.argsort(keys.first)  # of the distinct ones, by where they are first
+        number = np.empty(len(order), np.int32)
+        number[order] = np.arange(1, len(order) + 1)
+        first = np.zeros(len(mine), bool)
+        first[keys.first] = True
+        distinct = _filtered(mine, first)
+        texts = pa.chunked_array([pa.array([""], distinct.type), *distinct.chunks])
+        return Texts(texts), Captions(number[keys.number], lengths[rows])
+
+
+def _filtered(texts: pa.ChunkedArray, wanted: np.ndarray) -> pa.ChunkedArray:
+    """Those that are wanted (N,); a copy where some are not."""
+    return texts if wanted.all() else texts.filter(pa.array(wanted))

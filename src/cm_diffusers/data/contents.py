@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cm_diffusers.data.kept import Wanted, keep
+from cm_diffusers.data.kept import Kept, Wanted, keep
 from cm_diffusers.data.preprocessing import content_hash, decode_image, upright_size
 from cm_diffusers.data.ragged import Tensors
 from cm_diffusers.data.shards import AT_ONCE, row_ranges, shard_key
@@ -85,16 +85,17 @@ def read_contents(dataset: datasets.Dataset, config: DataConfig, sized: bool, de
                 yield read | ({"size": torch.tensor([*map(_size, chunk)], dtype=torch.int32)} if sized else {})
 
     setting = shard_key("files", "sized" if sized else "", *["decoded"] * decoded)
-    (kept,) = keep([Wanted(setting, keys[rows], read)], config, "image files", FILE_ROWS)
-    table = np.zeros((len(records), 32), np.uint8)
-    sizes = np.zeros((len(records) if sized else 0, 2), np.int32)
-    readable = np.zeros(len(records) if decoded else 0, bool)
-    if len(rows):
-        table[rows] = kept.values("digest")
-        if sized:
-            sizes[rows] = kept.values("size")
-        if decoded:
-            readable[rows] = kept.values("readable")
+    if len(rows) < len(keys):
+        keys = keys[rows]
+    (kept,) = keep([Wanted(setting, keys, read)], config, "image files", FILE_ROWS)
+    del keys  # each table of all rows counts
+    kept = Kept.together(len(records), [(rows, kept)])
+    table = kept.fill("digest", np.zeros((len(records), 32), np.uint8))
+    sizes, readable = np.zeros((0, 2), np.int32), np.zeros(0, bool)
+    if sized:
+        sizes = kept.fill("size", np.zeros((len(records), 2), np.int32))
+    if decoded:
+        readable = kept.fill("readable", np.zeros(len(records), bool))
     for row in rows[~table[rows].any(1)].tolist():  # they could not be read then, but perhaps they can now
         table[row] = Digests.of([content_hash(records[row][column])]).table[0]
     for row in np.flatnonzero(~readable).tolist():
@@ -124,7 +125,7 @@ def _file_keys(records: datasets.Dataset, column: str) -> np.ndarray:
             name = f"{records._fingerprint} {number}" if path is True else path and _stamp(path)
             keys += hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() if name else NO_KEY
         row += len(images)
-    return np.frombuffer(bytes(keys), np.uint8).reshape(-1, 32)
+    return np.frombuffer(keys, np.uint8).reshape(-1, 32)
 
 
 def _paths(images: pa.StructArray, inside: np.ndarray) -> list[Any]:

@@ -20,9 +20,10 @@ from cm_diffusers.data.encoders import Encoders, placed, too_long
 from cm_diffusers.data.file_names import suffix_of
 from cm_diffusers.data.found import Found
 from cm_diffusers.data.kept import Kept, Wanted, keep
+from cm_diffusers.data.keys import keys_of
 from cm_diffusers.data.ragged import Tensors
 from cm_diffusers.data.sampler import Position, Stream, batch_generator, batch_rows, stream
-from cm_diffusers.data.shards import keys_of, row_ranges, shard_key
+from cm_diffusers.data.shards import row_ranges, shard_key
 from cm_diffusers.data.sources import DataConfig, captions_of, check_values
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tables import TABLE_SUFFIXES, read_lines, read_table

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.data import shards as files
+from cm_diffusers.data.keys import Keys
 from cm_diffusers.data.ragged import Tensors, is_by_row
 from cm_diffusers.data.shards import KEYS, Shard, row_ranges, shard_name, tensors_of
 from cm_diffusers.data.sources import DataConfig
@@ -56,18 +57,14 @@ class Kept(NamedTuple):
         """The tensors that hold a row, and its place in them."""
         return tensors_of(self.shards[self.shard[number]]), int(self.place[number])
 
-    def values(self, name: str, default: Any = 0) -> np.ndarray:
-        """Of every row (N, ...), each shard read once; `default` for those that are nowhere."""
-        order = np.argsort(self.shard, kind="stable")
+    def fill(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Writes the values of every row that is somewhere to `values` (N, ...), each shard read once; returns it."""
+        order = np.argsort(self.shard, kind="stable").astype(np.int32)
         numbers, starts = np.unique(self.shard[order], return_index=True)
-        found = None
         for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True):
             if number >= 0:
-                values = tensors_of(self.shards[number])[name].numpy()
-                if found is None:
-                    found = np.full((len(order), *values.shape[1:]), default, values.dtype)
-                found[rows] = values[self.place[rows]]
-        return np.full(len(order), default) if found is None else found
+                values[rows] = tensors_of(self.shards[number])[name].numpy()[self.place[rows]]
+        return values
 
     @classmethod
     def together(cls, number: int, parts: list[tuple[np.ndarray, "Kept"]]) -> "Kept":
@@ -96,7 +93,7 @@ def keep(wanted: Sequence[Wanted], config: DataConfig, kind: str, shard_rows: in
     size, title = shard_rows or files.SHARD_ROWS, kind.capitalize()
     searches = [_Search(one) for one in wanted]
     if not config.cache_latents:
-        with tqdm(total=sum(len(search.rows) for search in searches), desc=title, disable=not searches) as bar:
+        with tqdm(total=sum(len(search.keys) for search in searches), desc=title, disable=not searches) as bar:
             return [search.in_memory(size, bar) for search in searches]
     folder, named = Path(config.latent_cache_dir).expanduser(), set()
 
@@ -159,12 +156,9 @@ class _Search:
     """The wanted rows, each key once, and where they have been found so far."""
 
     def __init__(self, wanted: Wanted) -> None:
-        self.wanted, self.shards = wanted, []
-        keys = np.ascontiguousarray(wanted.keys).view("S32").ravel()
-        self.sorted, self.rows, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        self.inverse = inverse.astype(np.int32)
-        self.shard = np.full(len(self.rows), -1, np.int32)
-        self.place = np.zeros(len(self.rows), np.int32)
+        self.wanted, self.keys, self.shards = wanted, Keys(wanted.keys), []
+        self.shard = np.full(len(self.keys), -1, np.int32)
+        self.place = np.zeros(len(self.keys), np.int32)
 
     def look(self, folder: Path, named: set[Path]) -> None:
         """Finds rows in the shards of the setting; those in `named` have been called damaged before."""
@@ -179,10 +173,8 @@ class _Search:
                 files.logger.warning("The cached file %s %s; it is encoded anew.", path, keys)
 
     def _take(self, keys: np.ndarray, shard: Shard) -> None:
-        theirs = np.ascontiguousarray(keys).view("S32").ravel()
-        at = np.searchsorted(self.sorted, theirs)
-        at[at == len(self.sorted)] = 0
-        hit = np.flatnonzero((self.sorted[at] == theirs) & (self.shard[at] < 0)) if len(self.sorted) else []
+        at = self.keys.find(keys)
+        hit = np.flatnonzero((at >= 0) & (self.shard[at] < 0)) if len(self.keys) else []
         if len(hit):
             self.shard[at[hit]], self.place[at[hit]] = len(self.shards), hit
             self.shards.append(shard)
@@ -193,7 +185,7 @@ class _Search:
 
     def missing(self, size: int) -> list[np.ndarray]:
         """Rows that are nowhere, in their order, by the shards to write."""
-        rows = np.sort(self.rows[self.shard < 0])
+        rows = np.sort(self.keys.first[self.shard < 0])
         return [rows[part.start : part.stop] for part in row_ranges(len(rows), size)]
 
     def write(self, folder: Path, rows: np.ndarray, kind: str, room: "_Room", bar: tqdm) -> None:
@@ -208,7 +200,7 @@ class _Search:
         return self.found()
 
     def found(self) -> Kept:
-        return Kept(self.shards, self.shard[self.inverse], self.place[self.inverse])
+        return Kept(self.shards, self.shard[self.keys.number], self.place[self.keys.number])
 
     def _encoded(self, rows: np.ndarray, bar: tqdm, room: "_Room | None" = None) -> Tensors:
         parts = []

@@ -84,12 +84,6 @@ def row_ranges(rows: int, size: int = SHARD_ROWS) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def keys_of(texts: Iterable[str]) -> np.ndarray:
-    """sha256 of each text (N, 32) uint8."""
-    digests = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts)
-    return np.fromiter(digests, "S32").view(np.uint8).reshape(-1, 32)
-
-
 def shard_name(setting: str, keys: np.ndarray) -> str:
     return hashlib.sha256(setting.encode() + keys.tobytes()).hexdigest()
 
