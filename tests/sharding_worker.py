@@ -111,6 +111,14 @@ class Distilling:
         return Loss((1 - real).relu().mean() + (1 + fake).relu().mean(), {"fake/loss": fake.mean()})
 
 
+class DoubleCritic(TeacherFeatureCritic):
+    """Which else rounds to float32."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        with mock.patch.object(Tensor, "float", Tensor.double):
+            return super().forward(x, t, cond)
+
+
 def networks(kind: str, seed: int) -> Networks:
     teacher = unet(1).requires_grad_(False)
     if kind == "lora":
@@ -123,7 +131,7 @@ def networks(kind: str, seed: int) -> Networks:
     if kind == "full":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            nets.critic = TeacherFeatureCritic(teacher, teacher, 8)
+            nets.critic = DoubleCritic(teacher, teacher, 8)
     if kind == "bf16":
         nets.critic = LoRADecoderCritic(teacher, 2)
     return nets
@@ -138,8 +146,15 @@ def sizes(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def distilled(folder: Path, rank: int, kind: str, seed: int = 0, **config) -> dict[str, Tensor]:
-    """20 steps, and what is exported. A whole network of which another process has the weights is on "meta" here."""
-    nets, losses = networks(kind, seed), []
+    """20 steps, and what is exported. A whole network of which another process has the weights is on "meta" here.
+
+    With a critic in float64: in float32 the rounding of sums grows from step to step of their game.
+    """
+    nets, losses, data = networks(kind, seed), [], noise(rank)
+    if kind == "full":
+        data = map(doubled, data)
+        for _, module in nets.items():
+            module.double()
     if seed and kind == "full":
         for _, module in nets.items():
             module.to("meta")
@@ -152,7 +167,7 @@ def distilled(folder: Path, rank: int, kind: str, seed: int = 0, **config) -> di
         for name, module in trainer.nets.items()
         for key, value in [*module.named_parameters(), *module.named_buffers()]
     }
-    trainer.fit(lambda start: noise(rank))
+    trainer.fit(lambda start: data)
     found = {"losses": torch.stack(losses)} | sizes(trainer) | begun
     with trainer.exported() as network:
         assert (network is None) == (rank > 0)
