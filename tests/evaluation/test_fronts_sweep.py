@@ -8,13 +8,14 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scripts import run_script
 from tiny import FASHION_LABELS, tiny_clip
 
-from cm_diffusers.evaluation import metrics, sweep
+from cm_diffusers.evaluation import front_page, metrics, sweep
 from cm_diffusers.evaluation.compared import draw
 from cm_diffusers.evaluation.features import classify, extract_features, load_extractor
 from cm_diffusers.evaluation.front_report import plots_of
@@ -166,13 +167,25 @@ def test_the_page_is_whole_in_itself_and_shows_every_point(swept: tuple[Path, di
             assert picture.size == (3 * 32, 2 * 32)  # two of three images of each prompt
     assert ["LoRA scale", "0.5"] in told[4]["knobs"]
     assert dict(told[0]["numbers"])["FD-net"].startswith(f"{found['rows'][0]['fid']:.2f} (")
-    panel = page[page.index("<svg") : page.index("</svg>")]
-    places = {
-        int(n): (float(x), float(y)) for n, x, y in re.findall(r'data-row="(\d+)".*?cx="(.*?)" cy="(.*?)"', panel)
-    }
+    panel = page[page.index("<svg") : page.index("</figure>")]
+    point = r'data-row="(\d+)".*?cx="(.*?)" cy="(.*?)" r="5" fill="(.*?)"'
+    places = {int(n): (float(x), float(y), fill) for n, x, y, fill in re.findall(point, panel)}
     best = min(range(8), key=lambda number: found["rows"][number]["fid"])
-    assert places[best][1] == min(y for _, y in places.values())  # less is better, and better is up
-    assert 52 < min(y for _, y in places.values()) < max(y for _, y in places.values()) < 340 - 52
+    assert places[best][1] == min(y for _, y, _ in places.values())  # less is better, and better is up
+    inside = {n: 52 < x < 420 - 52 and 52 < y < 340 - 52 for n, (x, y, _) in places.items()}
+    assert {n: fill != "#ffffff" for n, (_, _, fill) in places.items()} == inside, "hollow at a border"
+    assert all(inside[n] for n in range(8) if found["rows"][n]["pipeline"] != "teacher")
+
+
+def test_a_point_far_beyond_the_others_stands_hollow_at_the_border():
+    ends = np.array([[0.0, 10.0], [1.0, 20.0]])
+    place_of = front_page._Scale(ends, [False, True])
+    inside, beyond = place_of(np.array([[0.5, 15.0], [3.0, 15.0]]))
+    assert inside.tolist() == [210, 170]
+    assert 'cx="210.0" cy="170.0" r="5" fill="#111111"' in front_page._point(0, "a", inside, "#111111", False)
+    assert 'cx="368.0" cy="170.0" r="5" fill="#ffffff" stroke="#111111"' in front_page._point(
+        1, "b", beyond, "#111111", False
+    )
 
 
 def test_what_was_measured_is_not_drawn_again(home: Path, tmp_path: Path, drawn: list[int]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from cm_diffusers.evaluation.front_plot import colours, curves, pairs
+from cm_diffusers.evaluation.front_plot import colours, curves, limits, pairs
 from cm_diffusers.evaluation.front_report import KNOBS, Front, Report, in_words, number, setting_words, values_of
 from cm_diffusers.evaluation.fronts import non_dominated
 from cm_diffusers.evaluation.report import replace_file
@@ -20,6 +20,8 @@ from cm_diffusers.measured import TEACHER
 
 PAGE = "fronts.html"
 WIDTH, HEIGHT, MARGIN = 420, 340, 52  # of a panel, and what labels take of it on each side
+INNER = np.array([WIDTH, HEIGHT]) - 2 * MARGIN
+INSIDE = 'width="{0}" height="{1}" viewBox="{2} {2} {0} {1}"'.format(*INNER, MARGIN)  # clips what is beyond
 TICKS = 4
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }
@@ -67,7 +69,8 @@ def page(report: Report) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>Fronts</title><style>{STYLE}</style></head><body>
-<h1>Fronts</h1><p>{key}</p><p>Better is to the right and up; the line joins the points that no other beats in both columns.</p>
+<h1>Fronts</h1><p>{key}</p><p>Better is to the right and up; the line joins the points that no other beats in both columns.
+Hollow points at a border lie beyond it.</p>
 <main><div id="fronts">{"".join(_figure(report, front) for front in report.fronts)}</div>
 <aside aria-live="polite">Point at a point, or go from one to the next with the tabulator.</aside></main>
 <p>{images} {escape(setting_words(report.setting))}</p>
@@ -103,16 +106,17 @@ def _panel(report: Report, front: Front, pair: tuple[str, str]) -> str:
     """SVG of two columns."""
     better = [report.columns[key].better for key in pair]
     values = values_of(report.rows, pair)
-    place_of = _Scale(values, [way == "min" for way in better])
+    place_of = _Scale(limits(report.rows, pair), [way == "min" for way in better])
     on = np.flatnonzero(non_dominated(values, better))
     parts = [_axes(place_of, [report.columns[key].heading for key in pair])]
-    parts.append(_line(place_of(values[on[np.argsort(values[on, 0])]]), "#000000", ""))
     palette = colours(report.rows)
     taught = [row for row in report.rows if row["pipeline"] == TEACHER]
-    parts += [_line(place_of(line), palette[TEACHER], "5 4") for line in curves(taught, pair)]
-    for number_, (row, (x, y)) in enumerate(zip(report.rows, place_of(values), strict=True)):
-        if not np.isnan([x, y]).any():
-            parts.append(_point(number_, in_words(row), x, y, palette[row["pipeline"]], number_ in front.members))
+    lines = [_line(place_of(values[on[np.argsort(values[on, 0])]]), "#000000", "")]
+    lines += [_line(place_of(line), palette[TEACHER], "5 4") for line in curves(taught, pair)]
+    parts.append(f'<svg x="{MARGIN}" y="{MARGIN}" {INSIDE}>{"".join(lines)}</svg>')
+    for number_, (row, place) in enumerate(zip(report.rows, place_of(values), strict=True)):
+        if not np.isnan(place).any():
+            parts.append(_point(number_, in_words(row), place, palette[row["pipeline"]], number_ in front.members))
     return f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="group">{"".join(parts)}</svg>'
 
 
@@ -120,21 +124,18 @@ class _Scale:
     """From two columns to places in a panel, better to the right and up.
 
     Args:
-        values: (N, 2); NaN stays NaN.
+        ends: Of the axes (2, 2).
         inverted: Whether less is better, in each.
     """
 
-    def __init__(self, values: np.ndarray, inverted: Sequence[bool]) -> None:
-        rows = values[~np.isnan(values).any(1)]
-        low, high = (rows.min(0), rows.max(0)) if len(rows) else (np.zeros(2), np.ones(2))
-        room = np.where(high > low, 0.05 * (high - low), 0.5)
-        self.low, self.high = low - room, high + room
+    def __init__(self, ends: np.ndarray, inverted: Sequence[bool]) -> None:
+        self.low, self.high = ends
         self.flip = np.array(inverted) != [False, True]  # places grow downwards
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Of values (N, 2); NaN stays NaN."""
         share = (values - self.low) / (self.high - self.low)
-        size = np.array([WIDTH, HEIGHT]) - 2 * MARGIN
-        return MARGIN + size * np.where(self.flip, 1 - share, share)
+        return MARGIN + INNER * np.where(self.flip, 1 - share, share)
 
     def ticks(self) -> np.ndarray:
         """Values (T, 2)."""
@@ -158,7 +159,10 @@ def _line(places: np.ndarray, colour: str, dashes: str) -> str:
     return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-dasharray="{dashes}"/>'
 
 
-def _point(row: int, words: str, x: float, y: float, colour: str, ringed: bool) -> str:
+def _point(row: int, words: str, place: np.ndarray, colour: str, ringed: bool) -> str:
+    """Hollow at the border where it lies beyond."""
+    x, y = np.clip(place, MARGIN, MARGIN + INNER)
+    fill = colour if (place == (x, y)).all() else "#ffffff"
     ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="none" stroke="#000000"/>' if ringed else ""
     label = f'class="point" data-row="{row}" tabindex="0" role="img" aria-label="{escape(words)}"'
-    return f'{ring}<circle {label} cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"><title>{escape(words)}</title></circle>'
+    return f'{ring}<circle {label} cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{colour}"><title>{escape(words)}</title></circle>'

@@ -85,7 +85,7 @@ def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) ->
             *values[list(front.members)].T, s=90, facecolors="none", edgecolors="black", linewidths=1, zorder=3
         )
     axes.plot(*values[on].T, color="black", linewidth=0.8, zorder=1)
-    axes.set(**limits(report.rows, pair))
+    axes.set(**dict(zip(("xlim", "ylim"), limits(report.rows, pair).T.tolist(), strict=True)))
     for key, way, invert, label in zip(
         pair, better, (axes.invert_xaxis, axes.invert_yaxis), (axes.set_xlabel, axes.set_ylabel), strict=True
     ):
@@ -96,16 +96,13 @@ def _panel(axes: "Axes", report: Report, front: Front, pair: tuple[str, str]) ->
     return on
 
 
-def limits(rows: Sequence[Row], pair: tuple[str, str]) -> dict[str, tuple[float, float]]:
-    """So that the points of all pipelines are seen well, the far ends of the teacher's curve if there is room; or all there is."""
+def limits(rows: Sequence[Row], pair: tuple[str, str]) -> np.ndarray:
+    """Ends (2, 2) of the two axes, so that the points of all pipelines are seen well; the teacher's far ones may lie outside."""
     values = values_of([row for row in rows if row["pipeline"] != TEACHER] or rows, pair)
     values = values[np.isfinite(values).all(1)]
-    if not len(values):
-        return {}
-    low, high = values.min(0), values.max(0)
+    low, high = (values.min(0), values.max(0)) if len(values) else (np.zeros(2), np.ones(2))
     margin = np.where(high > low, 0.08 * (high - low), 0.08 * np.abs(high) + 0.01)
-    (left, down), (right, up) = (low - margin).tolist(), (high + margin).tolist()
-    return {"xlim": (left, right), "ylim": (down, up)}
+    return np.stack([low - margin, high + margin])
 
 
 def marked(row: Row, keys: set[str]) -> str:
