@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from toys import assert_same, forget_accelerate, source, tensors, toy_networks, toy_trainer
 
-from cm_diffusers.engine import interrupts
+from cm_diffusers.engine import interrupts, own_files
 from cm_diffusers.engine.checkpoints import list_checkpoints
+from cm_diffusers.engine.own_files import set_later_aside
 
 
 SETTINGS = {"max_train_steps": 6, "checkpointing_steps": 2, "ema_sigma_rels": [0.1]}
@@ -54,6 +55,29 @@ def test_going_back_sets_later_steps_aside(run, caplog) -> None:
     for name, expected in before.items():
         assert_same(tensors(run / name), expected)  # the same run again
         assert_same(tensors(run / "later-1" / name), expected)
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_a_kill_while_later_steps_are_set_aside_leaves_what_belongs_together(run, monkeypatch, moves) -> None:
+    """So many of the six have been moved: averages, a picture and a checkpoint of two steps."""
+    replace, left = os.replace, iter(range(moves))
+
+    def killed(source: Path, goal: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(source, goal)
+
+    monkeypatch.setattr(own_files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        set_later_aside(run, 2)
+    monkeypatch.undo()
+    newest = int(names(run)[-1].rpartition("-")[2])
+    for step in range(2, newest, 2):
+        assert (run / f"averages/step-{step}").is_dir()
+        assert (run / f"samples/step-{step:06}.png").is_file()
+    gone = [step for step in (4, 6) if step > newest]
+    assert not [path for step in gone for path in run.glob(f"*/step-*{step}*") if path.parts[-3] == run.name]
+    assert len(list(run.glob("later-1/*/*step-*")) + list(run.glob("later-1/checkpoint-*"))) == moves
 
 
 def test_the_checkpoint_just_written_is_never_pruned(run) -> None:

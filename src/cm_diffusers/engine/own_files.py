@@ -112,14 +112,14 @@ def set_later_aside(run: Path, step: int) -> Path | None:
 
     Without one weights of later steps are removed: nothing else in the folder goes on from there.
 
-    Checkpoints go last, the newest first: a kill in between leaves whole ones up to some step, as the end of a run does.
+    The newest step goes first, its checkpoint last: a kill in between leaves all of the steps before, as the end of a run does.
     """
     found = [
         path for kind in (*(f"{name}/step-*" for name in HOLD_LEFTOVERS), "checkpoint-*") for path in run.glob(kind)
     ]
     steps = {path: int(match[1]) for path in found if (match := LATER.fullmatch(path.name))}
-    later = sorted((path for path in steps if steps[path] > step), key=lambda path: (path.parent == run, -steps[path]))
-    if not later or later[-1].parent != run:  # without a checkpoint: a kill before their checkpoint was whole
+    later = sorted((path for path in steps if steps[path] > step), key=lambda path: (-steps[path], path.parent == run))
+    if not any(path.parent == run for path in later):  # without a checkpoint: a kill before their checkpoint was whole
         for path in later:
             if path.parent.name in WEIGHTS and not foreign_files(path, is_checkpoint_file):
                 remove(path)
