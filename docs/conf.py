@@ -54,6 +54,7 @@ autosummary_generate = True
 napoleon_use_ivar = True  # a field of a dataclass is described once, in its "Attributes"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+autodoc_use_type_comments = False  # there are none, and to look for them takes a sixth of the time
 autodoc_default_options = {
     "members": True,
     "undoc-members": True,
