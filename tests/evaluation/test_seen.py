@@ -3,6 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,19 +50,26 @@ class Holding:
         return max(self.found)
 
 
+@contextmanager
+def only_new() -> Iterator[Holding]:
+    """What other tests left behind does not count, and modules, among which to look takes long, are not looked at."""
+    gc.collect()
+    gc.freeze()
+    yield Holding()
+    gc.unfreeze()
+
+
 @pytest.fixture
 def holding(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Holding]:  # noqa: F811
     """Batches of eight real images; 160 are in `data`."""
     (tmp_path / "data").mkdir()
     write_reference(tmp_path / "data", list(range(10)) * 16)
-    holding, extract = Holding(), seen.extract_features
-    monkeypatch.setattr(seen, "extract_features", lambda *given: holding.note() or extract(*given))
+    extract = seen.extract_features
     for module in (seen, comparison):
         monkeypatch.setattr(module, "AT_ONCE", 8)
-    gc.collect()
-    gc.freeze()  # what other tests left behind, and all modules, among which to look takes long
-    yield holding
-    gc.unfreeze()
+    with only_new() as holding:
+        monkeypatch.setattr(seen, "extract_features", lambda *given: holding.note() or extract(*given))
+        yield holding
 
 
 def real_images(folder: Path) -> ReferenceConfig:
