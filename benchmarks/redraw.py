@@ -13,7 +13,7 @@ from PIL import Image
 from cm_diffusers.evaluation import front_plot, front_report, report, video_report
 from cm_diffusers.evaluation.front_columns import known_columns
 from cm_diffusers.evaluation.grids import MARGIN, SMALLEST
-from cm_diffusers.evaluation.report import replace_file, write_plot
+from cm_diffusers.evaluation.report import replace_file, write_plot, write_small
 from cm_diffusers.measured import distance_name
 
 
@@ -127,4 +127,4 @@ if __name__ == "__main__":
             write_plot(plot, draw(), dpi)
     for folder, found in sweeps():
         front_plot.write_plots(folder, found)
-    replace_file(RESULTS / "students" / "teaser.png", lambda path: teaser().save(path, format="PNG", optimize=True))
+    write_small(RESULTS / "students" / "teaser.png", teaser())

@@ -215,9 +215,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_plot(path: Path, figure: "Figure", dpi: int) -> None:
-    """As PNG of at most 256 colours, a third of the bytes of all."""
     whole = BytesIO()
     figure.savefig(whole, dpi=dpi, format="png")
     with Image.open(whole) as image:
-        few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        write_small(path, image)
+
+
+def write_small(path: Path, image: Image.Image) -> None:
+    """As PNG of at most 256 colours, a third of the bytes of all."""
+    few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     replace_file(path, lambda aside: few.save(aside, format="PNG", optimize=True))
