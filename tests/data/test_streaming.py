@@ -8,7 +8,7 @@ import os
 import tarfile
 import threading
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tiny_xl import tiny_xl_pipeline
 from cm_diffusers.data import streamed
 from cm_diffusers.data.cache import Vae
 from cm_diffusers.data.encoders import Encoders
-from cm_diffusers.data.sampler import SHUFFLE
+from cm_diffusers.data.sampler import SHUFFLE, ahead
 from cm_diffusers.data.sources import DataConfig, load_image_text
 from cm_diffusers.data.streaming import streaming_batches
 from cm_diffusers.data.tars import tar_rows, tar_shards
@@ -178,6 +178,20 @@ def test_the_next_batch_is_made_while_one_is_used_and_not_by_who_uses_it(either,
     first, *others = made
     assert first == threading.get_ident()
     assert set(others[2:]).isdisjoint({first})
+
+
+def test_what_is_made_ahead_is_made_on_the_gpu_of_who_uses_it(monkeypatch):
+    """A thread begins on the first."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: told.append((gpu, threading.get_ident())))
+    numbers = ahead(count())
+    assert [next(numbers), next(numbers)] == [0, 1]
+    numbers.close()
+    ((gpu, thread),) = told
+    assert gpu == 3
+    assert thread != threading.get_ident()
 
 
 def test_what_is_wrong_with_a_batch_is_said_when_it_is_asked_for(either, encoders):

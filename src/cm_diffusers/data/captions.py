@@ -53,11 +53,12 @@ class Captions(Sequence):
         lengths, parts = [], []
         for batch in dataset.select_columns(column).with_format("arrow").iter(AT_ONCE):
             values, given = batch[column], batch[column].to_pylist()
-            kind = values.type if values.type in STRINGS else pa.large_string()
+            plain = values.type in STRINGS
+            kind = values.type if plain else pa.large_string()
             rows = [captions_of(value, column) for value in given]
             texts = [text for row in rows for text in row]
             lengths.append(np.fromiter(map(len, rows), np.int32, len(rows)))
-            parts += values.chunks if texts == given else [pa.array(texts, kind)]
+            parts += values.chunks if plain and texts == given else [pa.array(texts, kind)]
         return cls(Texts(pa.chunked_array(parts, kind)), np.concatenate(lengths))
 
     @property

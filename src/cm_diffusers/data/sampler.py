@@ -134,8 +134,8 @@ def ahead(items: Iterator[Any]) -> Iterator[Any]:
 
     The first is made where it is asked for: a data loader starts its processes then, which a thread should not.
     """
-    first = next(items)
-    with ThreadPoolExecutor(1) as thread:
+    first, gpu = next(items), torch.cuda.current_device() if torch.cuda.is_available() else -1
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(gpu,)) as thread:
         following = thread.submit(next, items)
         yield first
         while True:
