@@ -67,7 +67,7 @@ class Shape:
         """
         network = dict(config["network"])
         kind = getattr(diffusers, network.pop("_class_name"))
-        with init_empty_weights():
+        with init_empty_weights(include_buffers=True):  # whose tables of positions take seconds and gigabytes
             return cls(**config | {"network": kind.from_config(network)})
 
 

@@ -89,7 +89,7 @@ def start_of(place: str, flag: str, trained: Callable[[str], nn.Module | None], 
     """
     if found := shape or _known_shape(place):
         read = Shape.from_config(json.loads(read_text(shipped("--shape", found, ".json"))))
-        return Start(read.network.to("meta"), read.downscale, read.text_tokens)
+        return Start(read.network, read.downscale, read.text_tokens)
     parts = Path(place).parts
     if parts[:1] == ("runs",) and not Path(place).exists() and (network := trained(parts[1])) is not None:
         return Start(network, None)
@@ -97,9 +97,9 @@ def start_of(place: str, flag: str, trained: Callable[[str], nn.Module | None], 
         index = DiffusionPipeline.load_config(place)
         name = next(name for name in NETWORK_NAMES if name in index)
         kind = getattr(diffusers, index[name][1])
-        with init_empty_weights():
+        with init_empty_weights(include_buffers=True):
             network = kind.from_config(kind.load_config(place, subfolder=name))
-        return Start(network.to("meta"), _downscale(place) if "vae" in index else None)
+        return Start(network, _downscale(place) if "vae" in index else None)
 
 
 def _known_shape(place: str) -> str | None:
