@@ -130,7 +130,7 @@ def tables(rows: list[Row]) -> str:
 
 def plot(rows: list[Row]) -> Figure:
     """A panel for each training: the hold-out over the numbers of steps."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     by_training = grouped([row for row in rows if row["search"] != EARLY], "training")
     for axes, ((kind,), group) in zip(
         figure.subplots(1, len(by_training), squeeze=False)[0], by_training.items(), strict=True
@@ -144,7 +144,7 @@ def plot(rows: list[Row]) -> Figure:
             axes.errorbar([str(n) for n in STEPS], means, halves, marker="o", capsize=3, linewidth=width, label=label)
         axes.set(title=kind, xlabel="NFE (steps)", ylabel="FD-fashion to data, hold-out")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
