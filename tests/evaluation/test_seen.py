@@ -55,8 +55,10 @@ def only_new() -> Iterator[Holding]:
     """What other tests left behind does not count, and modules, among which to look takes long, are not looked at."""
     gc.collect()
     gc.freeze()
-    yield Holding()
-    gc.unfreeze()
+    try:
+        yield Holding()
+    finally:
+        gc.unfreeze()
 
 
 @pytest.fixture

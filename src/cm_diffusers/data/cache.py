@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cm_diffusers.data.framing import Framing
 from cm_diffusers.data.kept import Kept, Wanted, keep
-from cm_diffusers.data.keys import keys_of
+from cm_diffusers.data.keys import keys_of, taken
 from cm_diffusers.data.preprocessing import PIXELS, decode_image, preprocess
 from cm_diffusers.data.ragged import Tensors, joined, packed, row_of
 from cm_diffusers.data.shards import row_ranges, shard_key
@@ -181,7 +181,7 @@ def cached_posteriors(
     wanted = [
         Wanted(
             _setting(framing, rows[0], variant, vae),
-            framing.digests.table if len(rows) == len(there) else framing.digests.table[rows],
+            taken(framing.digests.table, rows),
             partial(encode, rows=rows, variant=variant),
         )
         for variant in range(framing.variants)

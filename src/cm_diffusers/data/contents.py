@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from cm_diffusers.data.kept import Kept, Wanted, keep
+from cm_diffusers.data.keys import taken
 from cm_diffusers.data.preprocessing import content_hash, decode_image, upright_size
 from cm_diffusers.data.ragged import Tensors
 from cm_diffusers.data.shards import AT_ONCE, row_ranges, shard_key
@@ -85,8 +86,7 @@ def read_contents(dataset: datasets.Dataset, config: DataConfig, sized: bool, de
                 yield read | ({"size": torch.tensor([*map(_size, chunk)], dtype=torch.int32)} if sized else {})
 
     setting = shard_key("files", "sized" if sized else "", *["decoded"] * decoded)
-    if len(rows) < len(keys):
-        keys = keys[rows]
+    keys = taken(keys, rows)
     (kept,) = keep([Wanted(setting, keys, read)], config, "image files", FILE_ROWS)
     del keys  # each table of all rows counts
     kept = Kept.together(len(records), [(rows, kept)])

@@ -51,7 +51,7 @@ class Encoders:
         They have tokenizers of their own: one is not to be used by two threads, and a pipeline that is sampled while a
         stream is encoded uses its.
         """
-        pipe = _with_own(pipe, "tokenizer")
+        pipe = _with_own_tokenizers(pipe)
         network = network_of(pipe)
         family, towers, tokenizers = family_of(network), _numbered(pipe, "text_encoder"), _numbered(pipe, "tokenizer")
         return cls(
@@ -64,11 +64,11 @@ class Encoders:
         )
 
 
-def _with_own(pipe: DiffusionPipeline, kind: str) -> DiffusionPipeline:
-    """The same pipeline, but for copies of the parts of a kind."""
+def _with_own_tokenizers(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The same pipeline and parts, but for copies of the tokenizers."""
     found = copy.copy(pipe)
     for name, part in pipe.components.items():
-        if name.startswith(kind):
+        if name.startswith("tokenizer"):
             setattr(found, name, copy.deepcopy(part))
     return found
 

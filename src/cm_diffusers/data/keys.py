@@ -10,6 +10,11 @@ import numpy as np
 BYTES = 32
 
 
+def taken(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """These rows (M,) of a table (N, ...); the table itself, not a copy, where they are all of it in their order."""
+    return table if len(rows) == len(table) else table[rows]
+
+
 def keys_of(texts: Iterable[str]) -> np.ndarray:
     """sha256 of each text (N, 32) uint8."""
     digests = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts)

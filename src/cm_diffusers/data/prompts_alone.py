@@ -65,10 +65,12 @@ def batches_of_prompts(
     with placed(encoders.towers, device):
         table = cached_embeddings(list(numbers), encoders.encode_prompts, encoders.fingerprint, keeping)
 
+    sized = encoders.micro_conditioning  # what is returned holds no text tower
+
     def conditions(rows: Tensor) -> tuple[Conditions, Conditions]:
         cond, uncond = table.with_empty(np.array([numbers[texts[row]] for row in rows]), EMPTY)
         ids = {}
-        if encoders.micro_conditioning:  # what the pipeline tells the network when nothing else is asked for
+        if sized:  # what the pipeline tells the network when nothing else is asked for
             ids["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]] * len(rows)).float()
         return cond | ids, uncond | ids
 

@@ -215,6 +215,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_plot(path: Path, figure: "Figure", dpi: int) -> None:
+    """See `write_small`."""
     whole = BytesIO()
     figure.savefig(whole, dpi=dpi, format="png")
     with Image.open(whole) as image:
