@@ -50,6 +50,9 @@ class VariantConfig(LCMConfig):
         default=False,
         help="Two guidances of each noisy image, which share the teacher's passes; --w_min to --w_max each.",
     )
+    ict_weights: bool = HfArg(
+        default=False, help="Losses weighed by one over the step in noise over signal, mean 1 over the grid: iCT's."
+    )
 
 
 class VariedLCM:
@@ -80,7 +83,8 @@ class VariedLCM:
             cond = {name: values.repeat(n, *[1] * (values.ndim - 1)) for name, values in batch.cond.items()}
             target = teaching.jump(nets.target, torch.cat(x_s), s.repeat(n), cond, w)
         online = teaching.jump(nets.student, torch.cat([x_t] * n), t.repeat(n), cond, w)
-        return Loss(self.distance(online, target).mean(), {"w": w.mean()})
+        losses = self.distance(online, target)
+        return Loss((self.weights(t, s).repeat(n) * losses if config.ict_weights else losses).mean(), {"w": w.mean()})
 
     def times(self, batch_size: int, progress: Progress) -> tuple[Tensor, Tensor]:
         """t and s below it, each `(B,)`; in the coarse part of the training t is every second of the grid, and s two below."""
@@ -89,6 +93,16 @@ class VariedLCM:
             return teaching.pairs(batch_size, config.time_power)
         number = torch.randint(len(teaching.grid) // 2, (batch_size,)) * 2 + 1
         return teaching.grid[number], teaching.before[number - 1]
+
+    def weights(self, t: Tensor, s: Tensor) -> Tensor:
+        """Of the losses `(B,)`: 1 / (sigma(t) - sigma(s)) (2310.14189, Sec. 3.1), sigma the noise over the signal, mean 1 over the grid."""
+
+        def step(t: Tensor, s: Tensor) -> Tensor:
+            above, below = (process.sigma(each) / process.alpha(each) for each in (t, s))
+            return above - below
+
+        process, grid, before = self.teaching.process, self.teaching.grid, self.teaching.before
+        return (1 / step(t, s) / (1 / step(grid, before)).mean()).float()
 
     def distance(self, online: Tensor, target: Tensor) -> Tensor:
         if self.config.distance == "sample_huber":

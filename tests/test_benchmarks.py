@@ -298,10 +298,21 @@ def test_variants_of_lcm_begin_at_lcm_itself_and_differ_where_they_say() -> None
     assert varied_loss(batch, networks) == lcm
     changes = [
         {"distance": "l2"}, {"distance": "adaptive"}, {"distance": "sample_huber"}, {"huber_c": 0.03}, {"time_power": 0.0},
-        {"guidance_pairs": True}, {"coarse_share": 0.5},
+        {"guidance_pairs": True}, {"coarse_share": 0.5}, {"ict_weights": True},
     ]  # fmt: skip
     losses = [varied_loss(batch, networks, **change) for change in changes]
     assert len({varied_loss(batch, networks), *losses}) == 1 + len(changes)
+
+
+def test_weights_of_a_variant_fall_with_the_length_of_a_step_in_noise() -> None:
+    method = VariantConfig(num_ddim_timesteps=50, ict_weights=True)
+    teaching = lcm_of(method, VP, "epsilon", 16).teaching
+    weights = VariedLCM(method, teaching, 0.95).weights(teaching.grid, teaching.before)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-6)
+    kept = VP.alphas_cumprod.double()  # of the signal's square
+    length = [((1 / kept[t] - 1).sqrt() - (1 / kept[s] - 1).sqrt()).item() for t, s in ((999, 979), (519, 499))]
+    assert (weights[49] / weights[25]).item() == pytest.approx(length[1] / length[0], rel=1e-5)
+    assert weights.argmin() == 49 and weights.min() < 0.1 and weights.max() > 1.2
 
 
 def test_variants_of_lcm_draw_the_times_that_they_say() -> None:
