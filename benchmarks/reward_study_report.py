@@ -1,6 +1,5 @@
 """Table, curves and grid of a study of reward fine-tuning; every number is the mean over the seeds, with half its range."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from study_report import grouped, spread
+from study_report import dumped, grouped, rounded, spread
 from torch import Tensor
 
 from cm_diffusers.evaluation.grids import image_grid
@@ -120,9 +119,9 @@ def write_reward_study(
         prompts: Of the images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = with_costs(runs, special[0])
+    rows = rounded(with_costs(runs, special[0]))
     table = markdown(rows, special[0], setting)
-    numbers = json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    numbers = dumped({"setting": asdict(setting)}, rows)
     replace_file(folder / "table.md", lambda path: path.write_text(table, "utf-8"))
     replace_file(folder / "rows.json", lambda path: path.write_text(numbers, "utf-8"))
     if runs:

@@ -46,14 +46,29 @@ def write_study(
         origins: Of each variant, what its rows were made by.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    rows = rounded(rows)
     made = list(pages(tables, rows, setting))
     for page in made:
         replace_file(folder / f"{page.name}.md", lambda path, text=page.text: path.write_text(text, "utf-8"))
         write_plot(folder / f"{page.name}.png", page.plot(), DPI)
     made_by = {name: origin for name, origin in origins.items() if any(name == _variant(row) for row in rows)}
-    numbers = json.dumps({"setting": asdict(setting), "origins": made_by, "rows": rows}, indent=1) + "\n"
+    numbers = dumped({"setting": asdict(setting), "origins": made_by}, rows)
     replace_file(folder / "rows.json", lambda path: path.write_text(numbers, "utf-8"))
     return "\n".join(page.text for page in made)
+
+
+def rounded(rows: Rows) -> Rows:
+    """With nine digits of every number, which tell float32 numbers apart."""
+    return [
+        {key: float(f"{value:.9g}") if isinstance(value, float) else value for key, value in row.items()}
+        for row in rows
+    ]
+
+
+def dumped(head: dict, rows: Rows) -> str:
+    """`head` and its "rows" as JSON, a row a line: what a row more changes is that line."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
 class Page(NamedTuple):

@@ -52,6 +52,17 @@ def test_numbers_are_means_over_seeds_with_half_their_range():
     ]
 
 
+def test_rows_keep_nine_digits_and_what_is_no_fraction():
+    whole, (kept,) = (
+        row("ours", 10_000_001, 1, 9.507718929553107),
+        study_report.rounded([row("ours", 10_000_001, 1, 9.507718929553107)]),
+    )
+    assert kept["fid"] == 9.50771893
+    assert {key: value for key, value in kept.items() if key != "fid"} == {
+        key: whole[key] for key in whole if key != "fid"
+    }
+
+
 def test_report_holds_the_tables_asked_for(tmp_path):
     tables = {
         "steps": {"variants": ["ours"], "num_inference_steps": [1, 2], "plot": "steps"},
@@ -63,7 +74,12 @@ def test_report_holds_the_tables_asked_for(tmp_path):
     parts = (tmp_path / "parts.md").read_text("utf-8")
     assert parts.count("| ours |") == 1
     assert "| other |" not in parts
-    assert len(json.loads((tmp_path / "rows.json").read_text("utf-8"))["rows"]) == len(ROWS) + 1
+    written = (tmp_path / "rows.json").read_text("utf-8")
+    rows = json.loads(written)["rows"]
+    assert len(rows) == len(ROWS) + 1
+    assert all(
+        json.loads(line.strip(", ")) in rows for line in written.splitlines()[-2 - len(rows) : -2]
+    )  # a row a line
     for name in ("steps.png", "parts.png"):
         with Image.open(tmp_path / name) as image:
             assert len(image.convert("L").getcolors()) > 50
