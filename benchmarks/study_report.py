@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cm_diffusers.evaluation import report, video_report
 from cm_diffusers.evaluation.report import Row, Setting, replace_file, write_plot
@@ -163,12 +163,12 @@ def plot_over_steps(rows: Rows, metrics: Mapping[str, str]) -> Figure:
             axes.errorbar([str(steps) for steps in found], means, ranges, marker="o", capsize=3, label=name)
         _finish(axes, metric, metrics[metric], rows, axes.axhline)
         axes.set_xlabel("NFE (steps)")
-    return figure
+    return _legend(figure)
 
 
 def plot_over_variants(rows: Rows, metrics: Mapping[str, str]) -> Figure:
     """One panel for each metric, one line of dots for each variant, one colour for each number of steps."""
-    height = 1.2 + 0.3 * len(grouped(_of_variants(rows), "pipeline"))
+    height = 2 + 0.3 * len(grouped(_of_variants(rows), "pipeline"))
     figure = Figure(figsize=(12, height), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True):
         for (steps,), group in grouped(_of_variants(rows), "num_inference_steps").items():
@@ -177,7 +177,7 @@ def plot_over_variants(rows: Rows, metrics: Mapping[str, str]) -> Figure:
             axes.errorbar(means, list(found), xerr=ranges, fmt="o", capsize=3, label=f"{steps} NFE")
         _finish(axes, metric, metrics[metric], rows, axes.axvline)
     figure.axes[0].invert_yaxis()
-    return figure
+    return _legend(figure)
 
 
 def plot_over_cost(rows: Rows, metrics: Mapping[str, str]) -> Figure:
@@ -200,7 +200,7 @@ def plot_over_cost(rows: Rows, metrics: Mapping[str, str]) -> Figure:
                 axes.errorbar(x, y, half, label=f"{method}, {steps} NFE", **style)
         _finish(axes, metric, metrics[metric], rows, axes.axhline)
         axes.set_xlabel("CPU minutes of training, with those of its start")
-    return figure
+    return _legend(figure)
 
 
 def _of_variants(rows: Rows) -> Rows:
@@ -217,23 +217,32 @@ def _split(found: dict[object, tuple[float, float]]) -> tuple[list[float], list[
 
 
 def _finish(axes: Axes, metric: str, title: str, rows: Rows, line: Callable[..., object]) -> None:
-    """Real images and the teacher's best effort as lines; the legend once."""
+    """The teacher's best effort and real images as lines; these may lie beyond the end of a logarithmic axis."""
+    upright = line == axes.axhline
     teacher = sorted((row for row in rows if row["pipeline"] == TEACHER), key=lambda row: row["num_inference_steps"])
-    for row in [row for row in rows if row["pipeline"] in (REAL, REAL_CLIPS)] + teacher[-1:]:
-        steps = row["num_inference_steps"]
+    for row in teacher[-1:]:
         if row[metric] is not None:
-            style, label = ("--", f"{TEACHER}, {steps} steps") if steps else (":", row["pipeline"])
-            line(row[metric], color="grey", linestyle=style, label=label)
+            line(row[metric], color="grey", linestyle="--", label=f"{TEACHER}, {row['num_inference_steps']} steps")
     if metric in LOGARITHMIC:
-        axis = axes.yaxis if line == axes.axhline else axes.xaxis
-        (axes.set_yscale if line == axes.axhline else axes.set_xscale)("log")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis = axes.yaxis if upright else axes.xaxis
+        (axes.set_yscale if upright else axes.set_xscale)("log")
+        low, high = axes.get_ylim() if upright else axes.get_xlim()
+        (axes.set_ylim if upright else axes.set_xlim)(low, high)
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
+    for row in rows:
+        if row["pipeline"] in (REAL, REAL_CLIPS) and row[metric] is not None:
+            line(row[metric], color="grey", linestyle=":", label=row["pipeline"])
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    if axes is axes.figure.axes[0]:
-        axes.legend(fontsize="small")
+
+
+def _legend(figure: Figure) -> Figure:
+    """With a legend of all panels below them, where no point lies."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    return figure
 
 
 PLOTS = {"steps": plot_over_steps, "variants": plot_over_variants, "cost": plot_over_cost}

@@ -52,6 +52,18 @@ def test_numbers_are_means_over_seeds_with_half_their_range():
     ]
 
 
+@pytest.mark.parametrize("kind", sorted(study_report.PLOTS))
+def test_a_plot_has_its_legend_beside_the_panels_and_room_for_points_alone(kind):
+    figure = study_report.PLOTS[kind](ROWS, {key: key for key in study_report.PLOTTED[Setting]})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert not any(axes.get_legend() for axes in figure.axes)
+    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+    assert {"teacher, 50 steps", "other real images"} < {text.get_text() for text in legend.get_texts()}
+    low = min(figure.axes[0].get_xlim() if kind == "variants" else figure.axes[0].get_ylim())
+    assert 1 < low < 2  # the real images are at 1, the best of the points at 2
+
+
 def test_rows_keep_nine_digits_and_what_is_no_fraction():
     whole = row("ours", 10_000_001, 1, 9.507718929553107)
     assert study_report.rounded([whole]) == [whole | {"fid": 9.50771893}]
